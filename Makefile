@@ -1,0 +1,40 @@
+# Everything from a clean clone: Python 3.11 and pip are enough. `make demo` and `make test` do their own set-up.
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/latentprep demo demo
+	@echo "         (in this clone: $(VENV)/bin/latentprep inspect demo/cache)"
+
+test: $(VENV)/.installed-test
+	$(PYTHON) -m pytest -n 2
+
+lint: $(VENV)/.installed-lint
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: $(VENV)/.installed-test
+	$(PYTHON) benchmarks/read.py
+	$(PYTHON) benchmarks/encode.py
+
+clean:
+	rm -rf $(VENV) demo dist build
+
+$(VENV)/bin/python:
+	python3 -m venv $(VENV)
+
+# the exact versions of constraints.txt: torch in its CPU build, and no surprises
+$(VENV)/.installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(PYTHON) -m pip install --disable-pip-version-check -q -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PYTHON) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[test]"
+	@touch $@
+
+$(VENV)/.installed-lint: $(VENV)/.installed-test
+	$(PYTHON) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[test,lint]"
+	@touch $@

@@ -1,0 +1,5 @@
+"""Errors that are meant for the person at the terminal."""
+
+
+class UserError(Exception):
+    """One line that says what is wrong, where, what was got, what was expected, and what to do."""

@@ -1,0 +1,59 @@
+"""Templates and captions -> prompts. Pure text: used when preparing and when reading."""
+
+import hashlib
+from importlib.resources import files
+from pathlib import Path
+
+from latentprep.errors import UserError
+
+
+def counter(*parts: object) -> int:
+    """A 64-bit number that depends on every part and on nothing else: the seed of every random choice."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def template_folder() -> Path:
+    """The templates that ship with latentprep: inside the wheel, or beside the package in a checkout."""
+    inside = Path(str(files("latentprep"))) / "templates"
+    return inside if inside.is_dir() else inside.parent.parent / "templates"
+
+
+def list_templates() -> dict[str, list[str]]:
+    """Name -> lines, of every template that ships with latentprep."""
+    return {path.stem: read_template(path) for path in sorted(template_folder().glob("*.txt"))}
+
+
+def read_template(path: Path) -> list[str]:
+    """The lines of a template file that are not blank."""
+    lines = path.read_text(encoding="utf-8-sig").splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
+def load_template(name: str) -> tuple[str, ...]:
+    """Lines of a template, by the name of a shipped one or by the path of a file. Raises UserError."""
+    shipped = template_folder() / f"{name}.txt"
+    path = Path(name).expanduser()
+    if not path.is_file() and Path(name).name == name and shipped.is_file():
+        path = shipped
+    if not path.is_file():
+        names = ", ".join(list_templates())
+        raise UserError(f"--template {name}: neither a file nor a shipped template. Shipped: {names}.")
+    try:
+        lines = read_template(path)
+    except UnicodeDecodeError:
+        raise UserError(f"--template {name}: {path} is not UTF-8 text. Save it as UTF-8.") from None
+    if not lines:
+        raise UserError(f"--template {name}: {path} has no lines. Write one prompt a line, with [name] or [filewords].")
+    return tuple(lines)
+
+
+def make_prompt(template: tuple[str, ...] | None, caption: str, placeholder: str, seed: int, key: str) -> str:
+    """The prompt of an image: a template line, chosen by (seed, key), filled as the ancestor filled it.
+
+    [filewords] becomes the caption and [name] the placeholder. Without a template the caption is the prompt.
+    """
+    if template is None:
+        return caption
+    line = template[counter("template", seed, key) % len(template)]
+    return line.replace("[filewords]", caption).replace("[name]", placeholder)

@@ -1,0 +1,64 @@
+"""The frozen records that flow between the stages. Sizes are (height, width) everywhere."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+
+Size = tuple[int, int]  # (height, width) in pixels
+Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One image of a source, before decoding."""
+
+    key: str  # path relative to the source, POSIX style, with its extension
+    size: Size  # after EXIF orientation
+    nbytes: int
+    mtime_ns: int
+    caption: str = ""
+    caption_origin: str = ""  # where the caption came from: txt, caption, metadata, filename
+
+
+@dataclass(frozen=True, slots=True)
+class Skip:
+    """An item that is not in the cache, and why. `reason` is for machines, `detail` for people."""
+
+    key: str
+    reason: str
+    detail: str
+    nbytes: int = -1
+    mtime_ns: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an image goes: resized to `resized_size`, then the box `crop` of it is kept.
+
+    The box has the bucket's size. With --fit pad it reaches beyond the resized image: top or left is negative.
+    """
+
+    bucket: Size
+    resized_size: Size
+    crop: Box
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A deterministic list of items that becomes one shard, sorted by (bucket, key)."""
+
+    id: str
+    items: tuple[Item, ...]
+    placements: tuple[Placement, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pixels:
+    """One decoded image, ready for the VAE."""
+
+    pixels: "np.ndarray"  # [H,W,3] uint8, sRGB
+    weight: "np.ndarray | None"  # [H/f,W/f] float32 in 0..1; None: the image has no transparency
+    digest: bytes  # 16 bytes: content hash of the source file
+    notes: tuple[str, ...] = ()  # what had to be done to it: oriented, icc_to_srgb, ...

@@ -1,0 +1,27 @@
+"""Bytes as people write them."""
+
+from latentprep.errors import UserError
+
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(option: str, text: str) -> int:
+    """Bytes of a size such as 256MB, 64MiB, 1.5GB or 1000000. Raises UserError."""
+    number = text.strip().lower().rstrip("bikmg")
+    unit = text.strip().lower()[len(number) :]
+    try:
+        size = int(float(number) * UNITS[unit])
+    except (ValueError, KeyError, OverflowError):
+        raise UserError(f"{option} {text}: expected a size such as 256MB or 1GiB.") from None
+    if size < 1:
+        raise UserError(f"{option} {text}: must be at least 1 byte.")
+    return size
+
+
+def human_bytes(count: float) -> str:
+    """12.3 MB: in powers of 1000, as disks are sold and --shard-size counts."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
