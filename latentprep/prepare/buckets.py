@@ -1,0 +1,122 @@
+"""Pure arithmetic: which buckets there are, which one an image takes, and how it is scaled and cropped to it."""
+
+import math
+from collections.abc import Callable
+
+from latentprep.config import Geometry
+from latentprep.errors import UserError
+from latentprep.records import Placement, Size
+
+Verdict = tuple[str, str]  # reason, detail of a Skip
+Place = Callable[[Size], Placement | Verdict]
+
+
+def list_buckets(geometry: Geometry) -> list[Size]:
+    """Every bucket of at most resolution x resolution pixels whose sides are multiples of bucket_step.
+
+    For each side between min_side and max_side the largest other side that fits, both ways round, as in
+    kohya-ss/sd-scripts (`make_bucket_resolutions`) and, before it, NovelAI's aspect ratio bucketing.
+    Raises UserError where nothing fits.
+    """
+    assert geometry.resolution is not None
+    assert geometry.bucket_step is not None
+    assert geometry.min_side is not None
+    assert geometry.max_side is not None
+    step, area = geometry.bucket_step, geometry.resolution**2
+    low, high = math.ceil(geometry.min_side / step) * step, geometry.max_side // step * step
+    square = min(geometry.resolution // step * step, high)
+    buckets = {(square, square)} if square >= low else set()
+    for width in range(low, high + 1, step):
+        height = min(high, area // width // step * step)
+        if height >= low and max(height, width) <= (geometry.max_aspect or math.inf) * min(height, width):
+            buckets |= {(height, width), (width, height)}
+    if not buckets:
+        raise UserError(
+            f"--resolution {geometry.resolution} --bucket-step {step} --min-side {geometry.min_side} "
+            f"--max-side {geometry.max_side}: no bucket fits. Lower --min-side or raise --resolution."
+        )
+    return sorted(buckets)
+
+
+def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
+    """The bucket nearest in aspect ratio (in its logarithm: least is cropped away); of equals the largest."""
+    aspect = math.log(size[1] / size[0])
+    return min(buckets, key=lambda b: (round(abs(math.log(b[1] / b[0]) - aspect), 9), -b[0] * b[1], b))
+
+
+def make_place(geometry: Geometry, factor: int) -> Place:
+    """A function from an image's size to its Placement, or to (reason, detail) where it has none."""
+    geometry.check_factor(factor)
+    if geometry.mode == "native":
+        return lambda size: _check_sides(size, geometry) or _place_native(size, factor)
+    if geometry.mode == "fixed":
+        assert geometry.size is not None
+        bucket = geometry.size
+        return lambda size: _check_sides(size, geometry) or _place_fixed(size, bucket, geometry)
+    buckets = list_buckets(geometry)
+    return lambda size: _place_bucket(size, nearest_bucket(size, buckets), geometry)
+
+
+def _check_sides(size: Size, geometry: Geometry) -> Verdict | None:
+    height, width = size
+    if geometry.min_side and min(size) < geometry.min_side:
+        return "too_small", f"{width}x{height} < --min-side {geometry.min_side}"
+    if geometry.max_side and max(size) > geometry.max_side:
+        return "too_large", f"{width}x{height} > --max-side {geometry.max_side}"
+    return None
+
+
+def _place_native(size: Size, factor: int) -> Placement | Verdict:
+    bucket = (size[0] // factor * factor, size[1] // factor * factor)
+    if min(bucket) == 0:
+        return "too_small", f"{size[1]}x{size[0]} < {factor}, the VAE's factor"
+    return _centre(size, bucket)
+
+
+def _place_fixed(size: Size, bucket: Size, geometry: Geometry) -> Placement | Verdict:
+    if not geometry.upscale and geometry.fit != "pad" and (size[0] < bucket[0] or size[1] < bucket[1]):
+        return "too_small", f"{size[1]}x{size[0]} < {bucket[1]}x{bucket[0]} and --no-upscale"
+    return fit_to(size, bucket, geometry.fit, geometry.upscale)
+
+
+def _place_bucket(size: Size, bucket: Size, geometry: Geometry) -> Placement | Verdict:
+    assert geometry.bucket_step is not None
+    assert geometry.min_side is not None
+    if not geometry.upscale and geometry.fit != "pad" and (size[0] < bucket[0] or size[1] < bucket[1]):
+        # smaller than its bucket: keep its own pixels, cut to the step, as sd-scripts' bucket_no_upscale does
+        own = tuple(
+            min(side, geometry.max_side or side) // geometry.bucket_step * geometry.bucket_step for side in size
+        )
+        if min(own) < geometry.min_side:
+            return "too_small", f"{size[1]}x{size[0]} < --min-side {geometry.min_side} and --no-upscale"
+        bucket = (own[0], own[1])
+    return fit_to(size, bucket, geometry.fit, geometry.upscale)
+
+
+def fit_to(size: Size, bucket: Size, fit: str, upscale: bool = True) -> Placement:
+    """Placement of an image in a bucket. crop: cover it and cut evenly; pad: fit inside, centred; stretch: distort."""
+    if fit == "stretch":
+        return Placement(bucket, bucket, (0, 0, *bucket))
+    scales = bucket[0] / size[0], bucket[1] / size[1]
+    if fit == "pad":
+        scale = min(scales) if upscale else min(1.0, *scales)
+        inside = tuple(min(b, max(1, round(s * scale))) for b, s in zip(bucket, size, strict=True))
+        return _centre((inside[0], inside[1]), bucket)
+    scale = max(scales)
+    covering = tuple(max(b, round(s * scale)) for b, s in zip(bucket, size, strict=True))
+    return _centre((covering[0], covering[1]), bucket)
+
+
+def _centre(resized: Size, bucket: Size) -> Placement:
+    """The bucket's box in the middle of the resized image."""
+    return Placement(bucket, resized, ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2, *bucket))
+
+
+def cropped_away(placement: Placement) -> float:
+    """The part of the image, 0..1, that lies outside the crop."""
+    (height, width), (_, _, box_height, box_width) = placement.resized_size, placement.crop
+    return 1 - min(height, box_height) * min(width, box_width) / (height * width)
+
+
+def is_upscaled(size: Size, placement: Placement) -> bool:
+    return placement.resized_size[0] > size[0] or placement.resized_size[1] > size[1]

@@ -1,0 +1,299 @@
+"""The whole of `latentprep encode`: source -> captions -> plan -> units -> manifest."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentprep.cache import manifest
+from latentprep.cache.manifest import Manifest, ShardEntry, commit, find_manifest, recipe_digest
+from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, latents_name, text_name, write_uncond
+from latentprep.cache.storage import Storage
+from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, text_recipe
+from latentprep.errors import UserError
+from latentprep.prepare.buckets import make_place
+from latentprep.prepare.captions import Captioned, add_captions
+from latentprep.prepare.models import TextFolder, VaeFolder, find_model, open_text, open_vae
+from latentprep.prepare.plan import Plan, RowBytes, make_plan
+from latentprep.prepare.source import list_folder
+from latentprep.records import Item, Pixels, Placement, Skip
+
+if TYPE_CHECKING:
+    from latentprep.prepare.worker import Job
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A plan and all it rests on; nothing has been written and no weights are loaded."""
+
+    options: EncodeOptions
+    storage: Storage
+    vae: VaeFolder
+    text: TextFolder | None
+    device: str
+    recipe: dict[str, Any]
+    manifest: Manifest | None
+    captioned: Captioned
+    row_bytes: RowBytes
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did."""
+
+    num_encoded: int  # images, by this run
+    num_found: int  # images that an unfinished run had encoded before
+    num_retexted: int  # images whose text alone was made anew
+    num_cached: int  # images in the cache now
+    num_bytes: int
+    skips: list[Skip]
+    notes: Counter[str]
+    failures: list[str]
+    num_retried: int
+    seconds: float  # of the whole run
+    encode_seconds: float  # of its units, without the loading of models
+    waits: dict[str, float]  # stage -> seconds that the loop waited for it
+
+
+def prepare(options: EncodeOptions, say: Say) -> Prepared:
+    """The plan for a folder and a cache; says what it chose and why. Raises UserError."""
+    out = Path(options.out) if "://" not in options.out else None
+    if out is not None and out.resolve() == options.source.resolve():
+        raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
+    if out is not None and out.is_file():
+        raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
+    source = list_folder(options.source, without=out)
+    captioned = add_captions(source, options.text)
+    model = find_model(options.model)
+    vae = open_vae(find_model(options.vae, "--vae"), "--vae") if options.vae else open_vae(model)
+    text = open_text(model) if options.text.include_cond else None
+    place = make_place(options.geometry, vae.factor)
+    device, dtype, reason = choose_device(options.device, options.dtype)
+    say(f"model    {options.model}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
+    say(f"device   {device}, {dtype} ({reason})")
+
+    recipe = {
+        "latents": latents_recipe(
+            vae=vae.digest, geometry=options.geometry, flip=options.flip,
+            dtype=dtype, store=options.store, store_dtype=options.store_dtype,
+        ),
+        "text": text_recipe(
+            text_encoder=text.digest if text else None, options=options.text, seed=options.seed,
+            dtype=dtype, store_dtype=options.store_dtype,
+        ),
+    }  # fmt: skip
+    storage = Storage(options.out)
+    existing = None if options.overwrite else find_manifest(storage)
+    if existing is not None:
+        changes = list(recipe_changes(existing.recipe["latents"], recipe["latents"]))
+        if changes:
+            raise UserError(
+                f"{options.out}: holds a cache of another recipe ({'; '.join(changes)}; cache -> asked). "
+                "Give another --out, the options it was made with, or --overwrite to start anew."
+            )
+    row_bytes = estimate_row_bytes(recipe, vae, text)
+    plan = make_plan(
+        captioned.items, source.skips, place, row_bytes, recipe=recipe, recipe_digest=recipe_digest(recipe),
+        shard_bytes=options.shard_bytes, storage=storage, manifest=existing,
+    )  # fmt: skip
+    return Prepared(options, storage, vae, text, device, recipe, existing, captioned, row_bytes, plan)
+
+
+def choose_device(device: str, dtype: str) -> tuple[str, str, str]:
+    """device, dtype and the reason for them. Raises UserError where the device is not there."""
+    import torch
+
+    reason = "asked for"
+    if device == "auto":
+        if torch.cuda.is_available():
+            device, reason = "cuda", "auto: " + torch.cuda.get_device_name()
+        elif torch.backends.mps.is_available():
+            device, reason = "mps", "auto: Apple GPU"
+        else:
+            device, reason = "cpu", "auto: no GPU that torch can use"
+    else:
+        kind, _, index = device.partition(":")
+        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        if kind not in there or (index and (kind != "cuda" or not index.isdigit())):
+            raise UserError(f"--device {device}: expected auto, cuda, cuda:N, mps or cpu.")
+        if not there[kind]:
+            raise UserError(f"--device {device}: torch {torch.__version__} finds none here. Use --device auto or cpu.")
+        if index and int(index) >= torch.cuda.device_count():
+            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
+    if dtype == "auto":
+        dtype = "float16" if device.startswith("cuda") else "float32"
+    return device, dtype, reason
+
+
+def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFolder, text: TextFolder | None) -> RowBytes:
+    """What rows will cost on disk, from the configs alone."""
+    width = {"float32": 4, "float16": 2, "bfloat16": 2}
+    posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
+    views = len(recipe["latents"]["views"])
+    latent = views * (posterior * vae.latent_channels * width[recipe["latents"]["store_dtype"]] + 2)  # + 2: weight
+    cond = text.max_tokens * text.width * width[recipe["text"]["store_dtype"]] if text else 0
+    return RowBytes(latent, cond + 512, vae.factor)  # 512: key, caption and prompt
+
+
+def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
+    """Run the plan and commit the manifest. `make_progress(total)` gives a tqdm-like bar of images.
+
+    Raises UserError, and KeyboardInterrupt once every finished file is safe on disk.
+    """
+    from latentprep.prepare.engine.local import run
+    from latentprep.prepare.load import load_pixels
+
+    options, storage, plan = prepared.options, prepared.storage, prepared.plan
+    started = time.perf_counter()
+    if options.overwrite:
+        clear(storage)
+    job = make_job(prepared)
+    units = [*plan.new, *(unit for _, unit in plan.retext)]
+    existing = set(storage.names("shards"))
+    to_encode = {unit.id for unit in plan.new if latents_name(unit.id) not in existing}
+    if to_encode:
+        job.vae()  # now, and not in the middle of the first unit: its loading is no part of the images' speed
+    if job.text is not None and (prepared.manifest is None or changed_text(prepared)):
+        dtype = TORCH_DTYPES[options.store_dtype]
+        write_uncond(storage, {name: cond.to(dtype) for name, cond in job.text().encode([""]).items()}, job.metadata)
+
+    loop_started = time.perf_counter()
+    with make_progress(sum(len(unit.items) for unit in units)) as bar:
+
+        def progress(count: int, encoded: bool) -> None:
+            if not encoded:
+                bar.initial += count  # so that images/s counts what this run encodes
+            bar.set_postfix_str(
+                "waited: " + ", ".join(f"{name} {job.watch.seconds[name]:.0f}s" for name in STAGES), refresh=False
+            )
+            bar.update(count)
+
+        def load(item: Item, placement: Placement) -> Pixels | Skip:
+            return load_pixels(options.source, item, placement, options.geometry.filter, prepared.vae.factor)
+
+        workers = options.workers or min(8, os.cpu_count() or 1)
+        result = run(units, to_encode, load, job, workers, progress)
+    encode_seconds = time.perf_counter() - loop_started
+
+    replaced = {entry.unit: entry for entry, _ in plan.retext}
+    entries = {unit.unit: unit.entry() for unit in result.units if unit.groups}
+    new = [unit for unit in result.units if unit.unit not in replaced]
+    skips = [*plan.skips, *(skip for unit in new for skip in unit.skips)]
+    shards = [*plan.kept, *({**replaced, **entries}).values()]
+    made = Manifest(
+        prepared.recipe, job.latent, made_with(prepared, job), sorted(shards, key=shard_order), len(skips)
+    )  # fmt: skip
+    commit(storage, made, skips)
+    for unit, old in replaced.items():
+        if unit in entries and entries[unit].text != old.text:
+            storage.delete(text_name(old.unit, old.text))
+    return Outcome(
+        num_encoded=sum(entries[unit.unit].rows for unit in new if unit.groups and unit.unit in to_encode),
+        num_found=sum(entries[unit.unit].rows for unit in new if unit.groups and unit.unit not in to_encode),
+        num_retexted=sum(entries[unit].rows for unit in replaced if unit in entries),
+        num_cached=made.num_images,
+        num_bytes=sum(shard.latents_bytes + shard.text_bytes for shard in shards),
+        skips=skips,
+        notes=sum((unit.notes for unit in new), Counter()),
+        failures=[f"unit {unit.id}: {type(error).__name__}: {error}" for unit, error in result.failures],
+        num_retried=job.vae().num_retried if to_encode else 0,
+        seconds=time.perf_counter() - started,
+        encode_seconds=encode_seconds,
+        waits={name: job.watch.seconds[name] for name in STAGES},
+    )
+
+
+def shard_order(entry: ShardEntry) -> tuple[str, str]:
+    return entry.groups[0][0], entry.unit
+
+
+STAGES = ("decode", "encode", "text", "write")
+
+
+def make_job(prepared: Prepared) -> "Job":
+    """What every unit of the run needs; the models are loaded when they are first asked for."""
+    import torch
+
+    from latentprep.prepare.text import TextEncoder
+    from latentprep.prepare.vae import VaeEncoder
+    from latentprep.prepare.worker import Job
+
+    options, recipe, vae, text = prepared.options, prepared.recipe, prepared.vae, prepared.text
+    device, dtype = torch.device(prepared.device), TORCH_DTYPES[recipe["latents"]["dtype"]]
+    latent = {
+        "scaling_factor": vae.scaling_factor,
+        "shift_factor": vae.shift_factor,
+        "factor": vae.factor,
+        "channels": vae.latent_channels,
+        "pixel_range": [-1, 1],
+        "views": recipe["latents"]["views"],
+    }
+    return Job(
+        storage=prepared.storage,
+        recipe=recipe,
+        latent=latent,
+        metadata={**latent, "recipe": recipe_digest(recipe), "versions": versions()},
+        batch_size=options.batch_size or default_batch_size(prepared),
+        template=options.text.template,
+        placeholder=options.text.placeholder,
+        seed=options.seed,
+        vae=cache(lambda: VaeEncoder(vae, device, dtype)),
+        text=cache(lambda: TextEncoder(text, device, dtype)) if text else None,
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that the numbers come from."""
+    return {name: version(name) for name in ("latentprep", "torch", "diffusers", "transformers", "pillow")}
+
+
+def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
+    """How a cache was made, for people; nothing of it is compared."""
+    options = prepared.options
+    return {
+        **versions(),
+        "model": options.model,
+        "vae": options.vae,
+        "device": prepared.device,
+        "batch_size": job.batch_size,
+    }
+
+
+def changed_text(prepared: Prepared) -> bool:
+    """Whether the text part of the recipe is another than the cache's."""
+    return prepared.manifest is not None and prepared.manifest.recipe["text"] != prepared.recipe["text"]
+
+
+def default_batch_size(prepared: Prepared) -> int:
+    """1 on a CPU, where larger batches are slower (benchmarks/); on a GPU 8 images of 512x512, or as many pixels."""
+    if prepared.device == "cpu":
+        return 1
+    pixels = max((bucket[0] * bucket[1] for bucket in prepared.plan.buckets()), default=1)
+    return max(1, 8 * 512 * 512 // pixels)
+
+
+def clear(storage: Storage) -> None:
+    """Delete a cache's own files and nothing else, the manifest first."""
+    shards = [name for name in storage.names("shards") if name.endswith(".safetensors")]
+    for name in (manifest.NAME, manifest.SKIPPED_NAME, UNCOND_NAME, *shards):
+        storage.delete(name)
+
+
+def quiet_libraries() -> None:
+    """Keep other libraries' loading bars and logs off the terminal; warnings are the caller's to filter."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+    import transformers.utils.logging
+
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    huggingface_hub.utils.disable_progress_bars()

@@ -1,0 +1,102 @@
+"""Runs units on this machine: decode threads ahead of one encoder, and one writer behind it."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from latentprep.errors import UserError
+from latentprep.prepare.worker import Job, UnitResult, run_unit
+from latentprep.records import Item, Pixels, Placement, Skip, Unit
+
+Load = Callable[[Item, Placement], Pixels | Skip]
+
+
+@dataclass
+class RunResult:
+    units: list[UnitResult] = field(default_factory=list)
+    failures: list[tuple[Unit, Exception]] = field(default_factory=list)  # units that raised; they are not done
+
+
+class LoadAhead:
+    """Decodes the images of unit after unit in threads, at most `depth` ahead, and hands them out in order."""
+
+    def __init__(self, pool: ThreadPoolExecutor, load: Load, units: list[Unit], depth: int) -> None:
+        self.pool, self.load, self.depth = pool, load, depth
+        self.waiting = (
+            (unit.id, item, place) for unit in units for item, place in zip(unit.items, unit.placements, strict=True)
+        )
+        self.ahead: deque[tuple[str, Future[Pixels | Skip]]] = deque()
+
+    def take(self, unit: Unit) -> Iterator[Pixels | Skip]:
+        """The loaded items of a unit; units are to be taken in the order they were given."""
+        try:
+            while True:
+                self._fill()
+                if not self.ahead or self.ahead[0][0] != unit.id:
+                    return
+                yield self.ahead.popleft()[1].result()
+        finally:  # a unit that failed leaves the rest of its images behind
+            while self.ahead and self.ahead[0][0] == unit.id:
+                self.ahead.popleft()[1].cancel()
+                self._fill()
+
+    def _fill(self) -> None:
+        while len(self.ahead) < self.depth and (following := next(self.waiting, None)) is not None:
+            unit_id, item, placement = following
+            self.ahead.append((unit_id, self.pool.submit(self.load, item, placement)))
+
+
+class Writer:
+    """Writes files one after the other in a thread; waits for the one before, so that at most two are in memory."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="write")
+        self.last: Future[int] | None = None
+
+    def submit(self, write: Callable[[], int]) -> "Future[int]":
+        self.wait()
+        self.last = self.pool.submit(write)
+        return self.last
+
+    def wait(self) -> None:
+        """Wait for the last write. Raises what it raised."""
+        if self.last is not None:
+            with self.job.watch.on("write"):
+                self.last.result()
+
+
+def run(
+    units: list[Unit], to_encode: set[str], load: Load, job: Job, workers: int, progress: Callable[[int, bool], None]
+) -> RunResult:
+    """Run every unit; one that raises stops only itself. `progress` hears of images done, and if they were encoded.
+
+    The units in `to_encode` have no latents file yet; the others only get their text file, if that is missing.
+
+    Raises UserError (a full disk stops everything) and KeyboardInterrupt; what is finished by then is on disk.
+    """
+    result = RunResult()
+    decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    writer = Writer(job)
+    ahead = LoadAhead(
+        decoders, load, [unit for unit in units if unit.id in to_encode], depth=max(2 * job.batch_size, 2 * workers)
+    )
+    try:
+        for unit in units:
+            loaded = ahead.take(unit) if unit.id in to_encode else None
+            try:
+                result.units.append(run_unit(unit, loaded, job, writer.submit, lambda n: progress(n, True)))
+            except UserError:
+                raise
+            except Exception as error:
+                result.failures.append((unit, error))
+            if loaded is None:
+                progress(len(unit.items), False)
+            else:
+                loaded.close()  # type: ignore[attr-defined]
+        writer.wait()
+    finally:
+        decoders.shutdown(wait=True, cancel_futures=True)
+        writer.pool.shutdown(wait=True)
+    return result

@@ -1,0 +1,138 @@
+"""What `latentprep encode` tells the person: the plan, the outcome, and what to type next."""
+
+import shlex
+from collections import Counter
+
+from latentprep.config import EncodeOptions
+from latentprep.prepare.buckets import cropped_away, is_upscaled
+from latentprep.prepare.encode import Outcome, Prepared
+from latentprep.records import Size, Skip
+from latentprep.units import human_bytes
+
+NOTES = {
+    "oriented": "turned upright by their EXIF orientation",
+    "icc_to_srgb": "converted to sRGB from an embedded colour profile",
+    "icc_unusable": "with a colour profile that cannot be used, taken as sRGB",
+    "first_frame": "with several frames, of which the first was taken",
+}
+NAMED = 5  # how many keys a line names before it says "and N more"
+
+
+def source_text(prepared: Prepared) -> str:
+    """What was found, before anything is encoded."""
+    captioned = prepared.captioned
+    origins = {
+        "txt": "from .txt",
+        "caption": "from .caption",
+        "metadata": "from metadata.jsonl",
+        "filename": "from file names",
+    }
+    found = ", ".join(
+        f"{captioned.origins[name]:,} {words}" for name, words in origins.items() if captioned.origins[name]
+    )
+    lines = [f"source   {prepared.options.source}: {len(captioned.items):,} images; captions: {found or 'none'}"]
+    if captioned.without_image:
+        lines.append(f"         captions without an image: {_name(captioned.without_image)}")
+    if captioned.shared:
+        lines.append(f"         one caption file for several images of one stem: {_name(captioned.shared)}")
+    return "\n".join(lines)
+
+
+def plan_text(prepared: Prepared) -> str:
+    """What a run would do: the --dry-run page."""
+    plan, row_bytes = prepared.plan, prepared.row_bytes
+    rows: dict[Size, list[float]] = {}
+    for _, placement in plan.rows():
+        rows.setdefault(placement.bucket, []).append(cropped_away(placement))
+    lines = [
+        f"plan     {prepared.options.out}: {plan.num_new_items:,} images to encode, {plan.num_kept_items:,} are there"
+    ]
+    if plan.retext:
+        lines.append(
+            f"         {len(plan.retext):,} shards get new text: their captions, template or text encoder changed"
+        )
+    lines += skip_lines(plan.skips)
+    if rows:
+        lines.append("")
+        lines.append(f"{'bucket':>12} {'images':>9} {'cropped away':>14} {'worst':>7}")
+        for (height, width), losses in sorted(rows.items()):
+            mean = sum(losses) / len(losses)
+            lines.append(f"{f'{width}x{height}':>12} {len(losses):>9,} {mean:>14.1%} {max(losses):>7.1%}")
+        lines.append("")
+        worst = sorted(((cropped_away(p), item.key) for item, p in plan.rows()), reverse=True)[:NAMED]
+        if worst[0][0] > 0.2:
+            lines.append("most cropped: " + ", ".join(f"{key} ({loss:.0%})" for loss, key in worst if loss > 0.2))
+        upscaled = sum(is_upscaled(item.size, placement) for item, placement in plan.rows())
+        if upscaled:
+            lines.append(
+                f"enlarged: {upscaled:,} images are smaller than their bucket (--no-upscale keeps their pixels)"
+            )
+        disk = sum(row_bytes.latents(bucket) * len(losses) for bucket, losses in rows.items())
+        text = plan.num_new_items * row_bytes.per_row
+        lines.append(
+            f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, {len(plan.new):,} shards"
+        )
+    lines.append("nothing was written (--dry-run)")
+    return "\n".join(lines)
+
+
+def done_text(prepared: Prepared) -> str:
+    """Where a cache is complete already."""
+    cached = sum(entry.rows for entry in prepared.plan.kept)
+    lines = [f"{prepared.options.out} is complete: all {cached:,} images are in it; nothing to do."]
+    return "\n".join([*lines, *skip_lines(prepared.plan.skips), _next(prepared.options)])
+
+
+def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
+    """What was written, what was skipped and why, and the next command to type."""
+    speed = outcome.num_encoded / outcome.encode_seconds if outcome.num_encoded else 0
+    lines = [
+        f"encoded  {outcome.num_encoded:,} images in {outcome.seconds:.1f} s"
+        + (f" ({speed:.1f} images/s)" if speed else "")
+    ]
+    if outcome.num_found:
+        lines.append(f"         {outcome.num_found:,} images were encoded by an earlier run that did not finish")
+    if outcome.num_retexted:
+        lines.append(f"         new text for {outcome.num_retexted:,} images; their latents were left alone")
+    lines.append(
+        "         waited for " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.waits.items())
+    )
+    lines += [f"         {count:,} images {NOTES[note]}" for note, count in sorted(outcome.notes.items())]
+    if outcome.num_retried:
+        lines.append(f"         {outcome.num_retried:,} encodings overflowed and were done again in float32")
+    lines += skip_lines(outcome.skips)
+    for failure in outcome.failures:
+        lines.append(f"FAILED   {failure}")
+    if outcome.failures:
+        lines.append("         these units are not in the cache; run the same command again to retry them")
+    lines.append(f"cache    {prepared.options.out}: {outcome.num_cached:,} images, {human_bytes(outcome.num_bytes)}")
+    return "\n".join([*lines, _next(prepared.options)])
+
+
+def interrupted_text(options: EncodeOptions, arguments: list[str]) -> str:
+    command = shlex.join(["latentprep", *(word for word in arguments if word != "--overwrite")])
+    return f"\nStopped. Every finished shard is safe in {options.out}. To go on, type:\n  {command}"
+
+
+def skip_lines(skips: list[Skip]) -> list[str]:
+    """A line for each reason, naming the first images."""
+    reasons = Counter(skip.reason for skip in skips)
+    lines = []
+    for reason, count in sorted(reasons.items()):
+        named = [f"{skip.key}: {skip.detail}" for skip in skips if skip.reason == reason][:2]
+        lines.append(f"skipped  {count:,} {reason} ({'; '.join(named)}{'; ...' if count > 2 else ''})")
+    return lines
+
+
+def exit_code(skips: list[Skip], failures: list[str], strict: bool) -> int:
+    """0 where everything is as it should be; 1 for failed units, and with --strict for skipped images."""
+    return int(bool(failures) or (strict and bool(skips)))
+
+
+def _name(keys: list[str]) -> str:
+    more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
+    return ", ".join(keys[:NAMED]) + more
+
+
+def _next(options: EncodeOptions) -> str:
+    return f"next     {shlex.join(['latentprep', 'inspect', options.out])}"

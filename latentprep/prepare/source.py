@@ -1,0 +1,134 @@
+"""A folder -> items: every image under it by its header; no pixel is decoded."""
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from latentprep.errors import UserError
+from latentprep.records import Item, Size, Skip
+
+# The suffixes that Pillow 10 and later decode without a plugin and that image folders have.
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm .tga .ico "
+    ".heic .heif .jxl".split()
+)
+HEADER_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, struct.error, OverflowError)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What a folder holds: images that can be planned, files that only look like images, and all the rest."""
+
+    folder: Path
+    items: list[Item]
+    skips: list[Skip]
+    others: list[str]  # keys of the files that are not images: captions and the like
+
+
+def list_folder(folder: Path, *, without: Path | None = None) -> Source:
+    """Every image under a folder, sorted by key; the folder `without` is left out. Raises UserError."""
+    if not folder.exists():
+        raise UserError(f"SOURCE {folder}: no such folder. Give the folder that holds the images.")
+    if not folder.is_dir():
+        raise UserError(f"SOURCE {folder}: a file, expected a folder of images.")
+    items: list[Item] = []
+    skips: list[Skip] = []
+    others: list[str] = []
+    for path in _walk(folder, without):
+        key = path.relative_to(folder).as_posix()
+        if path.suffix.lower() not in IMAGE_SUFFIXES:
+            others.append(key)
+            continue
+        entry = read_item(path, key)
+        (items if isinstance(entry, Item) else skips).append(entry)  # type: ignore[arg-type]
+    if not items and not skips:
+        found = f"{len(others)} other files" if others else "it is empty"
+        raise UserError(f"SOURCE {folder}: no images ({found}). Expected files such as .jpg, .png or .webp.")
+    return Source(folder, sorted(items, key=lambda i: i.key), sorted(skips, key=lambda s: s.key), sorted(others))
+
+
+def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
+    """Files under a folder, following links to folders but never in a circle; hidden files and caches are left out."""
+    seen: set[tuple[int, int]] = set()
+    pending = [folder]
+    hidden = without.resolve() if without is not None else None
+    while pending:
+        here = pending.pop()
+        status = here.stat()
+        if (status.st_dev, status.st_ino) in seen or (hidden is not None and here.resolve() == hidden):
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        if here != folder and (here / "cache.json").is_file() and (here / "shards").is_dir():
+            continue  # another latent cache
+        with os.scandir(here) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    pending.append(Path(entry.path))
+                elif entry.is_file() or entry.is_symlink():
+                    yield Path(entry.path)
+
+
+def read_item(path: Path, key: str) -> Item | Skip:
+    """The item of a file, or the Skip that says why it is none."""
+    nbytes = mtime_ns = -1
+    try:
+        status = path.stat()
+        nbytes, mtime_ns = status.st_size, status.st_mtime_ns
+        with Image.open(path) as image:
+            return Item(key, oriented_size(image), nbytes, mtime_ns)
+    except UnidentifiedImageError:
+        detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({path.suffix})"
+        return Skip(key, "not_an_image", detail, nbytes, mtime_ns)
+    except Image.DecompressionBombError as error:
+        return Skip(key, "too_large", str(error), nbytes, mtime_ns)
+    except HEADER_ERRORS as error:
+        return Skip(key, "unreadable", describe(error), nbytes, mtime_ns)
+
+
+def oriented_size(image: Image.Image) -> Size:
+    """(height, width) of an opened image once its EXIF orientation is applied; nothing is decoded."""
+    if read_orientation(image) >= 5:  # 5 to 8 swap rows and columns
+        return image.width, image.height
+    return image.height, image.width
+
+
+def read_orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, of an opened image; 1 where it has none or a broken one."""
+    if image.format == "PNG" and "exif" not in image.info and not _has_late_exif(image):
+        return 1  # Pillow's getexif would decode the whole PNG to look for it
+    try:
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except HEADER_ERRORS:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _has_late_exif(image: Image.Image) -> bool:
+    """Whether a PNG has its eXIf chunk behind the pixels, where the standard allows it; skips from chunk to chunk."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return False
+    here = file.tell()
+    try:
+        file.seek(8)
+        while len(head := file.read(8)) == 8:
+            length, name = struct.unpack(">I4s", head)
+            if name == b"eXIf":
+                return True
+            if name == b"IEND":
+                return False
+            file.seek(length + 4, os.SEEK_CUR)
+        return False
+    finally:
+        file.seek(here)
+
+
+def describe(error: BaseException) -> str:
+    """One line about an exception."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
