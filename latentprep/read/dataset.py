@@ -1,0 +1,353 @@
+"""LatentDataset: a latent cache as a map-style PyTorch dataset, and LatentBatch: what it hands to a training loop."""
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from latentprep.cache.manifest import open_manifest
+from latentprep.cache.shard import (
+    UNCOND_NAME,
+    ShardFile,
+    cond_of,
+    latents_name,
+    open_shard,
+    read_captions,
+    read_keys,
+    strings_of,
+    text_name,
+)
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+
+SAMPLING_METHODS = ("once", "deterministic", "random")
+
+
+@dataclass(eq=False)
+class LatentBatch:
+    """B samples of one bucket. Numbers stay as stored until they are asked for, so that little crosses to the GPU."""
+
+    index: Tensor  # [B] int64: indices into the dataset
+    latent_mean: Tensor  # [B,C,h,w] in the store dtype; unscaled
+    latent_std: Tensor | None  # the same; None: the mean is the sample
+    noise_seed: Tensor | None  # [B] int64, on the CPU: what each sample's draw starts from
+    scaling_factor: float
+    shift_factor: float
+    stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
+    cond_text: list[str]  # B prompts
+    stored_weight: Tensor | None  # [B,1,h,w] float32
+    original_size: Tensor  # [B,2] int32: height, width before the resize
+    resized_size: Tensor  # [B,2] int32
+    crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
+    flipped: Tensor  # [B] bool
+    _drawn: Tensor | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def latent_sample(self) -> Tensor:
+        """[B,C,h,w] float32, scaled for the UNet: (mean + std * noise - shift_factor) * scaling_factor.
+
+        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample.
+        """
+        if self._drawn is None:
+            sample = self.latent_mean.float()
+            if self.latent_std is not None and self.noise_seed is not None:
+                sample = sample + self.latent_std.float() * draw_noise(self.noise_seed, sample)
+            self._drawn = (sample - self.shift_factor) * self.scaling_factor
+        return self._drawn
+
+    @property
+    def cond(self) -> dict[str, Tensor] | None:
+        """Text embeddings in float32: {"prompt_embeds": [B,T,D], ...}; None where the dataset leaves them out."""
+        return None if self.stored_cond is None else {name: value.float() for name, value in self.stored_cond.items()}
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Loss weight of every latent pixel, [B,1,h,w] float32; None without use_weight."""
+        return self.stored_weight
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "LatentBatch":
+        """The batch on another device. Seeds stay behind: they are for the CPU's eyes."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "LatentBatch":
+        """The batch in page-locked memory; a DataLoader with pin_memory=True calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Any) -> "LatentBatch":
+        names = (
+            "index",
+            "latent_mean",
+            "latent_std",
+            "stored_weight",
+            "original_size",
+            "resized_size",
+            "crop",
+            "flipped",
+            "_drawn",
+        )
+        moved = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
+        if self.stored_cond is not None:
+            moved["stored_cond"] = {name: move(value) for name, value in self.stored_cond.items()}
+        return replace(self, **moved)
+
+
+def draw_noise(seeds: Tensor, like: Tensor) -> Tensor:
+    """Standard normal noise of like's shape; every row from a seed of its own, so that batches may be cut anyhow."""
+    generator = torch.Generator(like.device)
+    noise = torch.empty_like(like)
+    for row, seed in zip(noise, seeds.tolist(), strict=True):
+        row.normal_(generator=generator.manual_seed(seed))
+    return noise
+
+
+def mix(seed: int, *parts: np.ndarray | int) -> np.ndarray:
+    """uint64 numbers that depend on every part and on nothing else (splitmix64, chained): counters, not state."""
+    state = np.asarray(seed % 2**64, np.uint64)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = (state ^ np.asarray(part, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+FLIP, NOISE, PROMPT = 1, 2, 3  # what a counter is for, so that no two choices share one
+
+
+@dataclass(eq=False)
+class OpenGroup:
+    """One group of a shard: the rows of both files, memory-mapped."""
+
+    latents: ShardFile
+    text: ShardFile
+    label: str
+
+    def __post_init__(self) -> None:
+        own = self.latents.tensors
+        self.mean, self.std = own[f"{self.label}/latent_mean"], own.get(f"{self.label}/latent_std")
+        self.weight = own.get(f"{self.label}/weight")
+        self.original_size, self.digest = own[f"{self.label}/original_size"], own[f"{self.label}/digest"]
+        self.resized_size, self.crop = own[f"{self.label}/resized_size"], own[f"{self.label}/crop"]
+        self.prompt_of = self.text.tensors[f"{self.label}/prompt_of"].numpy()
+        self.cond = cond_of(self.text.tensors)
+
+    def prompt(self, number: int) -> str:
+        return strings_of(self.text.tensors, "prompt", np.array([number]))[0]
+
+
+class LatentDataset(Dataset[LatentBatch]):
+    """A latent cache. An index stands for one image (with repeats, for one of its repetitions).
+
+    cache: folder or URL.
+    latent_sampling_method: "once": one draw for each image, the same in every epoch and process; "deterministic": the
+        mean; "random": a fresh draw every epoch, which the seed decides.
+    repeats: how often each image stands in an epoch.
+    flip_p: how often the mirrored view is taken, 0..1; the cache needs `encode --flip`.
+    use_weight: True rescales each weight map to a minimum of 0 and a mean of 1, so that losses stay comparable, as the
+        ancestor did (a constant map becomes ones); "raw" gives alpha as stored, 0..1. Images without alpha get ones.
+
+    `data[i]` and `data.__getitems__(indices)` give a LatentBatch; the indices of one batch are to be of one bucket, as
+    BucketBatchSampler gives them. Raises UserError for a cache that is missing or lacks what is asked for.
+    """
+
+    def __init__(
+        self,
+        cache: str,
+        *,
+        latent_sampling_method: str = "once",
+        repeats: int = 1,
+        flip_p: float = 0.0,
+        include_cond: bool = True,
+        use_weight: bool | str = False,
+        seed: int = 0,
+    ) -> None:
+        self.storage = Storage(cache)
+        self.manifest = open_manifest(self.storage)
+        self.latent_sampling_method, self.repeats, self.flip_p = latent_sampling_method, repeats, flip_p
+        self.include_cond, self.use_weight, self.seed = include_cond, use_weight, seed
+        self.scaling_factor: float = self.manifest.latent["scaling_factor"]
+        self.shift_factor: float = self.manifest.latent["shift_factor"]
+        self._check()
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are kept between epochs
+        # the groups of all shards in a row: group g holds the images _starts[g] to _starts[g + 1]
+        groups = [
+            (n, label, rows, tuple(shape))
+            for n, s in enumerate(self.manifest.shards)
+            for label, rows, shape in s.groups
+        ]
+        self._groups = [(shard, label) for shard, label, _, _ in groups]
+        self._starts = np.cumsum([0, *(rows for _, _, rows, _ in groups)], dtype=np.int64)
+        self.buckets: list[tuple[int, ...]] = sorted(
+            {shape for *_, shape in groups}
+        )  # [C,h,w] of each bucket's latents
+        numbers = {shape: number for number, shape in enumerate(self.buckets)}
+        self._bucket_of_group = np.array([numbers[shape] for *_, shape in groups], np.int64)
+        self._open: dict[int, OpenGroup] = {}
+
+    def _check(self) -> None:
+        method, views, recipe = self.latent_sampling_method, self.manifest.latent["views"], self.manifest.recipe
+        if method not in SAMPLING_METHODS:
+            raise UserError(f"latent_sampling_method={method!r}: expected one of {', '.join(SAMPLING_METHODS)}.")
+        if method != "deterministic" and recipe["latents"]["store"] == "mean":
+            raise UserError(
+                f"latent_sampling_method={method!r}: {self.storage.root} holds means only. "
+                "Use 'deterministic', or encode with --store mean+std."
+            )
+        if not 0 <= self.flip_p <= 1:
+            raise UserError(f"flip_p={self.flip_p}: a probability, expected 0 to 1.")
+        if self.flip_p and "flipped" not in views:
+            raise UserError(f"flip_p={self.flip_p}: {self.storage.root} holds no mirrored views. Encode with --flip.")
+        if self.use_weight not in (True, False, "raw"):
+            raise UserError(f"use_weight={self.use_weight!r}: expected True, False or 'raw'.")
+        if self.repeats < 1:
+            raise UserError(f"repeats={self.repeats}: expected at least 1.")
+        if self.manifest.num_images == 0:
+            raise UserError(f"{self.storage.root}: the cache is empty, there is nothing to train on.")
+
+    @property
+    def num_images(self) -> int:
+        return int(self._starts[-1])
+
+    def __len__(self) -> int:
+        return self.num_images * self.repeats
+
+    def set_epoch(self, epoch: int) -> None:
+        """The epoch that flips and random draws depend on; LatentLoader sets it."""
+        self._epoch.fill_(epoch)
+
+    def rows_of_bucket(self, bucket: int) -> np.ndarray:
+        """Images, [N] int64, of a bucket by its place in `buckets`."""
+        own = np.flatnonzero(self._bucket_of_group == bucket)
+        return np.concatenate([np.arange(self._starts[g], self._starts[g + 1]) for g in own])
+
+    def key(self, index: int) -> str:
+        """Path of an image relative to the folder that was encoded."""
+        group, row = self._locate(index)
+        return read_keys(group.text, group.label)[row]
+
+    def caption(self, index: int) -> list[str]:
+        """The captions of an image."""
+        group, row = self._locate(index)
+        return read_captions(group.text, group.label)[row]
+
+    def uncond(self) -> dict[str, Tensor] | None:
+        """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond."""
+        if not self.storage.exists(UNCOND_NAME):
+            return None
+        return {name: value.float() for name, value in cond_of(open_shard(self.storage, UNCOND_NAME).tensors).items()}
+
+    def _locate(self, index: int) -> tuple[OpenGroup, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"index {index} of a dataset of {len(self)}")
+        image = index % len(self) % self.num_images
+        group = int(np.searchsorted(self._starts, image, side="right")) - 1
+        return self._group(group), image - int(self._starts[group])
+
+    def _group(self, number: int) -> OpenGroup:
+        """A group, its files memory-mapped on first touch."""
+        group = self._open.get(number)
+        if group is None:
+            shard, label = self._groups[number]
+            entry = self.manifest.shards[shard]
+            latents = open_shard(self.storage, latents_name(entry.unit))
+            group = OpenGroup(latents, open_shard(self.storage, text_name(entry.unit, entry.text)), label)
+            self._open[number] = group
+        return group
+
+    def __getitem__(self, index: int) -> LatentBatch:
+        return self.__getitems__([index])
+
+    def __getitems__(self, indices: list[int]) -> LatentBatch:
+        located = [self._locate(index) for index in indices]
+        shapes = {group.mean.shape[2:] for group, _ in located}
+        if len(shapes) > 1:
+            raise UserError(
+                f"a batch of {len(indices)} indices mixes latents of {len(shapes)} shapes. "
+                "Read with LatentLoader, or give DataLoader a BucketBatchSampler."
+            )
+        index = torch.tensor(indices, dtype=torch.int64)
+        epoch, counters = int(self._epoch), index.numpy() % len(self)
+        view = np.zeros(len(indices), np.int64)
+        if self.flip_p:
+            draws = mix(self.seed, FLIP, epoch, counters) >> np.uint64(11)
+            view = (draws * 2.0**-53 < self.flip_p).astype(np.int64)
+        rows = [(group, row, int(v)) for (group, row), v in zip(located, view, strict=True)]
+        is_drawn = self.latent_sampling_method != "deterministic"
+        prompts = self._choose_prompts(located, epoch, counters)
+        return LatentBatch(
+            index=index,
+            latent_mean=torch.stack([group.mean[row, v] for group, row, v in rows]),
+            latent_std=torch.stack([group.std[row, v] for group, row, v in rows if group.std is not None])
+            if is_drawn
+            else None,
+            noise_seed=self._noise_seeds(located, epoch, counters) if is_drawn else None,
+            scaling_factor=self.scaling_factor,
+            shift_factor=self.shift_factor,
+            stored_cond=self._gather_cond(located, prompts),
+            cond_text=[group.prompt(prompt) for (group, _), prompt in zip(located, prompts, strict=True)],
+            stored_weight=self._gather_weight(rows) if self.use_weight else None,
+            original_size=torch.stack([group.original_size[row] for group, row, _ in rows]),
+            resized_size=torch.stack([group.resized_size[row, v] for group, row, v in rows]),
+            crop=torch.stack([group.crop[row, v] for group, row, v in rows]),
+            flipped=torch.from_numpy(view == 1),
+        )
+
+    def _choose_prompts(self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray) -> list[int]:
+        """The prompt of each sample, by its number in its shard."""
+        draws = mix(self.seed, PROMPT, epoch, counters).tolist()
+        return [
+            int(group.prompt_of[row, draw % group.prompt_of.shape[1]])
+            for (group, row), draw in zip(located, draws, strict=True)
+        ]
+
+    def _noise_seeds(self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray) -> Tensor:
+        """[B] int64. "once" counts by the image's content, so that a cache may grow without changing its draws."""
+        if self.latent_sampling_method == "once":
+            digests = np.stack([group.digest[row].numpy() for group, row in located])
+            counters, epoch = digests.view(np.uint64)[:, 0], 0
+        return torch.from_numpy((mix(self.seed, NOISE, epoch, counters) >> np.uint64(1)).astype(np.int64))
+
+    def _gather_cond(self, located: list[tuple[OpenGroup, int]], prompts: list[int]) -> dict[str, Tensor] | None:
+        names = located[0][0].cond
+        if not self.include_cond or not names:
+            return None
+        return {
+            name: torch.stack([group.cond[name][prompt] for (group, _), prompt in zip(located, prompts, strict=True)])
+            for name in names
+        }
+
+    def _gather_weight(self, rows: list[tuple[OpenGroup, int, int]]) -> Tensor:
+        ones = torch.ones(rows[0][0].mean.shape[-2:])
+        weight = torch.stack(
+            [ones if group.weight is None else group.weight[row, v].float() for group, row, v in rows]
+        )[:, None]
+        return weight if self.use_weight == "raw" else rescale_weight(weight)
+
+    @staticmethod
+    def collate(batch: "LatentBatch | list[LatentBatch]") -> LatentBatch:
+        """For DataLoader's collate_fn: __getitems__ has made the batch already."""
+        if isinstance(batch, LatentBatch):
+            return batch
+        if len(batch) == 1:
+            return batch[0]
+        raise UserError("collate: DataLoader did not fetch a whole batch at once. Use LatentLoader.")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # memory maps are opened anew in each process
+
+
+def rescale_weight(weight: Tensor) -> Tensor:
+    """Weight maps [B,1,h,w] with a minimum of 0 and a mean of 1 each; ones where a map is constant.
+
+    stable-diffusion-webui's rule, which divided by zero for constant maps.
+    """
+    weight = weight - weight.amin(dim=(1, 2, 3), keepdim=True)
+    mean = weight.mean(dim=(1, 2, 3), keepdim=True)
+    return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(weight.dtype).tiny), torch.ones_like(weight))
