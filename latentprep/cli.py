@@ -1,0 +1,202 @@
+"""Typer commands: options -> config -> one call. No logic, and no heavy imports until a command runs."""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from latentprep import __version__
+from latentprep.errors import UserError
+
+app = typer.Typer(
+    help="Encode an image folder once into a latent cache; train diffusion models from it many times.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+INPUT, OUTPUT, MODEL, GEOMETRY, CAPTIONS, PERFORMANCE = (
+    "Input",
+    "Output",
+    "Model",
+    "Geometry",
+    "Captions",
+    "Performance",
+)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"latentprep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def latentprep(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+# fmt: off
+@app.command()
+def encode(
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, searched recursively.", show_default=False)],
+    seed: Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=INPUT)] = 0,
+    out: Annotated[str, typer.Option(metavar="DIR", help="Where the cache goes.", show_default="SOURCE.latents", rich_help_panel=OUTPUT)] = "",
+    store: Annotated[str, typer.Option(metavar="mean+std|mean", help="What to keep of the VAE posterior.", rich_help_panel=OUTPUT)] = "mean+std",
+    store_dtype: Annotated[str, typer.Option(metavar="float16|bfloat16|float32", help="Number type of latents and cond on disk.", rich_help_panel=OUTPUT)] = "float16",
+    shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Largest size of a shard file.", rich_help_panel=OUTPUT)] = "256MB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what the cache holds and start anew.", rich_help_panel=OUTPUT)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and write nothing.", rich_help_panel=OUTPUT)] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any image was skipped.", rich_help_panel=OUTPUT)] = False,
+    model: Annotated[str, typer.Option(metavar="ID|DIR|tiny", help="Hub id, diffusers folder, or the built-in miniature.", rich_help_panel=MODEL)] = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    vae: Annotated[str, typer.Option(metavar="ID|DIR", help="Another VAE than the model's own.", show_default="the model's", rich_help_panel=MODEL)] = "",
+    device: Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|mps|cpu", help="Where the models run.", rich_help_panel=MODEL)] = "auto",
+    dtype: Annotated[str, typer.Option(metavar="auto|float32|float16|bfloat16", help="Number type of the models; auto: float16 on CUDA, else float32.", rich_help_panel=MODEL)] = "auto",
+    resolution: Annotated[str, typer.Option(metavar="PIXELS|native", help="Buckets have at most PIXELS x PIXELS; native: no resizing.", rich_help_panel=GEOMETRY)] = "512",
+    bucket_step: Annotated[int, typer.Option(metavar="PIXELS", help="Sides of buckets are multiples of this.", rich_help_panel=GEOMETRY)] = 64,
+    min_side: Annotated[int | None, typer.Option(metavar="PIXELS", help="Shortest side of a bucket; of an image with a fixed or native size.", show_default="resolution / 2", rich_help_panel=GEOMETRY)] = None,
+    max_side: Annotated[int | None, typer.Option(metavar="PIXELS", help="Longest side, likewise.", show_default="resolution x 2", rich_help_panel=GEOMETRY)] = None,
+    max_aspect: Annotated[float, typer.Option(metavar="RATIO", help="Longest side of a bucket over its shortest.", rich_help_panel=GEOMETRY)] = 4.0,
+    no_upscale: Annotated[bool, typer.Option("--no-upscale", help="Small images keep their own pixels, in smaller buckets.", rich_help_panel=GEOMETRY)] = False,
+    width: Annotated[int | None, typer.Option(metavar="PIXELS", help="One fixed size for all, with --height.", show_default=False, rich_help_panel=GEOMETRY)] = None,
+    height: Annotated[int | None, typer.Option(metavar="PIXELS", help="One fixed size for all, with --width.", show_default=False, rich_help_panel=GEOMETRY)] = None,
+    fit: Annotated[str, typer.Option(metavar="crop|stretch|pad", help="How an image fills its bucket; padding weighs 0.", rich_help_panel=GEOMETRY)] = "crop",
+    filter: Annotated[str, typer.Option(metavar="NAME", help="lanczos, bicubic, bilinear, hamming, box or nearest.", rich_help_panel=GEOMETRY)] = "lanczos",  # noqa: A002
+    flip: Annotated[bool, typer.Option("--flip", help="Encode the mirrored image too, as a second view.", rich_help_panel=GEOMETRY)] = False,
+    template: Annotated[str, typer.Option(metavar="NAME|FILE", help="Template lines with [name] and [filewords]; see `latentprep templates`.", show_default="the caption alone", rich_help_panel=CAPTIONS)] = "",
+    placeholder: Annotated[str, typer.Option(metavar="TEXT", help="What [name] stands for.", show_default=False, rich_help_panel=CAPTIONS)] = "",
+    word_regex: Annotated[str, typer.Option(metavar="REGEX", help="Words of a file name that make its caption.", show_default="the whole name", rich_help_panel=CAPTIONS)] = "",
+    joiner: Annotated[str, typer.Option(metavar="TEXT", help="Between the words that --word-regex finds.", show_default="a space", rich_help_panel=CAPTIONS)] = " ",
+    no_cond: Annotated[bool, typer.Option("--no-cond", help="Store captions and prompts, but no text embeddings.", rich_help_panel=CAPTIONS)] = False,
+    batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
+    workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,
+) -> None:
+    """Encode a folder of images into a latent cache.
+
+    Run it again to go on after an interruption, or to add new images: what is done is not done again.
+    """
+    # fmt: on
+    from latentprep.config import EncodeOptions, Geometry, TextOptions
+    from latentprep.prompts import load_template
+    from latentprep.units import parse_bytes
+
+    options = EncodeOptions(
+        source=source,
+        out=out or f"{str(source).rstrip('/')}.latents",
+        geometry=Geometry.from_options(
+            resolution=resolution, width=width, height=height, bucket_step=bucket_step, min_side=min_side,
+            max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter,
+        ),
+        text=TextOptions(load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond),
+        model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
+        batch_size=batch_size, workers=workers, shard_bytes=parse_bytes("--shard-size", shard_size), seed=seed,
+        overwrite=overwrite, strict=strict,
+    )  # fmt: skip
+    run_encode(options, dry_run=dry_run)
+
+
+def run_encode(options: Any, *, dry_run: bool = False) -> None:
+    """Plan, encode and report; the exit code tells the truth."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, where it already talks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    from tqdm import tqdm
+
+    from latentprep.prepare import messages
+    from latentprep.prepare.encode import encode, prepare, quiet_libraries
+
+    prepared = prepare(options, _say)
+    _say(messages.source_text(prepared))
+    if dry_run:
+        typer.echo(messages.plan_text(prepared))
+        return
+    if prepared.plan.is_done:
+        typer.echo(messages.done_text(prepared))
+        raise typer.Exit(messages.exit_code(prepared.plan.skips, [], options.strict))
+    quiet_libraries()
+
+    def make_progress(total: int) -> Any:
+        return tqdm(total=total, unit="img", dynamic_ncols=True, smoothing=0.1, file=sys.stderr)
+
+    try:
+        outcome = encode(prepared, make_progress)
+    except KeyboardInterrupt:
+        _say(messages.interrupted_text(options, sys.argv[1:]))
+        raise typer.Exit(130) from None
+    typer.echo(messages.outcome_text(prepared, outcome))
+    raise typer.Exit(messages.exit_code(outcome.skips, outcome.failures, options.strict))
+
+
+@app.command()
+def inspect(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder.", show_default=False)],
+    key: Annotated[str, typer.Option(metavar="NAME", help="One image, by its path relative to the image folder.", show_default=False)] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Show what is in a cache: counts, recipe, buckets, statistics, captions, skips."""
+    from rich.console import Console
+
+    from latentprep.cache.storage import Storage
+    from latentprep.look import summary
+
+    storage = Storage(cache)
+    found = summary.describe_sample(storage, key) if key else summary.summarize(storage)
+    if as_json:
+        typer.echo(json.dumps(found, indent=2))
+    else:
+        Console(highlight=False).print(summary.render_sample(found) if key else summary.render_summary(found), markup=False)
+
+
+@app.command()
+def templates() -> None:
+    """List the prompt templates that ship with latentprep, with their lines."""
+    from latentprep.prompts import list_templates
+
+    for name, lines in list_templates().items():
+        typer.echo(name)
+        for line in lines:
+            typer.echo(f"    {line}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the demo's images and cache.")] = Path("demo"),
+) -> None:
+    """Draw images with captions and alpha, and encode them with the built-in model `tiny`."""
+    from latentprep.config import EncodeOptions, Geometry, TextOptions
+    from latentprep.demo import draw_folder
+
+    images, cache = out / "images", out / "cache"
+    draw_folder(images)
+    _say(f"drew {images}: landscapes with captions, some with alpha, some turned by EXIF, and one broken file")
+    geometry = Geometry.from_options(resolution="256", bucket_step=64)
+    options = EncodeOptions(images, str(cache), geometry, TextOptions(), model="tiny", flip=True)
+    run_encode(options)
+
+
+def main() -> None:
+    """Entry point: errors that are the person's to mend are one line, and no traceback."""
+    try:
+        app()
+    except UserError as error:
+        typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+        typer.echo(str(error), err=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
