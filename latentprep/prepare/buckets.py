@@ -80,17 +80,28 @@ def _place_fixed(size: Size, bucket: Size, geometry: Geometry) -> Placement | Ve
 
 
 def _place_bucket(size: Size, bucket: Size, geometry: Geometry) -> Placement | Verdict:
+    if not geometry.upscale and geometry.fit != "pad" and (size[0] < bucket[0] or size[1] < bucket[1]):
+        return _place_own(size, geometry)
+    return fit_to(size, bucket, geometry.fit, geometry.upscale)
+
+
+def _place_own(size: Size, geometry: Geometry) -> Placement | Verdict:
+    """Placement of an image that is smaller than its bucket in a bucket of its own: its size, cut to the step.
+
+    As sd-scripts' bucket_no_upscale does; an image that is too long or too large all the same is shrunk first.
+    """
+    assert geometry.resolution is not None
     assert geometry.bucket_step is not None
     assert geometry.min_side is not None
-    if not geometry.upscale and geometry.fit != "pad" and (size[0] < bucket[0] or size[1] < bucket[1]):
-        # smaller than its bucket: keep its own pixels, cut to the step, as sd-scripts' bucket_no_upscale does
-        own = tuple(
-            min(side, geometry.max_side or side) // geometry.bucket_step * geometry.bucket_step for side in size
-        )
-        if min(own) < geometry.min_side:
-            return "too_small", f"{size[1]}x{size[0]} < --min-side {geometry.min_side} and --no-upscale"
-        bucket = (own[0], own[1])
-    return fit_to(size, bucket, geometry.fit, geometry.upscale)
+    assert geometry.max_side is not None
+    step = geometry.bucket_step
+    scale = min(1.0, geometry.resolution / math.sqrt(size[0] * size[1]), geometry.max_side / max(size))
+    bucket = (int(size[0] * scale) // step * step, int(size[1] * scale) // step * step)
+    if min(bucket) < geometry.min_side:
+        return "too_small", f"{size[1]}x{size[0]} gives {bucket[1]}x{bucket[0]} < --min-side {geometry.min_side}"
+    if geometry.fit == "crop" and scale == 1:
+        return _centre(size, bucket)
+    return fit_to(size, bucket, geometry.fit)
 
 
 def fit_to(size: Size, bucket: Size, fit: str, upscale: bool = True) -> Placement:

@@ -36,6 +36,9 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
         return skip("changed", f"was {item.nbytes} bytes when listed, now {len(data)}: run again")
     try:
         with Image.open(io.BytesIO(data)) as image:
+            if image.format == "PNG":
+                image.verify()  # checksums: Pillow decodes a damaged PNG to black rows, without an error
+        with Image.open(io.BytesIO(data)) as image:
             size, orientation = oriented_size(image), read_orientation(image)
             if size != item.size:
                 return skip(
@@ -51,7 +54,7 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
     except Image.DecompressionBombError as error:
         return skip("too_large", describe(error))
     except HEADER_ERRORS as error:
-        return skip("truncated" if "truncated" in str(error) else "unreadable", describe(error))
+        return skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
     if rgb is None:
         return skip("unsupported_mode", f"Pillow mode {color.mode}")
     if orientation in TRANSPOSE:

@@ -99,7 +99,9 @@ def oriented_size(image: Image.Image) -> Size:
 
 
 def read_orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, of an opened image; 1 where it has none or a broken one."""
+    """EXIF orientation, 1 to 8, of an opened image; 1 where there is nothing left to turn."""
+    if image.format == "TIFF":
+        return 1  # Pillow gives the size of the upright image, and turns it when it loads it
     if image.format == "PNG" and "exif" not in image.info and not _has_late_exif(image):
         return 1  # Pillow's getexif would decode the whole PNG to look for it
     try:

@@ -1,0 +1,147 @@
+"""What the tests share: real photos, the built-in model, miniatures made from config classes, and the command line."""
+
+import sys
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from latentprep import cli
+from latentprep.prepare.encode import quiet_libraries
+
+quiet_libraries()
+torch.set_num_threads(1)
+
+TINY = Path(cli.__file__).parent / "tiny"
+HELD_OUT = ("skimage/data/astronaut.png", "skimage/data/coffee.png", "skimage/data/rocket.jpg")
+PHOTOS = (
+    *HELD_OUT,
+    "skimage/data/chelsea.png",
+    "sklearn/datasets/images/china.jpg",
+    "sklearn/datasets/images/flower.jpg",
+)
+
+
+def find_photo(name: str) -> Path:
+    package, _, rest = name.partition("/")
+    spec = find_spec(package)
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / rest
+
+
+@dataclass
+class Result:
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs the command line in this process: run("encode", "images", ...) -> exit code, stdout, stderr."""
+
+    def run_cli(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["latentprep", *map(str, arguments)])
+        capfd.readouterr()
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            code = exit_.code if isinstance(exit_.code, int) else 1 if exit_.code else 0
+        captured = capfd.readouterr()
+        assert "Traceback" not in captured.err
+        return Result(code, captured.out, captured.err)
+
+    return run_cli
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of six real photos of five sizes, some with captions."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for name in PHOTOS:
+        path = find_photo(name)
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "astronaut.txt").write_text("a woman in an orange suit\n", encoding="utf-8")
+    (folder / "chelsea.caption").write_text("a ginger cat", encoding="utf-8")
+    return folder
+
+
+def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:
+    """A smooth picture in which no two rows, columns or channels are alike."""
+    image = Image.new("RGB", (width, height))
+    image.putdata(
+        [(x * 255 // width, y * 255 // height, (x + 2 * y) % 256) for y in range(height) for x in range(width)]
+    )
+    return image.convert(mode)
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    """A folder of eight small drawn images: four in each of two buckets at 64 pixels, two with alpha."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for n in range(4):
+        gradient(128, 40).rotate(180 * (n % 2)).point(lambda value, n=n: value // (n + 1)).save(folder / f"wide{n}.png")
+        image = gradient(64, 80).rotate(180 * (n // 2))
+        if n % 2:
+            alpha = Image.linear_gradient("L").resize(image.size)
+            image.putalpha(alpha.rotate(90 * (n // 2)))
+        image.save(folder / f"tall{n}.png")
+        (folder / f"tall{n}.txt").write_text(f"picture number {n}\n", encoding="utf-8")
+    return folder
+
+
+SMALL = ("--model", "tiny", "--resolution", "64", "--bucket-step", "32", "--min-side", "32")
+
+
+def make_model(folder: Path, *, block_out_channels=(8, 8, 16, 16), hidden_size: int = 32, seed: int = 0) -> Path:
+    """A Stable Diffusion 1.x folder with random weights, in layout and classes as diffusers saves one."""
+    torch.manual_seed(seed)
+    count = len(block_out_channels)
+    vae = AutoencoderKL(
+        block_out_channels=block_out_channels,
+        down_block_types=("DownEncoderBlock2D",) * count,
+        up_block_types=("UpDecoderBlock2D",) * count,
+        latent_channels=4,
+        norm_num_groups=8,
+        layers_per_block=1,
+        scaling_factor=0.18215,
+    )
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=514,
+            hidden_size=hidden_size,
+            intermediate_size=2 * hidden_size,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            bos_token_id=512,
+            eos_token_id=513,
+            pad_token_id=513,
+        )
+    )
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=None,
+        scheduler=None,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model") / "sd")

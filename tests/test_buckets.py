@@ -1,0 +1,156 @@
+"""prepare/buckets.py: the arithmetic, over grids, against what must hold for every size."""
+
+import itertools
+import math
+
+import pytest
+
+from latentprep.config import Geometry
+from latentprep.errors import UserError
+from latentprep.prepare.buckets import cropped_away, is_upscaled, list_buckets, make_place, nearest_bucket
+from latentprep.records import Placement
+
+SIZES = [*itertools.product((48, 63, 64, 65, 200, 333, 512, 777, 1024, 4000), repeat=2), (100, 3000)]
+
+
+def test_buckets_of_512_are_those_of_sd_scripts():
+    found = list_buckets(Geometry.from_options(resolution="512"))
+    wide = [576, 640, 704, 768, 832, 896, 960, 1024]
+    wanted = {(512, 512), *zip((448, 384, 320, 320, 256, 256, 256, 256), wide, strict=True)}
+    assert set(found) == wanted | {(width, height) for height, width in wanted}
+
+
+@pytest.mark.parametrize(("resolution", "step"), [("512", 64), ("768", 64), ("1024", 32), ("500", 8)])
+def test_buckets_are_multiples_of_the_step_and_never_too_large(resolution, step):
+    geometry = Geometry.from_options(resolution=resolution, bucket_step=step)
+    for height, width in list_buckets(geometry):
+        assert height % step == 0
+        assert width % step == 0
+        assert height * width <= int(resolution) ** 2
+        assert geometry.min_side <= min(height, width)
+        assert max(height, width) <= geometry.max_side
+        grown = [(height + step, width), (height, width + step)]  # one way round at least, there is no larger one
+        assert height == width or any(h * w > int(resolution) ** 2 or max(h, w) > geometry.max_side for h, w in grown)
+
+
+def test_max_aspect_and_sides_limit_the_buckets():
+    geometry = Geometry.from_options(resolution="512", max_aspect=1.5, min_side=384, max_side=640)
+    assert list_buckets(geometry) == [(448, 576), (512, 512), (576, 448)]
+
+
+def test_no_bucket_is_an_error_that_says_what_to_change():
+    with pytest.raises(UserError, match=r"no bucket fits. Lower --min-side"):
+        list_buckets(Geometry.from_options(resolution="512", min_side=800, max_side=1000))
+
+
+def test_nearest_bucket_crops_least():
+    buckets = list_buckets(Geometry.from_options(resolution="512"))
+    for size in SIZES:
+        aspect = size[1] / size[0]
+        lost = {b: 1 - min(aspect * b[0] / b[1], b[1] / (aspect * b[0])) for b in buckets}
+        assert lost[nearest_bucket(size, buckets)] == pytest.approx(min(lost.values()))
+
+
+@pytest.mark.parametrize("fit", ["crop", "stretch", "pad"])
+@pytest.mark.parametrize("upscale", [True, False])
+@pytest.mark.parametrize("fixed", [True, False])
+def test_every_placement_is_consistent(fit, upscale, fixed):
+    options = {"width": 320, "height": 192} if fixed else {"resolution": "256"}
+    place = make_place(Geometry.from_options(**options, fit=fit, upscale=upscale), 8)
+    for size in SIZES:
+        placement = place(size)
+        if not isinstance(placement, Placement):
+            assert placement[0] == "too_small"
+            assert not upscale
+            continue
+        (height, width), (top, left, box_height, box_width) = placement.resized_size, placement.crop
+        assert (box_height, box_width) == placement.bucket
+        assert placement.bucket[0] % 8 == placement.bucket[1] % 8 == 0
+        if fit == "crop":
+            assert 0 <= top <= height - box_height
+            assert 0 <= left <= width - box_width
+            assert top in ((height - box_height) // 2, (height - box_height + 1) // 2)
+            assert box_height in (height, box_height)
+            assert height == box_height or width == box_width or size == placement.resized_size
+        if fit == "pad":
+            assert top <= 0
+            assert left <= 0
+            assert height <= box_height
+            assert width <= box_width
+        if fit == "stretch":
+            assert placement.resized_size == placement.bucket
+            assert (top, left) == (0, 0)
+        else:  # the aspect ratio is kept, but for rounding to whole pixels
+            assert abs(height * size[1] / size[0] - width) <= max(1, size[1] / size[0]) * 0.51 + 0.5
+        if not upscale:
+            assert not is_upscaled(size, placement)
+        assert 0 <= cropped_away(placement) < 1
+
+
+def test_no_upscale_keeps_a_small_images_own_pixels():
+    place = make_place(Geometry.from_options(resolution="512", upscale=False, min_side=128), 8)
+    assert place((300, 200)) == Placement((256, 192), (300, 200), (22, 4, 256, 192))
+    assert place((100, 200)) == ("too_small", "200x100 gives 192x64 < --min-side 128")
+    long = place((240, 3000))  # too long for any bucket: shrunk, and never enlarged
+    assert long == ("too_small", "3000x240 gives 1024x64 < --min-side 128")
+    assert place((400, 1400)).resized_size == (256, 896)
+
+
+def test_native_cuts_to_the_factor_and_resizes_nothing():
+    place = make_place(Geometry.from_options(resolution="native"), 8)
+    assert place((123, 457)) == Placement((120, 456), (123, 457), (1, 0, 120, 456))
+    assert place((7, 100))[0] == "too_small"
+    place = make_place(Geometry.from_options(resolution="native", min_side=64, max_side=1000), 8)
+    assert place((63, 100)) == ("too_small", "100x63 < --min-side 64")
+    assert place((64, 1001)) == ("too_large", "1001x64 > --max-side 1000")
+
+
+def test_fixed_size_is_height_and_width_not_width_and_height():
+    place = make_place(Geometry.from_options(width=640, height=320, fit="stretch"), 8)
+    assert place((100, 100)).bucket == (320, 640)
+
+
+def test_cropped_away_is_the_lost_area():
+    place = make_place(Geometry.from_options(width=64, height=64), 8)
+    assert cropped_away(place((64, 128))) == pytest.approx(0.5)
+    assert cropped_away(place((128, 128))) == 0
+    assert math.isclose(
+        cropped_away(make_place(Geometry.from_options(width=64, height=64, fit="pad"), 8)((64, 128))), 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"bucket_step": 20}, "--bucket-step 20: not a multiple of 8, this VAE's factor. Try 24."),
+        ({"width": 500, "height": 512}, "--width 500: not a multiple of 8, this VAE's factor. Try 504."),
+        ({"width": 512, "height": 1}, "--height 1: not a multiple of 8, this VAE's factor. Try 8."),
+    ],
+)
+def test_sides_that_the_factor_does_not_divide(options, message):
+    with pytest.raises(UserError) as error:
+        make_place(Geometry.from_options(**options), 8)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"resolution": "big"}, "--resolution big: expected a number of pixels, such as 512, or 'native'."),
+        ({"resolution": "32"}, "--resolution 32: smaller than --bucket-step 64"),
+        ({"resolution": "0"}, "--resolution 0: expected a number"),
+        ({"width": 512}, "--width without --height: a fixed size needs both."),
+        ({"height": 512}, "--height without --width: a fixed size needs both."),
+        ({"fit": "squash"}, "--fit squash: expected one of crop, stretch, pad."),
+        ({"filter": "sinc"}, "--filter sinc: expected one of nearest, box,"),
+        ({"min_side": 600, "max_side": 500}, "--min-side 600: larger than --max-side 500."),
+        ({"bucket_step": 0}, "--bucket-step 0: must be at least 1 pixel."),
+        ({"max_aspect": 0.5}, "--max-aspect 0.5: longer side over shorter side, so at least 1."),
+        ({"resolution": "native", "fit": "pad"}, "--resolution native --fit pad: a native image is not resized."),
+    ],
+)
+def test_wrong_options_are_one_clear_line(options, message):
+    with pytest.raises(UserError) as error:
+        Geometry.from_options(**options)
+    assert str(error.value).startswith(message)
+    assert "\n" not in str(error.value)

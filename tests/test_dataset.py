@@ -1,0 +1,217 @@
+"""read/dataset.py: what a batch holds, against the cache and against the ancestor's arithmetic."""
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
+from latentprep.errors import UserError
+from latentprep.read.dataset import mix, rescale_weight
+from tests.conftest import SMALL
+
+
+@pytest.fixture
+def cache(run, images, tmp_path):
+    assert run("encode", images, "--out", tmp_path / "cache", *SMALL, "--flip").code == 0
+    return str(tmp_path / "cache")
+
+
+def by_key(data):
+    return {data.key(index): index for index in range(data.num_images)}
+
+
+def test_a_sample_is_what_was_encoded(cache):
+    data = LatentDataset(cache, latent_sampling_method="deterministic", use_weight=True)
+    assert len(data) == 8
+    assert data.buckets == [(4, 4, 12), (4, 8, 8)]
+    batch = data[by_key(data)["tall2.png"]]
+    assert batch.latent_sample.shape == (1, 4, 8, 8)
+    assert batch.latent_sample.dtype == torch.float32
+    assert torch.equal(batch.latent_sample, batch.latent_mean.float() * data.scaling_factor)
+    assert batch.cond_text == ["picture number 2"]
+    assert batch.cond["prompt_embeds"].shape == (1, 77, 64)
+    assert batch.cond["prompt_embeds"].dtype == torch.float32
+    assert batch.weight.shape == (1, 1, 8, 8)
+    assert batch.original_size.tolist() == [[80, 64]]
+    assert data.caption(by_key(data)["tall2.png"]) == ["picture number 2"]
+    assert data.uncond()["prompt_embeds"].shape == (1, 77, 64)
+
+
+def test_once_is_one_draw_per_image_in_every_epoch_process_and_batch(cache):
+    data = LatentDataset(cache, latent_sampling_method="once")
+    first = data.__getitems__([4, 5, 6]).latent_sample
+    data.set_epoch(3)
+    assert torch.equal(data.__getitems__([6, 4]).latent_sample, first[[2, 0]])
+    again = pickle.loads(pickle.dumps(data))
+    assert torch.equal(again[5].latent_sample[0], first[1])
+    assert not torch.equal(LatentDataset(cache, latent_sampling_method="once", seed=1)[5].latent_sample[0], first[1])
+
+
+def test_random_is_fresh_per_epoch_and_follows_from_the_seed(cache):
+    data, other = (LatentDataset(cache, latent_sampling_method="random", seed=7) for _ in range(2))
+    first = data[4].latent_sample
+    assert torch.equal(other[4].latent_sample, first)
+    data.set_epoch(1)
+    assert not torch.equal(data[4].latent_sample, first)
+    data.set_epoch(0)
+    assert torch.equal(data[4].latent_sample, first)
+
+
+def test_draws_have_the_posteriors_mean_and_std(cache):
+    data = LatentDataset(cache, latent_sampling_method="random")
+    draws = []
+    for epoch in range(400):
+        data.set_epoch(epoch)
+        draws.append(data[4].latent_sample[0] / data.scaling_factor)
+    draws = torch.stack(draws)
+    batch = data[4]
+    mean, std = batch.latent_mean[0].float(), batch.latent_std[0].float()
+    assert (((draws.mean(0) - mean) / std).abs().mean() - np.sqrt(2 / np.pi / 400)).abs() < 0.02
+    assert ((draws.std(0) / std).mean() - 1).abs() < 0.02
+
+
+def test_the_same_batch_gives_the_same_sample(cache):
+    batch = LatentDataset(cache, latent_sampling_method="random")[4]
+    assert batch.latent_sample is batch.latent_sample
+    fresh = LatentDataset(cache, latent_sampling_method="random")[4]
+    assert torch.equal(fresh.to("cpu").latent_sample, batch.latent_sample)
+
+
+def test_flip_p_chooses_between_the_stored_views(cache):
+    data = LatentDataset(cache, latent_sampling_method="deterministic", flip_p=0.25, use_weight="raw", seed=5)
+    plain = LatentDataset(cache, latent_sampling_method="deterministic")[6]
+    flipped = LatentDataset(cache, latent_sampling_method="deterministic", flip_p=1.0)[6]
+    assert not plain.flipped.any()
+    assert flipped.flipped.all()
+    assert not torch.equal(plain.latent_mean, flipped.latent_mean)
+    count = 0
+    for epoch in range(200):
+        data.set_epoch(epoch)
+        batch = data[6]
+        count += int(batch.flipped)
+        assert torch.equal(batch.latent_mean, flipped.latent_mean if batch.flipped else plain.latent_mean)
+    assert 30 <= count <= 70
+
+
+def test_repeats_lengthen_the_epoch_and_draw_anew(cache):
+    data = LatentDataset(cache, latent_sampling_method="random", repeats=3)
+    assert len(data) == 24
+    batch = data.__getitems__([4, 12, 20])
+    assert torch.equal(batch.latent_mean[0], batch.latent_mean[2])
+    assert not torch.equal(batch.latent_sample[0], batch.latent_sample[2])
+    once = LatentDataset(cache, latent_sampling_method="once", repeats=3).__getitems__([4, 12])
+    assert torch.equal(once.latent_sample[0], once.latent_sample[1])
+
+
+def test_weight_is_rescaled_as_the_ancestor_did(cache):
+    raw = LatentDataset(cache, use_weight="raw")
+    index = by_key(raw)["tall1.png"]
+    weight = raw[index].weight[0, 0]
+    assert 0 <= weight.min() < weight.max() <= 1
+    # stable-diffusion-webui: weight -= weight.min(); weight /= weight.mean()
+    wanted = weight - weight.min()
+    wanted = wanted / wanted.mean()
+    assert torch.allclose(LatentDataset(cache, use_weight=True)[index].weight[0, 0], wanted)
+    assert LatentDataset(cache)[index].weight is None
+
+
+def test_images_without_alpha_weigh_one(cache):
+    data = LatentDataset(cache, use_weight=True)
+    for key in ("tall0.png", "wide0.png"):
+        assert (data[by_key(data)[key]].weight == 1).all()
+
+
+@pytest.mark.parametrize("value", [0.0, 0.2, 1.0])
+def test_constant_weight_gives_ones_and_never_nan(value):
+    assert torch.equal(rescale_weight(torch.full((2, 1, 3, 5), value)), torch.ones(2, 1, 3, 5))
+
+
+def test_include_cond(cache):
+    assert LatentDataset(cache, include_cond=False)[0].cond is None
+
+
+def test_opening_touches_no_shard_and_pickles_without_maps(cache, tmp_path):
+    data = LatentDataset(cache)
+    assert not data._open
+    assert data[0] is not None
+    assert data._open
+    assert not pickle.loads(pickle.dumps(data))._open
+    for path in (tmp_path / "cache" / "shards").iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="missing. Run latentprep encode again"):
+        LatentDataset(cache)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"latent_sampling_method": "often"},
+            "latent_sampling_method='often': expected one of once, deterministic, random.",
+        ),
+        ({"flip_p": 1.5}, "flip_p=1.5: a probability, expected 0 to 1."),
+        ({"use_weight": "some"}, "use_weight='some': expected True, False or 'raw'."),
+        ({"repeats": 0}, "repeats=0: expected at least 1."),
+    ],
+)
+def test_wrong_arguments(cache, options, message):
+    with pytest.raises(UserError) as error:
+        LatentDataset(cache, **options)
+    assert str(error.value) == message
+
+
+def test_what_a_cache_lacks_is_said_with_the_way_to_get_it(run, images, tmp_path):
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--store", "mean").code == 0
+    with pytest.raises(UserError, match="holds no mirrored views. Encode with --flip."):
+        LatentDataset(str(tmp_path / "c"), latent_sampling_method="deterministic", flip_p=0.5)
+    with pytest.raises(UserError, match=r"holds means only. Use 'deterministic', or encode with --store mean\+std."):
+        LatentDataset(str(tmp_path / "c"), latent_sampling_method="random")
+    assert LatentDataset(str(tmp_path / "c"), latent_sampling_method="deterministic")[0].latent_std is None
+    with pytest.raises(UserError, match="not a latent cache"):
+        LatentDataset(str(tmp_path))
+
+
+def test_a_batch_of_two_buckets_is_refused(cache):
+    with pytest.raises(UserError, match="a batch of 2 indices mixes latents of 2 shapes. Read with LatentLoader"):
+        LatentDataset(cache).__getitems__([0, 7])
+    with pytest.raises(IndexError):
+        LatentDataset(cache)[8]
+    with pytest.raises(IndexError):
+        LatentDataset(cache)[-9]
+    data = LatentDataset(cache)
+    assert torch.equal(data[-1].latent_mean, data[7].latent_mean)
+
+
+def test_plain_dataloader_with_the_sampler(cache):
+    data = LatentDataset(cache)
+    loader = DataLoader(data, batch_sampler=BucketBatchSampler(data, 3), collate_fn=LatentDataset.collate)
+    assert sorted(index for batch in loader for index in batch.index.tolist()) == list(range(8))
+    assert len(next(iter(DataLoader(data, batch_size=1, collate_fn=LatentDataset.collate)))) == 1
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_workers_give_the_same_batches(cache, context):
+    def read(**options):
+        loader = LatentLoader(
+            LatentDataset(cache, latent_sampling_method="random", flip_p=0.5, seed=3), 3, seed=2, **options
+        )
+        return [(batch.index.tolist(), batch.latent_sample) for _ in range(2) for batch in loader]
+
+    alone = read()
+    for (index, sample), (other_index, other) in zip(
+        alone, read(num_workers=2, multiprocessing_context=context, persistent_workers=True), strict=True
+    ):
+        assert index == other_index
+        assert torch.equal(sample, other)
+    assert alone[0][0] != alone[len(alone) // 2][0]  # the second epoch has another order
+
+
+def test_counters_are_spread_evenly_and_depend_on_every_part():
+    numbers = mix(0, 1, 0, np.arange(100_000))
+    assert len(np.unique(numbers)) == 100_000
+    assert abs((numbers >> np.uint64(11)).astype(float).mean() * 2.0**-53 - 0.5) < 0.005
+    for other in (mix(1, 1, 0, np.arange(4)), mix(0, 2, 0, np.arange(4)), mix(0, 1, 1, np.arange(4))):
+        assert not (other == numbers[:4]).any()

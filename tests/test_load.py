@@ -1,0 +1,248 @@
+"""prepare/load.py: pixels and weight maps, against Pillow's own results."""
+
+import hashlib
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from latentprep.config import FILTERS, Geometry
+from latentprep.prepare.buckets import make_place
+from latentprep.prepare.load import load_pixels
+from latentprep.prepare.source import read_item
+from latentprep.prepare.vae import LEVELS
+from latentprep.records import Pixels, Skip
+from tests.conftest import PHOTOS, find_photo, gradient
+
+
+def load(path, filter_name="lanczos", **options):
+    item = read_item(path, path.name)
+    place = make_place(Geometry.from_options(**options), 8)
+    return load_pixels(path.parent, item, place(item.size), filter_name, 8)
+
+
+def save(folder, image, name="x.png", **options):
+    path = folder / name
+    image.save(path, **options)
+    return path
+
+
+@pytest.mark.parametrize("name", [name for name in PHOTOS if "rocket" not in name])  # that one is in Adobe RGB
+def test_stretch_with_bicubic_gives_the_ancestors_pixels(name):
+    # stable-diffusion-webui: Image.open(path).convert("RGB").resize((w, h), BICUBIC), then / 127.5 - 1
+    path = find_photo(name)
+    found = load(path, "bicubic", width=320, height=192, fit="stretch")
+    wanted = np.array(Image.open(path).convert("RGB").resize((320, 192), Image.BICUBIC)).astype(np.uint8)
+    assert np.array_equal(found.pixels, wanted)
+    normalized = (wanted / 127.5 - 1.0).astype(np.float32)
+    assert np.array_equal(LEVELS[found.pixels.astype(np.int64)].numpy(), normalized)
+
+
+def test_crop_is_resize_then_the_middle():
+    path = find_photo("skimage/data/coffee.png")  # 600x400
+    found = load(path, resolution="256")
+    resized = Image.open(path).convert("RGB").resize((320, 213), Image.LANCZOS)
+    assert np.array_equal(found.pixels, np.array(resized)[10:202])
+
+
+def test_native_leaves_pixels_alone(tmp_path):
+    image = gradient(45, 30)
+    found = load(save(tmp_path, image), resolution="native")
+    assert np.array_equal(found.pixels, np.array(image)[3:27, 2:42])
+
+
+def test_pad_repeats_the_border_and_weighs_nothing(tmp_path):
+    image = gradient(64, 32)
+    found = load(save(tmp_path, image), width=64, height=64, fit="pad")
+    pixels = np.array(image)
+    assert np.array_equal(found.pixels[16:48], pixels)
+    assert (found.pixels[:16] == pixels[0]).all()
+    assert (found.pixels[48:] == pixels[-1]).all()
+    assert found.weight.tolist() == [[0.0] * 8] * 2 + [[1.0] * 8] * 4 + [[0.0] * 8] * 2
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_every_filter_is_pillows(tmp_path, name):
+    image = gradient(100, 70)
+    found = load(save(tmp_path, image), name, width=64, height=48, fit="stretch")
+    assert np.array_equal(found.pixels, np.array(image.resize((64, 48), Image.Resampling[name.upper()])))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation_is_applied_to_pixels_and_alpha(tmp_path, orientation):
+    image = gradient(64, 32, "RGBA")
+    image.putalpha(Image.linear_gradient("L").resize((64, 32)))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path, image, exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(path))
+    found = load(path, resolution="native")
+    assert np.array_equal(found.pixels, np.array(upright.convert("RGB")))
+    alpha = np.array(upright.getchannel("A")).astype(np.float32) / 255
+    height, width = alpha.shape
+    assert np.allclose(found.weight, alpha.reshape(height // 8, 8, width // 8, 8).mean((1, 3)))
+    assert found.notes == (("oriented",) if orientation > 1 else ())
+
+
+@pytest.mark.parametrize("down", [True, False])
+def test_weight_rows_and_columns_are_not_swapped(tmp_path, down):
+    ramp = np.linspace(0, 255, 64 if down else 128).round().astype(np.uint8)
+    alpha = np.repeat(ramp[:, None], 128, 1) if down else np.repeat(ramp[None], 64, 0)
+    image = gradient(128, 64, "RGBA")
+    image.putalpha(Image.fromarray(alpha))
+    weight = load(save(tmp_path, image), resolution="native").weight
+    assert weight.shape == (8, 16)  # h, w of the latent
+    along, across = (0, 1) if down else (1, 0)
+    assert (np.diff(weight, axis=along) > 0.05).all()
+    assert np.allclose(np.diff(weight, axis=across), 0)
+
+
+def test_weight_is_cut_like_the_pixels(tmp_path):
+    image = gradient(128, 64, "RGBA")
+    alpha = np.zeros((64, 128), np.uint8)
+    alpha[:, 32:64] = 255  # the left half of what a square crop keeps
+    image.putalpha(Image.fromarray(alpha))
+    weight = load(save(tmp_path, image), width=64, height=64).weight
+    assert weight.tolist() == [[1.0] * 4 + [0.0] * 4] * 8
+
+
+def palette_image():
+    """A palette image whose colour 0 is transparent, on its left half."""
+    image = Image.new("P", (64, 64), 1)
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.paste(0, (0, 0, 32, 64))
+    return image
+
+
+@pytest.mark.parametrize("suffix", ["png", "gif"])
+def test_palette_transparency_counts_as_alpha(tmp_path, suffix):
+    path = save(tmp_path, palette_image(), f"x.{suffix}", transparency=0)
+    found = load(path, resolution="native")
+    assert found.weight.tolist() == [[0.0] * 4 + [1.0] * 4] * 8
+    assert found.pixels[0, 0].tolist() == [10, 20, 30]  # the stored colour is kept
+    assert found.pixels[0, 63].tolist() == [200, 100, 50]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_transparent_colour_counts_as_alpha(tmp_path, mode):
+    image = Image.new(mode, (64, 64), 7 if mode == "L" else (7, 7, 7))
+    image.paste(200 if mode == "L" else (200, 200, 200), (0, 0, 64, 32))
+    path = save(tmp_path, image, transparency=7 if mode == "L" else (7, 7, 7))
+    found = load(path, resolution="native")
+    assert found.weight.tolist() == [[1.0] * 8] * 4 + [[0.0] * 8] * 4
+    assert found.pixels[63, 0].tolist() == [7, 7, 7]
+
+
+def test_opaque_alpha_is_no_weight_map_and_constant_alpha_is_one(tmp_path):
+    image = gradient(64, 64, "RGBA")
+    image.putalpha(255)
+    assert load(save(tmp_path, image), resolution="native").weight is None
+    image.putalpha(51)
+    assert np.allclose(load(save(tmp_path, image), resolution="native").weight, 0.2)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "CMYK", "YCbCr"])
+def test_other_modes_are_pillows_rgb(tmp_path, mode):
+    image = gradient(64, 64).convert(mode)
+    path = save(tmp_path, image, "x.tif" if mode in ("CMYK", "YCbCr") else "x.png")
+    found = load(path, resolution="native")
+    opened = Image.open(path)
+    assert np.array_equal(found.pixels, np.array(opened.convert("RGB")))
+
+
+def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
+    values = (np.arange(64 * 64, dtype=np.uint32) * 16).astype(np.uint16).reshape(64, 64)
+    path = save(tmp_path, Image.fromarray(values))
+    found = load(path, resolution="native")
+    assert np.abs(found.pixels[..., 0].astype(float) - values / 257).max() <= 0.5
+
+
+def test_modes_without_a_known_range_are_skipped_and_said_so(tmp_path):
+    path = save(tmp_path, Image.fromarray(np.zeros((64, 64), np.float32)), "x.tif")
+    found = load(path, resolution="native")
+    assert (found.reason, found.detail) == ("unsupported_mode", "Pillow mode F")
+
+
+def test_a_photo_in_adobe_rgb_is_converted_to_srgb():
+    path = find_photo("skimage/data/rocket.jpg")
+    opened = Image.open(path)
+    profile = io.BytesIO(opened.info["icc_profile"])
+    wanted = ImageCms.profileToProfile(opened, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    found = load(path, resolution="native")
+    assert np.array_equal(found.pixels, np.array(wanted)[1:425])
+    assert np.abs(found.pixels.astype(int) - np.array(opened.convert("RGB"))[1:425]).mean() > 2  # and it matters
+    assert found.notes == ("icc_to_srgb",)
+
+
+def test_a_lab_image_is_converted_by_its_profile(tmp_path):
+    lab, srgb = ImageCms.createProfile("LAB", 5000), ImageCms.createProfile("sRGB")
+    image = ImageCms.profileToProfile(gradient(64, 64), srgb, lab, outputMode="LAB")
+    path = save(tmp_path, image, "x.tif", icc_profile=ImageCms.ImageCmsProfile(lab).tobytes())
+    found = load(path, resolution="native")
+    opened = Image.open(path)
+    wanted = ImageCms.profileToProfile(opened, io.BytesIO(opened.info["icc_profile"]), srgb, outputMode="RGB")
+    assert np.array_equal(found.pixels, np.array(wanted))
+
+
+def test_an_srgb_profile_changes_no_pixel(tmp_path):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    found = load(save(tmp_path, gradient(64, 64), icc_profile=profile), resolution="native")
+    assert np.array_equal(found.pixels, np.array(gradient(64, 64)))
+    assert found.notes == ()
+
+
+def test_a_broken_profile_is_noted_and_passed_over(tmp_path):
+    found = load(save(tmp_path, gradient(64, 64), icc_profile=b"not a profile"), resolution="native")
+    assert np.array_equal(found.pixels, np.array(gradient(64, 64)))
+    assert found.notes == ("icc_unusable",)
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [gradient(64, 64).rotate(90 * n) for n in range(3)]
+    path = save(tmp_path, frames[0], "x.webp", save_all=True, append_images=frames[1:], lossless=True)
+    found = load(path, resolution="native")
+    assert np.array_equal(found.pixels, np.array(frames[0]))
+    assert found.notes == ("first_frame",)
+
+
+def test_digest_is_of_the_files_bytes(tmp_path):
+    path = save(tmp_path, gradient(64, 64))
+    found = load(path, resolution="native")
+    assert isinstance(found, Pixels)
+    assert found.digest == hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
+
+
+def cut(data):
+    return data[: len(data) // 2]
+
+
+def scramble(data):
+    return data[:60] + bytes(reversed(data[60:]))
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "tif"])
+@pytest.mark.parametrize("damage", [cut, scramble])
+def test_damage_behind_the_header_is_a_skip_and_never_an_exception(tmp_path, suffix, damage):
+    path = save(tmp_path, Image.effect_noise((64, 64), 90).convert("RGB"), f"x.{suffix}")
+    item = read_item(path, path.name)
+    place = make_place(Geometry.from_options(resolution="native"), 8)
+    data = damage(path.read_bytes())
+    path.write_bytes(data + bytes(item.nbytes - len(data)))
+    found = load_pixels(tmp_path, item, place(item.size), "lanczos", 8)
+    if isinstance(found, Skip):
+        assert found.reason in ("unreadable", "truncated", "changed", "too_large")
+        assert found.key == path.name
+        assert "\n" not in found.detail
+    else:  # a JPEG's pixels may be wrong without anybody's being able to tell
+        assert suffix in ("jpg", "gif", "webp", "tif")
+
+
+def test_a_file_that_changed_since_it_was_listed_is_a_skip(tmp_path):
+    path = save(tmp_path, gradient(64, 64))
+    item = read_item(path, path.name)
+    place = make_place(Geometry.from_options(resolution="native"), 8)
+    save(tmp_path, gradient(128, 64))
+    assert load_pixels(tmp_path, item, place(item.size), "lanczos", 8).reason == "changed"
+    path.unlink()
+    assert load_pixels(tmp_path, item, place(item.size), "lanczos", 8).reason == "unreadable"

@@ -1,0 +1,180 @@
+"""prepare/models.py and the built-in model: what is found, what is hashed, and what is said where there is nothing."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from latentprep.errors import UserError
+from latentprep.prepare.models import find_model, open_text, open_vae
+from tests.conftest import HELD_OUT, TINY, find_photo
+
+
+def test_tiny_is_a_diffusers_folder_of_at_most_4_mb():
+    assert sum(path.stat().st_size for path in TINY.rglob("*") if path.is_file()) <= 4_000_000
+    vae = AutoencoderKL.from_pretrained(TINY / "vae")
+    assert vae.config.latent_channels == 4
+    assert 2 ** (len(vae.config.block_out_channels) - 1) == 8
+    assert isinstance(CLIPTextModel.from_pretrained(TINY / "text_encoder"), CLIPTextModel)
+    folder = open_vae(find_model("tiny"))
+    assert (folder.factor, folder.latent_channels, folder.scaling_factor) == (8, 4, vae.config.scaling_factor)
+    assert open_text(find_model("tiny")).max_tokens == 77
+
+
+@torch.inference_mode()
+def test_tiny_restores_photos_it_never_saw():
+    vae = AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32).eval()
+    psnr = []
+    for name in HELD_OUT:
+        photo = Image.open(find_photo(name)).convert("RGB")
+        photo = photo.crop((0, 0, photo.width // 8 * 8, photo.height // 8 * 8))
+        pixels = torch.from_numpy(np.array(photo).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+        restored = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+        psnr.append(-10 * math.log10(((restored - pixels) / 2).square().mean().item()))
+    assert sum(psnr) / len(psnr) >= 24
+
+
+@torch.inference_mode()
+def test_tinys_latents_have_unit_spread_once_scaled():
+    vae = AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32).eval()
+    photo = Image.open(find_photo(HELD_OUT[0])).convert("RGB")
+    pixels = torch.from_numpy(np.array(photo).astype(np.float32) / 127.5 - 1).permute(2, 0, 1)[None]
+    scaled = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
+    assert 0.5 < scaled.std().item() < 2
+
+
+def test_tinys_tokenizer_is_byte_level():
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    assert len(tokenizer) == 514
+    ids = tokenizer("a Cat ☃").input_ids
+    assert ids[0] == 512
+    assert ids[-1] == 513
+    assert len(ids) == 2 + 1 + 3 + 3  # start and end; "a"; "cat"; three bytes of a snowman
+    vocabulary = json.loads((TINY / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))
+    assert vocabulary == tokenizer.get_vocab()
+
+
+def copy(model, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(model, folder)
+    return folder
+
+
+def test_digest_is_of_weights_and_config_and_not_of_names(model, tmp_path):
+    folder = copy(model, tmp_path)
+    assert open_vae(folder).digest == open_vae(model).digest
+    assert open_text(folder).digest == open_text(model).digest
+    config = json.loads((folder / "vae/config.json").read_text())
+    (folder / "vae/config.json").write_text(json.dumps({**config, "_diffusers_version": "9.9", "_name_or_path": "/x"}))
+    assert open_vae(folder).digest == open_vae(model).digest
+    (folder / "vae/config.json").write_text(json.dumps({**config, "scaling_factor": 0.5}))
+    assert open_vae(folder).digest != open_vae(model).digest
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_one_changed_byte_of_weights_is_another_digest(model, tmp_path, part):
+    folder = copy(model, tmp_path)
+    path = folder / f"{part}.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    changed = (open_vae(folder).digest != open_vae(model).digest, open_text(folder).digest != open_text(model).digest)
+    assert changed == (part.startswith("vae"), part.startswith("text"))
+
+
+def test_vae_only_folder(model):
+    assert open_vae(model / "vae").digest == open_vae(model).digest
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such/folder", "no such folder. Give a diffusers folder, a hub id such as owner/name, or tiny."),
+        ("nothing-here", "no such folder. Give a diffusers folder, a hub id such as owner/name, or tiny."),
+        ("model.ckpt", "a file, expected a folder in diffusers layout or a hub id such as owner/name."),
+    ],
+)
+def test_models_that_are_not_there(tmp_path, monkeypatch, name, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    with pytest.raises(UserError) as error:
+        find_model(name)
+    assert str(error.value) == f"--model {name}: {message}"
+
+
+def test_hub_id_without_network_says_what_to_do(tmp_path, monkeypatch):
+    import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(UserError) as error:
+        find_model("stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert str(error.value) == (
+        "--model stable-diffusion-v1-5/stable-diffusion-v1-5: not on this machine, and the hub cannot be reached. "
+        "Download it where there is a network (hf download stable-diffusion-v1-5/stable-diffusion-v1-5), "
+        "point --model at a diffusers folder, or try latentprep out with --model tiny."
+    )
+
+
+def damage_nothing(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def damage_class(folder):
+    (folder / "vae/config.json").write_text('{"_class_name": "VQModel"}')
+
+
+def damage_json(folder):
+    (folder / "vae/config.json").write_text("{")
+
+
+def damage_weights(folder):
+    (folder / "vae/diffusion_pytorch_model.safetensors").rename(folder / "vae/diffusion_pytorch_model.bin")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_nothing, "not a diffusers folder, it has no config.json."),
+        (damage_class, "its VAE is VQModel, expected AutoencoderKL."),
+        (damage_json, "cannot be read"),
+        (
+            damage_weights,
+            "no diffusion_pytorch_model.safetensors (found diffusion_pytorch_model.bin). Save the model again",
+        ),
+    ],
+)
+def test_folders_without_a_usable_vae(model, tmp_path, damage, message):
+    folder = copy(model, tmp_path)
+    damage(folder)
+    with pytest.raises(UserError) as error:
+        open_vae(folder)
+    assert message in str(error.value)
+    assert str(folder) in str(error.value)
+
+
+def test_folders_without_a_usable_text_encoder(model, tmp_path):
+    with pytest.raises(
+        UserError, match="has no model_index.json, so no text encoder. Give a pipeline folder, or --no-cond."
+    ):
+        open_text(model / "vae")
+    folder = copy(model, tmp_path)
+    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    with pytest.raises(
+        UserError, match="a FluxPipeline, expected StableDiffusionPipeline or StableDiffusionXLPipeline"
+    ):
+        open_text(folder)
+    shutil.copy(model / "model_index.json", folder / "model_index.json")
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(UserError, match="has no text_encoder and tokenizer folders"):
+        open_text(folder)

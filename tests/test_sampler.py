@@ -1,0 +1,161 @@
+"""read/sampler.py: every sample exactly once, whatever the batch size, ranks and buckets; and resuming."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
+from latentprep.errors import UserError
+from tests.conftest import SMALL
+
+
+class Data:
+    """What a sampler asks of a dataset: `counts` images in each bucket, laid out one bucket after the other."""
+
+    def __init__(self, *counts, repeats=1):
+        self.counts, self.repeats = counts, repeats
+        self.buckets = [(4, 8, 8 + n) for n in range(len(counts))]
+        self.num_images = sum(counts)
+
+    def __len__(self):
+        return self.num_images * self.repeats
+
+    def rows_of_bucket(self, bucket):
+        start = sum(self.counts[:bucket])
+        return np.arange(start, start + self.counts[bucket])
+
+    def bucket(self, index):
+        return int(np.searchsorted(np.cumsum(self.counts), index % self.num_images, side="right"))
+
+
+@pytest.mark.parametrize("counts", [(1,), (7,), (10, 3), (5, 1, 12), (33, 8, 8)])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 100])
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_every_sample_exactly_once_in_batches_of_one_bucket(counts, batch_size, repeats):
+    data = Data(*counts, repeats=repeats)
+    sampler = BucketBatchSampler(data, batch_size)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(batches) == len(sampler)
+        assert all(1 <= len(batch) <= batch_size for batch in batches)
+        assert all(len({data.bucket(index) for index in batch}) == 1 for batch in batches)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(data)))
+
+
+@pytest.mark.parametrize("counts", [(1,), (7, 40), (10, 3), (33, 8, 8)])
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("world_size", [2, 3, 8])
+@pytest.mark.filterwarnings("ignore:.*samples are left out")
+def test_ranks_share_the_epoch_with_one_bucket_a_step(counts, batch_size, world_size):
+    data = Data(*counts)
+    ranks = [BucketBatchSampler(data, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    steps = list(zip(*(list(sampler) for sampler in ranks), strict=True))  # all have as many steps
+    for step in steps:
+        assert len({data.bucket(index) for batch in step for index in batch}) == 1
+        assert all(1 <= len(batch) <= batch_size for batch in step)
+        assert max(map(len, step)) - min(map(len, step)) <= 1
+    seen = Counter(index for step in steps for batch in step for index in batch)
+    assert set(seen.values()) <= {1}
+    assert len(seen) == len(data) - ranks[0].num_dropped
+    if batch_size > 1:
+        assert ranks[0].num_dropped == sum(count for count in counts if count < world_size)
+
+
+def test_what_cannot_be_shared_out_is_said():
+    with pytest.warns(UserWarning, match="3 samples are left out of each epoch: too few in a bucket for 4 ranks"):
+        BucketBatchSampler(Data(3, 8), 2, world_size=4)
+
+
+def test_drop_last_leaves_out_leftovers_only():
+    sampler = BucketBatchSampler(Data(10, 3), 4, drop_last=True)
+    assert [len(batch) for batch in sampler] == [4, 4]
+    assert sampler.num_dropped == 5
+
+
+def test_order_follows_from_seed_and_epoch():
+    data = Data(50, 50)
+
+    def order(seed, epoch):
+        sampler = BucketBatchSampler(data, 4, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 1) != order(1, 0)
+    plain = BucketBatchSampler(data, 4, shuffle=False)
+    assert [index for batch in plain for index in batch] == list(range(100))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 7, 25])
+def test_sampler_goes_on_in_mid_epoch(stop):
+    data = Data(60, 40)
+    sampler = BucketBatchSampler(data, 4, seed=9)
+    sampler.set_epoch(2)
+    whole = list(sampler)
+    state = sampler.state_dict(next_batch=stop)
+    other = BucketBatchSampler(data, 4, seed=9)
+    other.load_state_dict(state)
+    assert list(other) == whole[stop:]
+
+
+@pytest.mark.parametrize("change", [{"batch_size": 5}, {"seed": 1}, {"world_size": 2}, {"shuffle": False}])
+def test_a_state_of_another_sampler_is_refused(change):
+    state = BucketBatchSampler(Data(60), 4, seed=0).state_dict()
+    options = {"batch_size": 4, "seed": 0, **change}
+    with pytest.raises(UserError, match=rf"load_state_dict: saved with {next(iter(change))}="):
+        BucketBatchSampler(Data(60), **options).load_state_dict(state)
+    with pytest.raises(UserError, match="saved with num_samples=60, this sampler has num_samples=61"):
+        BucketBatchSampler(Data(61), 4, seed=0).load_state_dict(state)
+
+
+@pytest.fixture
+def data(run, images, tmp_path):
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL).code == 0
+    return LatentDataset(str(tmp_path / "c"), latent_sampling_method="random", repeats=4)
+
+
+def read(loader):
+    return [(batch.index.tolist(), batch.latent_sample.sum().item()) for batch in loader]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_goes_on_in_mid_epoch_with_any_number_of_workers(data, workers):
+    loader = LatentLoader(data, 3, seed=4)
+    read(loader)  # epoch 0
+    whole = read(loader)  # epoch 1
+    loader.set_epoch(1)
+    seen = []
+    for batch in loader:
+        seen.append((batch.index.tolist(), batch.latent_sample.sum().item()))
+        if len(seen) == 5:
+            break
+    other = LatentLoader(data, 3, seed=4, num_workers=workers)
+    other.load_state_dict(loader.state_dict())
+    assert seen + read(other) == whole
+    assert other.epoch == 2
+    assert len(read(other)) == len(whole)  # and the epoch after is whole again
+
+
+def test_a_loop_that_was_left_starts_its_epoch_again(data):
+    loader = LatentLoader(data, 3)
+    first = next(iter(loader)).index.tolist()
+    assert read(loader)[0][0] == first
+    assert loader.epoch == 1
+
+
+def test_batch_size_and_gradient_step_are_clamped_to_the_data(data):
+    loader = LatentLoader(data, 1000, gradient_step=7)
+    assert (loader.batch_size, loader.gradient_step) == (32, 1)
+    assert LatentLoader(data, 10, gradient_step=7).gradient_step == 3
+    assert [len(batch) for batch in loader] == [16, 16]
+
+
+def test_wrong_arguments():
+    with pytest.raises(UserError, match="batch_size=0: expected at least 1."):
+        BucketBatchSampler(Data(3), 0)
+    with pytest.raises(UserError, match=r"rank=2, world_size=2: expected 0 <= rank < world_size."):
+        BucketBatchSampler(Data(3), 1, rank=2, world_size=2)

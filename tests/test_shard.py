@@ -1,0 +1,222 @@
+"""cache/: the format's bytes, round trips, atomic writes, and files that are not what they should be."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from latentprep.cache import manifest as manifests
+from latentprep.cache.manifest import Manifest, ShardEntry, commit, open_manifest, read_skips
+from latentprep.cache.shard import (
+    LatentGroup,
+    Text,
+    TextGroup,
+    cond_of,
+    open_shard,
+    read_captions,
+    read_keys,
+    strings_of,
+    write_latents,
+    write_text,
+)
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.records import Skip
+
+KEYS = ["a/b.jpg", "é.png", "bad-\udcff.png", ""]
+
+
+def latent_group(label="h16w8", rows=4, **changes):
+    fields = {
+        "latent_mean": torch.arange(rows * 16, dtype=torch.float16).reshape(rows, 1, 4, 2, 2),
+        "latent_std": torch.full((rows, 1, 4, 2, 2), 0.5, dtype=torch.float16),
+        "weight": torch.ones(rows, 1, 2, 2, dtype=torch.float16),
+        "original_size": torch.full((rows, 2), 9, dtype=torch.int32),
+        "resized_size": torch.full((rows, 1, 2), 8, dtype=torch.int32),
+        "crop": torch.zeros(rows, 1, 4, dtype=torch.int32),
+        "flipped": torch.zeros(1, dtype=torch.uint8),
+        "digest": torch.zeros(rows, 16, dtype=torch.uint8),
+    }
+    return LatentGroup(label, **{**fields, **changes})
+
+
+def text(rows=4):
+    numbers = np.arange(rows, dtype=np.int64)
+    group = TextGroup(
+        "h16w8", KEYS[:rows], [["one", ""], ["zwei"], [], ["ü"]][:rows], np.array([[0], [1], [0], [1]], np.int32)[:rows],
+        numbers, numbers * 10**15,
+    )  # fmt: skip
+    cond = {"prompt_embeds": torch.arange(12, dtype=torch.float16).reshape(2, 3, 2)}
+    return Text([group], ["first", "second ☃"], cond, np.array([4, 9], np.int32), 77)
+
+
+def test_header_and_bytes_of_format_1_are_pinned(tmp_path):
+    storage = Storage(tmp_path)
+    write_latents(storage, "u", [latent_group()], {"recipe": "r", "scaling_factor": 0.5})
+    data = (tmp_path / "shards" / "u.latents.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert header.pop("__metadata__") == {
+        "latentprep": '{"format":1,"groups":[["h16w8",4]],"kind":"latents","recipe":"r","scaling_factor":0.5}'
+    }
+    assert {name.removeprefix("h16w8/"): (t["dtype"], t["shape"]) for name, t in header.items()} == {
+        "latent_mean": ("F16", [4, 1, 4, 2, 2]),
+        "latent_std": ("F16", [4, 1, 4, 2, 2]),
+        "weight": ("F16", [4, 1, 2, 2]),
+        "original_size": ("I32", [4, 2]),
+        "resized_size": ("I32", [4, 1, 2]),
+        "crop": ("I32", [4, 1, 4]),
+        "flipped": ("U8", [1]),
+        "digest": ("U8", [4, 16]),
+    }
+    write_text(storage, "u", "t", text(), {})
+    data += (tmp_path / "shards" / "u.t.text.safetensors").read_bytes()
+    assert hashlib.sha256(data).hexdigest() == "0a244091b5d704e4bc7a55ea56a6060e486132dac2c0ef05db695f9c73e780a6"
+
+
+def test_round_trip_of_both_files(tmp_path):
+    storage = Storage(tmp_path)
+    write_latents(storage, "u", [latent_group(), latent_group("h8w16", weight=None, latent_std=None)], {})
+    write_text(storage, "u", "t", text(), {"recipe": "r"})
+    latents = open_shard(storage, "shards/u.latents.safetensors")
+    words = open_shard(storage, "shards/u.t.text.safetensors")
+    assert list(latents.groups()) == [("h16w8", 4), ("h8w16", 4)]
+    assert torch.equal(latents.tensors["h16w8/latent_mean"], latent_group().latent_mean)
+    assert latents.get("h8w16", "weight") is None
+    assert latents.get("h8w16", "latent_std") is None
+    assert read_keys(words, "h16w8") == KEYS
+    assert read_captions(words, "h16w8") == [["one", ""], ["zwei"], [], ["ü"]]
+    assert strings_of(words.tensors, "prompt") == ["first", "second ☃"]
+    assert strings_of(words.tensors, "prompt", np.array([1])) == ["second ☃"]
+    assert torch.equal(cond_of(words.tensors)["prompt_embeds"], text().cond["prompt_embeds"])
+    assert words.metadata["max_tokens"] == 77
+    assert words.tensors["h16w8/mtime_ns"].tolist()[3] == 3 * 10**15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_store_dtype_can_be_read(tmp_path, dtype):
+    storage = Storage(tmp_path)
+    group = latent_group(latent_mean=latent_group().latent_mean.to(dtype))
+    write_latents(storage, "u", [group], {})
+    assert open_shard(storage, "shards/u.latents.safetensors").tensors["h16w8/latent_mean"].dtype == dtype
+
+
+def test_writing_twice_gives_the_same_bytes(tmp_path):
+    for name in ("a", "b"):
+        write_text(Storage(tmp_path / name), "u", "t", text(), {"one": 1, "two": {"b": 1, "a": 2}, "three": [3]})
+    assert (tmp_path / "a/shards/u.t.text.safetensors").read_bytes() == (
+        tmp_path / "b/shards/u.t.text.safetensors"
+    ).read_bytes()
+
+
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty", "newer", "foreign"])
+def test_what_is_not_a_shard_is_one_clear_line_with_its_name(tmp_path, damage):
+    from safetensors.torch import save_file
+
+    storage = Storage(tmp_path)
+    write_latents(storage, "u", [latent_group()], {})
+    path = tmp_path / "shards" / "u.latents.safetensors"
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-7])
+    elif damage == "text":
+        path.write_text("this is no safetensors file")
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "newer":
+        save_file({"x": torch.zeros(1)}, path, {"latentprep": '{"format": 2}'})
+    else:
+        save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(UserError) as error:
+        open_shard(storage, "shards/u.latents.safetensors")
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+    if damage == "newer":
+        assert "format 2, this latentprep reads up to format 1. Upgrade latentprep." in str(error.value)
+
+
+def test_missing_shard_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"shards/u.latents.safetensors: missing"):
+        open_shard(Storage(tmp_path), "shards/u.latents.safetensors")
+
+
+def test_write_is_atomic_where_it_fails(tmp_path, monkeypatch):
+    storage = Storage(tmp_path)
+    storage.write_atomic("shards/x", b"old")
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"x: cannot write \(No space left on device\)"):
+        storage.write_atomic("shards/x", b"new")
+    assert (tmp_path / "shards" / "x").read_bytes() == b"old"
+    assert [path.name for path in (tmp_path / "shards").iterdir()] == ["x"]
+
+
+def test_cache_on_another_file_system(tmp_path):
+    storage = Storage("memory://somewhere/cache")
+    write_latents(storage, "u", [latent_group()], {"recipe": "r"})
+    found = open_shard(storage, "shards/u.latents.safetensors")
+    assert torch.equal(found.tensors["h16w8/latent_mean"], latent_group().latent_mean)
+    assert found.metadata["recipe"] == "r"
+    assert storage.names("shards") == ["shards/u.latents.safetensors"]
+
+
+def manifest():
+    shards = [
+        ShardEntry("u1", "t1", [("h16w8", 3, [4, 2, 1]), ("h8w16", 1, [4, 1, 2])], 10, 20),
+        ShardEntry("u2", "t2", [], 1, 2),
+    ]
+    return Manifest({"latents": {"vae": "x"}, "text": {}}, {"factor": 8}, {"model": "m"}, shards)
+
+
+def test_manifest_round_trip(tmp_path):
+    storage = Storage(tmp_path)
+    skips = [Skip("b", "too_small", "1x1 < 2", 5, 6), Skip("a\n", "unreadable", "é")]
+    commit(storage, manifest(), skips)
+    found = open_manifest(storage)
+    assert found.shards == manifest().shards
+    assert (found.num_images, found.num_skipped) == (4, 2)
+    assert read_skips(storage) == [skips[1], skips[0]]
+    assert json.loads((tmp_path / "cache.json").read_text())["counts"] == {"images": 4, "skipped": 2}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "not a latent cache, it has no cache.json. Make one with latentprep encode."),
+        ("{", "cannot be read"),
+        ("[]", "not a manifest"),
+        ("{}", "no format number"),
+        ('{"format": 7}', "format 7, this latentprep reads up to format 1. Upgrade latentprep."),
+        ('{"format": 1}', "not a complete manifest"),
+        ('{"format": 1, "shards": [{"unit": 1}]}', "not a complete manifest"),
+    ],
+)
+def test_manifests_that_are_none(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / manifests.NAME).write_text(content)
+    with pytest.raises(UserError) as error:
+        open_manifest(Storage(tmp_path))
+    assert message in str(error.value)
+    assert str(tmp_path) in str(error.value)
+
+
+def test_unfinished_cache_says_how_to_finish_it(tmp_path):
+    write_latents(Storage(tmp_path), "u", [latent_group()], {})
+    with pytest.raises(UserError, match="an unfinished cache. Run the same latentprep encode again"):
+        open_manifest(Storage(tmp_path))
+
+
+def test_only_storage_opens_files_for_writing():
+    package = Path(manifests.__file__).parent.parent
+    for path in package.rglob("*.py"):
+        if path.name not in ("storage.py", "demo.py"):
+            source = path.read_text()
+            assert not any(
+                call in source for call in (".write_bytes(", ".write_text(", ', "wb"', ', "w"', "save_file(")
+            ), path

@@ -1,0 +1,130 @@
+"""prepare/source.py: what is found in a folder, by headers alone."""
+
+import os
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+
+from latentprep.errors import UserError
+from latentprep.prepare.source import list_folder, read_item
+from latentprep.records import Item
+from tests.conftest import gradient
+
+
+def exif(orientation):
+    data = Image.Exif()
+    data[0x0112] = orientation
+    return data
+
+
+def test_folder_is_searched_recursively_and_sorted(tmp_path):
+    for key in ("b.png", "a/c.JPG", "a/b/d.webp", ".hidden/x.png", "a/.y.png"):
+        (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+        gradient(10, 6).save(tmp_path / key)
+    (tmp_path / "a" / "notes.md").write_text("x")
+    found = list_folder(tmp_path)
+    assert [item.key for item in found.items] == ["a/b/d.webp", "a/c.JPG", "b.png"]
+    assert {item.size for item in found.items} == {(6, 10)}
+    assert found.others == ["a/notes.md"]
+    status = (tmp_path / "b.png").stat()
+    assert (found.items[-1].nbytes, found.items[-1].mtime_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def test_links_to_folders_are_followed_and_circles_end(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    gradient(8, 8).save(tmp_path / "elsewhere" / "a.png")
+    os.symlink(tmp_path / "elsewhere", tmp_path / "photos" / "link")
+    os.symlink(tmp_path / "photos", tmp_path / "photos" / "circle")
+    os.symlink(tmp_path / "nowhere.png", tmp_path / "photos" / "dangling.png")
+    found = list_folder(tmp_path / "photos")
+    assert [item.key for item in found.items] == ["link/a.png"]
+    assert [(skip.key, skip.reason) for skip in found.skips] == [("dangling.png", "unreadable")]
+
+
+def test_caches_are_not_images(tmp_path):
+    gradient(8, 8).save(tmp_path / "a.png")
+    (tmp_path / "old.latents" / "shards").mkdir(parents=True)
+    (tmp_path / "old.latents" / "cache.json").write_text("{}")
+    (tmp_path / "out").mkdir()
+    for name in ("old.latents", "out"):
+        gradient(8, 8).save(tmp_path / name / "preview.png")
+    assert [item.key for item in list_folder(tmp_path, without=tmp_path / "out").items] == ["a.png"]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_size_is_after_exif_orientation(tmp_path, orientation, suffix):
+    path = tmp_path / f"x.{suffix}"
+    gradient(20, 10).save(path, exif=exif(orientation))
+    item = read_item(path, "x")
+    assert isinstance(item, Item)
+    assert item.size == ((20, 10) if orientation >= 5 else (10, 20))
+
+
+def test_png_with_exif_behind_its_pixels(tmp_path):
+    path = tmp_path / "late.png"
+    gradient(20, 10).save(path)
+    data, payload = path.read_bytes(), exif(6).tobytes()
+    chunk = struct.pack(">I", len(payload)) + b"eXIf" + payload + struct.pack(">I", zlib.crc32(b"eXIf" + payload))
+    path.write_bytes(data[:-12] + chunk + data[-12:])
+    assert read_item(path, "x").size == (20, 10)
+
+
+def test_headers_are_read_without_decoding(tmp_path, monkeypatch):
+    for n, suffix in enumerate(("png", "jpg", "webp", "gif")):
+        gradient(20, 10).save(tmp_path / f"{n}.{suffix}")
+
+    def load(self):
+        raise AssertionError("decoded")
+
+    for name in ("PngImagePlugin.PngImageFile", "JpegImagePlugin.JpegImageFile", "WebPImagePlugin.WebPImageFile"):
+        monkeypatch.setattr(f"PIL.{name}.load", load)
+    assert len(list_folder(tmp_path).items) == 4
+
+
+@pytest.mark.parametrize(
+    ("content", "reason", "detail"),
+    [
+        (b"", "not_an_image", "empty file"),
+        (b"plain text, not a picture", "not_an_image", "no image format that Pillow knows (.png)"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 30, "unreadable", ""),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "unreadable", ""),
+    ],
+)
+def test_what_only_looks_like_an_image_is_a_skip(tmp_path, content, reason, detail):
+    gradient(8, 8).save(tmp_path / "good.png")
+    (tmp_path / "bad.png").write_bytes(content)
+    found = list_folder(tmp_path)
+    assert [item.key for item in found.items] == ["good.png"]
+    (skip,) = found.skips
+    assert skip.key == "bad.png"
+    assert skip.reason in (reason, "not_an_image")
+    assert detail in skip.detail
+    assert skip.nbytes == len(content)
+
+
+def test_absurd_dimensions_are_a_skip(tmp_path):
+    header = b"\x89PNG\r\n\x1a\n" + struct.pack(">I4sIIBBBBB", 13, b"IHDR", 300_000, 300_000, 8, 2, 0, 0, 0)
+    pixels = struct.pack(">I", 8) + b"IDAT" + bytes(12)
+    (tmp_path / "bomb.png").write_bytes(header + struct.pack(">I", zlib.crc32(header[12:])) + pixels)
+    (skip,) = list_folder(tmp_path).skips
+    assert skip.reason == "too_large"
+
+
+def test_folders_that_cannot_be_a_source(tmp_path):
+    (tmp_path / "file.png").write_bytes(b"x")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("x")
+    for name, message in {
+        "missing": "no such folder. Give the folder that holds the images.",
+        "file.png": "a file, expected a folder of images.",
+        "empty": "no images (it is empty). Expected files such as .jpg, .png or .webp.",
+        "texts": "no images (1 other files). Expected files such as .jpg, .png or .webp.",
+    }.items():
+        with pytest.raises(UserError) as error:
+            list_folder(tmp_path / name)
+        assert str(error.value) == f"SOURCE {tmp_path / name}: {message}"
