@@ -74,6 +74,25 @@ def photos(tmp_path) -> Path:
     return folder
 
 
+class NoBar:
+    """A progress bar for tests that call encode() themselves: it shows nothing."""
+
+    def __init__(self, total):
+        self.initial = 0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        return None
+
+    def set_postfix_str(self, text, refresh=True):
+        pass
+
+    def update(self, count):
+        pass
+
+
 def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:
     """A smooth picture in which no two rows, columns or channels are alike."""
     image = Image.new("RGB", (width, height))

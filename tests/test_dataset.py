@@ -141,7 +141,7 @@ def test_opening_touches_no_shard_and_pickles_without_maps(cache, tmp_path):
     assert not pickle.loads(pickle.dumps(data))._open
     for path in (tmp_path / "cache" / "shards").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match="missing. Run latentprep encode again"):
+    with pytest.raises(UserError, match=r"missing. Run latentprep encode again"):
         LatentDataset(cache)[0]
 
 
@@ -165,17 +165,17 @@ def test_wrong_arguments(cache, options, message):
 
 def test_what_a_cache_lacks_is_said_with_the_way_to_get_it(run, images, tmp_path):
     assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--store", "mean").code == 0
-    with pytest.raises(UserError, match="holds no mirrored views. Encode with --flip."):
+    with pytest.raises(UserError, match=r"holds no mirrored views. Encode with --flip."):
         LatentDataset(str(tmp_path / "c"), latent_sampling_method="deterministic", flip_p=0.5)
     with pytest.raises(UserError, match=r"holds means only. Use 'deterministic', or encode with --store mean\+std."):
         LatentDataset(str(tmp_path / "c"), latent_sampling_method="random")
     assert LatentDataset(str(tmp_path / "c"), latent_sampling_method="deterministic")[0].latent_std is None
-    with pytest.raises(UserError, match="not a latent cache"):
+    with pytest.raises(UserError, match=r"not a latent cache"):
         LatentDataset(str(tmp_path))
 
 
 def test_a_batch_of_two_buckets_is_refused(cache):
-    with pytest.raises(UserError, match="a batch of 2 indices mixes latents of 2 shapes. Read with LatentLoader"):
+    with pytest.raises(UserError, match=r"a batch of 2 indices mixes latents of 2 shapes. Read with LatentLoader"):
         LatentDataset(cache).__getitems__([0, 7])
     with pytest.raises(IndexError):
         LatentDataset(cache)[8]

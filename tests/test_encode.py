@@ -86,7 +86,7 @@ def test_latents_equal_autoencoderkl(run, photos, tmp_path, store_dtype):
         4,
     )
     assert result.code == 0
-    vae = AutoencoderKL.from_pretrained(TINY / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(TINY / "vae").float().eval()
     found = rows(tmp_path / "c")
     assert len(found) == 6
     dtype = getattr(torch, store_dtype)
@@ -310,7 +310,7 @@ def test_real_photos_with_the_true_architecture_of_sd_1_5(run, photos, tmp_path)
     assert len(found) == 6
     assert found["coffee.png"]["latent_mean"].shape == (1, 4, 24, 40)
     assert found["coffee.png"]["cond/prompt_embeds"].shape == (77, 768)
-    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(folder / "vae").float().eval()
     pixels = np.array(Image.open(photos / "coffee.png").convert("RGB").resize((320, 213), Image.LANCZOS))[10:202]
     mean, std = reference(vae, pixels)
     assert (found["coffee.png"]["latent_mean"][0] - mean).abs().max() < 1e-4 * mean.std()

@@ -64,7 +64,7 @@ def test_ranks_share_the_epoch_with_one_bucket_a_step(counts, batch_size, world_
 
 
 def test_what_cannot_be_shared_out_is_said():
-    with pytest.warns(UserWarning, match="3 samples are left out of each epoch: too few in a bucket for 4 ranks"):
+    with pytest.warns(UserWarning, match=r"3 samples are left out of each epoch: too few in a bucket for 4 ranks"):
         BucketBatchSampler(Data(3, 8), 2, world_size=4)
 
 
@@ -108,7 +108,7 @@ def test_a_state_of_another_sampler_is_refused(change):
     options = {"batch_size": 4, "seed": 0, **change}
     with pytest.raises(UserError, match=rf"load_state_dict: saved with {next(iter(change))}="):
         BucketBatchSampler(Data(60), **options).load_state_dict(state)
-    with pytest.raises(UserError, match="saved with num_samples=60, this sampler has num_samples=61"):
+    with pytest.raises(UserError, match=r"saved with num_samples=60, this sampler has num_samples=61"):
         BucketBatchSampler(Data(61), 4, seed=0).load_state_dict(state)
 
 
@@ -155,7 +155,7 @@ def test_batch_size_and_gradient_step_are_clamped_to_the_data(data):
 
 
 def test_wrong_arguments():
-    with pytest.raises(UserError, match="batch_size=0: expected at least 1."):
+    with pytest.raises(UserError, match=r"batch_size=0: expected at least 1."):
         BucketBatchSampler(Data(3), 0)
     with pytest.raises(UserError, match=r"rank=2, world_size=2: expected 0 <= rank < world_size."):
         BucketBatchSampler(Data(3), 1, rank=2, world_size=2)

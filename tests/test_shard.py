@@ -46,10 +46,9 @@ def latent_group(label="h16w8", rows=4, **changes):
 
 def text(rows=4):
     numbers = np.arange(rows, dtype=np.int64)
-    group = TextGroup(
-        "h16w8", KEYS[:rows], [["one", ""], ["zwei"], [], ["ü"]][:rows], np.array([[0], [1], [0], [1]], np.int32)[:rows],
-        numbers, numbers * 10**15,
-    )  # fmt: skip
+    captions = [["one", ""], ["zwei"], [], ["ü"]][:rows]
+    prompt_of = np.array([[0], [1], [0], [1]], np.int32)[:rows]
+    group = TextGroup("h16w8", KEYS[:rows], captions, prompt_of, numbers, numbers * 10**15)
     cond = {"prompt_embeds": torch.arange(12, dtype=torch.float16).reshape(2, 3, 2)}
     return Text([group], ["first", "second ☃"], cond, np.array([4, 9], np.int32), 77)
 
@@ -208,7 +207,7 @@ def test_manifests_that_are_none(tmp_path, content, message):
 
 def test_unfinished_cache_says_how_to_finish_it(tmp_path):
     write_latents(Storage(tmp_path), "u", [latent_group()], {})
-    with pytest.raises(UserError, match="an unfinished cache. Run the same latentprep encode again"):
+    with pytest.raises(UserError, match=r"an unfinished cache. Run the same latentprep encode again"):
         open_manifest(Storage(tmp_path))
 
 

@@ -20,10 +20,8 @@ class TextEncoder:
         self.names = PIPELINES[folder.pipeline]
         self.device = device
         left_out: dict[str, Any] = dict.fromkeys(PARTS_LEFT_OUT)
-        self.pipeline = DiffusionPipeline.from_pretrained(
-            folder.path, torch_dtype=dtype, use_safetensors=True, **left_out
-        )
-        self.pipeline.to(device)
+        self.pipeline = DiffusionPipeline.from_pretrained(folder.path, use_safetensors=True, **left_out)
+        self.pipeline.to(device, dtype)
         self.max_tokens = int(self.pipeline.tokenizer.model_max_length)
 
     @torch.inference_mode()

@@ -1,0 +1,79 @@
+"""Which part of the package may import which: wings do not know each other, and nothing heavy comes early."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import latentprep
+
+PACKAGE = Path(latentprep.__file__).parent
+WINGS = ("latentprep.prepare", "latentprep.read", "latentprep.look")
+
+
+def imported(path: Path) -> set[str]:
+    """Names of all modules that a file imports, anywhere in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+def wing(name: str) -> dict[str, set[str]]:
+    return {str(path.relative_to(PACKAGE)): imported(path) for path in (PACKAGE / name).rglob("*.py")}
+
+
+@pytest.mark.parametrize("name", ["prepare", "read", "look"])
+def test_wings_import_cache_and_never_each_other(name):
+    others = tuple(other for other in WINGS if not other.endswith(name))
+    for path, modules in wing(name).items():
+        assert not [module for module in modules if module.startswith(others)], path
+
+
+def test_cache_knows_none_of_the_wings():
+    for path, modules in wing("cache").items():
+        assert not [m for m in modules if m.startswith(("latentprep.prepare", "latentprep.read", "latentprep.look"))], (
+            path
+        )
+
+
+def test_stages_of_prepare_do_not_call_each_other():
+    """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
+    allowed = {
+        "captions.py": {"latentprep.prepare.source"},  # works on what list_folder found
+        "load.py": {"latentprep.prepare.source"},  # reads orientation and errors in the same way
+        "vae.py": {"latentprep.prepare.models"},
+        "text.py": {"latentprep.prepare.models"},
+    }
+    for name in ("source.py", "captions.py", "buckets.py", "load.py", "models.py", "vae.py", "text.py"):
+        modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
+        assert modules <= allowed.get(name, set()), name
+
+
+def loaded_after(code: str) -> set[str]:
+    command = f"{code}\nimport sys; print(' '.join(sorted({{name.partition('.')[0] for name in sys.modules}})))"
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    return set(result.stdout.splitlines()[-1].split())
+
+
+def test_help_never_imports_torch():
+    code = "import sys; sys.argv = ['latentprep', 'encode', '--help']; from latentprep.cli import main"
+    code += "\ntry: main()\nexcept SystemExit: pass"
+    heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "fsspec", "huggingface_hub", "tqdm"}
+    assert not loaded_after(code) & heavy
+
+
+def test_reader_needs_neither_diffusers_nor_transformers_nor_typer():
+    code = "from latentprep import LatentDataset, LatentLoader, LatentBatch, BucketBatchSampler"
+    assert not loaded_after(code) & {"diffusers", "transformers", "typer", "rich", "huggingface_hub", "PIL"}
+
+
+def test_nothing_is_pickled():
+    for path in PACKAGE.rglob("*.py"):
+        assert not imported(path) & {"pickle", "shelve", "marshal", "joblib", "dill"}, path
+        assert "torch.load" not in path.read_text(encoding="utf-8"), path
