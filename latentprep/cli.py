@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import warnings
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -117,7 +118,8 @@ def run_encode(options: Any, *, dry_run: bool = False) -> None:
     from tqdm import tqdm
 
     from latentprep.prepare import messages
-    from latentprep.prepare.encode import encode, prepare, quiet_libraries
+    from latentprep.prepare.devices import quiet_libraries
+    from latentprep.prepare.encode import encode, prepare
 
     prepared = prepare(options, _say)
     _say(messages.source_text(prepared))
@@ -190,11 +192,14 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that are the person's to mend are one line, and no traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
     try:
         app()
     except UserError as error:
         typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-        typer.echo(str(error), err=True)
+        _say(str(error))
         sys.exit(1)
 
 

@@ -161,7 +161,7 @@ def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
 def digest_of(value: Any) -> str:
     """32 hex digits: BLAKE2b of a JSON value in canonical form."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
 def latents_recipe(

@@ -10,7 +10,7 @@ from latentprep.errors import UserError
 def counter(*parts: object) -> int:
     """A 64-bit number that depends on every part and on nothing else: the seed of every random choice."""
     text = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def template_folder() -> Path:

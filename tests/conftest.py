@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentprep import cli
-from latentprep.prepare.encode import quiet_libraries
+from latentprep.prepare.devices import quiet_libraries
 
 quiet_libraries()
 torch.set_num_threads(1)

@@ -378,3 +378,37 @@ def test_vae_of_its_own(run, images, tmp_path, model):
 def test_default_out_is_beside_the_source(run, images):
     assert run("encode", f"{images}/", *SMALL).code == 0
     assert (Path(f"{images}.latents") / "cache.json").is_file()
+
+
+def test_names_that_are_not_utf_8(run, images, tmp_path):
+    folder = os.fsencode(images)
+    (images / "wide0.png").rename(os.fsdecode(folder + b"/caf\xe9.png"))
+    with open(folder + b"/broken\xff.png", "wb") as file:
+        file.write(b"x")
+    (images / "metadata.jsonl").write_text('{"file_name": "wide1.png", "text": "half a pair: \\ud83d"}\n')
+    result = encode_once(run, images, tmp_path / "c")
+    assert "skipped  1 not_an_image (broken\\udcff.png: " in result.out
+    assert "is complete: all 8 images" in encode_once(run, images, tmp_path / "c").out
+    found = json.loads(run("inspect", tmp_path / "c", "--key", os.fsdecode(b"caf\xe9.png"), "--json").out)
+    assert found["caption"] == ["caf?"]
+    assert run("inspect", tmp_path / "c", "--key", os.fsdecode(b"caf\xe9.png")).code == 0
+    assert run("inspect", tmp_path / "c").code == 0
+
+
+def test_a_cache_of_nothing_but_skips(run, images, tmp_path):
+    for path in images.glob("*.png"):
+        path.write_bytes(path.read_bytes()[:-40])
+    result = encode_once(run, images, tmp_path / "c")
+    assert "skipped  8 " in result.out
+    assert "cache    " in result.out
+    assert re.search(r"images +0", run("inspect", tmp_path / "c").out)
+    assert json.loads(run("inspect", tmp_path / "c", "--json").out)["skipped"] == {"truncated": 8}
+
+
+def test_no_cond_takes_the_stored_cond_away(run, images, tmp_path):
+    encode_once(run, images, tmp_path / "c")
+    assert (tmp_path / "c" / "uncond.safetensors").exists()
+    result = encode_once(run, images, tmp_path / "c", "--no-cond")
+    assert "new text for 8 images" in result.out
+    encode_once(run, images, tmp_path / "fresh", "--no-cond")
+    assert files(tmp_path / "fresh") == files(tmp_path / "c")

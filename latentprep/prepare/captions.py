@@ -65,14 +65,15 @@ def _stem(key: str) -> str:
 def _caption(
     item: Item, folder: Path, others: set[str], metadata: dict[str, str], word: re.Pattern[str] | None, joiner: str
 ) -> Item:
-    for suffix in SIDECARS:
-        sidecar = _stem(item.key) + suffix
-        if sidecar in others:
-            text = decode_text((folder / sidecar).read_bytes(), sidecar)
-            return replace(item, caption=text.strip(), caption_origin=suffix[1:])
-    if item.key in metadata:
-        return replace(item, caption=metadata[item.key].strip(), caption_origin="metadata")
-    return replace(item, caption=caption_from_name(item.key, word, joiner), caption_origin="filename")
+    text, origin = caption_from_name(item.key, word, joiner), "filename"
+    sidecar = next((_stem(item.key) + suffix for suffix in SIDECARS if _stem(item.key) + suffix in others), None)
+    if sidecar is not None:
+        text, origin = decode_text((folder / sidecar).read_bytes(), sidecar), PurePosixPath(sidecar).suffix[1:]
+    elif item.key in metadata:
+        text, origin = metadata[item.key], "metadata"
+    # names that are not UTF-8, and broken JSON escapes, hold lone surrogates: no tokenizer takes them
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    return replace(item, caption=text.strip(), caption_origin=origin)
 
 
 def caption_from_name(key: str, word: re.Pattern[str] | None = None, joiner: str = " ") -> str:

@@ -3,7 +3,7 @@
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -18,6 +18,7 @@ from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, tex
 from latentprep.errors import UserError
 from latentprep.prepare.buckets import make_place
 from latentprep.prepare.captions import Captioned, add_captions
+from latentprep.prepare.devices import choose_device, default_batch_size
 from latentprep.prepare.models import TextFolder, VaeFolder, find_model, open_text, open_vae
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
 from latentprep.prepare.source import list_folder
@@ -107,32 +108,6 @@ def prepare(options: EncodeOptions, say: Say) -> Prepared:
     return Prepared(options, storage, vae, text, device, recipe, existing, captioned, row_bytes, plan)
 
 
-def choose_device(device: str, dtype: str) -> tuple[str, str, str]:
-    """device, dtype and the reason for them. Raises UserError where the device is not there."""
-    import torch
-
-    reason = "asked for"
-    if device == "auto":
-        if torch.cuda.is_available():
-            device, reason = "cuda", "auto: " + torch.cuda.get_device_name()
-        elif torch.backends.mps.is_available():
-            device, reason = "mps", "auto: Apple GPU"
-        else:
-            device, reason = "cpu", "auto: no GPU that torch can use"
-    else:
-        kind, _, index = device.partition(":")
-        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if kind not in there or (index and (kind != "cuda" or not index.isdigit())):
-            raise UserError(f"--device {device}: expected auto, cuda, cuda:N, mps or cpu.")
-        if not there[kind]:
-            raise UserError(f"--device {device}: torch {torch.__version__} finds none here. Use --device auto or cpu.")
-        if index and int(index) >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
-    if dtype == "auto":
-        dtype = "float16" if device.startswith("cuda") else "float32"
-    return device, dtype, reason
-
-
 def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFolder, text: TextFolder | None) -> RowBytes:
     """What rows will cost on disk, from the configs alone."""
     width = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -159,11 +134,9 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     units = [*plan.new, *(unit for _, unit in plan.retext)]
     existing = set(storage.names("shards"))
     to_encode = {unit.id for unit in plan.new if latents_name(unit.id) not in existing}
-    if to_encode:
-        job.vae()  # now, and not in the middle of the first unit: its loading is no part of the images' speed
-    if job.text is not None and (prepared.manifest is None or changed_text(prepared)):
-        dtype = TORCH_DTYPES[options.store_dtype]
-        write_uncond(storage, {name: cond.to(dtype) for name, cond in job.text().encode([""]).items()}, job.metadata)
+    for load_model, is_needed in ((job.vae, bool(to_encode)), (job.text, True)):
+        if load_model is not None and is_needed:
+            load_model()  # now, and not in the middle of the first unit: loading is no part of the images' speed
 
     loop_started = time.perf_counter()
     with make_progress(sum(len(unit.items) for unit in units)) as bar:
@@ -171,35 +144,35 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
         def progress(count: int, encoded: bool) -> None:
             if not encoded:
                 bar.initial += count  # so that images/s counts what this run encodes
-            bar.set_postfix_str(
-                "waited: " + ", ".join(f"{name} {job.watch.seconds[name]:.0f}s" for name in STAGES), refresh=False
-            )
+            waits = ", ".join(f"{name} {job.watch.seconds[name]:.0f}s" for name in STAGES)
+            bar.set_postfix_str(f"waited: {waits}", refresh=False)
             bar.update(count)
 
         def load(item: Item, placement: Placement) -> Pixels | Skip:
             return load_pixels(options.source, item, placement, options.geometry.filter, prepared.vae.factor)
 
-        workers = options.workers or min(8, os.cpu_count() or 1)
-        result = run(units, to_encode, load, job, workers, progress)
+        result = run(units, to_encode, load, job, options.workers or min(8, os.cpu_count() or 1), progress)
     encode_seconds = time.perf_counter() - loop_started
 
+    write_empty_prompt(job)
     replaced = {entry.unit: entry for entry, _ in plan.retext}
     entries = {unit.unit: unit.entry() for unit in result.units if unit.groups}
+    shards = sorted([*plan.kept, *({**replaced, **entries}).values()], key=shard_order)
     new = [unit for unit in result.units if unit.unit not in replaced]
     skips = [*plan.skips, *(skip for unit in new for skip in unit.skips)]
-    shards = [*plan.kept, *({**replaced, **entries}).values()]
-    made = Manifest(
-        prepared.recipe, job.latent, made_with(prepared, job), sorted(shards, key=shard_order), len(skips)
-    )  # fmt: skip
-    commit(storage, made, skips)
+    commit(storage, Manifest(prepared.recipe, job.latent, made_with(prepared, job), shards, len(skips)), skips)
     for unit, old in replaced.items():
         if unit in entries and entries[unit].text != old.text:
             storage.delete(text_name(old.unit, old.text))
+
+    def count_rows(units: Iterable[str]) -> int:
+        return sum(entries[unit].rows for unit in units if unit in entries)
+
     return Outcome(
-        num_encoded=sum(entries[unit.unit].rows for unit in new if unit.groups and unit.unit in to_encode),
-        num_found=sum(entries[unit.unit].rows for unit in new if unit.groups and unit.unit not in to_encode),
-        num_retexted=sum(entries[unit].rows for unit in replaced if unit in entries),
-        num_cached=made.num_images,
+        num_encoded=count_rows(to_encode),
+        num_found=count_rows(entries.keys() - to_encode - replaced.keys()),
+        num_retexted=count_rows(replaced),
+        num_cached=sum(shard.rows for shard in shards),
         num_bytes=sum(shard.latents_bytes + shard.text_bytes for shard in shards),
         skips=skips,
         notes=sum((unit.notes for unit in new), Counter()),
@@ -209,6 +182,15 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
         encode_seconds=encode_seconds,
         waits={name: job.watch.seconds[name] for name in STAGES},
     )
+
+
+def write_empty_prompt(job: "Job") -> None:
+    """The cond of the empty prompt, which training drops captions to; none where there is no conditioning."""
+    if job.text is None:
+        job.storage.delete(UNCOND_NAME)
+        return
+    dtype = TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
+    write_uncond(job.storage, {name: cond.to(dtype) for name, cond in job.text().encode([""]).items()}, job.metadata)
 
 
 def shard_order(entry: ShardEntry) -> tuple[str, str]:
@@ -241,7 +223,7 @@ def make_job(prepared: Prepared) -> "Job":
         recipe=recipe,
         latent=latent,
         metadata={**latent, "recipe": recipe_digest(recipe), "versions": versions()},
-        batch_size=options.batch_size or default_batch_size(prepared),
+        batch_size=options.batch_size or default_batch_size(prepared.device, prepared.plan.buckets()),
         template=options.text.template,
         placeholder=options.text.placeholder,
         seed=options.seed,
@@ -267,33 +249,8 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
     }
 
 
-def changed_text(prepared: Prepared) -> bool:
-    """Whether the text part of the recipe is another than the cache's."""
-    return prepared.manifest is not None and prepared.manifest.recipe["text"] != prepared.recipe["text"]
-
-
-def default_batch_size(prepared: Prepared) -> int:
-    """1 on a CPU, where larger batches are slower (benchmarks/); on a GPU 8 images of 512x512, or as many pixels."""
-    if prepared.device == "cpu":
-        return 1
-    pixels = max((bucket[0] * bucket[1] for bucket in prepared.plan.buckets()), default=1)
-    return max(1, 8 * 512 * 512 // pixels)
-
-
 def clear(storage: Storage) -> None:
     """Delete a cache's own files and nothing else, the manifest first."""
     shards = [name for name in storage.names("shards") if name.endswith(".safetensors")]
     for name in (manifest.NAME, manifest.SKIPPED_NAME, UNCOND_NAME, *shards):
         storage.delete(name)
-
-
-def quiet_libraries() -> None:
-    """Keep other libraries' loading bars and logs off the terminal; warnings are the caller's to filter."""
-    import diffusers.utils.logging
-    import huggingface_hub.utils
-    import transformers.utils.logging
-
-    for library in (diffusers.utils.logging, transformers.utils.logging):
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    huggingface_hub.utils.disable_progress_bars()

@@ -30,16 +30,14 @@ class LoadAhead:
 
     def take(self, unit: Unit) -> Iterator[Pixels | Skip]:
         """The loaded items of a unit; units are to be taken in the order they were given."""
-        try:
-            while True:
-                self._fill()
-                if not self.ahead or self.ahead[0][0] != unit.id:
-                    return
-                yield self.ahead.popleft()[1].result()
-        finally:  # a unit that failed leaves the rest of its images behind
-            while self.ahead and self.ahead[0][0] == unit.id:
-                self.ahead.popleft()[1].cancel()
-                self._fill()
+        self._fill()
+        while self.ahead and self.ahead[0][0] != unit.id:  # left behind by a unit that failed
+            self.ahead.popleft()[1].cancel()
+            self._fill()
+        while self.ahead and self.ahead[0][0] == unit.id:
+            result = self.ahead.popleft()[1].result()
+            self._fill()
+            yield result
 
     def _fill(self) -> None:
         while len(self.ahead) < self.depth and (following := next(self.waiting, None)) is not None:
@@ -93,8 +91,6 @@ def run(
                 result.failures.append((unit, error))
             if loaded is None:
                 progress(len(unit.items), False)
-            else:
-                loaded.close()  # type: ignore[attr-defined]
         writer.wait()
     finally:
         decoders.shutdown(wait=True, cancel_futures=True)
