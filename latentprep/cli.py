@@ -153,14 +153,14 @@ def inspect(
     from rich.console import Console
 
     from latentprep.cache.storage import Storage
-    from latentprep.look import summary
+    from latentprep.look import summary, tables
 
     storage = Storage(cache)
     found = summary.describe_sample(storage, key) if key else summary.summarize(storage)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:
-        Console(highlight=False).print(summary.render_sample(found) if key else summary.render_summary(found), markup=False)
+        Console(highlight=False).print(tables.render_sample(found) if key else tables.render_summary(found), markup=False)
 
 
 @app.command()

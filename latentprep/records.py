@@ -22,9 +22,21 @@ class Item:
     caption_origin: str = ""  # where the caption came from: txt, caption, metadata, filename
 
 
+REASONS = {
+    "not_an_image": "Pillow knows no such format",
+    "unreadable": "the file or its header cannot be read, or its pixels cannot be decoded",
+    "truncated": "the file ends before its pixels do",
+    "unsupported_mode": "its numbers have no known range (float and 32-bit integer images)",
+    "too_small": "no bucket can be filled without enlarging it, or --min-side says so",
+    "too_large": "beyond Pillow's limit against decompression bombs, or --max-side",
+    "non_finite": "the VAE overflows on it even in float32",
+    "changed": "the file changed between listing and encoding",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Skip:
-    """An item that is not in the cache, and why. `reason` is for machines, `detail` for people."""
+    """An item that is not in the cache, and why. `reason` is one of REASONS, for machines; `detail` is for people."""
 
     key: str
     reason: str

@@ -1,14 +1,12 @@
-"""What is in a cache: counts, recipe, buckets, statistics, skips. A plain dict for machines, tables for people."""
+"""What is in a cache, as plain JSON values: counts, recipe, buckets, statistics, skips; or one sample of it."""
 
 from collections import Counter
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Group
-from rich.table import Table
 
-from latentprep.cache.manifest import Manifest, open_manifest, read_skips
+from latentprep.cache.manifest import Manifest, ShardEntry, open_manifest, read_skips
 from latentprep.cache.shard import (
     cond_of,
     latents_name,
@@ -20,7 +18,6 @@ from latentprep.cache.shard import (
 )
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.units import human_bytes
 
 STATISTICS_ROWS = 4096  # rows whose latents are read for the statistics; more change no digit that is shown
 
@@ -45,7 +42,7 @@ def summarize(storage: Storage) -> dict[str, Any]:
         "made_with": manifest.made_with,
         "recipe": manifest.recipe,
         "latent": manifest.latent,
-        "buckets": {label: buckets[label] for label in sorted(buckets)},
+        "buckets": dict(sorted(buckets.items())),
         "latents": latent_statistics(storage, manifest),
         "text": text_statistics(storage, manifest),
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),
@@ -56,11 +53,9 @@ def summarize(storage: Storage) -> dict[str, Any]:
 def latent_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     """Per channel, over all pixels of the rows read: mean and std of latent_mean, and mean of latent_std; unscaled."""
     channels = manifest.latent["channels"]
-    count, total, squares, spread = 0, torch.zeros(channels).double(), torch.zeros(channels).double(), None
-    rows_read, weighted = 0, 0
-    for shard in manifest.shards:
-        if rows_read >= STATISTICS_ROWS:
-            break
+    count, rows_read, weighted = 0, 0, 0
+    total, squares, spread = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
+    for shard in spread_out(manifest):
         latents = open_shard(storage, latents_name(shard.unit))
         for label, rows in latents.groups():
             mean, std = latents.tensors[f"{label}/latent_mean"].double(), latents.get(label, "latent_std")
@@ -68,17 +63,25 @@ def latent_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
             total += mean.sum((0, 1, 3, 4))
             squares += mean.square().sum((0, 1, 3, 4))
             if std is not None:
-                spread = (0 if spread is None else spread) + std.double().sum((0, 1, 3, 4))
-            weighted += rows if latents.get(label, "weight") is not None else 0
+                spread += std.double().sum((0, 1, 3, 4))
+            weight = latents.get(label, "weight")
+            weighted += int((weight != 1).flatten(1).any(1).sum()) if weight is not None else 0
             rows_read += rows
     mean = total / max(count, 1)
     return {
         "rows_read": rows_read,
         "mean": _rounded(mean),
         "std": _rounded((squares / max(count, 1) - mean.square()).clamp(min=0).sqrt()),
-        "posterior_std": _rounded(spread / count) if spread is not None else None,
+        "posterior_std": _rounded(spread / max(count, 1)) if manifest.recipe["latents"]["store"] != "mean" else None,
         "rows_with_weight": weighted,
     }
+
+
+def spread_out(manifest: Manifest) -> list[ShardEntry]:
+    """Shards of about STATISTICS_ROWS rows together, evenly spread over the cache, so that no bucket is left out."""
+    shards = manifest.shards
+    wanted = min(len(shards), -(-STATISTICS_ROWS * len(shards) // max(1, manifest.num_images)))
+    return [shards[round(n)] for n in np.linspace(0, len(shards) - 1, wanted)]
 
 
 def _rounded(values: torch.Tensor) -> list[float]:
@@ -173,99 +176,3 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
 
 def _list(row: torch.Tensor) -> list[int]:
     return [int(value) for value in row.tolist()]
-
-
-def bucket_name(label: str) -> str:
-    """WxH, as people write sizes, of a group label such as h512w768."""
-    height, _, width = label.removeprefix("h").partition("w")
-    return f"{width}x{height}"
-
-
-def render_summary(summary: dict[str, Any]) -> Group:
-    """The summary as tables for a terminal."""
-    made, recipe, text, latents = (summary[name] for name in ("made_with", "recipe", "text", "latents"))
-    total = sum(summary["bytes"].values())
-    geometry = recipe["latents"]["geometry"]
-    facts = _table(None)
-    views = f" x {len(summary['views'])} views ({', '.join(summary['views'])})" if len(summary["views"]) > 1 else ""
-    facts.add_row("images", f"{summary['images']:,}{views}")
-    facts.add_row("shards", f"{summary['shards']:,}")
-    per_image = f", {human_bytes(total / summary['images'])} an image" if summary["images"] else ""
-    parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in summary["bytes"].items())
-    facts.add_row("on disk", f"{human_bytes(total)} ({parts}){per_image}")
-    facts.add_row("model", made["model"] + (f", VAE {made['vae']}" if made["vae"] else ""))
-    facts.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in geometry.items()))
-    facts.add_row("precision", f"encoded in {recipe['latents']['dtype']}, stored as {recipe['latents']['store_dtype']}")
-    scaling = (
-        f"scaling_factor {summary['latent']['scaling_factor']:g}, shift_factor {summary['latent']['shift_factor']:g}"
-    )
-    facts.add_row("for the UNet", f"(latent - shift) x scale: {scaling}")
-    facts.add_row("made by", f"latentprep {made['latentprep']}, torch {made['torch']}, diffusers {made['diffusers']}")
-    facts.add_row(
-        "weights", f"{latents['rows_with_weight']:,} of {latents['rows_read']:,} rows are in groups with weight maps"
-    )
-
-    buckets = _table("Buckets")
-    buckets.add_column("pixels")
-    buckets.add_column("images", justify="right")
-    for label, count in summary["buckets"].items():
-        buckets.add_row(bucket_name(label), f"{count:,}")
-
-    read = (
-        f" ({latents['rows_read']:,} of {summary['images']:,} images)"
-        if latents["rows_read"] < summary["images"]
-        else ""
-    )
-    channels = _table(f"Latents per channel, unscaled{read}")
-    channels.add_column("channel")
-    for column in ("mean", "std", "posterior std"):
-        channels.add_column(column, justify="right")
-    posterior = latents["posterior_std"] or ["not stored"] * len(latents["mean"])
-    for n, (mean, std, spread) in enumerate(zip(latents["mean"], latents["std"], posterior, strict=True)):
-        channels.add_row(str(n), f"{mean:.4f}", f"{std:.4f}", spread if isinstance(spread, str) else f"{spread:.4f}")
-
-    words = _table("Text")
-    words.add_row(
-        "captions", f"{text['captions']:,}" + (f", {text['empty_captions']:,} empty" if text["empty_captions"] else "")
-    )
-    words.add_row(
-        "prompts", f"{text['distinct_prompts']:,} distinct in their shards, such as {text['example_prompt']!r}"
-    )
-    words.add_row("cond", ", ".join(f"{name} {shape}" for name, shape in text["cond"].items()) or "none (--no-cond)")
-    if text["tokens"] is not None:
-        tokens = text["tokens"]
-        words.add_row(
-            "tokens", f"{tokens['min']} to {tokens['max']}, median {tokens['median']}, of {text['max_tokens']}"
-        )
-        words.add_row("truncated", f"{text['truncated_prompts']:,} prompts; the longest is {text['longest_prompt']!r}"
-                      if text["truncated_prompts"] else "none")  # fmt: skip
-
-    skips = _table("Skipped")
-    for reason, count in summary["skipped"].items():
-        skips.add_row(reason, f"{count:,}")
-    for example in summary["skipped_examples"]:
-        skips.add_row("", example)
-    return Group(facts, buckets, channels, words, *([skips] if summary["skipped"] else []))
-
-
-def render_sample(sample: dict[str, Any]) -> Table:
-    """One sample as a table for a terminal."""
-    table = _table(None)
-    for name, value in sample.items():
-        is_size = name in ("original_size", "resized_size")
-        table.add_row(name.replace("_", " "), f"{value[1]}x{value[0]}" if is_size else _plain(value))
-    return table
-
-
-def _table(title: str | None) -> Table:
-    return Table(
-        title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=title is not None
-    )
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
-    if isinstance(value, list):
-        return ", ".join(str(inner) for inner in value)
-    return str(value)

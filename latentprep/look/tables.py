@@ -1,0 +1,117 @@
+"""The summary of a cache as tables for a terminal."""
+
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from latentprep.units import human_bytes
+
+
+def render_summary(summary: dict[str, Any]) -> Group:
+    """Everything that summarize() found, a table for each part."""
+    parts = [facts_table(summary), buckets_table(summary), latents_table(summary), text_table(summary["text"])]
+    if summary["skipped"]:
+        parts.append(skips_table(summary))
+    return Group(*parts)
+
+
+def facts_table(summary: dict[str, Any]) -> Table:
+    made, recipe, latents = summary["made_with"], summary["recipe"]["latents"], summary["latents"]
+    sizes, images, views = summary["bytes"], summary["images"], summary["views"]
+    total = sum(sizes.values())
+    table = _table()
+    table.add_row("images", f"{images:,}" + (f" x {len(views)} views ({', '.join(views)})" if len(views) > 1 else ""))
+    table.add_row("shards", f"{summary['shards']:,}")
+    parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in sizes.items())
+    table.add_row("on disk", f"{human_bytes(total)} ({parts}), {human_bytes(total / max(1, images))} an image")
+    table.add_row("model", made["model"] + (f", VAE {made['vae']}" if made["vae"] else ""))
+    table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
+    table.add_row("precision", f"encoded in {recipe['dtype']}, {recipe['store']} stored as {recipe['store_dtype']}")
+    latent = summary["latent"]
+    table.add_row("scaling", f"scaling_factor {latent['scaling_factor']:g}, shift_factor {latent['shift_factor']:g}")
+    table.add_row("weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}")
+    table.add_row("made by", f"latentprep {made['latentprep']}, torch {made['torch']}, diffusers {made['diffusers']}")
+    return table
+
+
+def buckets_table(summary: dict[str, Any]) -> Table:
+    table = _table("Buckets", "pixels", "images")
+    for label, count in sorted(summary["buckets"].items(), key=lambda bucket: _size(bucket[0])):
+        height, width = _size(label)
+        table.add_row(f"{width}x{height}", f"{count:,}")
+    return table
+
+
+def latents_table(summary: dict[str, Any]) -> Table:
+    latents = summary["latents"]
+    title = f"Latents per channel, unscaled{_read(summary)}"
+    table = _table(title, "channel", "mean", "std", "posterior std")
+    posterior = latents["posterior_std"] or [None] * len(latents["mean"])
+    for n, (mean, std, spread) in enumerate(zip(latents["mean"], latents["std"], posterior, strict=True)):
+        table.add_row(str(n), f"{mean:.4f}", f"{std:.4f}", "not stored" if spread is None else f"{spread:.4f}")
+    return table
+
+
+def text_table(text: dict[str, Any]) -> Table:
+    table = _table("Text")
+    empty = f", {text['empty_captions']:,} empty" if text["empty_captions"] else ""
+    table.add_row("captions", f"{text['captions']:,}{empty}")
+    table.add_row("prompts", f"{text['distinct_prompts']:,}, such as {text['example_prompt']!r}")
+    table.add_row("cond", ", ".join(f"{name} {shape}" for name, shape in text["cond"].items()) or "none")
+    if text["tokens"] is not None:
+        tokens, cut = text["tokens"], text["truncated_prompts"]
+        table.add_row(
+            "tokens", f"{tokens['min']} to {tokens['max']}, median {tokens['median']}, of {text['max_tokens']}"
+        )
+        table.add_row("truncated", f"{cut:,} prompts; the longest is {text['longest_prompt']!r}" if cut else "none")
+    return table
+
+
+def skips_table(summary: dict[str, Any]) -> Table:
+    table = _table("Skipped")
+    for reason, count in summary["skipped"].items():
+        table.add_row(reason, f"{count:,}")
+    for example in summary["skipped_examples"]:
+        table.add_row("", example)
+    return table
+
+
+def render_sample(sample: dict[str, Any]) -> Table:
+    """One sample as a table for a terminal."""
+    table = _table()
+    for name, value in sample.items():
+        is_size = name in ("original_size", "resized_size")
+        table.add_row(name.replace("_", " "), f"{value[1]}x{value[0]}" if is_size else _plain(value))
+    return table
+
+
+def _table(title: str | None = None, *columns: str) -> Table:
+    """A table without lines: named facts, or with columns, of which all but the first are numbers."""
+    heading = f"\n{title}" if title else None
+    table = Table(
+        title=heading, title_justify="left", title_style="bold", box=None, pad_edge=False, show_header=bool(columns)
+    )
+    for n, column in enumerate(columns):
+        table.add_column(column, justify="right" if n else "left")
+    return table
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(inner) for inner in value)
+    return str(value)
+
+
+def _read(summary: dict[str, Any]) -> str:
+    """Says so where not all rows were read for a statistic."""
+    read, images = summary["latents"]["rows_read"], summary["images"]
+    return f" ({read:,} of {images:,} images read)" if read < images else ""
+
+
+def _size(label: str) -> tuple[int, int]:
+    """(height, width) in pixels of a group label such as h512w768."""
+    height, _, width = label.removeprefix("h").partition("w")
+    return int(height), int(width)

@@ -1,0 +1,90 @@
+"""README.md: every command and snippet in it runs, and it speaks of what there is."""
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from diffusers import DDPMScheduler, UNet2DConditionModel
+
+from latentprep import cli
+from latentprep.prompts import list_templates
+from latentprep.records import REASONS
+from tests.conftest import make_model
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+
+
+@pytest.fixture
+def desk(photos, tmp_path, monkeypatch):
+    """A folder as the README's reader has it: ./photos, and a small model in the place of the large one."""
+    folder = make_model(tmp_path / "stable-diffusion-v1-5")
+    UNet2DConditionModel(
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    ).save_pretrained(folder / "unet")
+    DDPMScheduler().save_pretrained(folder / "scheduler")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_command_and_snippet_runs_in_its_order(desk, run):
+    latentprep = [command for command in commands() if command[0] == "latentprep"]
+    assert len(latentprep) >= 6
+    for command in latentprep:
+        result = run(*command[1:])
+        assert result.code == 0, (command, result.err)
+    (snippet,) = blocks("python")
+    scope = {}
+    exec(compile(snippet, "README.md", "exec"), scope)
+    assert scope["loss"].isfinite()
+    assert scope["loader"].epoch == 2
+
+
+def test_every_other_command_is_a_target_of_the_makefile():
+    others = [command for command in commands() if command[0] != "latentprep"]
+    assert others == [["make", "demo"], ["make", "test"]]
+    assert shutil.which("make")
+    for command in [*others, ["make", "lint"], ["make", "bench"]]:
+        subprocess.run([command[0], "-n", *command[1:]], cwd=ROOT, check=True, capture_output=True)
+
+
+def test_continuous_integration_runs_the_readmes_commands():
+    assert {"make demo", "make test"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
+
+
+def test_options_and_files_that_it_names_exist(run):
+    shown = " ".join(run(command, "--help").out for command in ("encode", "inspect", "demo", "templates"))
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
+        assert option in shown, option
+    for path in set(re.findall(r"`((?:examples|benchmarks|templates)/[\w./]*)`", README)):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"--template (\w+)", README):
+        assert name in list_templates()
+    for command in set(re.findall(r"`latentprep (\w+)", README)):
+        assert hasattr(cli, command)
+
+
+def test_reasons_that_it_lists_are_those_of_the_code():
+    listed = set(re.findall(r"`(\w+)`", README.split("with its reason")[1].split("\n\n")[0]))
+    assert listed == set(REASONS)
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "latentprep" / "prepare").glob("*.py"))
+    for reason in REASONS:
+        assert f'"{reason}"' in source
+    assert set(re.findall(r'(?:Skip\([\w.]+, |skip\(|return )"([a-z_]+)", ', source)) <= set(REASONS)
