@@ -1,4 +1,4 @@
-"""Bytes as people write them."""
+"""Bytes and counts as people write them."""
 
 from latentprep.errors import UserError
 
@@ -25,3 +25,8 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def counted(count: int, noun: str) -> str:
+    """1 image, 2,000 images."""
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")

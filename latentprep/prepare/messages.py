@@ -7,7 +7,7 @@ from latentprep.config import EncodeOptions
 from latentprep.prepare.buckets import cropped_away, is_upscaled
 from latentprep.prepare.encode import Outcome, Prepared
 from latentprep.records import Size, Skip
-from latentprep.units import human_bytes
+from latentprep.units import counted, human_bytes
 
 NOTES = {
     "oriented": "turned upright by their EXIF orientation",
@@ -30,7 +30,9 @@ def source_text(prepared: Prepared) -> str:
     found = ", ".join(
         f"{captioned.origins[name]:,} {words}" for name, words in origins.items() if captioned.origins[name]
     )
-    lines = [f"source   {prepared.options.source}: {len(captioned.items):,} images; captions: {found or 'none'}"]
+    lines = [
+        f"source   {prepared.options.source}: {counted(len(captioned.items), 'image')}; captions: {found or 'none'}"
+    ]
     if captioned.without_image:
         lines.append(f"         captions without an image: {_name(captioned.without_image)}")
     if captioned.shared:
@@ -44,12 +46,11 @@ def plan_text(prepared: Prepared) -> str:
     rows: dict[Size, list[float]] = {}
     for _, placement in plan.rows():
         rows.setdefault(placement.bucket, []).append(cropped_away(placement))
-    lines = [
-        f"plan     {prepared.options.out}: {plan.num_new_items:,} images to encode, {plan.num_kept_items:,} are there"
-    ]
+    there = f", {plan.num_kept_items:,} there already" if plan.num_kept_items else ""
+    lines = [f"plan     {prepared.options.out}: {counted(plan.num_new_items, 'image')} to encode{there}"]
     if plan.retext:
         lines.append(
-            f"         {len(plan.retext):,} shards get new text: their captions, template or text encoder changed"
+            f"         new text for {counted(len(plan.retext), 'shard')}: captions, template or text encoder changed"
         )
     lines += skip_lines(plan.skips)
     if rows:
@@ -65,12 +66,13 @@ def plan_text(prepared: Prepared) -> str:
         upscaled = sum(is_upscaled(item.size, placement) for item, placement in plan.rows())
         if upscaled:
             lines.append(
-                f"enlarged: {upscaled:,} images are smaller than their bucket (--no-upscale keeps their pixels)"
+                f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps their pixels)"
             )
         disk = sum(row_bytes.latents(bucket) * len(losses) for bucket, losses in rows.items())
         text = plan.num_new_items * row_bytes.per_row
         lines.append(
-            f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, {len(plan.new):,} shards"
+            f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, "
+            f"{counted(len(plan.new), 'shard')}"
         )
     lines.append("nothing was written (--dry-run)")
     return "\n".join(lines)
@@ -79,7 +81,7 @@ def plan_text(prepared: Prepared) -> str:
 def done_text(prepared: Prepared) -> str:
     """Where a cache is complete already."""
     cached = sum(entry.rows for entry in prepared.plan.kept)
-    lines = [f"{prepared.options.out} is complete: all {cached:,} images are in it; nothing to do."]
+    lines = [f"{prepared.options.out} is complete with {counted(cached, 'image')}; nothing to do."]
     return "\n".join([*lines, *skip_lines(prepared.plan.skips), _next(prepared.options)])
 
 
@@ -87,25 +89,27 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     """What was written, what was skipped and why, and the next command to type."""
     speed = outcome.num_encoded / outcome.encode_seconds if outcome.num_encoded else 0
     lines = [
-        f"encoded  {outcome.num_encoded:,} images in {outcome.seconds:.1f} s"
+        f"encoded  {counted(outcome.num_encoded, 'image')} in {outcome.seconds:.1f} s"
         + (f" ({speed:.1f} images/s)" if speed else "")
     ]
     if outcome.num_found:
-        lines.append(f"         {outcome.num_found:,} images were encoded by an earlier run that did not finish")
+        lines.append(f"         {counted(outcome.num_found, 'image')} found from an earlier run that did not finish")
     if outcome.num_retexted:
-        lines.append(f"         new text for {outcome.num_retexted:,} images; their latents were left alone")
+        lines.append(f"         new text for {counted(outcome.num_retexted, 'image')}; latents left alone")
     lines.append(
         "         waited for " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.waits.items())
     )
-    lines += [f"         {count:,} images {NOTES[note]}" for note, count in sorted(outcome.notes.items())]
+    lines += [f"         {counted(count, 'image')} {NOTES[note]}" for note, count in sorted(outcome.notes.items())]
     if outcome.num_retried:
-        lines.append(f"         {outcome.num_retried:,} encodings overflowed and were done again in float32")
+        lines.append(f"         {counted(outcome.num_retried, 'encoding')} done again in float32, after an overflow")
     lines += skip_lines(outcome.skips)
     for failure in outcome.failures:
         lines.append(f"FAILED   {failure}")
     if outcome.failures:
         lines.append("         these units are not in the cache; run the same command again to retry them")
-    lines.append(f"cache    {prepared.options.out}: {outcome.num_cached:,} images, {human_bytes(outcome.num_bytes)}")
+    lines.append(
+        f"cache    {prepared.options.out}: {counted(outcome.num_cached, 'image')}, {human_bytes(outcome.num_bytes)}"
+    )
     return "\n".join([*lines, _next(prepared.options)])
 
 
