@@ -18,10 +18,10 @@ quiet_libraries()
 torch.set_num_threads(1)
 
 TINY = Path(cli.__file__).parent / "tiny"
-HELD_OUT = ("skimage/data/astronaut.png", "skimage/data/coffee.png", "skimage/data/rocket.jpg")
+HELD_OUT = ("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png")
 PHOTOS = (
     *HELD_OUT,
-    "skimage/data/chelsea.png",
+    "skimage/data/rocket.jpg",
     "sklearn/datasets/images/china.jpg",
     "sklearn/datasets/images/flower.jpg",
 )

@@ -1,6 +1,7 @@
 """LatentDataset: a latent cache as a map-style PyTorch dataset, and LatentBatch: what it hands to a training loop."""
 
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class LatentBatch:
     shift_factor: float
     stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
     cond_text: list[str]  # B prompts
-    stored_weight: Tensor | None  # [B,1,h,w] float32
+    weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
     original_size: Tensor  # [B,2] int32: height, width before the resize
     resized_size: Tensor  # [B,2] int32
     crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
@@ -52,7 +53,8 @@ class LatentBatch:
     def latent_sample(self) -> Tensor:
         """[B,C,h,w] float32, scaled for the UNet: (mean + std * noise - shift_factor) * scaling_factor.
 
-        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample.
+        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample there. (From
+        one seed a GPU draws other numbers than a CPU.)
         """
         if self._drawn is None:
             sample = self.latent_mean.float()
@@ -65,11 +67,6 @@ class LatentBatch:
     def cond(self) -> dict[str, Tensor] | None:
         """Text embeddings in float32: {"prompt_embeds": [B,T,D], ...}; None where the dataset leaves them out."""
         return None if self.stored_cond is None else {name: value.float() for name, value in self.stored_cond.items()}
-
-    @property
-    def weight(self) -> Tensor | None:
-        """Loss weight of every latent pixel, [B,1,h,w] float32; None without use_weight."""
-        return self.stored_weight
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "LatentBatch":
         """The batch on another device. Seeds stay behind: they are for the CPU's eyes."""
@@ -84,7 +81,7 @@ class LatentBatch:
             "index",
             "latent_mean",
             "latent_std",
-            "stored_weight",
+            "weight",
             "original_size",
             "resized_size",
             "crop",
@@ -159,7 +156,7 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def __init__(
         self,
-        cache: str,
+        cache: str | Path,
         *,
         latent_sampling_method: str = "once",
         repeats: int = 1,
@@ -292,7 +289,7 @@ class LatentDataset(Dataset[LatentBatch]):
             shift_factor=self.shift_factor,
             stored_cond=self._gather_cond(located, prompts),
             cond_text=[group.prompt(prompt) for (group, _), prompt in zip(located, prompts, strict=True)],
-            stored_weight=self._gather_weight(rows) if self.use_weight else None,
+            weight=self._gather_weight(rows) if self.use_weight else None,
             original_size=torch.stack([group.original_size[row] for group, row, _ in rows]),
             resized_size=torch.stack([group.resized_size[row, v] for group, row, v in rows]),
             crop=torch.stack([group.crop[row, v] for group, row, v in rows]),
