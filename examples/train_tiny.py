@@ -30,7 +30,8 @@ TRAINED_ON = (
     "skimage/data/brick.png skimage/data/camera.png skimage/data/coins.png "
     "skimage/data/color.png skimage/data/grass.png skimage/data/gravel.png skimage/data/hubble_deep_field.jpg "
     "skimage/data/ihc.png skimage/data/moon.png skimage/data/motorcycle_left.png skimage/data/page.png "
-    "skimage/data/retina.jpg skimage/data/rocket.jpg sklearn/datasets/images/china.jpg sklearn/datasets/images/flower.jpg"
+    "skimage/data/retina.jpg skimage/data/rocket.jpg "
+    "sklearn/datasets/images/china.jpg sklearn/datasets/images/flower.jpg"
 ).split()
 HELD_OUT = ("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png")
 

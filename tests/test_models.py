@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentprep.errors import UserError
-from latentprep.prepare.models import find_model, open_text, open_vae
+from latentprep.prepare.models import HUB_FILES, find_model, open_text, open_vae
 from tests.conftest import HELD_OUT, TINY, find_photo
 
 
@@ -123,6 +123,64 @@ def test_hub_id_without_network_says_what_to_do(tmp_path, monkeypatch):
         "Download it where there is a network (hf download stable-diffusion-v1-5/stable-diffusion-v1-5), "
         "point --model at a diffusers folder, or try latentprep out with --model tiny."
     )
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache on this machine, holding what a test copies into it; and no network."""
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+
+    def add(name, source):
+        folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(source, folder / "snapshots" / ("0" * 40))
+        return folder / "snapshots" / ("0" * 40)
+
+    return add
+
+
+def test_a_hub_model_that_is_here_needs_no_network(hub, model):
+    folder = hub("some/model", model)
+    said = []
+    assert find_model("some/model", say=said.append) == folder
+    assert open_vae(folder).digest == open_vae(model).digest
+    vae = hub("some/vae", model / "vae")
+    assert open_vae(find_model("some/vae", say=said.append)).path == vae
+    assert not said
+
+
+def usable(folder):
+    open_vae(folder)
+    open_text(folder)
+
+
+@pytest.mark.parametrize("missing", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_half_a_download_is_not_taken_for_the_model(hub, model, missing):
+    (hub("some/model", model) / f"{missing}.safetensors").unlink()
+    said = []
+    with pytest.raises(UserError):
+        usable(find_model("some/model", say=said.append))
+    assert said == ["download some/model from the hub: VAE, text encoder and tokenizer"]
+
+
+def test_what_is_downloaded_of_a_hub_model():
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = [
+        "model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
+        "text_encoder/model.safetensors", "text_encoder_2/model-00001-of-00002.safetensors", "tokenizer/vocab.json",
+        "config.json", "diffusion_pytorch_model.safetensors",
+    ]  # fmt: skip
+    others = [
+        "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin", "v1-5-pruned.safetensors",
+        "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors", "README.md",
+        "safety_checker/model.safetensors", "text_encoder/pytorch_model.bin",
+    ]  # fmt: skip
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=HUB_FILES)) == wanted
 
 
 def damage_nothing(folder):

@@ -73,8 +73,8 @@ def prepare(options: EncodeOptions, say: Say) -> Prepared:
         raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
     source = list_folder(options.source, without=out)
     captioned = add_captions(source, options.text)
-    model = find_model(options.model)
-    vae = open_vae(find_model(options.vae, "--vae"), "--vae") if options.vae else open_vae(model)
+    model = find_model(options.model, say=say)
+    vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
     text = open_text(model) if options.text.include_cond else None
     place = make_place(options.geometry, vae.factor)
     device, dtype, reason = choose_device(options.device, options.dtype)

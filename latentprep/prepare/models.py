@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -17,15 +18,17 @@ TEXT_WEIGHTS = "model"
 # Of a hub repository only these are downloaded: no UNet, no pickles, no second precision.
 HUB_FILES = [
     "model_index.json",
-    "vae/config.json",
-    f"vae/{VAE_WEIGHTS}.safetensors",
-    f"vae/{VAE_WEIGHTS}-*-of-*.safetensors",
-    f"vae/{VAE_WEIGHTS}.safetensors.index.json",
-    "text_encoder*/config.json",
-    f"text_encoder*/{TEXT_WEIGHTS}.safetensors",
-    f"text_encoder*/{TEXT_WEIGHTS}-*-of-*.safetensors",
-    f"text_encoder*/{TEXT_WEIGHTS}.safetensors.index.json",
     "tokenizer*/*",
+    *(
+        folder + name
+        for folder, weights in (("", VAE_WEIGHTS), ("vae/", VAE_WEIGHTS), ("text_encoder*/", TEXT_WEIGHTS))
+        for name in (
+            "config.json",
+            f"{weights}.safetensors",
+            f"{weights}.safetensors.index.json",
+            f"{weights}-*-of-*.safetensors",
+        )
+    ),
 ]
 # Pipeline class -> names of what its encode_prompt returns, in order; None is not kept (the negative prompt's).
 PIPELINES: dict[str, tuple[str | None, ...]] = {
@@ -59,8 +62,8 @@ class TextFolder:
     width: int  # values per token, all encoders together
 
 
-def find_model(name: str, option: str = "--model") -> Path:
-    """The local folder of a model; downloads a hub id that is not here yet. Raises UserError."""
+def find_model(name: str, option: str = "--model", say: Callable[[str], None] = lambda line: None) -> Path:
+    """The local folder of a model; downloads a hub id that is not here yet, and says so. Raises UserError."""
     if name == TINY:
         return Path(str(files("latentprep"))) / "tiny"
     path = Path(name).expanduser()
@@ -74,14 +77,21 @@ def find_model(name: str, option: str = "--model") -> Path:
         raise UserError(
             f"{option} {name}: no such folder. Give a diffusers folder, a hub id such as owner/name, or tiny."
         )
-    return _download(name, option)
+    return _find_on_hub(name, option, say)
 
 
-def _download(name: str, option: str) -> Path:
+def _find_on_hub(name: str, option: str, say: Callable[[str], None]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
+        folder = Path(snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=True))
+        if _is_complete(folder):
+            return folder
+    except (LocalEntryNotFoundError, OSError):
+        pass  # nothing of it is here
+    try:
+        say(f"download {name} from the hub: VAE, text encoder and tokenizer")
         return Path(snapshot_download(name, allow_patterns=HUB_FILES))
     except GatedRepoError:
         reason = (
@@ -95,6 +105,15 @@ def _download(name: str, option: str) -> Path:
             f"(hf download {name}), point {option} at a diffusers folder, or try latentprep out with --model tiny."
         )
     raise UserError(f"{option} {name}: {reason}")
+
+
+def _is_complete(folder: Path) -> bool:
+    """Whether a download of HUB_FILES came to its end: a folder of the hub's cache may hold a part of them."""
+    if not (folder / "model_index.json").is_file():
+        return any(folder.glob(f"{VAE_WEIGHTS}*.safetensors"))
+    parts = _read_json(folder / "model_index.json", "--model")
+    weights = {"vae": VAE_WEIGHTS, "text_encoder": TEXT_WEIGHTS, "text_encoder_2": TEXT_WEIGHTS}
+    return all(any((folder / part).glob(f"{weights[part]}*.safetensors")) for part in weights.keys() & parts.keys())
 
 
 def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
