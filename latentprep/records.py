@@ -56,6 +56,10 @@ class Placement:
     resized_size: Size
     crop: Box
 
+    def enlarges(self, size: Size) -> bool:
+        """Whether an image of this size gets more pixels than it has."""
+        return self.resized_size[0] > size[0] or self.resized_size[1] > size[1]
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:

@@ -206,6 +206,12 @@ def test_first_frame_of_an_animation(tmp_path):
     assert found.notes == ("first_frame",)
 
 
+def test_enlarging_is_noted(tmp_path):
+    path = save(tmp_path, gradient(64, 64))
+    assert load(path, width=128, height=64).notes == ("enlarged",)
+    assert load(path, width=32, height=64).notes == ()
+
+
 def test_digest_is_of_the_files_bytes(tmp_path):
     path = save(tmp_path, gradient(64, 64))
     found = load(path, resolution="native")

@@ -98,7 +98,8 @@ def _place_own(size: Size, geometry: Geometry) -> Placement | Verdict:
     scale = min(1.0, geometry.resolution / math.sqrt(size[0] * size[1]), geometry.max_side / max(size))
     bucket = (int(size[0] * scale) // step * step, int(size[1] * scale) // step * step)
     if min(bucket) < geometry.min_side:
-        return "too_small", f"{size[1]}x{size[0]} gives {bucket[1]}x{bucket[0]} < --min-side {geometry.min_side}"
+        cut = f", cut to {bucket[1]}x{bucket[0]}," if min(size) >= geometry.min_side else ""
+        return "too_small", f"{size[1]}x{size[0]}{cut} < --min-side {geometry.min_side}"
     if geometry.fit == "crop" and scale == 1:
         return _centre(size, bucket)
     return fit_to(size, bucket, geometry.fit)
@@ -127,7 +128,3 @@ def cropped_away(placement: Placement) -> float:
     """The part of the image, 0..1, that lies outside the crop."""
     (height, width), (_, _, box_height, box_width) = placement.resized_size, placement.crop
     return 1 - min(height, box_height) * min(width, box_width) / (height * width)
-
-
-def is_upscaled(size: Size, placement: Placement) -> bool:
-    return placement.resized_size[0] > size[0] or placement.resized_size[1] > size[1]

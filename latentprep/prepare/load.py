@@ -60,6 +60,8 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
     if orientation in TRANSPOSE:
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None
+    if placement.enlarges(size):
+        notes.append("enlarged")
     pixels = place_pixels(rgb, placement, Image.Resampling[filter_name.upper()])
     weight = place_weight(alpha, size, placement, factor)
     return Pixels(pixels, weight, hashlib.blake2b(data, digest_size=16).digest(), tuple(notes))

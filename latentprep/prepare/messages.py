@@ -4,12 +4,13 @@ import shlex
 from collections import Counter
 
 from latentprep.config import EncodeOptions
-from latentprep.prepare.buckets import cropped_away, is_upscaled
+from latentprep.prepare.buckets import cropped_away
 from latentprep.prepare.encode import Outcome, Prepared
 from latentprep.records import Size, Skip
 from latentprep.units import counted, human_bytes
 
 NOTES = {
+    "enlarged": "enlarged to fill their bucket (--no-upscale keeps their pixels)",
     "oriented": "turned upright by their EXIF orientation",
     "icc_to_srgb": "converted to sRGB from an embedded colour profile",
     "icc_unusable": "with a colour profile that cannot be used, taken as sRGB",
@@ -63,7 +64,7 @@ def plan_text(prepared: Prepared) -> str:
         worst = sorted(((cropped_away(p), item.key) for item, p in plan.rows()), reverse=True)[:NAMED]
         if worst[0][0] > 0.2:
             lines.append("most cropped: " + ", ".join(f"{key} ({loss:.0%})" for loss, key in worst if loss > 0.2))
-        upscaled = sum(is_upscaled(item.size, placement) for item, placement in plan.rows())
+        upscaled = sum(placement.enlarges(item.size) for item, placement in plan.rows())
         if upscaled:
             lines.append(
                 f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps their pixels)"
