@@ -119,7 +119,7 @@ def run_encode(options: Any, *, dry_run: bool = False) -> None:
 
     from latentprep.prepare import messages
     from latentprep.prepare.devices import quiet_libraries
-    from latentprep.prepare.encode import encode, prepare
+    from latentprep.prepare.encode import encode, prepare, update_skips
 
     prepared = prepare(options, _say)
     _say(messages.source_text(prepared))
@@ -127,6 +127,7 @@ def run_encode(options: Any, *, dry_run: bool = False) -> None:
         typer.echo(messages.plan_text(prepared))
         return
     if prepared.plan.is_done:
+        update_skips(prepared)
         typer.echo(messages.done_text(prepared))
         raise typer.Exit(messages.exit_code(prepared.plan.skips, [], options.strict))
     quiet_libraries()

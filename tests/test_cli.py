@@ -405,6 +405,25 @@ def test_a_cache_of_nothing_but_skips(run, images, tmp_path):
     assert json.loads(run("inspect", tmp_path / "c", "--json").out)["skipped"] == {"truncated": 8}
 
 
+def test_a_folder_of_which_nothing_can_be_used(run, images, tmp_path):
+    for path in images.glob("*.png"):
+        path.write_text("not a picture")
+    line = refused(run("encode", images, "--out", tmp_path / "c", *SMALL))
+    assert line.startswith(f"SOURCE {images}: none of its 8 images can be used (tall0.png: not_an_image, ")
+    assert not (tmp_path / "c").exists()
+
+
+def test_broken_files_that_come_and_go_are_recorded(run, images, tmp_path):
+    encode_once(run, images, tmp_path / "c")
+    before = files(tmp_path / "c")
+    (images / "bad.png").write_text("x")
+    assert "nothing to do" in encode_once(run, images, tmp_path / "c").out
+    assert json.loads(run("inspect", tmp_path / "c", "--json").out)["skipped"] == {"not_an_image": 1}
+    (images / "bad.png").unlink()
+    encode_once(run, images, tmp_path / "c")
+    assert files(tmp_path / "c") == before
+
+
 def test_no_cond_takes_the_stored_cond_away(run, images, tmp_path):
     encode_once(run, images, tmp_path / "c")
     assert (tmp_path / "c" / "uncond.safetensors").exists()

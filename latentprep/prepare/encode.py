@@ -4,14 +4,14 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentprep.cache import manifest
-from latentprep.cache.manifest import Manifest, ShardEntry, commit, find_manifest, recipe_digest
+from latentprep.cache.manifest import Manifest, ShardEntry, commit, find_manifest, read_skips, recipe_digest
 from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, latents_name, text_name, write_uncond
 from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, text_recipe
@@ -105,6 +105,12 @@ def prepare(options: EncodeOptions, say: Say) -> Prepared:
         captioned.items, source.skips, place, row_bytes, recipe=recipe, recipe_digest=recipe_digest(recipe),
         shard_bytes=options.shard_bytes, storage=storage, manifest=existing,
     )  # fmt: skip
+    if existing is None and not plan.new:
+        skip = plan.skips[0]
+        raise UserError(
+            f"SOURCE {options.source}: none of its {len(plan.skips):,} images can be used "
+            f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
+        )
     return Prepared(options, storage, vae, text, device, recipe, existing, captioned, row_bytes, plan)
 
 
@@ -182,6 +188,13 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
         encode_seconds=encode_seconds,
         waits={name: job.watch.seconds[name] for name in STAGES},
     )
+
+
+def update_skips(prepared: Prepared) -> None:
+    """Bring skipped.jsonl up to date where there is nothing else to do: broken files came or went."""
+    skips = sorted(prepared.plan.skips, key=lambda skip: skip.key)
+    if prepared.manifest is not None and skips != read_skips(prepared.storage):
+        commit(prepared.storage, replace(prepared.manifest, num_skipped=len(skips)), skips)
 
 
 def write_empty_prompt(job: "Job") -> None:

@@ -100,7 +100,9 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     lines.append(
         "         waited for " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.waits.items())
     )
-    lines += [f"         {counted(count, 'image')} {NOTES[note]}" for note, count in sorted(outcome.notes.items())]
+    lines += [
+        f"         {counted(count, 'image')} {NOTES.get(note, note)}" for note, count in sorted(outcome.notes.items())
+    ]
     if outcome.num_retried:
         lines.append(f"         {counted(outcome.num_retried, 'encoding')} done again in float32, after an overflow")
     lines += skip_lines(outcome.skips)
