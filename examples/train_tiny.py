@@ -201,7 +201,8 @@ def make_text_encoder(seed: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
 def save_tokenizer(tokenizer: CLIPTokenizer, out: Path) -> None:
     """tokenizer.json, and the files that transformers 4 reads in its place."""
     tokenizer.save_pretrained(out)
-    (out / "vocab.json").write_text(json.dumps(tokenizer.get_vocab(), ensure_ascii=False) + "\n", encoding="utf-8")
+    vocabulary = dict(sorted(tokenizer.get_vocab().items(), key=lambda word: word[1]))
+    (out / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False) + "\n", encoding="utf-8")
     (out / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
 
 
