@@ -71,7 +71,13 @@ def test_continuous_integration_runs_the_readmes_commands():
 
 def test_options_and_files_that_it_names_exist(run):
     shown = " ".join(run(command, "--help").out for command in ("encode", "inspect", "demo", "templates"))
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)):
+    scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
+    assert len(scripts) >= 4
+    for script, arguments in scripts:
+        for option in re.findall(r"--([a-z-]+)", arguments):
+            assert f" {option.replace('-', '_')}: Annotated[" in (ROOT / script).read_text(encoding="utf-8")
+    without_scripts = re.sub(r"`python [^`]*`", "", README)
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", without_scripts)):
         assert option in shown, option
     for path in set(re.findall(r"`((?:examples|benchmarks|templates)/[\w./]*)`", README)):
         assert (ROOT / path).exists(), path

@@ -33,7 +33,7 @@ def choose_device(device: str, dtype: str) -> tuple[str, str, str]:
 
 
 def default_batch_size(device: str, buckets: Iterable[Size]) -> int:
-    """1 on a CPU, where a larger batch gains nothing (benchmarks/encode.py); on a GPU the pixels of 8 512x512 images."""
+    """1 on a CPU, where more gain nothing (benchmarks/encode.py); on a GPU as many pixels as 8 images of 512x512."""
     if device == "cpu":
         return 1
     return max(1, 8 * 512 * 512 // max((height * width for height, width in buckets), default=1))
