@@ -13,13 +13,13 @@ from latentprep.cache import manifest as manifests
 from latentprep.cache.manifest import Manifest, ShardEntry, commit, open_manifest, read_skips
 from latentprep.cache.shard import (
     LatentGroup,
+    Strings,
     Text,
     TextGroup,
     cond_of,
     open_shard,
     read_captions,
     read_keys,
-    strings_of,
     write_latents,
     write_text,
 )
@@ -89,8 +89,8 @@ def test_round_trip_of_both_files(tmp_path):
     assert latents.get("h8w16", "latent_std") is None
     assert read_keys(words, "h16w8") == KEYS
     assert read_captions(words, "h16w8") == [["one", ""], ["zwei"], [], ["ü"]]
-    assert strings_of(words.tensors, "prompt") == ["first", "second ☃"]
-    assert strings_of(words.tensors, "prompt", np.array([1])) == ["second ☃"]
+    assert list(Strings(words.tensors, "prompt")) == ["first", "second ☃"]
+    assert Strings(words.tensors, "prompt")[1] == "second ☃"
     assert torch.equal(cond_of(words.tensors)["prompt_embeds"], text().cond["prompt_embeds"])
     assert words.metadata["max_tokens"] == 77
     assert words.tensors["h16w8/mtime_ns"].tolist()[3] == 3 * 10**15

@@ -136,11 +136,20 @@ def _put_strings(tensors: Tensors, name: str, strings: list[str]) -> None:
     tensors[f"{name}_offsets"] = torch.from_numpy(offsets)
 
 
-def strings_of(tensors: Tensors, name: str, rows: np.ndarray | None = None) -> list[str]:
-    """Strings of a ragged tensor: all of them, or those of the given rows."""
-    data, offsets = tensors[name].numpy(), tensors[f"{name}_offsets"].numpy()
-    chosen = range(len(offsets) - 1) if rows is None else rows
-    return [data[offsets[i] : offsets[i + 1]].tobytes().decode("utf-8", "surrogateescape") for i in chosen]
+class Strings:
+    """The strings of a ragged tensor: each is decoded when it is asked for."""
+
+    def __init__(self, tensors: Tensors, name: str) -> None:
+        self.data, self.offsets = tensors[name].numpy(), tensors[f"{name}_offsets"].numpy()
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+    def __getitem__(self, row: int) -> str:
+        return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes().decode("utf-8", "surrogateescape")
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,11 +198,11 @@ def check_format(found: object, where: str) -> None:
 
 
 def read_keys(text: ShardFile, label: str) -> list[str]:
-    return strings_of(text.tensors, f"{label}/key")
+    return list(Strings(text.tensors, f"{label}/key"))
 
 
 def read_captions(text: ShardFile, label: str) -> list[list[str]]:
-    captions = strings_of(text.tensors, f"{label}/caption")
+    captions = list(Strings(text.tensors, f"{label}/caption"))
     rows = text.tensors[f"{label}/caption_rows"].tolist()
     return [captions[a:b] for a, b in pairwise(rows)]
 

@@ -8,12 +8,12 @@ import torch
 
 from latentprep.cache.manifest import Manifest, ShardEntry, open_manifest, read_skips
 from latentprep.cache.shard import (
+    Strings,
     cond_of,
     latents_name,
     open_shard,
     read_captions,
     read_keys,
-    strings_of,
     text_name,
 )
 from latentprep.cache.storage import Storage
@@ -102,7 +102,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
             found = [caption for row in read_captions(text, label) for caption in row]
             captions += len(found)
             empty += found.count("")
-        prompt = strings_of(text.tensors, "prompt")
+        prompt = list(Strings(text.tensors, "prompt"))
         example = example or prompt[0]
         prompts += len(prompt)
         cond = cond or {name: list(value.shape[1:]) for name, value in cond_of(text.tensors).items()}
@@ -162,7 +162,7 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
                 if weight is not None
                 else None,
                 "caption": read_captions(text, label)[row],
-                "prompt": strings_of(text.tensors, "prompt", chosen),
+                "prompt": [Strings(text.tensors, "prompt")[number] for number in chosen],
                 "tokens": text.tensors["num_tokens"].numpy()[chosen].tolist() if "num_tokens" in text.tensors else None,
                 "digest": bytes(latents.tensors[f"{label}/digest"][row].tolist()).hex(),
             }

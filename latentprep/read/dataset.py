@@ -13,12 +13,12 @@ from latentprep.cache.manifest import open_manifest
 from latentprep.cache.shard import (
     UNCOND_NAME,
     ShardFile,
+    Strings,
     cond_of,
     latents_name,
     open_shard,
     read_captions,
     read_keys,
-    strings_of,
     text_name,
 )
 from latentprep.cache.storage import Storage
@@ -118,25 +118,26 @@ def mix(seed: int, *parts: np.ndarray | int) -> np.ndarray:
 FLIP, NOISE, PROMPT = 1, 2, 3  # what a counter is for, so that no two choices share one
 
 
-@dataclass(eq=False)
 class OpenGroup:
-    """One group of a shard: the rows of both files, memory-mapped."""
+    """One group of a shard, memory-mapped: N images in V views. Of image n, view v stands in row n * V + v."""
 
-    latents: ShardFile
-    text: ShardFile
-    label: str
+    def __init__(self, latents: ShardFile, text: ShardFile, label: str) -> None:
+        def rows(name: str) -> Tensor | None:
+            tensor = latents.get(label, name)
+            return None if tensor is None else tensor.flatten(0, 1)
 
-    def __post_init__(self) -> None:
-        own = self.latents.tensors
-        self.mean, self.std = own[f"{self.label}/latent_mean"], own.get(f"{self.label}/latent_std")
-        self.weight = own.get(f"{self.label}/weight")
-        self.original_size, self.digest = own[f"{self.label}/original_size"], own[f"{self.label}/digest"]
-        self.resized_size, self.crop = own[f"{self.label}/resized_size"], own[f"{self.label}/crop"]
-        self.prompt_of = self.text.tensors[f"{self.label}/prompt_of"].numpy()
-        self.cond = cond_of(self.text.tensors)
-
-    def prompt(self, number: int) -> str:
-        return strings_of(self.text.tensors, "prompt", np.array([number]))[0]
+        self.text, self.label = text, label
+        mean = latents.tensors[f"{label}/latent_mean"]
+        self.num_views, self.shape = mean.shape[1], tuple(mean.shape[2:])
+        self.mean, self.std, self.weight = mean.flatten(0, 1), rows("latent_std"), rows("weight")
+        # numpy, since a row of it costs a tenth of a tensor's
+        self.original_size = latents.tensors[f"{label}/original_size"].numpy()
+        self.resized_size = latents.tensors[f"{label}/resized_size"].flatten(0, 1).numpy()
+        self.crop = latents.tensors[f"{label}/crop"].flatten(0, 1).numpy()
+        self.digest = latents.tensors[f"{label}/digest"].numpy().view(np.uint64)[:, 0]
+        self.prompt_of = text.tensors[f"{label}/prompt_of"].numpy()
+        self.prompt = Strings(text.tensors, "prompt")
+        self.cond = cond_of(text.tensors)
 
 
 class LatentDataset(Dataset[LatentBatch]):
@@ -226,12 +227,12 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def key(self, index: int) -> str:
         """Path of an image relative to the folder that was encoded."""
-        group, row = self._locate(index)
+        ((group, row),) = self._locate(np.array([index]))
         return read_keys(group.text, group.label)[row]
 
     def caption(self, index: int) -> list[str]:
         """The captions of an image."""
-        group, row = self._locate(index)
+        ((group, row),) = self._locate(np.array([index]))
         return read_captions(group.text, group.label)[row]
 
     def uncond(self) -> dict[str, Tensor] | None:
@@ -240,12 +241,15 @@ class LatentDataset(Dataset[LatentBatch]):
             return None
         return {name: value.float() for name, value in cond_of(open_shard(self.storage, UNCOND_NAME).tensors).items()}
 
-    def _locate(self, index: int) -> tuple[OpenGroup, int]:
-        if not -len(self) <= index < len(self):
-            raise IndexError(f"index {index} of a dataset of {len(self)}")
-        image = index % len(self) % self.num_images
-        group = int(np.searchsorted(self._starts, image, side="right")) - 1
-        return self._group(group), image - int(self._starts[group])
+    def _locate(self, indices: np.ndarray) -> list[tuple[OpenGroup, int]]:
+        """The group and the image in it, of each index."""
+        outside = indices[(indices < -len(self)) | (indices >= len(self))]
+        if len(outside):
+            raise IndexError(f"index {outside[0]} of a dataset of {len(self)}")
+        images = indices % len(self) % self.num_images
+        groups = np.searchsorted(self._starts, images, side="right") - 1
+        images -= self._starts[groups]
+        return [(self._group(group), image) for group, image in zip(groups.tolist(), images.tolist(), strict=True)]
 
     def _group(self, number: int) -> OpenGroup:
         """A group, its files memory-mapped on first touch."""
@@ -262,69 +266,60 @@ class LatentDataset(Dataset[LatentBatch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> LatentBatch:
-        located = [self._locate(index) for index in indices]
-        shapes = {group.mean.shape[2:] for group, _ in located}
+        chosen = np.asarray(indices, np.int64)
+        located = self._locate(chosen)
+        shapes = {group.shape for group, _ in located}
         if len(shapes) > 1:
             raise UserError(
                 f"a batch of {len(indices)} indices mixes latents of {len(shapes)} shapes. "
                 "Read with LatentLoader, or give DataLoader a BucketBatchSampler."
             )
-        index = torch.tensor(indices, dtype=torch.int64)
-        epoch, counters = int(self._epoch), index.numpy() % len(self)
-        view = np.zeros(len(indices), np.int64)
+        epoch, counters = int(self._epoch), chosen % len(self)
+        view = np.zeros(len(chosen), np.int64)
         if self.flip_p:
             draws = mix(self.seed, FLIP, epoch, counters) >> np.uint64(11)
             view = (draws * 2.0**-53 < self.flip_p).astype(np.int64)
-        rows = [(group, row, int(v)) for (group, row), v in zip(located, view, strict=True)]
+        rows = [(group, n * group.num_views + v) for (group, n), v in zip(located, view.tolist(), strict=True)]
+        draws = mix(self.seed, PROMPT, epoch, counters).tolist()
+        prompts = [
+            (group, group.prompt_of[n, draw % group.prompt_of.shape[1]].item())
+            for (group, n), draw in zip(located, draws, strict=True)
+        ]
         is_drawn = self.latent_sampling_method != "deterministic"
-        prompts = self._choose_prompts(located, epoch, counters)
         return LatentBatch(
-            index=index,
-            latent_mean=torch.stack([group.mean[row, v] for group, row, v in rows]),
-            latent_std=torch.stack([group.std[row, v] for group, row, v in rows if group.std is not None])
+            index=torch.from_numpy(chosen),
+            latent_mean=torch.stack([group.mean[row] for group, row in rows]),
+            latent_std=torch.stack([group.std[row] for group, row in rows if group.std is not None])
             if is_drawn
             else None,
             noise_seed=self._noise_seeds(located, epoch, counters) if is_drawn else None,
             scaling_factor=self.scaling_factor,
             shift_factor=self.shift_factor,
-            stored_cond=self._gather_cond(located, prompts),
-            cond_text=[group.prompt(prompt) for (group, _), prompt in zip(located, prompts, strict=True)],
+            stored_cond=self._gather_cond(prompts),
+            cond_text=[group.prompt[number] for group, number in prompts],
             weight=self._gather_weight(rows) if self.use_weight else None,
-            original_size=torch.stack([group.original_size[row] for group, row, _ in rows]),
-            resized_size=torch.stack([group.resized_size[row, v] for group, row, v in rows]),
-            crop=torch.stack([group.crop[row, v] for group, row, v in rows]),
+            original_size=torch.from_numpy(np.array([group.original_size[n] for group, n in located])),
+            resized_size=torch.from_numpy(np.array([group.resized_size[row] for group, row in rows])),
+            crop=torch.from_numpy(np.array([group.crop[row] for group, row in rows])),
             flipped=torch.from_numpy(view == 1),
         )
-
-    def _choose_prompts(self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray) -> list[int]:
-        """The prompt of each sample, by its number in its shard."""
-        draws = mix(self.seed, PROMPT, epoch, counters).tolist()
-        return [
-            int(group.prompt_of[row, draw % group.prompt_of.shape[1]])
-            for (group, row), draw in zip(located, draws, strict=True)
-        ]
 
     def _noise_seeds(self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray) -> Tensor:
         """[B] int64. "once" counts by the image's content, so that a cache may grow without changing its draws."""
         if self.latent_sampling_method == "once":
-            digests = np.stack([group.digest[row].numpy() for group, row in located])
-            counters, epoch = digests.view(np.uint64)[:, 0], 0
+            counters, epoch = np.array([group.digest[n] for group, n in located]), 0
         return torch.from_numpy((mix(self.seed, NOISE, epoch, counters) >> np.uint64(1)).astype(np.int64))
 
-    def _gather_cond(self, located: list[tuple[OpenGroup, int]], prompts: list[int]) -> dict[str, Tensor] | None:
-        names = located[0][0].cond
+    def _gather_cond(self, prompts: list[tuple[OpenGroup, int]]) -> dict[str, Tensor] | None:
+        names = prompts[0][0].cond
         if not self.include_cond or not names:
             return None
-        return {
-            name: torch.stack([group.cond[name][prompt] for (group, _), prompt in zip(located, prompts, strict=True)])
-            for name in names
-        }
+        return {name: torch.stack([group.cond[name][number] for group, number in prompts]) for name in names}
 
-    def _gather_weight(self, rows: list[tuple[OpenGroup, int, int]]) -> Tensor:
-        ones = torch.ones(rows[0][0].mean.shape[-2:])
-        weight = torch.stack(
-            [ones if group.weight is None else group.weight[row, v].float() for group, row, v in rows]
-        )[:, None]
+    def _gather_weight(self, rows: list[tuple[OpenGroup, int]]) -> Tensor:
+        ones = torch.ones(rows[0][0].shape[1:])
+        maps = [ones if group.weight is None else group.weight[row].float() for group, row in rows]
+        weight = torch.stack(maps)[:, None]
         return weight if self.use_weight == "raw" else rescale_weight(weight)
 
     @staticmethod
