@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentprep import __version__
 from latentprep.cache import manifest
 from latentprep.cache.manifest import Manifest, ShardEntry, commit, find_manifest, read_skips, recipe_digest
 from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, latents_name, text_name, write_uncond
@@ -247,7 +248,8 @@ def make_job(prepared: Prepared) -> "Job":
 
 def versions() -> dict[str, str]:
     """Versions of the libraries that the numbers come from."""
-    return {name: version(name) for name in ("latentprep", "torch", "diffusers", "transformers", "pillow")}
+    libraries = ("torch", "diffusers", "transformers", "pillow")
+    return {"latentprep": __version__, **{name: version(name) for name in libraries}}
 
 
 def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
