@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -190,6 +191,25 @@ def test_an_srgb_profile_changes_no_pixel(tmp_path):
     found = load(save(tmp_path, gradient(64, 64), icc_profile=profile), resolution="native")
     assert np.array_equal(found.pixels, np.array(gradient(64, 64)))
     assert found.notes == ()
+
+
+def test_a_linear_profile_that_calls_itself_srgb_is_converted(tmp_path):
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    curve = profile.find(b"para")
+    while curve >= 0:  # the tone curves: gamma 1 in place of sRGB's
+        profile[curve + 8 : curve + 16] = struct.pack(">HHi", 0, 0, 1 << 16)
+        curve = profile.find(b"para", curve + 1)
+    linear = ImageCms.ImageCmsProfile(io.BytesIO(bytes(profile)))
+    assert "sRGB" in linear.profile.profile_description
+    found = load(save(tmp_path, gradient(64, 64), icc_profile=bytes(profile)), resolution="native")
+    wanted = ImageCms.profileToProfile(gradient(64, 64), linear, ImageCms.createProfile("sRGB"), outputMode="RGB")
+    assert np.array_equal(found.pixels, np.array(wanted))
+    assert found.notes == ("icc_to_srgb",)
+
+
+@pytest.mark.parametrize("name", [name for name in PHOTOS if "rocket" not in name])
+def test_the_srgb_profiles_of_real_photos_change_no_pixel(name):
+    assert "icc_to_srgb" not in load(find_photo(name), resolution="native").notes
 
 
 def test_a_broken_profile_is_noted_and_passed_over(tmp_path):

@@ -19,7 +19,8 @@ TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-INSIDE_ICC = {"RGB": "RGB", "L": "L", "CMYK": "CMYK", "LAB": "LAB"}  # modes that a profile can be applied to
+INSIDE_ICC = ("RGB", "L", "CMYK", "LAB")  # modes that a profile can be applied to
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
 def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str, factor: int) -> Pixels | Skip:
@@ -35,9 +36,8 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
     if len(data) != item.nbytes:
         return skip("changed", f"was {item.nbytes} bytes when listed, now {len(data)}: run again")
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.format == "PNG":
-                image.verify()  # checksums: Pillow decodes a damaged PNG to black rows, without an error
+        if data.startswith(PNG_MAGIC):
+            Image.open(io.BytesIO(data)).verify()  # checksums: Pillow decodes a damaged PNG to black rows, silently
         with Image.open(io.BytesIO(data)) as image:
             size, orientation = oriented_size(image), read_orientation(image)
             if size != item.size:
@@ -96,9 +96,9 @@ def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Imag
         image = image.convert("RGB")
     if profile and image.mode in INSIDE_ICC:
         try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            if not is_srgb(source):
-                converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), image.mode, "RGB")
+            if image.mode != "RGB" or not leaves_colors(transform):
+                converted = ImageCms.applyTransform(image, transform)
                 notes.append("icc_to_srgb")
                 return converted
         except (ImageCms.PyCMSError, OSError, ValueError):
@@ -106,9 +106,15 @@ def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Imag
     return image.convert("RGB")
 
 
-def is_srgb(profile: ImageCms.ImageCmsProfile) -> bool:
-    """Whether a profile is a copy of sRGB, so that its pixels stay as they are."""
-    return "srgb" in (profile.profile.profile_description or "").lower()
+def leaves_colors(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether an RGB transform only rounds: then its profile is a copy of sRGB, and the pixels stay as they are.
+
+    By the numbers and not by the name: there are linear profiles that call themselves sRGB.
+    """
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    probe = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+    seen = np.asarray(ImageCms.applyTransform(Image.fromarray(probe), transform))
+    return int(np.abs(seen.astype(int) - probe).max()) <= 2
 
 
 def place_pixels(image: Image.Image, placement: Placement, resampling: Image.Resampling) -> np.ndarray:
