@@ -83,6 +83,12 @@ def test_captions_that_are_not_text_are_named_and_counted(folder):
     assert str(error.value) == "b.txt: not UTF-8-SIG text at byte 3. Save it as UTF-8. (1 more such files.)"
 
 
+def test_a_caption_file_that_cannot_be_read(folder):
+    (folder / "c.txt").symlink_to(folder / "nowhere")
+    with pytest.raises(UserError, match=r"^c.txt: cannot be read \(No such file or directory\)."):
+        captions(folder)
+
+
 @pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.png"}', '{"file_name": 1, "text": "x"}'])
 def test_broken_metadata_names_file_and_line(folder, line):
     (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "fine"}\n' + line, encoding="utf-8")

@@ -156,6 +156,19 @@ def test_write_is_atomic_where_it_fails(tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "shards").iterdir()] == ["x"]
 
 
+def test_delete_says_where_it_cannot(tmp_path, monkeypatch):
+    storage = Storage(tmp_path)
+    storage.write_atomic("shards/x", b"old")
+    storage.delete("shards/never-there")
+
+    def read_only(path):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(os, "remove", read_only)
+    with pytest.raises(UserError, match=r"x: cannot delete \(Read-only file system\)."):
+        storage.delete("shards/x")
+
+
 def test_cache_on_another_file_system(tmp_path):
     storage = Storage("memory://somewhere/cache")
     write_latents(storage, "u", [latent_group()], {"recipe": "r"})

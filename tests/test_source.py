@@ -114,6 +114,15 @@ def test_absurd_dimensions_are_a_skip(tmp_path):
     assert skip.reason == "too_large"
 
 
+def test_a_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "scandir", denied)
+    with pytest.raises(UserError, match=r"cannot be listed \(Permission denied\). Make it readable."):
+        list_folder(tmp_path)
+
+
 def test_folders_that_cannot_be_a_source(tmp_path):
     (tmp_path / "file.png").write_bytes(b"x")
     (tmp_path / "empty").mkdir()

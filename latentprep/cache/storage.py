@@ -24,8 +24,8 @@ class Storage:
         """The full path or URL of a file, for messages and, if is_local, for memory-mapping."""
         return f"{self.path}/{name}"
 
-    def exists(self, name: str = "") -> bool:
-        return bool(self.fs.exists(self.locate(name) if name else self.path))
+    def exists(self, name: str) -> bool:
+        return bool(self.fs.exists(self.locate(name)))
 
     def read(self, name: str) -> bytes:
         """All bytes of a file. Raises FileNotFoundError."""
@@ -35,14 +35,13 @@ class Storage:
         """Bytes of a file. Raises FileNotFoundError."""
         return int(self.fs.size(self.locate(name)))
 
-    def names(self, folder: str = "") -> list[str]:
+    def names(self, folder: str) -> list[str]:
         """Names of the files directly in a folder, relative to the root, sorted; none where there is no such folder."""
         try:
-            entries = self.fs.ls(self.locate(folder) if folder else self.path, detail=True, refresh=True)
+            entries = self.fs.ls(self.locate(folder), detail=True, refresh=True)
         except FileNotFoundError:
             return []
-        prefix = f"{folder}/" if folder else ""
-        return sorted(prefix + entry["name"].rpartition("/")[2] for entry in entries if entry["type"] == "file")
+        return sorted(f"{folder}/{entry['name'].rpartition('/')[2]}" for entry in entries if entry["type"] == "file")
 
     def write_atomic(self, name: str, data: bytes) -> None:
         """All of the bytes under the final name, or nothing.
@@ -78,6 +77,8 @@ class Storage:
             self.fs.rm_file(self.locate(name))
         except FileNotFoundError:
             return
+        except OSError as error:
+            raise UserError(f"{self.locate(name)}: cannot delete ({error.strerror or error}).") from error
 
 
 def _sync_folder(folder: Path) -> None:

@@ -68,7 +68,7 @@ def _caption(
     text, origin = caption_from_name(item.key, word, joiner), "filename"
     sidecar = next((_stem(item.key) + suffix for suffix in SIDECARS if _stem(item.key) + suffix in others), None)
     if sidecar is not None:
-        text, origin = decode_text((folder / sidecar).read_bytes(), sidecar), PurePosixPath(sidecar).suffix[1:]
+        text, origin = read_text(folder, sidecar), PurePosixPath(sidecar).suffix[1:]
     elif item.key in metadata:
         text, origin = metadata[item.key], "metadata"
     # names that are not UTF-8, and broken JSON escapes, hold lone surrogates: no tokenizer takes them
@@ -84,8 +84,12 @@ def caption_from_name(key: str, word: re.Pattern[str] | None = None, joiner: str
     return text.strip()
 
 
-def decode_text(data: bytes, name: str) -> str:
+def read_text(folder: Path, name: str) -> str:
     """Text of a caption file: UTF-8, or UTF-16 with its byte order mark. Raises UserError."""
+    try:
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror}).") from error
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return data.decode(encoding)
@@ -97,7 +101,7 @@ def _read_metadata(folder: Path, keys: list[str]) -> dict[str, str]:
     """key -> text, of every metadata.jsonl (the Hub's imagefolder layout: file_name is relative to that file)."""
     captions: dict[str, str] = {}
     for key in keys:
-        for number, line in enumerate(decode_text((folder / key).read_bytes(), key).splitlines(), 1):
+        for number, line in enumerate(read_text(folder, key).splitlines(), 1):
             if not line.strip():
                 continue
             try:

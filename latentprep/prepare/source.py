@@ -64,14 +64,16 @@ def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
         seen.add((status.st_dev, status.st_ino))
         if here != folder and (here / "cache.json").is_file() and (here / "shards").is_dir():
             continue  # another latent cache
-        with os.scandir(here) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if entry.is_dir():
-                    pending.append(Path(entry.path))
-                elif entry.is_file() or entry.is_symlink():
-                    yield Path(entry.path)
+        try:
+            with os.scandir(here) as listing:
+                entries = [entry for entry in listing if not entry.name.startswith(".")]
+        except OSError as error:
+            raise UserError(f"SOURCE {here}: cannot be listed ({error.strerror}). Make it readable.") from error
+        for entry in entries:
+            if entry.is_dir():
+                pending.append(Path(entry.path))
+            elif entry.is_file() or entry.is_symlink():
+                yield Path(entry.path)
 
 
 def read_item(path: Path, key: str) -> Item | Skip:
