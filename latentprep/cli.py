@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from latentprep import __version__
+from latentprep.config import DEFAULT_MODEL, EncodeOptions, Geometry, TextOptions
 from latentprep.errors import UserError
 
 app = typer.Typer(
@@ -63,7 +64,7 @@ def encode(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what the cache holds and start anew.", rich_help_panel=OUTPUT)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and write nothing.", rich_help_panel=OUTPUT)] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any image was skipped.", rich_help_panel=OUTPUT)] = False,
-    model: Annotated[str, typer.Option(metavar="ID|DIR|tiny", help="Hub id, diffusers folder, or the built-in miniature.", rich_help_panel=MODEL)] = "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    model: Annotated[str, typer.Option(metavar="ID|DIR|tiny", help="Hub id, diffusers folder, or the built-in miniature.", rich_help_panel=MODEL)] = DEFAULT_MODEL,
     vae: Annotated[str, typer.Option(metavar="ID|DIR", help="Another VAE than the model's own.", show_default="the model's", rich_help_panel=MODEL)] = "",
     device: Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|mps|cpu", help="Where the models run.", rich_help_panel=MODEL)] = "auto",
     dtype: Annotated[str, typer.Option(metavar="auto|float32|float16|bfloat16", help="Number type of the models; auto: float16 on CUDA, else float32.", rich_help_panel=MODEL)] = "auto",
@@ -91,7 +92,6 @@ def encode(
     Run it again to go on after an interruption, or to add new images: what is done is not done again.
     """
     # fmt: on
-    from latentprep.config import EncodeOptions, Geometry, TextOptions
     from latentprep.prompts import load_template
     from latentprep.units import parse_bytes
 
@@ -110,7 +110,7 @@ def encode(
     run_encode(options, dry_run=dry_run)
 
 
-def run_encode(options: Any, *, dry_run: bool = False) -> None:
+def run_encode(options: EncodeOptions, *, dry_run: bool = False) -> None:
     """Plan, encode and report; the exit code tells the truth."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, where it already talks
@@ -180,7 +180,6 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the demo's images and cache.")] = Path("demo"),
 ) -> None:
     """Draw images with captions and alpha, and encode them with the built-in model `tiny`."""
-    from latentprep.config import EncodeOptions, Geometry, TextOptions
     from latentprep.demo import draw_folder
 
     images, cache = out / "images", out / "cache"

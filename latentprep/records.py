@@ -21,6 +21,9 @@ class Item:
     caption: str = ""
     caption_origin: str = ""  # where the caption came from: txt, caption, metadata, filename
 
+    def skip(self, reason: str, detail: str) -> "Skip":
+        return Skip(self.key, reason, detail, self.nbytes, self.mtime_ns)
+
 
 REASONS = {
     "not_an_image": "Pillow knows no such format",

@@ -1,4 +1,4 @@
-"""The two files of a shard: write_latents, write_text, open_latents, open_text. Nobody else knows tensor names.
+"""The two files of a shard: write_latents, write_text, open_shard. Nobody else writes them or checks their headers.
 
 Strings are ragged: one uint8 tensor of UTF-8 and one int64 tensor of offsets, since a safetensors header is capped.
 The header's metadata is a single JSON value, because safetensors does not keep the order of several.

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from latentprep import __version__
 from latentprep.cache import manifest
 from latentprep.cache.manifest import Manifest, ShardEntry, commit, find_manifest, read_skips, recipe_digest
-from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, latents_name, text_name, write_uncond
+from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, latents_name, text_name
 from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, text_recipe
 from latentprep.errors import UserError
@@ -103,7 +103,7 @@ def prepare(options: EncodeOptions, say: Say) -> Prepared:
             )
     row_bytes = estimate_row_bytes(recipe, vae, text)
     plan = make_plan(
-        captioned.items, source.skips, place, row_bytes, recipe=recipe, recipe_digest=recipe_digest(recipe),
+        captioned.items, source.skips, place, row_bytes, recipe=recipe,
         shard_bytes=options.shard_bytes, storage=storage, manifest=existing,
     )  # fmt: skip
     if existing is None and not plan.new:
@@ -117,11 +117,12 @@ def prepare(options: EncodeOptions, say: Say) -> Prepared:
 
 def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFolder, text: TextFolder | None) -> RowBytes:
     """What rows will cost on disk, from the configs alone."""
-    width = {"float32": 4, "float16": 2, "bfloat16": 2}
     posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
     views = len(recipe["latents"]["views"])
-    latent = views * (posterior * vae.latent_channels * width[recipe["latents"]["store_dtype"]] + 2)  # + 2: weight
-    cond = text.max_tokens * text.width * width[recipe["text"]["store_dtype"]] if text else 0
+    latent = views * (
+        posterior * vae.latent_channels * TORCH_DTYPES[recipe["latents"]["store_dtype"]].itemsize + 2
+    )  # + 2: weight
+    cond = text.max_tokens * text.width * TORCH_DTYPES[recipe["text"]["store_dtype"]].itemsize if text else 0
     return RowBytes(latent, cond + 512, vae.factor)  # 512: key, caption and prompt
 
 
@@ -132,6 +133,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     """
     from latentprep.prepare.engine.local import run
     from latentprep.prepare.load import load_pixels
+    from latentprep.prepare.worker import write_empty_prompt
 
     options, storage, plan = prepared.options, prepared.storage, prepared.plan
     started = time.perf_counter()
@@ -141,9 +143,11 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     units = [*plan.new, *(unit for _, unit in plan.retext)]
     existing = set(storage.names("shards"))
     to_encode = {unit.id for unit in plan.new if latents_name(unit.id) not in existing}
-    for load_model, is_needed in ((job.vae, bool(to_encode)), (job.text, True)):
-        if load_model is not None and is_needed:
-            load_model()  # now, and not in the middle of the first unit: loading is no part of the images' speed
+    # load models now, and not in the middle of the first unit: loading is no part of the images' speed
+    if to_encode:
+        job.vae()
+    if job.text is not None:
+        job.text()
 
     loop_started = time.perf_counter()
     with make_progress(sum(len(unit.items) for unit in units)) as bar:
@@ -198,15 +202,6 @@ def update_skips(prepared: Prepared) -> None:
         commit(prepared.storage, replace(prepared.manifest, num_skipped=len(skips)), skips)
 
 
-def write_empty_prompt(job: "Job") -> None:
-    """The cond of the empty prompt, which training drops captions to; none where there is no conditioning."""
-    if job.text is None:
-        job.storage.delete(UNCOND_NAME)
-        return
-    dtype = TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
-    write_uncond(job.storage, {name: cond.to(dtype) for name, cond in job.text().encode([""]).items()}, job.metadata)
-
-
 def shard_order(entry: ShardEntry) -> tuple[str, str]:
     return entry.groups[0][0], entry.unit
 
@@ -256,7 +251,7 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
     """How a cache was made, for people; nothing of it is compared."""
     options = prepared.options
     return {
-        **versions(),
+        **job.metadata["versions"],
         "model": options.model,
         "vae": options.vae,
         "device": prepared.device,

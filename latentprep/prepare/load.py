@@ -25,23 +25,19 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str, factor: int) -> Pixels | Skip:
     """The pixels of an item as the VAE is to see them, or the Skip that says why not."""
-
-    def skip(reason: str, detail: str) -> Skip:
-        return Skip(item.key, reason, detail, item.nbytes, item.mtime_ns)
-
     try:
         data = (folder / item.key).read_bytes()
     except OSError as error:
-        return skip("unreadable", describe(error))
+        return item.skip("unreadable", describe(error))
     if len(data) != item.nbytes:
-        return skip("changed", f"was {item.nbytes} bytes when listed, now {len(data)}: run again")
+        return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data)}: run again")
     try:
         if data.startswith(PNG_MAGIC):
             Image.open(io.BytesIO(data)).verify()  # checksums: Pillow decodes a damaged PNG to black rows, silently
         with Image.open(io.BytesIO(data)) as image:
             size, orientation = oriented_size(image), read_orientation(image)
             if size != item.size:
-                return skip(
+                return item.skip(
                     "changed", f"was {item.size[1]}x{item.size[0]} when listed, now {size[1]}x{size[0]}: run again"
                 )
             notes = ["first_frame"] if getattr(image, "is_animated", False) else []
@@ -52,11 +48,11 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
             color, alpha = split_alpha(image)
             rgb = to_srgb(color, image.info.get("icc_profile"), notes)
     except Image.DecompressionBombError as error:
-        return skip("too_large", describe(error))
+        return item.skip("too_large", describe(error))
     except HEADER_ERRORS as error:
-        return skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
+        return item.skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
     if rgb is None:
-        return skip("unsupported_mode", f"Pillow mode {color.mode}")
+        return item.skip("unsupported_mode", f"Pillow mode {color.mode}")
     if orientation in TRANSPOSE:
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None

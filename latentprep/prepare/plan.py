@@ -1,11 +1,10 @@
 """Items and what the cache already holds -> the units to do, and why each item is new, kept, changed or gone."""
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from latentprep.cache.manifest import Manifest, ShardEntry, read_skips
+from latentprep.cache.manifest import Manifest, ShardEntry, read_skips, recipe_digest
 from latentprep.cache.shard import open_shard, read_keys, text_name
 from latentprep.cache.storage import Storage
 from latentprep.config import digest_of
@@ -45,9 +44,9 @@ class Plan:
     def is_done(self) -> bool:
         return not self.new and not self.retext
 
-    def buckets(self) -> Counter[Size]:
-        """Images to encode per bucket."""
-        return Counter(placement.bucket for unit in self.new for placement in unit.placements)
+    def buckets(self) -> set[Size]:
+        """The buckets of the images to encode."""
+        return {placement.bucket for _, placement in self.rows()}
 
     def rows(self) -> Iterator[tuple[Item, Placement]]:
         for unit in self.new:
@@ -61,7 +60,6 @@ def make_plan(
     row_bytes: RowBytes,
     *,
     recipe: dict[str, Any],
-    recipe_digest: str,
     shard_bytes: int,
     storage: Storage,
     manifest: Manifest | None,
@@ -102,14 +100,15 @@ def make_plan(
             continue
         verdict = place(item.size)
         if not isinstance(verdict, Placement):
-            left_out.append(Skip(item.key, *verdict, item.nbytes, item.mtime_ns))
+            left_out.append(item.skip(*verdict))
         elif item.key in known and [known[item.key].nbytes, known[item.key].mtime_ns] == _fingerprint(item):
             left_out.append(known[item.key])
         else:
             planned.append((item, verdict))
     planned.sort(key=lambda pair: (pair[1].bucket, pair[0].key))
+    digest = recipe_digest(recipe)
     new = [
-        Unit(unit_id([item for item, _ in rows], recipe_digest), *zip(*rows, strict=True))
+        Unit(unit_id([item for item, _ in rows], digest), *zip(*rows, strict=True))
         for rows in cut_rows(planned, row_bytes, shard_bytes)
     ]
     return Plan(new, retext, kept, left_out, len(held))
@@ -132,9 +131,9 @@ def cut_rows(
         yield run
 
 
-def unit_id(items: list[Item], recipe_digest: str) -> str:
+def unit_id(items: list[Item], digest: str) -> str:
     """Digest of what goes into a latents file: the recipe, and every item's key, size and mtime."""
-    return digest_of([recipe_digest, [[item.key, *_fingerprint(item)] for item in items]])
+    return digest_of([digest, [[item.key, *_fingerprint(item)] for item in items]])
 
 
 def text_id(unit: str, rows: list[Item], recipe: dict[str, Any]) -> str:

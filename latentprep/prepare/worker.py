@@ -16,6 +16,7 @@ from torch import Tensor
 from latentprep.cache.manifest import ShardEntry
 from latentprep.cache.shard import (
     TORCH_DTYPES,
+    UNCOND_NAME,
     LatentGroup,
     Text,
     TextGroup,
@@ -24,6 +25,7 @@ from latentprep.cache.shard import (
     text_name,
     write_latents,
     write_text,
+    write_uncond,
 )
 from latentprep.cache.storage import Storage
 from latentprep.prepare.plan import text_id
@@ -192,7 +194,7 @@ def keep_rows(
             detail = (
                 f"the VAE gives no finite latents in float32, or none that {job.recipe['latents']['store_dtype']} holds"
             )
-            skips.append(Skip(item.key, "non_finite", detail, item.nbytes, item.mtime_ns))
+            skips.append(item.skip("non_finite", detail))
 
 
 @dataclass(eq=False)
@@ -261,6 +263,18 @@ def make_text(rows: list[Item], groups: list[tuple[str, int, list[int]]], job: J
     if job.text is None:
         return Text(made, prompts)
     encoder = job.text()
+    return Text(made, prompts, make_cond(encoder, prompts, job), encoder.count_tokens(prompts), encoder.max_tokens)
+
+
+def make_cond(encoder: TextEncoder, prompts: list[str], job: Job) -> dict[str, Tensor]:
+    """Cond of P prompts, name -> [P,...], in the store dtype."""
     dtype = TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
-    cond = {name: value.to(dtype) for name, value in encoder.encode(prompts).items()}
-    return Text(made, prompts, cond, encoder.count_tokens(prompts), encoder.max_tokens)
+    return {name: value.to(dtype) for name, value in encoder.encode(prompts).items()}
+
+
+def write_empty_prompt(job: Job) -> None:
+    """The cond of the empty prompt, which training drops captions to; none where there is no conditioning."""
+    if job.text is None:
+        job.storage.delete(UNCOND_NAME)
+    else:
+        write_uncond(job.storage, make_cond(job.text(), [""], job), job.metadata)

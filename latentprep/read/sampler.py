@@ -134,10 +134,10 @@ class LatentLoader:
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_distributed else (0, 1)
         self.data = data
         self.batch_size = min(batch_size, len(data))
-        self.gradient_step = min(gradient_step, len(data) // self.batch_size) if self.batch_size > 0 else gradient_step
         self.sampler = BucketBatchSampler(
             data, self.batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, rank=rank, world_size=world_size
         )
+        self.gradient_step = min(gradient_step, len(data) // self.batch_size)
         self.dataloader: DataLoader[LatentBatch] = DataLoader(
             data, batch_sampler=self.sampler, collate_fn=LatentDataset.collate, **dataloader_options
         )
