@@ -4,15 +4,19 @@ import json
 import os
 import sys
 import warnings
+from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from latentprep import __version__
 from latentprep.config import DEFAULT_MODEL, EncodeOptions, Geometry, TextOptions
 from latentprep.errors import UserError
+
+if TYPE_CHECKING:
+    from latentprep.prepare.encode import Prepared
 
 app = typer.Typer(
     help="Encode an image folder once into a latent cache; train diffusion models from it many times.",
@@ -56,13 +60,14 @@ def latentprep(
 @app.command()
 def encode(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, searched recursively.", show_default=False)],
+    max_megapixels: Annotated[float, typer.Option(metavar="MEGAPIXELS", help="Larger images are skipped unread: they may be decompression bombs.", rich_help_panel=INPUT)] = 180,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=INPUT)] = 0,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where the cache goes.", show_default="SOURCE.latents", rich_help_panel=OUTPUT)] = "",
     store: Annotated[str, typer.Option(metavar="mean+std|mean", help="What to keep of the VAE posterior.", rich_help_panel=OUTPUT)] = "mean+std",
     store_dtype: Annotated[str, typer.Option(metavar="float16|bfloat16|float32", help="Number type of latents and cond on disk.", rich_help_panel=OUTPUT)] = "float16",
-    shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Largest size of a shard file.", rich_help_panel=OUTPUT)] = "256MB",
+    shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Largest size of a shard file; a run that is stopped loses at most one.", show_default="256MB, on a CPU 16MB", rich_help_panel=OUTPUT)] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what the cache holds and start anew.", rich_help_panel=OUTPUT)] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done and write nothing.", rich_help_panel=OUTPUT)] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done and why, with the time and space it takes; write nothing.", rich_help_panel=OUTPUT)] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any image was skipped.", rich_help_panel=OUTPUT)] = False,
     model: Annotated[str, typer.Option(metavar="ID|DIR|tiny", help="Hub id, diffusers folder, or the built-in miniature.", rich_help_panel=MODEL)] = DEFAULT_MODEL,
     vae: Annotated[str, typer.Option(metavar="ID|DIR", help="Another VAE than the model's own.", show_default="the model's", rich_help_panel=MODEL)] = "",
@@ -89,7 +94,7 @@ def encode(
 ) -> None:
     """Encode a folder of images into a latent cache.
 
-    Run it again to go on after an interruption, or to add new images: what is done is not done again.
+    Run it again to go on after an interruption, or after images or captions changed: what is done is not done again.
     """
     # fmt: on
     from latentprep.prompts import load_template
@@ -104,44 +109,68 @@ def encode(
         ),
         text=TextOptions(load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond),
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
-        batch_size=batch_size, workers=workers, shard_bytes=parse_bytes("--shard-size", shard_size), seed=seed,
-        overwrite=overwrite, strict=strict,
+        batch_size=batch_size, workers=workers, seed=seed,
+        shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,
+        max_pixels=int(max_megapixels * 1e6), overwrite=overwrite, strict=strict,
     )  # fmt: skip
     run_encode(options, dry_run=dry_run)
 
 
-def run_encode(options: EncodeOptions, *, dry_run: bool = False) -> None:
-    """Plan, encode and report; the exit code tells the truth."""
+def _quiet() -> None:
+    """Keep other libraries from talking while they are imported."""
     warnings.filterwarnings("ignore")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, where it already talks
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def run_encode(options: EncodeOptions, *, dry_run: bool = False) -> None:
+    """Plan, encode and report; the exit code tells the truth."""
+    _quiet()
+    from latentprep.cache.lock import hold
+    from latentprep.cache.storage import Storage
+    from latentprep.prepare import messages
+    from latentprep.prepare.devices import quiet_libraries
+    from latentprep.prepare.encode import check_paths, prepare
+    from latentprep.prepare.estimate import estimate_time
+    from latentprep.stop import stoppable
+
+    check_paths(options)
+    if dry_run:
+        prepared = prepare(options, _say)
+        _say(messages.source_text(prepared))
+        quiet_libraries()
+        typer.echo(messages.plan_text(prepared, estimate_time(prepared)))
+        return
+    try:
+        with stoppable(), hold(Storage(options.out)):
+            code = encode_prepared(prepare(options, _say))
+    except KeyboardInterrupt as stop:
+        _say(messages.interrupted_text(options, sys.argv[1:]))
+        raise typer.Exit(128 + (stop.args[0] if stop.args else 2)) from None
+    raise typer.Exit(code)
+
+
+def encode_prepared(prepared: "Prepared") -> int:
+    """Encode what there is to do, and report; returns the exit code."""
     from tqdm import tqdm
 
     from latentprep.prepare import messages
     from latentprep.prepare.devices import quiet_libraries
-    from latentprep.prepare.encode import encode, prepare, update_skips
+    from latentprep.prepare.encode import encode
 
-    prepared = prepare(options, _say)
     _say(messages.source_text(prepared))
-    if dry_run:
-        typer.echo(messages.plan_text(prepared))
-        return
-    if prepared.plan.is_done:
-        update_skips(prepared)
+    is_strict = prepared.options.strict
+    if prepared.is_done:
         typer.echo(messages.done_text(prepared))
-        raise typer.Exit(messages.exit_code(prepared.plan.skips, [], options.strict))
+        return messages.exit_code(prepared.plan.skips, [], is_strict)
     quiet_libraries()
 
     def make_progress(total: int) -> Any:
-        return tqdm(total=total, unit="img", dynamic_ncols=True, smoothing=0.1, file=sys.stderr)
+        return tqdm(total=total, unit="img", dynamic_ncols=True, smoothing=0.1, file=sys.stderr, disable=not total)
 
-    try:
-        outcome = encode(prepared, make_progress)
-    except KeyboardInterrupt:
-        _say(messages.interrupted_text(options, sys.argv[1:]))
-        raise typer.Exit(130) from None
+    outcome = encode(prepared, make_progress)
     typer.echo(messages.outcome_text(prepared, outcome))
-    raise typer.Exit(messages.exit_code(outcome.skips, outcome.failures, options.strict))
+    return messages.exit_code(outcome.skips, outcome.failures, is_strict)
 
 
 @app.command()
@@ -162,6 +191,83 @@ def inspect(
         typer.echo(json.dumps(found, indent=2))
     else:
         Console(highlight=False).print(tables.render_sample(found) if key else tables.render_summary(found), markup=False)
+
+
+def _add(bar: Any, count: int) -> None:
+    bar.update(count)
+
+
+# fmt: off
+@app.command()
+def verify(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder.", show_default=False)],
+    source: Annotated[Path | None, typer.Option(metavar="DIR", help="Compare with the images too: changed, gone and new ones.", show_default=False)] = None,
+    re_encode: Annotated[int, typer.Option(metavar="N", min=0, help="Encode N random images of --source again, and compare.")] = 0,
+    seed: Annotated[int, typer.Option(help="Which images --re-encode takes.")] = 0,
+    model: Annotated[str, typer.Option(metavar="ID|DIR|tiny", help="Model of --re-encode.", show_default="the cache's own")] = "",
+    device: Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|mps|cpu", help="Where --re-encode runs.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
+) -> None:
+    """Check a cache: every byte, shape and number, and on request the images it came from.
+
+    Exit code 0: nothing wrong. 1: problems, which are listed.
+    """
+    # fmt: on
+    from tqdm import tqdm
+
+    from latentprep.cache.storage import Storage
+    from latentprep.look.tables import render_problems
+    from latentprep.look.verify import verify as verify_cache
+
+    if re_encode and source is None:
+        raise UserError("--re-encode needs the images: give their folder with --source.")
+    storage = Storage(cache)
+    found: dict[str, Any] = {"cache": cache}
+    with tqdm(unit="B", unit_scale=True, desc="hash", dynamic_ncols=True, disable=as_json or None) as bar:
+        manifest, problems = verify_cache(storage, lambda count: _add(bar, count))
+    if manifest is not None:
+        found |= {"images": manifest.num_images, "shards": len(manifest.shards)}
+    if source is not None and problems:
+        found["source"] = f"{source}: not compared; mend the cache first"
+    elif manifest is not None and source is not None:
+        _quiet()
+        from latentprep.prepare.devices import quiet_libraries
+        from latentprep.prepare.recheck import compare_source, reencode
+
+        with tqdm(unit="img", desc="source", dynamic_ncols=True, disable=as_json or None) as bar:
+            problems += compare_source(storage, manifest, source, lambda count: _add(bar, count))
+        if re_encode:
+            quiet_libraries()
+            more, found["largest_difference"] = reencode(
+                storage, manifest, source, re_encode, seed=seed, model=model or None, device=device
+            )
+            problems += more
+    found["problems"] = [asdict(problem) for problem in problems]
+    typer.echo(json.dumps(found, indent=2) if as_json else render_problems(found))
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def compact(
+    cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder.", show_default=False)],
+    min_share: Annotated[float, typer.Option(metavar="SHARE", min=0, max=1, help="Rewrite shards of which at least this share is tombstones.")] = 0.2,
+) -> None:
+    """Free the space of images that changed or were removed: rewrite the shards that hold many of them."""
+    from latentprep.cache.compact import compact as compact_cache
+    from latentprep.cache.lock import hold
+    from latentprep.cache.storage import Storage
+    from latentprep.units import counted, human_bytes
+
+    storage = Storage(cache)
+    if not storage.exists("cache.json"):
+        raise UserError(f"{cache}: not a latent cache, it has no cache.json. Make one with latentprep encode.")
+    with hold(storage):
+        done = compact_cache(storage, min_share)
+    left = f"; {counted(done.num_left, 'tombstone')} left in shards that have few" if done.num_left else ""
+    typer.echo(
+        f"{cache}: {counted(done.num_shards, 'shard')} rewritten or removed, {counted(done.num_rows, 'row')} "
+        f"and {human_bytes(max(0, done.nbytes))} freed{left}"
+    )
 
 
 @app.command()

@@ -134,7 +134,8 @@ class EncodeOptions:
     dtype: str = "auto"
     batch_size: int | None = None
     workers: int | None = None
-    shard_bytes: int = 256_000_000
+    shard_bytes: int | None = None  # None: devices.default_shard_bytes
+    max_pixels: int = 180_000_000  # of an image file; a little more than Pillow's own limit
     seed: int = 0
     overwrite: bool = False
     strict: bool = False
@@ -146,6 +147,8 @@ class EncodeOptions:
         for option, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1.")
+        if self.max_pixels < 1:
+            raise UserError("--max-megapixels: must be more than 0.")
         lines = self.text.template or ()
         if any("[name]" in line for line in lines) and not self.text.placeholder:
             raise UserError(

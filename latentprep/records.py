@@ -24,6 +24,46 @@ class Item:
     def skip(self, reason: str, detail: str) -> "Skip":
         return Skip(self.key, reason, detail, self.nbytes, self.mtime_ns)
 
+    @property
+    def row(self) -> "Row":
+        return Row(self.key, self.nbytes, self.mtime_ns, (self.caption,))
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What a text file says of one image: all of it may change without touching a pixel."""
+
+    key: str
+    nbytes: int
+    mtime_ns: int
+    captions: tuple[str, ...]
+
+    @property
+    def fingerprint(self) -> tuple[str, int, int]:
+        """What tells, without reading an image, that it is the one that was encoded."""
+        return self.key, self.nbytes, self.mtime_ns
+
+
+CHANGES = {
+    "new": "not in the cache",
+    "changed": "its content is another than the one that was encoded",
+    "renamed": "the same content under another name: only the text file is written",
+    "touched": "another time, the same content: only the text file is written",
+    "returned": "was gone, and is back with the same content",
+    "caption": "another caption: only the text file is written",
+    "prompt": "another template, placeholder, seed or text encoder: only the text file is written",
+    "gone": "no longer in the folder: left out, its latents stay until latentprep compact",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Why a run has something to do for an image: `what` is one of CHANGES."""
+
+    key: str
+    what: str
+    detail: str = ""
+
 
 REASONS = {
     "not_an_image": "Pillow knows no such format",
@@ -31,9 +71,10 @@ REASONS = {
     "truncated": "the file ends before its pixels do",
     "unsupported_mode": "its numbers have no known range (float and 32-bit integer images)",
     "too_small": "no bucket can be filled without enlarging it, or --min-side says so",
-    "too_large": "beyond Pillow's limit against decompression bombs, or --max-side",
+    "too_large": "more pixels than --max-megapixels, or beyond --max-side",
     "non_finite": "the VAE overflows on it even in float32",
     "changed": "the file changed between listing and encoding",
+    "out_of_memory": "the device cannot hold this one image; the next run tries again",
 }
 
 
@@ -46,6 +87,15 @@ class Skip:
     detail: str
     nbytes: int = -1
     mtime_ns: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something that `latentprep verify` found; `problem` is one word for machines, `detail` is for people."""
+
+    name: str  # of the file, or the key of the image
+    problem: str
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)

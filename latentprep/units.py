@@ -1,4 +1,4 @@
-"""Bytes and counts as people write them."""
+"""Bytes, times, counts and names as people write them."""
 
 from latentprep.errors import UserError
 
@@ -30,3 +30,17 @@ def human_bytes(count: float) -> str:
 def counted(count: int, noun: str) -> str:
     """1 image, 2,000 images."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def human_seconds(seconds: float) -> str:
+    """45 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    if seconds < 5400:
+        return f"{round(seconds / 60)} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def printable(text: str) -> str:
+    """Text of a stranger's, with what a terminal would obey instead of show escaped."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)

@@ -141,7 +141,7 @@ def test_opening_touches_no_shard_and_pickles_without_maps(cache, tmp_path):
     assert not pickle.loads(pickle.dumps(data))._open
     for path in (tmp_path / "cache" / "shards").iterdir():
         path.unlink()
-    with pytest.raises(UserError, match=r"missing. Run latentprep encode again"):
+    with pytest.raises(UserError, match=r"missing. Run the same latentprep encode again"):
         LatentDataset(cache)[0]
 
 

@@ -12,7 +12,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest, read_skips
-from latentprep.cache.shard import latents_name, open_shard, read_keys, text_name
+from latentprep.cache.shard import LATENT_FIELDS, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
 from latentprep.prepare.models import open_vae
 from latentprep.prepare.vae import VaeEncoder
@@ -20,32 +20,20 @@ from tests.conftest import SMALL, TINY, gradient, make_model
 
 
 def rows(cache):
-    """key -> dict of tensors of its row, over all shards and groups."""
+    """key -> dict of tensors of its row, over all the rows that count."""
     storage = Storage(cache)
     found = {}
+    fields = LATENT_FIELDS.keys() - {"flipped"}
     for entry in open_manifest(storage).shards:
-        latents = open_shard(storage, latents_name(entry.unit))
-        text = open_shard(storage, text_name(entry.unit, entry.text))
-        for label, count in latents.groups():
-            keys = read_keys(text, label)
-            assert len(keys) == count
-            for row, key in enumerate(keys):
-                own = {
-                    name: latents.get(label, name)[row]
-                    for name in (
-                        "latent_mean",
-                        "latent_std",
-                        "weight",
-                        "original_size",
-                        "resized_size",
-                        "crop",
-                        "digest",
-                    )
-                    if latents.get(label, name) is not None
-                }
-                prompt = int(text.tensors[f"{label}/prompt_of"][row, 0])
-                cond = {name: value[prompt] for name, value in text.tensors.items() if name.startswith("cond/")}
-                found[key] = {**own, **cond}
+        latents = open_latents(storage, entry.unit, entry.groups)
+        text = open_text(storage, entry.unit, entry.text, entry.groups)
+        for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
+            for row in live:
+                own = {name: getattr(group, name)[row] for name in fields if getattr(group, name) is not None}
+                prompt = words.prompt_of[row, 0]
+                cond = {f"cond/{name}": value[prompt] for name, value in text.cond.items()}
+                assert words.key[row] not in found
+                found[words.key[row]] = {**own, **cond, "prompt": text.prompt[prompt]}
     return found
 
 
@@ -132,7 +120,7 @@ def test_cond_equals_clip_on_the_same_tokens(run, photos, model, tmp_path):
         with torch.inference_mode():
             wanted = encoder(tokens)[0][0]
         assert torch.allclose(found[key]["cond/prompt_embeds"], wanted, atol=1e-5)
-    uncond = open_shard(Storage(tmp_path / "c"), "uncond.safetensors").tensors["cond/prompt_embeds"]
+    uncond = open_uncond(Storage(tmp_path / "c"))[1]["prompt_embeds"]
     tokens = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.inference_mode():
         assert torch.allclose(uncond, encoder(tokens)[0], atol=1e-5)
@@ -209,9 +197,9 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_shard_size_is_a_budget_for_either_file(run, images, tmp_path):
     assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--shard-size", "30kB").code == 0
     manifest = open_manifest(Storage(tmp_path / "c"))
-    assert [shard.rows for shard in manifest.shards] == [2, 2, 2, 2]
+    assert [shard.num_rows for shard in manifest.shards] == [2, 2, 2, 2]
     # the header of a shard is a few kB, and no part of the budget
-    assert all(max(shard.latents_bytes, shard.text_bytes) < 36_000 for shard in manifest.shards)
+    assert all(stamp.nbytes < 36_000 for s in manifest.shards for stamp in (s.latents_file, s.text_file))
     assert len(rows(tmp_path / "c")) == 8
 
 
@@ -227,8 +215,7 @@ def test_templates_become_prompts_and_distinct_ones_are_encoded_once(run, images
     assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--template", "none").code == 0
     storage = Storage(tmp_path / "c")
     (entry,) = open_manifest(storage).shards
-    text = open_shard(storage, text_name(entry.unit, entry.text))
-    assert text.tensors["cond/prompt_embeds"].shape[0] == 1
+    assert open_text(storage, entry.unit, entry.text).cond["prompt_embeds"].shape[0] == 1
     assert LatentDataset(tmp_path / "c")[0].cond_text == ["an image"]
     template = ("--template", "subject_filewords", "--placeholder", "sks")
     assert run("encode", images, "--out", tmp_path / "d", *SMALL, *template).code == 0

@@ -10,24 +10,23 @@ import pytest
 import torch
 
 from latentprep.cache import manifest as manifests
-from latentprep.cache.manifest import Manifest, ShardEntry, commit, open_manifest, read_skips
+from latentprep.cache.manifest import Manifest, commit, open_manifest, read_skips
 from latentprep.cache.shard import (
+    LATENT_FIELDS,
     LatentGroup,
-    Strings,
+    ShardEntry,
     Text,
     TextGroup,
-    cond_of,
-    open_shard,
-    read_captions,
-    read_keys,
+    open_latents,
+    open_text,
     write_latents,
     write_text,
 )
-from latentprep.cache.storage import Storage
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
-from latentprep.records import Skip
+from latentprep.records import Row, Skip
 
-KEYS = ["a/b.jpg", "é.png", "bad-\udcff.png", ""]
+KEYS = ["a/b.jpg", "é.png", "bad-\udcff.png", "x..y.png"]
 
 
 def latent_group(label="h16w8", rows=4, **changes):
@@ -74,26 +73,29 @@ def test_header_and_bytes_of_format_1_are_pinned(tmp_path):
     }
     write_text(storage, "u", "t", text(), {})
     data += (tmp_path / "shards" / "u.t.text.safetensors").read_bytes()
-    assert hashlib.sha256(data).hexdigest() == "0a244091b5d704e4bc7a55ea56a6060e486132dac2c0ef05db695f9c73e780a6"
+    assert hashlib.sha256(data).hexdigest() == "6d442bf143d950e87fdf35b177cea330fbf956bb429b0b42b49bb2bb10fb2ae7"
 
 
 def test_round_trip_of_both_files(tmp_path):
     storage = Storage(tmp_path)
     write_latents(storage, "u", [latent_group(), latent_group("h8w16", weight=None, latent_std=None)], {})
     write_text(storage, "u", "t", text(), {"recipe": "r"})
-    latents = open_shard(storage, "shards/u.latents.safetensors")
-    words = open_shard(storage, "shards/u.t.text.safetensors")
-    assert list(latents.groups()) == [("h16w8", 4), ("h8w16", 4)]
-    assert torch.equal(latents.tensors["h16w8/latent_mean"], latent_group().latent_mean)
-    assert latents.get("h8w16", "weight") is None
-    assert latents.get("h8w16", "latent_std") is None
-    assert read_keys(words, "h16w8") == KEYS
-    assert read_captions(words, "h16w8") == [["one", ""], ["zwei"], [], ["ü"]]
-    assert list(Strings(words.tensors, "prompt")) == ["first", "second ☃"]
-    assert Strings(words.tensors, "prompt")[1] == "second ☃"
-    assert torch.equal(cond_of(words.tensors)["prompt_embeds"], text().cond["prompt_embeds"])
-    assert words.metadata["max_tokens"] == 77
-    assert words.tensors["h16w8/mtime_ns"].tolist()[3] == 3 * 10**15
+    groups = (("h16w8", 4, (4, 2, 2)), ("h8w16", 4, (4, 2, 2)))
+    latents = open_latents(storage, "u", groups)
+    words = open_text(storage, "u", "t", groups[:1])
+    assert latents.table() == groups
+    for name in LATENT_FIELDS:
+        assert torch.equal(getattr(latents.groups[0], name), getattr(latent_group(), name))
+    assert latents.groups[1].weight is None
+    assert latents.groups[1].latent_std is None
+    assert list(words.groups[0].key) == KEYS
+    assert list(words.groups[0].caption) == [["one", ""], ["zwei"], [], ["ü"]]
+    assert list(words.prompt) == ["first", "second ☃"]
+    assert (words.prompt[1], words.prompt[:1]) == ("second ☃", ["first"])
+    assert torch.equal(words.cond["prompt_embeds"], text().cond["prompt_embeds"])
+    assert words.max_tokens == 77
+    assert words.metadata["recipe"] == "r"
+    assert list(words.rows())[3] == Row(KEYS[3], 3, 3 * 10**15, ("ü",))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -101,7 +103,7 @@ def test_every_store_dtype_can_be_read(tmp_path, dtype):
     storage = Storage(tmp_path)
     group = latent_group(latent_mean=latent_group().latent_mean.to(dtype))
     write_latents(storage, "u", [group], {})
-    assert open_shard(storage, "shards/u.latents.safetensors").tensors["h16w8/latent_mean"].dtype == dtype
+    assert open_latents(storage, "u").groups[0].latent_mean.dtype == dtype
 
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
@@ -130,7 +132,7 @@ def test_what_is_not_a_shard_is_one_clear_line_with_its_name(tmp_path, damage):
     else:
         save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError) as error:
-        open_shard(storage, "shards/u.latents.safetensors")
+        open_latents(storage, "u")
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     if damage == "newer":
@@ -139,7 +141,7 @@ def test_what_is_not_a_shard_is_one_clear_line_with_its_name(tmp_path, damage):
 
 def test_missing_shard_is_named(tmp_path):
     with pytest.raises(UserError, match=r"shards/u.latents.safetensors: missing"):
-        open_shard(Storage(tmp_path), "shards/u.latents.safetensors")
+        open_latents(Storage(tmp_path), "u")
 
 
 def test_write_is_atomic_where_it_fails(tmp_path, monkeypatch):
@@ -172,18 +174,30 @@ def test_delete_says_where_it_cannot(tmp_path, monkeypatch):
 def test_cache_on_another_file_system(tmp_path):
     storage = Storage("memory://somewhere/cache")
     write_latents(storage, "u", [latent_group()], {"recipe": "r"})
-    found = open_shard(storage, "shards/u.latents.safetensors")
-    assert torch.equal(found.tensors["h16w8/latent_mean"], latent_group().latent_mean)
+    found = open_latents(storage, "u")
+    assert torch.equal(found.groups[0].latent_mean, latent_group().latent_mean)
     assert found.metadata["recipe"] == "r"
     assert storage.names("shards") == ["shards/u.latents.safetensors"]
 
 
-def manifest():
+RECIPE = {
+    "latents": {
+        "vae": "x", "geometry": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
+        "store_dtype": "float16",
+    },
+    "text": {},
+    "libraries": {},
+}  # fmt: skip
+LATENT = {"scaling_factor": 0.5, "shift_factor": 0.0, "factor": 8, "channels": 4, "views": ["plain"]}
+
+
+def manifest(**changes):
+    groups = (("h16w8", 3, (4, 2, 1)), ("h8w16", 1, (4, 1, 2)))
     shards = [
-        ShardEntry("u1", "t1", [("h16w8", 3, [4, 2, 1]), ("h8w16", 1, [4, 1, 2])], 10, 20),
-        ShardEntry("u2", "t2", [], 1, 2),
+        ShardEntry("u1", "t1", groups, Stamp(10, "aa"), Stamp(20, "bb"), tombstones=(1, 3)),
+        ShardEntry("u2", "t2", groups[:1], Stamp(10, "cc"), Stamp(2, "dd")),
     ]
-    return Manifest({"latents": {"vae": "x"}, "text": {}}, {"factor": 8}, {"model": "m"}, shards)
+    return Manifest(**{"recipe": RECIPE, "latent": LATENT, "made_with": {"model": "m"}, "shards": shards, **changes})
 
 
 def test_manifest_round_trip(tmp_path):
@@ -192,9 +206,12 @@ def test_manifest_round_trip(tmp_path):
     commit(storage, manifest(), skips)
     found = open_manifest(storage)
     assert found.shards == manifest().shards
-    assert (found.num_images, found.num_skipped) == (4, 2)
+    assert (found.num_images, found.num_tombstones, found.num_skipped) == (5, 2, 2)
+    assert [rows.tolist() for rows in found.shards[0].live_rows()] == [[0, 2], []]
     assert read_skips(storage) == [skips[1], skips[0]]
-    assert json.loads((tmp_path / "cache.json").read_text())["counts"] == {"images": 4, "skipped": 2}
+    assert found.skipped_file == storage.stamp("skipped.jsonl")
+    commit(storage, manifest(shards=[]), [])
+    assert open_manifest(storage).shards == []
 
 
 @pytest.mark.parametrize(
@@ -202,11 +219,12 @@ def test_manifest_round_trip(tmp_path):
     [
         (None, "not a latent cache, it has no cache.json. Make one with latentprep encode."),
         ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
         ("[]", "not a manifest"),
         ("{}", "no format number"),
+        ('{"format": true}', "no format number"),
         ('{"format": 7}', "format 7, this latentprep reads up to format 1. Upgrade latentprep."),
-        ('{"format": 1}', "not a complete manifest"),
-        ('{"format": 1, "shards": [{"unit": 1}]}', "not a complete manifest"),
+        ('{"format": 1}', "changed since latentprep wrote it"),
     ],
 )
 def test_manifests_that_are_none(tmp_path, content, message):
@@ -218,6 +236,70 @@ def test_manifests_that_are_none(tmp_path, content, message):
     assert str(tmp_path) in str(error.value)
 
 
+def test_every_flipped_byte_of_a_manifest_is_found(tmp_path):
+    storage = Storage(tmp_path)
+    commit(storage, manifest(), [])
+    path = tmp_path / manifests.NAME
+    good = path.read_bytes()
+    for place in range(len(good)):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1]) + good[place + 1 :])
+        with pytest.raises(UserError, match=r"cache\.json"):
+            open_manifest(storage)
+
+
+def sealed(tmp_path, change):
+    """A manifest whose JSON was changed by someone who knows how it is sealed."""
+    storage = Storage(tmp_path)
+    commit(storage, manifest(), [])
+    data = json.loads((tmp_path / manifests.NAME).read_text())
+    change(data)
+    del data["blake2b"]
+    body = json.dumps(data)[:-1] + ",\n"
+    (tmp_path / manifests.NAME).write_text(body + manifests._seal(body))
+    return storage
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (["shards", 0, "unit"], "../../etc/passwd"), (["shards", 0, "text"], "a/b"), (["shards", 0, "unit"], 7),
+        (["shards", 0, "unit"], "u2"), (["shards", 0, "groups"], []), (["shards", 0, "groups", 0, 1], -3),
+        (["shards", 0, "groups", 0, 1], 10**12), (["shards", 0, "groups", 0, 2], [4, 2]),
+        (["shards", 0, "groups", 0, 2, 0], 5), (["shards", 0, "bytes"], [1]), (["shards", 0, "bytes", 0], -1),
+        (["shards", 0, "blake2b", 0], None), (["shards", 0], None), (["shards"], {}), (["tombstones", "u1"], [9]),
+        (["tombstones", "u1"], [1, 1]), (["tombstones"], []), (["latent", "scaling_factor"], "x"),
+        (["latent", "factor"], 0), (["latent", "views"], ["plain", "inside out"]), (["recipe"], None),
+        (["recipe", "latents", "store_dtype"], "int8"), (["recipe", "latents", "geometry"], []),
+        (["made_with"], {}), (["counts"], None), (["skipped"], 5), (["uncond"], {}),
+    ],
+)  # fmt: skip
+def test_crafted_manifests_are_refused_with_the_name_of_the_file(tmp_path, path, value):
+    def change(data):
+        for step in path[:-1]:
+            data = data[step]
+        data[path[-1]] = value
+
+    storage = sealed(tmp_path, change)
+    with pytest.raises(UserError, match=r"cache\.json: not a complete manifest"):
+        open_manifest(storage)
+
+
+def test_a_manifest_without_measure_is_not_read(tmp_path):
+    with open(tmp_path / manifests.NAME, "wb") as file:
+        file.truncate(2**33)
+    with pytest.raises(UserError, match=r"cache\.json: cannot be read \(8.6 GB is more than any latentprep writes\)"):
+        open_manifest(Storage(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["cache.json", "shards/u.latents.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
+    storage = Storage(tmp_path)
+    (tmp_path / "shards").mkdir()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="not a regular file"):
+        open_manifest(storage) if name == "cache.json" else open_latents(storage, "u")
+
+
 def test_unfinished_cache_says_how_to_finish_it(tmp_path):
     write_latents(Storage(tmp_path), "u", [latent_group()], {})
     with pytest.raises(UserError, match=r"an unfinished cache. Run the same latentprep encode again"):
@@ -227,7 +309,7 @@ def test_unfinished_cache_says_how_to_finish_it(tmp_path):
 def test_only_storage_opens_files_for_writing():
     package = Path(manifests.__file__).parent.parent
     for path in package.rglob("*.py"):
-        if path.name not in ("storage.py", "demo.py"):
+        if path.name not in ("storage.py", "lock.py", "demo.py"):
             source = path.read_text()
             assert not any(
                 call in source for call in (".write_bytes(", ".write_text(", ', "wb"', ', "w"', "save_file(")

@@ -1,12 +1,12 @@
-"""cache.json: what a finished cache consists of. Written last and atomically; with it a cache is complete."""
+"""cache.json: what a cache consists of. Written last and atomically: what it does not name does not count."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from latentprep.cache.shard import FORMAT, check_format
-from latentprep.cache.storage import Storage
-from latentprep.config import digest_of
+from latentprep.cache.shard import FOLDER, FORMAT, Groups, ShardEntry, check_format
+from latentprep.cache.storage import Stamp, Storage
+from latentprep.config import DTYPES, STORES
 from latentprep.errors import UserError
 from latentprep.records import Skip
 
@@ -15,101 +15,210 @@ SKIPPED_NAME = "skipped.jsonl"
 
 
 @dataclass(frozen=True)
-class ShardEntry:
-    """One shard in the manifest. `groups`: label, rows, and the [C,h,w] of a latent."""
-
-    unit: str
-    text: str
-    groups: list[tuple[str, int, list[int]]]
-    latents_bytes: int
-    text_bytes: int
-
-    @property
-    def rows(self) -> int:
-        return sum(rows for _, rows, _ in self.groups)
-
-
-@dataclass
 class Manifest:
-    recipe: dict[str, Any]  # "latents" and "text": see config.latents_recipe, config.text_recipe
-    latent: dict[
-        str, Any
-    ]  # what a reader must know: scaling_factor, shift_factor, factor, channels, views, pixel_range
-    made_with: dict[str, Any]  # names and versions, for people: model, device, torch, diffusers, ...
+    # "latents" and "text" (config.latents_recipe, config.text_recipe), and "libraries", which is not compared
+    recipe: dict[str, Any]
+    # what a reader must know: scaling_factor, shift_factor, factor, channels, views, pixel_range
+    latent: dict[str, Any]
+    made_with: dict[str, Any]  # for people, of the last run: model, VAE, device, batch size
     shards: list[ShardEntry] = field(default_factory=list)
+    skipped_file: Stamp | None = None
+    uncond_file: Stamp | None = None
     num_skipped: int = 0
 
     @property
     def num_images(self) -> int:
-        return sum(shard.rows for shard in self.shards)
+        return sum(shard.num_images for shard in self.shards)
+
+    @property
+    def num_tombstones(self) -> int:
+        return sum(len(shard.tombstones) for shard in self.shards)
+
+    def files(self) -> dict[str, Stamp]:
+        """Every file that belongs to the cache, but cache.json."""
+        found = {name: stamp for s in self.shards for name, stamp in zip(s.names(), _stamps(s), strict=True)}
+        if self.skipped_file is not None:
+            found[SKIPPED_NAME] = self.skipped_file
+        if self.uncond_file is not None:
+            found["uncond.safetensors"] = self.uncond_file
+        return found
 
 
-def recipe_digest(recipe: dict[str, Any]) -> str:
-    """Digest of the part of a recipe that decides the latents."""
-    return digest_of({"format": FORMAT, **recipe["latents"]})
+def _stamps(entry: ShardEntry) -> tuple[Stamp, Stamp]:
+    return entry.latents_file, entry.text_file
+
+
+def commit(storage: Storage, manifest: Manifest, skips: list[Skip]) -> None:
+    """Write skipped.jsonl and then cache.json: from here on the cache is what the manifest says."""
+    lines = [json.dumps(asdict(skip), ensure_ascii=True) + "\n" for skip in sorted(skips, key=lambda skip: skip.key)]
+    skipped_file = storage.write_atomic(SKIPPED_NAME, "".join(lines).encode())
+    head = {
+        "format": FORMAT,
+        "recipe": manifest.recipe,
+        "latent": manifest.latent,
+        "made_with": manifest.made_with,
+        "counts": {"images": manifest.num_images, "skipped": len(skips)},
+        "skipped": asdict(skipped_file),
+        "uncond": asdict(manifest.uncond_file) if manifest.uncond_file else None,
+        "tombstones": {shard.unit: list(shard.tombstones) for shard in manifest.shards if shard.tombstones},
+    }
+    shards = ",\n".join("  " + json.dumps(_shard_to_json(shard)) for shard in manifest.shards)
+    body = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{shards}\n ],\n'  # one shard a line
+    storage.write_atomic(NAME, f"{body}{_seal(body)}".encode())
+
+
+def _seal(body: str) -> str:
+    """The end of cache.json: a hash of all that stands before it."""
+    return f' "blake2b": "{Stamp.of(body.encode()).blake2b}"\n}}\n'
+
+
+def _shard_to_json(shard: ShardEntry) -> dict[str, Any]:
+    stamps = _stamps(shard)
+    return {
+        "unit": shard.unit,
+        "text": shard.text,
+        "groups": shard.groups,
+        "bytes": [stamp.nbytes for stamp in stamps],
+        "blake2b": [stamp.blake2b for stamp in stamps],
+    }
+
+
+def find_manifest(storage: Storage) -> Manifest | None:
+    """The manifest of a cache, or None where it has none yet. Raises UserError like open_manifest."""
+    return open_manifest(storage) if storage.exists(NAME) else None
 
 
 def open_manifest(storage: Storage) -> Manifest:
-    """The manifest of a cache. Raises UserError where there is none, it is broken, or of a newer format."""
+    """The manifest of a cache. Raises UserError where there is none, it is damaged, or of a newer format."""
     where = storage.locate(NAME)
     try:
-        data = json.loads(storage.read(NAME))
+        text = storage.read_json(NAME).decode()
+        data = json.loads(text)
     except FileNotFoundError:
-        if storage.names("shards"):
+        if storage.names(FOLDER):
             raise UserError(
                 f"{storage.root}: an unfinished cache. Run the same latentprep encode again to finish it."
             ) from None
         raise UserError(
             f"{storage.root}: not a latent cache, it has no {NAME}. Make one with latentprep encode."
         ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{where}: cannot be read ({error}).") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{where}: cannot be read ({' '.join(str(error).split())}). {_REMEDY}") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: not a manifest.")
     check_format(data.get("format"), where)
+    body, mark, _ = text.rpartition(' "blake2b": "')
+    if not mark or text != body + _seal(body):
+        raise UserError(f"{where}: changed since latentprep wrote it, its hash does not fit. {_REMEDY}")
     try:
-        shards = [
-            ShardEntry(s["unit"], s["text"], [(label, rows, shape) for label, rows, shape in s["groups"]], *s["bytes"])
-            for s in data["shards"]
-        ]
-        return Manifest(data["recipe"], data["latent"], data["made_with"], shards, data["counts"]["skipped"])
-    except (KeyError, TypeError, ValueError) as error:
+        return _manifest_from_json(data)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: not a complete manifest ({type(error).__name__}: {error}).") from None
 
 
-def find_manifest(storage: Storage) -> Manifest | None:
-    """The manifest of a cache, or None where it has none yet."""
-    return open_manifest(storage) if storage.exists(NAME) else None
+# Without a manifest the shards are taken up as those of a run that did not finish.
+_REMEDY = f"Delete {NAME} and run the same latentprep encode again: its shards are taken up, nothing is encoded twice."
+
+# What a manifest must hold; a reader may rely on it. A tuple lists what a value may be.
+SPEC: dict[str, Any] = {
+    "recipe": {
+        "latents": {
+            "vae": str, "geometry": dict, "views": list, "dtype": DTYPES, "store": STORES, "store_dtype": DTYPES,
+        },
+        "text": dict,
+        "libraries": dict,
+    },
+    "latent": {"scaling_factor": float, "shift_factor": float, "factor": int, "channels": int, "views": list},
+    "made_with": {"model": str},
+    "shards": list,
+    "tombstones": dict,
+}  # fmt: skip
 
 
-def commit(storage: Storage, manifest: Manifest, skips: list[Skip]) -> None:
-    """Write skipped.jsonl and then cache.json: from here on the cache is what the manifest says."""
-    lines = [json.dumps(asdict(skip), ensure_ascii=True) for skip in sorted(skips, key=lambda skip: skip.key)]
-    storage.write_atomic(SKIPPED_NAME, "".join(line + "\n" for line in lines).encode())
-    data = {
-        "format": FORMAT,
-        "recipe": manifest.recipe,
-        "latent": manifest.latent,
-        "made_with": manifest.made_with,
-        "counts": {"images": manifest.num_images, "skipped": len(skips)},
-        "tombstones": [],
-    }
-    rows = [
-        json.dumps({"unit": s.unit, "text": s.text, "groups": s.groups, "bytes": [s.latents_bytes, s.text_bytes]})
-        for s in manifest.shards
-    ]
-    head = json.dumps(data, indent=1)[:-2]  # one shard a line: readable, and small for many shards
-    text = head + ',\n "shards": [\n  ' + ",\n  ".join(rows) + "\n ]\n}\n" if rows else head + ',\n "shards": []\n}\n'
-    storage.write_atomic(NAME, text.encode())
+def check_spec(value: Any, spec: Any, name: str = "cache") -> None:
+    """Raise ValueError unless a JSON value has the parts and types that a spec asks for."""
+    if isinstance(spec, dict):
+        check_spec(value, dict, name)
+        for key, inner in spec.items():
+            if key not in value:
+                raise ValueError(f"{name} has no {key}")
+            check_spec(value[key], inner, f"{name}.{key}")
+    elif isinstance(spec, tuple):
+        if value not in spec:
+            raise ValueError(f"{name} is {value!r:.80}, expected one of {', '.join(spec)}")
+    elif not isinstance(value, (float, int) if spec is float else spec) or isinstance(value, bool):
+        raise ValueError(f"{name} is {value!r:.80}, expected {spec.__name__}")
+
+
+def _manifest_from_json(data: dict[str, Any]) -> Manifest:
+    check_spec(data, SPEC)
+    latent = data["latent"]
+    if not (latent["factor"] > 0 and 0 < latent["channels"] < 2**16):
+        raise ValueError(f"a factor of {latent['factor']}, {latent['channels']} channels")
+    if not set(latent["views"]) <= {"plain", "flipped"} or latent["views"] != data["recipe"]["latents"]["views"]:
+        raise ValueError(f"views {latent['views']!r:.80}")
+    shards = [_shard_from_json(shard, data["tombstones"]) for shard in data["shards"]]
+    if len({shard.unit for shard in shards}) < len(shards):
+        raise ValueError("a shard stands twice in it")
+    for shard in shards:
+        for _, _, shape in shard.groups:
+            if shape[0] != latent["channels"]:
+                raise ValueError(f"shard {shard.unit} has latents of {shape[0]} channels")
+    return Manifest(
+        data["recipe"],
+        latent,
+        data["made_with"],
+        shards,
+        skipped_file=_stamp_from_json(data["skipped"]),
+        uncond_file=_stamp_from_json(data["uncond"]) if data["uncond"] is not None else None,
+        num_skipped=data["counts"]["skipped"],
+    )
+
+
+def _shard_from_json(data: dict[str, Any], tombstones: dict[str, Any]) -> ShardEntry:
+    unit, text = data["unit"], data["text"]
+    if not all(isinstance(name, str) and name.isascii() and name.isalnum() for name in (unit, text)):
+        raise ValueError(f"shard {unit!r:.80}, text {text!r:.80}: not names of shard files")
+    groups: Groups = tuple((label, rows, tuple(shape)) for label, rows, shape in data["groups"])
+    latents_file, text_file = (Stamp(*pair) for pair in zip(data["bytes"], data["blake2b"], strict=True))
+    for label, rows, shape in groups:
+        numbers = (rows, *shape)
+        if not isinstance(label, str) or len(shape) != 3 or not all(type(n) is int and n > 0 for n in numbers):
+            raise ValueError(f"shard {unit}: group {label!r:.80} of {numbers}")
+    entry = ShardEntry(unit, text, groups, _check_stamp(latents_file), _check_stamp(text_file))
+    if not groups or entry.num_rows > latents_file.nbytes:
+        raise ValueError(f"shard {unit} cannot hold {entry.num_rows} rows")
+    dead = tombstones.get(unit, [])
+    if not all(type(row) is int and 0 <= row < entry.num_rows for row in dead) or dead != sorted(set(dead)):
+        raise ValueError(f"shard {unit}: tombstones that are no rows")
+    return replace(entry, tombstones=tuple(dead))
+
+
+def _stamp_from_json(data: dict[str, Any]) -> Stamp:
+    return _check_stamp(Stamp(data["nbytes"], data["blake2b"]))
+
+
+def _check_stamp(stamp: Stamp) -> Stamp:
+    if type(stamp.nbytes) is not int or stamp.nbytes < 0 or not isinstance(stamp.blake2b, str):
+        raise ValueError(f"{stamp}")
+    return stamp
 
 
 def read_skips(storage: Storage) -> list[Skip]:
     """What skipped.jsonl says. Raises UserError where it is broken."""
     try:
-        lines = storage.read(SKIPPED_NAME).decode().splitlines()
+        lines = storage.read_json(SKIPPED_NAME).decode().splitlines()
     except FileNotFoundError:
         return []
-    try:
-        return [Skip(**json.loads(line)) for line in lines]
-    except (ValueError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{storage.locate(SKIPPED_NAME)}: cannot be read ({error}).") from None
+    try:
+        return [skip_from_json(json.loads(line)) for line in lines]
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{storage.locate(SKIPPED_NAME)}: cannot be read ({error}).") from None
+
+
+def skip_from_json(data: Any) -> Skip:
+    """A Skip as asdict() gave it. Raises ValueError, TypeError."""
+    check_spec(data, {"key": str, "reason": str, "detail": str, "nbytes": int, "mtime_ns": int}, "skip")
+    return Skip(**data)

@@ -1,13 +1,14 @@
-"""The two files of a shard: write_latents, write_text, open_shard. Nobody else writes them or checks their headers.
+"""The two files of a shard: write_latents, write_text, open_latents, open_text. Nobody else knows their tensors.
 
-Strings are ragged: one uint8 tensor of UTF-8 and one int64 tensor of offsets, since a safetensors header is capped.
+What is opened is checked first: every dtype, shape and offset, so that no crafted file leads a reader astray.
 The header's metadata is a single JSON value, because safetensors does not keep the order of several.
 """
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -16,23 +17,72 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as to_bytes
 
-from latentprep.cache.storage import Storage
+from latentprep.cache.storage import Stamp, Storage
+from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
+from latentprep.config import digest_of
 from latentprep.errors import UserError
+from latentprep.records import Row
 
 FORMAT = 1
 METADATA_KEY = "latentprep"
+FOLDER = "shards"
 UNCOND_NAME = "uncond.safetensors"
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+SHARD_NAME = re.compile(rf"{FOLDER}/(\w+)\.(?:latents|(\w+)\.text)\.safetensors")
 
-Tensors = dict[str, torch.Tensor]
-
-
-def latents_name(unit_id: str) -> str:
-    return f"shards/{unit_id}.latents.safetensors"
+Groups = tuple[tuple[str, int, tuple[int, ...]], ...]  # label, rows, and the [C,h,w] of a latent
 
 
-def text_name(unit_id: str, text_id: str) -> str:
-    return f"shards/{unit_id}.{text_id}.text.safetensors"
+def latents_name(unit: str) -> str:
+    return f"{FOLDER}/{unit}.latents.safetensors"
+
+
+def text_name(unit: str, text: str) -> str:
+    return f"{FOLDER}/{unit}.{text}.text.safetensors"
+
+
+def unit_id(rows: Iterable[Row], recipe: dict[str, Any]) -> str:
+    """Digest of what goes into a latents file: the recipe's latents part, and every row's key, size and mtime."""
+    return digest_of([FORMAT, recipe["latents"], [row.fingerprint for row in rows]])
+
+
+def text_id(unit: str, rows: Iterable[Row], recipe: dict[str, Any]) -> str:
+    """Digest of what goes into a text file: the recipe's text part, and all that its rows say."""
+    return digest_of([unit, recipe["text"], [[*row.fingerprint, row.captions] for row in rows]])[:16]
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """What the manifest says of one shard."""
+
+    unit: str
+    text: str
+    groups: Groups
+    latents_file: Stamp
+    text_file: Stamp
+    tombstones: tuple[int, ...] = ()  # rows that count no longer, numbered through all groups, rising
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows for _, rows, _ in self.groups)
+
+    @property
+    def num_images(self) -> int:
+        return self.num_rows - len(self.tombstones)
+
+    @property
+    def nbytes(self) -> int:
+        return self.latents_file.nbytes + self.text_file.nbytes
+
+    def names(self) -> tuple[str, str]:
+        return latents_name(self.unit), text_name(self.unit, self.text)
+
+    def live_rows(self) -> list[np.ndarray]:
+        """For each group the numbers of its rows that count, counted in the group."""
+        is_live = np.ones(self.num_rows, bool)
+        is_live[list(self.tombstones)] = False
+        edges = np.cumsum([rows for _, rows, _ in self.groups])[:-1]
+        return [np.flatnonzero(part) for part in np.split(is_live, edges)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,12 +104,24 @@ class LatentGroup:
 
 
 @dataclass(frozen=True, eq=False)
+class Latents:
+    """An open latents file; its tensors are views of the memory-mapped file."""
+
+    name: str
+    metadata: dict[str, Any]
+    groups: list[LatentGroup]
+
+    def table(self) -> Groups:
+        return tuple((group.label, len(group), tuple(group.latent_mean.shape[2:])) for group in self.groups)
+
+
+@dataclass(frozen=True, eq=False)
 class TextGroup:
-    """The same rows as the LatentGroup of this label: what may change without touching a pixel."""
+    """The same rows as the LatentGroup of this label."""
 
     label: str
-    key: list[str]
-    caption: list[list[str]]  # one or more per row
+    key: Sequence[str]
+    caption: Sequence[list[str]]  # one or more per row
     prompt_of: np.ndarray  # [N,K] int32: row -> its K prompts
     nbytes: np.ndarray  # [N] int64
     mtime_ns: np.ndarray  # [N] int64
@@ -73,105 +135,215 @@ class Text:
     """A text file: its groups, and the distinct prompts of the shard with their cond."""
 
     groups: list[TextGroup]
-    prompt: list[str]
+    prompt: Sequence[str]
     cond: Tensors = field(default_factory=dict)  # name -> [P,...], a row per prompt; empty: no conditioning
     num_tokens: np.ndarray | None = None  # [P] int32: tokens of the whole prompt, start and end included
     max_tokens: int | None = None  # the text encoder's window: longer prompts were cut
+    metadata: dict[str, Any] = field(default_factory=dict)  # of an open file
+
+    def rows(self) -> Iterator[Row]:
+        """What it says of every row, through all groups."""
+        for group in self.groups:
+            columns = (group.key, group.nbytes.tolist(), group.mtime_ns.tolist(), group.caption)
+            for key, nbytes, mtime_ns, captions in zip(*columns, strict=True):
+                yield Row(key, nbytes, mtime_ns, tuple(captions))
 
 
-def write_latents(storage: Storage, unit_id: str, groups: list[LatentGroup], metadata: dict[str, Any]) -> int:
-    """Write a latents file; returns its bytes."""
+def write_latents(storage: Storage, unit: str, groups: list[LatentGroup], metadata: dict[str, Any]) -> Stamp:
+    """Write a latents file."""
     tensors: Tensors = {}
     for group in groups:
-        for name in _LATENT_FIELDS:
+        for name in LATENT_FIELDS:
             value = getattr(group, name)
             if value is not None:
                 tensors[f"{group.label}/{name}"] = value.contiguous()
     table = [[group.label, len(group)] for group in groups]
-    return _write(storage, latents_name(unit_id), tensors, {**metadata, "kind": "latents", "groups": table})
+    return _write(storage, latents_name(unit), tensors, {**metadata, "kind": "latents", "groups": table})
 
 
-_LATENT_FIELDS = (
-    "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped", "digest",
-)  # fmt: skip
-
-
-def write_text(storage: Storage, unit_id: str, text_id: str, text: Text, metadata: dict[str, Any]) -> int:
-    """Write a text file; returns its bytes."""
+def write_text(storage: Storage, unit: str, text_id: str, text: Text, metadata: dict[str, Any]) -> Stamp:
+    """Write a text file."""
     tensors: Tensors = {}
     for group in text.groups:
         rows = np.cumsum([0, *(len(captions) for captions in group.caption)])
-        _put_strings(tensors, f"{group.label}/key", group.key)
-        _put_strings(tensors, f"{group.label}/caption", [text for captions in group.caption for text in captions])
+        put_strings(tensors, f"{group.label}/key", group.key)
+        put_strings(tensors, f"{group.label}/caption", [text for captions in group.caption for text in captions])
         tensors[f"{group.label}/caption_rows"] = torch.from_numpy(rows.astype(np.int64))
-        for name in ("prompt_of", "nbytes", "mtime_ns"):
+        for name in TEXT_FIELDS:
             tensors[f"{group.label}/{name}"] = torch.from_numpy(np.ascontiguousarray(getattr(group, name)))
-    _put_strings(tensors, "prompt", text.prompt)
+    put_strings(tensors, "prompt", text.prompt)
     if text.num_tokens is not None:
         tensors["num_tokens"] = torch.from_numpy(text.num_tokens)
     for name, cond in text.cond.items():
         tensors[f"cond/{name}"] = cond.contiguous()
     table = [[group.label, len(group)] for group in text.groups]
     metadata = {**metadata, "kind": "text", "groups": table, "max_tokens": text.max_tokens}
-    return _write(storage, text_name(unit_id, text_id), tensors, metadata)
+    return _write(storage, text_name(unit, text_id), tensors, metadata)
 
 
-def write_uncond(storage: Storage, cond: Tensors, metadata: dict[str, Any]) -> int:
-    """Write the cond of the empty prompt, name -> [1,...]; returns its bytes."""
+def write_uncond(storage: Storage, cond: Tensors, metadata: dict[str, Any]) -> Stamp:
+    """Write the cond of the empty prompt, name -> [1,...]."""
     tensors = {f"cond/{name}": value.contiguous() for name, value in cond.items()}
     return _write(storage, UNCOND_NAME, tensors, {**metadata, "kind": "uncond"})
 
 
-def _write(storage: Storage, name: str, tensors: Tensors, metadata: dict[str, Any]) -> int:
+def _write(storage: Storage, name: str, tensors: Tensors, metadata: dict[str, Any]) -> Stamp:
     header = json.dumps({"format": FORMAT, **metadata}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    data = to_bytes(tensors, {METADATA_KEY: header})
-    storage.write_atomic(name, data)
-    return len(data)
+    return storage.write_atomic(name, to_bytes(tensors, {METADATA_KEY: header}))
 
 
-def _put_strings(tensors: Tensors, name: str, strings: list[str]) -> None:
-    encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
-    offsets = np.cumsum([0, *map(len, encoded)]).astype(np.int64)
-    tensors[name] = torch.from_numpy(np.frombuffer(b"".join(encoded), np.uint8).copy())
-    tensors[f"{name}_offsets"] = torch.from_numpy(offsets)
+# field -> dtypes, and its shape: a letter is the same number in all fields of a group
+STORED = frozenset(TORCH_DTYPES.values())
+LATENT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
+    "latent_mean": (STORED, "NVChw"),
+    "latent_std": (STORED, "NVChw"),
+    "weight": (frozenset({torch.float16}), "NVhw"),
+    "original_size": (frozenset({torch.int32}), "N2"),
+    "resized_size": (frozenset({torch.int32}), "NV2"),
+    "crop": (frozenset({torch.int32}), "NV4"),
+    "flipped": (frozenset({torch.uint8}), "V"),
+    "digest": (frozenset({torch.uint8}), "ND"),
+}
+TEXT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
+    "prompt_of": (frozenset({torch.int32}), "NK"),
+    "nbytes": (frozenset({torch.int64}), "N"),
+    "mtime_ns": (frozenset({torch.int64}), "N"),
+}
+OPTIONAL = ("latent_std", "weight")
+SIZES = {"2": 2, "4": 4, "D": 16}
 
 
-class Strings:
-    """The strings of a ragged tensor: each is decoded when it is asked for."""
+def open_latents(storage: Storage, unit: str, groups: Groups | None = None) -> Latents:
+    """Open and check a latents file; `groups` is what the manifest says it holds.
 
-    def __init__(self, tensors: Tensors, name: str) -> None:
-        self.data, self.offsets = tensors[name].numpy(), tensors[f"{name}_offsets"].numpy()
-
-    def __len__(self) -> int:
-        return len(self.offsets) - 1
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
-
-    def __getitem__(self, row: int) -> str:
-        return self.data[self.offsets[row] : self.offsets[row + 1]].tobytes().decode("utf-8", "surrogateescape")
-
-
-@dataclass(frozen=True, eq=False)
-class ShardFile:
-    """An open shard file: its metadata, and its tensors as views of the memory-mapped file."""
-
-    name: str
-    metadata: dict[str, Any]
-    tensors: Tensors
-
-    def groups(self) -> Iterator[tuple[str, int]]:
-        """(label, rows) of every group, in order."""
-        yield from ((label, rows) for label, rows in self.metadata["groups"])
-
-    def get(self, label: str, name: str) -> torch.Tensor | None:
-        return self.tensors.get(f"{label}/{name}")
+    Raises UserError where it is missing, damaged, of a newer format or not what the manifest says.
+    """
+    name = latents_name(unit)
+    metadata, tensors = _open(storage, name, "latents")
+    try:
+        made = [_latent_group(tensors, label, rows) for label, rows in _table(metadata)]
+    except (KeyError, ValueError) as error:
+        raise _damaged(storage, name, error) from None
+    latents = Latents(name, metadata, made)
+    if groups is not None and latents.table() != groups:
+        raise _damaged(storage, name, ValueError("holds other rows than cache.json says"))
+    return latents
 
 
-def open_shard(storage: Storage, name: str) -> ShardFile:
-    """Open a shard file. Raises UserError where it is missing, is not one, or is of a newer format."""
+def open_text(storage: Storage, unit: str, text: str, groups: Groups | None = None) -> Text:
+    """Open and check a text file; `groups` is what the manifest says it holds. Raises UserError like open_latents."""
+    name = text_name(unit, text)
+    metadata, tensors = _open(storage, name, "text")
+    try:
+        prompt = Strings(tensors, "prompt")
+        found = Text(
+            [_text_group(tensors, label, rows, len(prompt)) for label, rows in _table(metadata)],
+            prompt,
+            _cond(tensors, len(prompt)),
+            _num_tokens(tensors, len(prompt)),
+            metadata.get("max_tokens"),
+            metadata,
+        )
+        if (found.num_tokens is not None or found.max_tokens is not None) and not isinstance(found.max_tokens, int):
+            raise ValueError(f"max_tokens is {found.max_tokens!r}")
+    except (KeyError, ValueError) as error:
+        raise _damaged(storage, name, error) from None
+    if groups is not None and [(g.label, len(g)) for g in found.groups] != [(label, n) for label, n, _ in groups]:
+        raise _damaged(storage, name, ValueError("holds other rows than cache.json says"))
+    return found
+
+
+def open_uncond(storage: Storage) -> tuple[dict[str, Any], Tensors]:
+    """Metadata, and cond of the empty prompt, name -> [1,...]. Raises UserError like open_latents."""
+    metadata, tensors = _open(storage, UNCOND_NAME, "uncond")
+    try:
+        return metadata, _cond(tensors, 1)
+    except ValueError as error:
+        raise _damaged(storage, UNCOND_NAME, error) from None
+
+
+def _latent_group(tensors: Tensors, label: str, rows: int) -> LatentGroup:
+    fields = {
+        name: tensors[f"{label}/{name}"]
+        for name in LATENT_FIELDS
+        if name not in OPTIONAL or f"{label}/{name}" in tensors
+    }
+    _check_fields(label, fields, LATENT_FIELDS, {"N": rows, **SIZES})
+    return LatentGroup(label, **{name: fields.get(name) for name in LATENT_FIELDS})  # type: ignore[arg-type]
+
+
+def _text_group(tensors: Tensors, label: str, rows: int, num_prompts: int) -> TextGroup:
+    fields = {name: tensors[f"{label}/{name}"] for name in TEXT_FIELDS}
+    _check_fields(label, fields, TEXT_FIELDS, {"N": rows})
+    prompt_of = fields["prompt_of"].numpy()
+    if prompt_of.size == 0 or prompt_of.min() < 0 or prompt_of.max() >= num_prompts:
+        raise ValueError(f"{label}/prompt_of points outside the {num_prompts} prompts")
+    key = Strings(tensors, f"{label}/key")
+    caption_rows = tensors[f"{label}/caption_rows"]
+    caption = StringLists(Strings(tensors, f"{label}/caption"), f"{label}/caption_rows", caption_rows)
+    if len(key) != rows or len(caption) != rows:
+        raise ValueError(f"{label} has {rows} rows, {len(key)} keys and captions for {len(caption)}")
+    check_keys(key)
+    return TextGroup(label, key, caption, prompt_of, fields["nbytes"].numpy(), fields["mtime_ns"].numpy())
+
+
+def _check_fields(
+    label: str, fields: Tensors, spec: dict[str, tuple[frozenset[torch.dtype], str]], sizes: dict[str, int]
+) -> None:
+    """Raise ValueError unless all fields have their dtypes, and shapes that agree with each other."""
+    for name, tensor in fields.items():
+        dtypes, shape = spec[name]
+        found = list(tensor.shape)
+        wanted = [sizes.setdefault(letter, size) for letter, size in zip(shape, found, strict=False)]
+        if tensor.dtype not in dtypes or len(found) != len(shape) or found != wanted or 0 in found:
+            raise ValueError(f"{label}/{name} is {tensor.dtype} {found}, expected [{','.join(shape)}]")
+
+
+def check_keys(keys: Strings) -> None:
+    """Raise ValueError where a key is not a path inside the source: absolute, with .. in it, or empty."""
+    data, starts = keys.data.tobytes(), keys.offsets[:-1]
+    if len(starts) and (starts == keys.offsets[1:]).any():
+        raise ValueError("a key is empty")
+    if b".." not in data and b"\0" not in data and not (keys.data[starts] == ord("/")).any():
+        return  # the usual case, without decoding a string
+    for key in keys:
+        path = PurePosixPath(key)
+        if path.is_absolute() or ".." in path.parts or "\0" in key:
+            raise ValueError(f"key {key!r} leads outside the image folder")
+
+
+def _cond(tensors: Tensors, num_prompts: int) -> Tensors:
+    cond = {name.removeprefix("cond/"): value for name, value in tensors.items() if name.startswith("cond/")}
+    for name, value in cond.items():
+        if value.dtype not in STORED or value.ndim < 2 or len(value) != num_prompts:
+            raise ValueError(f"cond/{name} is {value.dtype} {list(value.shape)}, expected [{num_prompts},...]")
+    return cond
+
+
+def _num_tokens(tensors: Tensors, num_prompts: int) -> np.ndarray | None:
+    found = tensors.get("num_tokens")
+    if found is None:
+        return None
+    if found.dtype != torch.int32 or list(found.shape) != [num_prompts]:
+        raise ValueError(f"num_tokens is {found.dtype} {list(found.shape)}, expected int32 [{num_prompts}]")
+    return found.numpy()
+
+
+def _table(metadata: dict[str, Any]) -> list[tuple[str, int]]:
+    table = metadata["groups"]
+    is_good = isinstance(table, list) and all(
+        isinstance(row, list) and [type(value) for value in row] == [str, int] for row in table
+    )
+    if not is_good or not table or len({row[0] for row in table}) < len(table):
+        raise ValueError("its table of groups is none")
+    return [(label, rows) for label, rows in table]
+
+
+def _open(storage: Storage, name: str, kind: str) -> tuple[dict[str, Any], Tensors]:
+    """Metadata and tensors of a file of ours; safetensors checks that no tensor lies outside it."""
     where = storage.locate(name)
     try:
+        storage.check_regular(name)
         if storage.is_local:
             with safe_open(where, framework="pt") as file:
                 header = file.metadata()
@@ -181,32 +353,29 @@ def open_shard(storage: Storage, name: str) -> ShardFile:
             tensors = load_bytes(data)
             header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__")
         metadata = json.loads((header or {})[METADATA_KEY])
+        if not isinstance(metadata, dict):
+            raise ValueError("its metadata is no JSON object")
     except FileNotFoundError:
-        raise UserError(f"{where}: missing. Run latentprep encode again to make it.") from None
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise UserError(f"{where}: not a latentprep shard ({error}). Run latentprep encode again.") from None
+        raise UserError(f"{where}: missing. Run the same latentprep encode again to make it.") from None
+    except (SafetensorError, KeyError, ValueError, OSError, RecursionError, AttributeError) as error:
+        raise _damaged(storage, name, error) from None
     check_format(metadata.get("format"), where)
-    return ShardFile(name, metadata, tensors)
+    if metadata.get("kind") != kind:
+        raise _damaged(storage, name, ValueError(f"a file of {metadata.get('kind')!r}, expected {kind}"))
+    return metadata, tensors
+
+
+def _damaged(storage: Storage, name: str, error: Exception) -> UserError:
+    reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+    return UserError(
+        f"{storage.locate(name)}: damaged, or no shard of latentprep ({' '.join(reason.split())[:300]}). "
+        "Delete it and run the same latentprep encode again: only its images are encoded."
+    )
 
 
 def check_format(found: object, where: str) -> None:
     """Raise UserError unless this version of latentprep reads the format."""
-    if not isinstance(found, int):
+    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
         raise UserError(f"{where}: no format number, so not a latentprep cache.")
     if found > FORMAT:
         raise UserError(f"{where}: format {found}, this latentprep reads up to format {FORMAT}. Upgrade latentprep.")
-
-
-def read_keys(text: ShardFile, label: str) -> list[str]:
-    return list(Strings(text.tensors, f"{label}/key"))
-
-
-def read_captions(text: ShardFile, label: str) -> list[list[str]]:
-    captions = list(Strings(text.tensors, f"{label}/caption"))
-    rows = text.tensors[f"{label}/caption_rows"].tolist()
-    return [captions[a:b] for a, b in pairwise(rows)]
-
-
-def cond_of(tensors: Tensors) -> Tensors:
-    """name -> tensor of every cond in a text or uncond file."""
-    return {name.removeprefix("cond/"): value for name, value in tensors.items() if name.startswith("cond/")}

@@ -1,11 +1,30 @@
-"""Where a cache lives: a folder, or any URL that fsspec knows. The only place that opens files for writing."""
+"""Where a cache lives: a folder, or any URL that fsspec knows. The only place that opens its files for writing."""
 
+import hashlib
 import os
+import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 
 from latentprep.errors import UserError
+from latentprep.units import human_bytes
+
+LARGEST_JSON = 2**30  # bytes of a manifest: 50,000 shards need 20 MB, and no crafted one is to fill the memory
+CHUNK = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Stamp:
+    """A file's bytes, counted and hashed."""
+
+    nbytes: int
+    blake2b: str  # 32 hex digits
+
+    @classmethod
+    def of(cls, data: bytes) -> "Stamp":
+        return cls(len(data), hashlib.blake2b(data, digest_size=16).hexdigest())
 
 
 class Storage:
@@ -27,31 +46,66 @@ class Storage:
     def exists(self, name: str) -> bool:
         return bool(self.fs.exists(self.locate(name)))
 
+    def check_regular(self, name: str) -> None:
+        """Raise FileNotFoundError or OSError unless this is a file: a pipe or a device may have no end."""
+        if self.is_local and not stat.S_ISREG(os.stat(self.locate(name)).st_mode):
+            raise OSError("not a regular file")
+
     def read(self, name: str) -> bytes:
         """All bytes of a file. Raises FileNotFoundError."""
+        self.check_regular(name)
         return bytes(self.fs.cat_file(self.locate(name)))
+
+    def read_json(self, name: str) -> bytes:
+        """All bytes of a manifest or a list of skips. Raises FileNotFoundError; ValueError for one without measure."""
+        size = self.size(name)
+        if size > LARGEST_JSON:
+            raise ValueError(f"{human_bytes(size)} is more than any latentprep writes")
+        return self.read(name)
 
     def size(self, name: str) -> int:
         """Bytes of a file. Raises FileNotFoundError."""
         return int(self.fs.size(self.locate(name)))
 
-    def names(self, folder: str) -> list[str]:
-        """Names of the files directly in a folder, relative to the root, sorted; none where there is no such folder."""
+    def stamp(self, name: str) -> Stamp:
+        """Bytes and hash of a file as it is now. Raises FileNotFoundError."""
+        self.check_regular(name)
+        digest, nbytes = hashlib.blake2b(digest_size=16), 0
+        with self.fs.open(self.locate(name), "rb") as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+                nbytes += len(chunk)
+        return Stamp(nbytes, digest.hexdigest())
+
+    def sizes(self, folder: str = "") -> dict[str, int]:
+        """Name -> bytes of what lies directly in a folder, names relative to the root; empty where there is no folder.
+
+        Everything that is not a folder counts: links, pipes, and files whose name begins with a dot.
+        """
         try:
             entries = self.fs.ls(self.locate(folder), detail=True, refresh=True)
-        except FileNotFoundError:
-            return []
-        return sorted(f"{folder}/{entry['name'].rpartition('/')[2]}" for entry in entries if entry["type"] == "file")
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise UserError(f"{self.locate(folder)}: cannot be listed ({error.strerror or error}).") from None
+        prefix = f"{folder}/" if folder else ""
+        files = [entry for entry in entries if entry["type"] != "directory"]
+        return {prefix + entry["name"].rpartition("/")[2]: int(entry["size"] or 0) for entry in files}
 
-    def write_atomic(self, name: str, data: bytes) -> None:
+    def names(self, folder: str = "") -> list[str]:
+        """The sorted names of sizes()."""
+        return sorted(self.sizes(folder))
+
+    def write_atomic(self, name: str, data: bytes) -> Stamp:
         """All of the bytes under the final name, or nothing.
 
         Local: temporary file in the same folder, fsync, rename, fsync of the folder. Remote: one put.
         Raises UserError where the disk is full or read-only.
         """
+        stamp = Stamp.of(data)
         if not self.is_local:
             self.fs.pipe_file(self.locate(name), data)
-            return
+            return stamp
         target = Path(self.locate(name))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -68,8 +122,10 @@ class Storage:
             _sync_folder(target.parent)
         except OSError as error:
             raise UserError(
-                f"{target}: cannot write ({error.strerror or error}). Nothing was left half-written."
+                f"{target}: cannot write ({error.strerror or error}). Nothing was left half-written; "
+                "mend that, and run the same command again to go on."
             ) from error
+        return stamp
 
     def delete(self, name: str) -> None:
         """Remove a file, if it is there."""
@@ -79,6 +135,12 @@ class Storage:
             return
         except OSError as error:
             raise UserError(f"{self.locate(name)}: cannot delete ({error.strerror or error}).") from error
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that write_atomic writes under, before the file has its own."""
+    base = name.rpartition("/")[2]
+    return base.startswith(".") and base.endswith(".tmp")
 
 
 def _sync_folder(folder: Path) -> None:

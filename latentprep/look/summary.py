@@ -6,16 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentprep.cache.manifest import Manifest, ShardEntry, open_manifest, read_skips
-from latentprep.cache.shard import (
-    Strings,
-    cond_of,
-    latents_name,
-    open_shard,
-    read_captions,
-    read_keys,
-    text_name,
-)
+from latentprep.cache.manifest import Manifest, open_manifest, read_skips
+from latentprep.cache.shard import LatentGroup, ShardEntry, latents_name, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
@@ -26,23 +18,25 @@ def summarize(storage: Storage) -> dict[str, Any]:
     """Everything that `latentprep inspect` shows, as plain JSON values. Raises UserError."""
     manifest = open_manifest(storage)
     skips = read_skips(storage)
-    buckets: Counter[str] = Counter()
+    factor = manifest.latent["factor"]
+    buckets: Counter[tuple[int, int]] = Counter()
     for shard in manifest.shards:
-        for label, rows, _ in shard.groups:
-            buckets[label] += rows
+        for (_, _, (_, height, width)), live in zip(shard.groups, shard.live_rows(), strict=True):
+            buckets[height * factor, width * factor] += len(live)
     return {
         "cache": storage.root,
         "images": manifest.num_images,
         "views": manifest.latent["views"],
         "shards": len(manifest.shards),
         "bytes": {
-            "latents": sum(shard.latents_bytes for shard in manifest.shards),
-            "text": sum(shard.text_bytes for shard in manifest.shards),
+            "latents": sum(shard.latents_file.nbytes for shard in manifest.shards),
+            "text": sum(shard.text_file.nbytes for shard in manifest.shards),
         },
+        "tombstones": manifest.num_tombstones,
         "made_with": manifest.made_with,
         "recipe": manifest.recipe,
         "latent": manifest.latent,
-        "buckets": dict(sorted(buckets.items())),
+        "buckets": {f"{width}x{height}": count for (height, width), count in sorted(buckets.items()) if count},
         "latents": latent_statistics(storage, manifest),
         "text": text_statistics(storage, manifest),
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),
@@ -55,18 +49,21 @@ def latent_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     channels = manifest.latent["channels"]
     count, rows_read, weighted = 0, 0, 0
     total, squares, spread = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
-    for shard in spread_out(manifest):
-        latents = open_shard(storage, latents_name(shard.unit))
-        for label, rows in latents.groups():
-            mean, std = latents.tensors[f"{label}/latent_mean"].double(), latents.get(label, "latent_std")
-            count += mean.numel() // channels
-            total += mean.sum((0, 1, 3, 4))
-            squares += mean.square().sum((0, 1, 3, 4))
-            if std is not None:
-                spread += std.double().sum((0, 1, 3, 4))
-            weight = latents.get(label, "weight")
-            weighted += int((weight != 1).flatten(1).any(1).sum()) if weight is not None else 0
-            rows_read += rows
+    groups = (
+        pair
+        for shard in spread_out(manifest)
+        for pair in zip(open_latents(storage, shard.unit, shard.groups).groups, shard.live_rows(), strict=True)
+    )
+    for group, live in groups:
+        mean = group.latent_mean[live].double()
+        count += mean.numel() // channels
+        total += mean.sum((0, 1, 3, 4))
+        squares += mean.square().sum((0, 1, 3, 4))
+        if group.latent_std is not None:
+            spread += group.latent_std[live].double().sum((0, 1, 3, 4))
+        if group.weight is not None:
+            weighted += int((group.weight[live] != 1).flatten(1).any(1).sum())
+        rows_read += len(live)
     mean = total / max(count, 1)
     return {
         "rows_read": rows_read,
@@ -97,22 +94,22 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     longest = (0, "")
     example = ""
     for shard in manifest.shards:
-        text = open_shard(storage, text_name(shard.unit, shard.text))
-        for label, _ in text.groups():
-            found = [caption for row in read_captions(text, label) for caption in row]
+        if not shard.num_images:
+            continue
+        text = open_text(storage, shard.unit, shard.text, shard.groups)
+        for group, live in zip(text.groups, shard.live_rows(), strict=True):
+            found = [caption for row in live for caption in group.caption[row]]
             captions += len(found)
             empty += found.count("")
-        prompt = list(Strings(text.tensors, "prompt"))
-        example = example or prompt[0]
-        prompts += len(prompt)
-        cond = cond or {name: list(value.shape[1:]) for name, value in cond_of(text.tensors).items()}
-        tokens = text.tensors.get("num_tokens")
-        if tokens is not None:
-            max_tokens = text.metadata["max_tokens"]
-            lengths.append(tokens.numpy())
-            cut += int((tokens > max_tokens).sum())
-            most = int(tokens.argmax())
-            longest = max(longest, (int(tokens[most]), prompt[most]))
+        example = example or text.prompt[0]
+        prompts += len(text.prompt)
+        cond = cond or {name: list(value.shape[1:]) for name, value in text.cond.items()}
+        if text.num_tokens is not None and text.max_tokens is not None:
+            max_tokens = text.max_tokens
+            lengths.append(text.num_tokens)
+            cut += int((text.num_tokens > max_tokens).sum())
+            most = int(text.num_tokens.argmax())
+            longest = max(longest, (int(text.num_tokens[most]), text.prompt[most]))
     tokens_all = np.concatenate(lengths) if lengths else None
     return {
         "captions": captions,
@@ -133,38 +130,23 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
     """Everything the cache says of one image. Raises UserError where it holds no such key."""
     manifest = open_manifest(storage)
     for shard in manifest.shards:
-        text = open_shard(storage, text_name(shard.unit, shard.text))
-        for label, _ in text.groups():
-            keys = read_keys(text, label)
-            if key not in keys:
+        text = open_text(storage, shard.unit, shard.text, shard.groups)
+        for number, (words, live) in enumerate(zip(text.groups, shard.live_rows(), strict=True)):
+            row = next((row for row in live.tolist() if words.key[row] == key), None)
+            if row is None:
                 continue
-            row = keys.index(key)
-            latents = open_shard(storage, latents_name(shard.unit))
-            mean, std, weight = (latents.get(label, name) for name in ("latent_mean", "latent_std", "weight"))
-            assert mean is not None
-            chosen = text.tensors[f"{label}/prompt_of"][row].numpy()
-            first = mean[row, 0].float()
+            group = open_latents(storage, shard.unit, shard.groups).groups[number]
+            chosen = words.prompt_of[row].tolist()
             return {
                 "key": key,
-                "shard": latents.name,
-                "group": label,
+                "shard": latents_name(shard.unit),
+                "group": group.label,
                 "row": row,
                 "views": manifest.latent["views"],
-                "original_size": _list(latents.tensors[f"{label}/original_size"][row]),
-                "resized_size": _list(latents.tensors[f"{label}/resized_size"][row, 0]),
-                "crop": _list(latents.tensors[f"{label}/crop"][row, 0]),
-                "latent_shape": list(first.shape),
-                "latent_mean": {"mean": _rounded(first.mean((1, 2))), "std": _rounded(first.std((1, 2)))},
-                "posterior_std": _rounded(std[row, 0].float().mean((1, 2))) if std is not None else None,
-                "weight": {
-                    name: round(float(getattr(weight[row, 0].float(), name)()), 4) for name in ("min", "mean", "max")
-                }
-                if weight is not None
-                else None,
-                "caption": read_captions(text, label)[row],
-                "prompt": [Strings(text.tensors, "prompt")[number] for number in chosen],
-                "tokens": text.tensors["num_tokens"].numpy()[chosen].tolist() if "num_tokens" in text.tensors else None,
-                "digest": bytes(latents.tensors[f"{label}/digest"][row].tolist()).hex(),
+                **describe_latents(group, row),
+                "caption": words.caption[row],
+                "prompt": [text.prompt[n] for n in chosen],
+                "tokens": text.num_tokens[chosen].tolist() if text.num_tokens is not None else None,
             }
     for skip in read_skips(storage):
         if skip.key == key:
@@ -172,6 +154,24 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
     raise UserError(
         f"--key {key}: not in {storage.root}. A key is the path relative to the image folder, such as a/b.jpg."
     )
+
+
+def describe_latents(group: LatentGroup, row: int) -> dict[str, Any]:
+    """Geometry and statistics of one row; of the views the first."""
+    mean, std, weight = group.latent_mean[row, 0].float(), group.latent_std, group.weight
+    plane = weight[row, 0].float() if weight is not None else None
+    return {
+        "original_size": _list(group.original_size[row]),
+        "resized_size": _list(group.resized_size[row, 0]),
+        "crop": _list(group.crop[row, 0]),
+        "latent_shape": list(mean.shape),
+        "latent_mean": {"mean": _rounded(mean.mean((1, 2))), "std": _rounded(mean.std((1, 2)))},
+        "posterior_std": _rounded(std[row, 0].float().mean((1, 2))) if std is not None else None,
+        "weight": {name: round(float(getattr(plane, name)()), 4) for name in ("min", "mean", "max")}
+        if plane is not None
+        else None,
+        "digest": bytes(group.digest[row].tolist()).hex(),
+    }
 
 
 def _list(row: torch.Tensor) -> list[int]:

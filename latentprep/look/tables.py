@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from latentprep.units import human_bytes
+from latentprep.units import counted, human_bytes, printable
 
 
 def render_summary(summary: dict[str, Any]) -> Group:
@@ -25,21 +25,22 @@ def facts_table(summary: dict[str, Any]) -> Table:
     table.add_row("shards", f"{summary['shards']:,}")
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in sizes.items())
     table.add_row("on disk", f"{human_bytes(total)} ({parts}), {human_bytes(total / max(1, images))} an image")
-    table.add_row("model", made["model"] + (f", VAE {made['vae']}" if made["vae"] else ""))
+    if summary["tombstones"]:
+        table.add_row("tombstones", f"{summary['tombstones']:,} rows of changed or removed images: latentprep compact")
+    table.add_row("model", made["model"] + (f", VAE {made['vae']}" if made.get("vae") else ""))
     table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
     table.add_row("precision", f"encoded in {recipe['dtype']}, {recipe['store']} stored as {recipe['store_dtype']}")
     latent = summary["latent"]
     table.add_row("scaling", f"scaling_factor {latent['scaling_factor']:g}, shift_factor {latent['shift_factor']:g}")
     table.add_row("weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}")
-    table.add_row("made by", f"latentprep {made['latentprep']}, torch {made['torch']}, diffusers {made['diffusers']}")
+    table.add_row("made by", _plain(summary["recipe"]["libraries"]))
     return table
 
 
 def buckets_table(summary: dict[str, Any]) -> Table:
     table = _table("Buckets", "pixels", "images")
-    for label, count in sorted(summary["buckets"].items(), key=lambda bucket: _size(bucket[0])):
-        height, width = _size(label)
-        table.add_row(f"{width}x{height}", f"{count:,}")
+    for size, count in summary["buckets"].items():
+        table.add_row(size, f"{count:,}")
     return table
 
 
@@ -86,6 +87,19 @@ def render_sample(sample: dict[str, Any]) -> Table:
     return table
 
 
+def render_problems(found: dict[str, Any]) -> str:
+    """The outcome of a verify: a line for each problem, and the verdict last."""
+    problems = found["problems"]
+    lines = [printable(f"{p['problem']:<10} {p['name']}: {p['detail']}") for p in problems]
+    if "largest_difference" in found:
+        lines.append(
+            f"encoded again: at most {found['largest_difference']:.2g} standard deviations from what is stored"
+        )
+    size = f"{counted(found['images'], 'image')} in {counted(found['shards'], 'shard')}, " if "images" in found else ""
+    lines.append(f"{found['cache']}: {size}{counted(len(problems), 'problem') if problems else 'nothing wrong'}")
+    return "\n".join(lines)
+
+
 def _table(title: str | None = None, *columns: str) -> Table:
     """A table without lines: named facts, or with columns, of which all but the first are numbers."""
     heading = f"\n{title}" if title else None
@@ -109,9 +123,3 @@ def _read(summary: dict[str, Any]) -> str:
     """Says so where not all rows were read for a statistic."""
     read, images = summary["latents"]["rows_read"], summary["images"]
     return f" ({read:,} of {images:,} images read)" if read < images else ""
-
-
-def _size(label: str) -> tuple[int, int]:
-    """(height, width) in pixels of a group label such as h512w768."""
-    height, _, width = label.removeprefix("h").partition("w")
-    return int(height), int(width)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import stat
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -87,6 +88,8 @@ def caption_from_name(key: str, word: re.Pattern[str] | None = None, joiner: str
 def read_text(folder: Path, name: str) -> str:
     """Text of a caption file: UTF-8, or UTF-16 with its byte order mark. Raises UserError."""
     try:
+        if not stat.S_ISREG((folder / name).stat().st_mode):
+            raise UserError(f"{name}: not a regular file. Remove it.")
         data = (folder / name).read_bytes()
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}).") from error

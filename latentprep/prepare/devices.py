@@ -1,9 +1,14 @@
 """Where the models run, in which precision, and how many images at once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import numpy as np
 
 from latentprep.errors import UserError
 from latentprep.records import Size
+
+T = TypeVar("T")
 
 
 def choose_device(device: str, dtype: str) -> tuple[str, str, str]:
@@ -37,6 +42,62 @@ def default_batch_size(device: str, buckets: Iterable[Size]) -> int:
     if device == "cpu":
         return 1
     return max(1, 8 * 512 * 512 // max((height * width for height, width in buckets), default=1))
+
+
+def default_shard_bytes(device: str) -> int:
+    """256 MB on a GPU. On a CPU 16 MB, since it may need an hour for more, and a run that is stopped loses a shard."""
+    return 16_000_000 if device == "cpu" else 256_000_000
+
+
+class OutOfMemoryError(Exception):
+    """Not even one image fits."""
+
+
+class BatchLimit:
+    """How much fits into the device's memory at once: found out by running out of it, and remembered."""
+
+    def __init__(self) -> None:
+        self.pixels: int | None = None  # of all images of a batch together; None: memory has always sufficed
+        self.said = ""
+
+    def run(self, work: Callable[[np.ndarray], T], pixels: np.ndarray) -> list[T]:
+        """`work` on all of [N,H,W,...], in as few parts as fit. Raises OutOfMemoryError."""
+        _, height, width = pixels.shape[:3]
+        results: list[T] = []
+        start = 0
+        while start < len(pixels):
+            count = len(pixels) - start
+            if self.pixels is not None:
+                count = min(count, max(1, self.pixels // (height * width)))
+            try:
+                results.append(work(pixels[start : start + count]))
+                start += count
+                continue
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            # here, and not above: the exception holds the tensors that did not fit
+            empty_cache()
+            if count == 1:
+                raise OutOfMemoryError(f"one image of {width}x{height} does not fit into the device's memory")
+            self.pixels = count // 2 * height * width
+            self.said = f"out of memory with {count} images of {width}x{height} at once: went on with {count // 2}"
+        return results
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device ran out of memory; CUDA has a class for it, MPS and the CPU have only words."""
+    import torch
+
+    words = ("MPS backend out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, torch.cuda.OutOfMemoryError) or any(word in str(error) for word in words)
+
+
+def empty_cache() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def quiet_libraries() -> None:

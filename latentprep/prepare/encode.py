@@ -4,26 +4,38 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from latentprep import __version__
-from latentprep.cache import manifest
-from latentprep.cache.manifest import Manifest, ShardEntry, commit, find_manifest, read_skips, recipe_digest
-from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, latents_name, text_name
+from latentprep.cache.leftovers import (
+    Leftover,
+    clear_cache,
+    clear_temporaries,
+    find_leftovers,
+    find_missing,
+    list_orphans,
+    recover,
+)
+from latentprep.cache.manifest import Manifest, commit, find_manifest, read_skips
+from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, ShardEntry
 from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, text_recipe
 from latentprep.errors import UserError
 from latentprep.prepare.buckets import make_place
 from latentprep.prepare.captions import Captioned, add_captions
-from latentprep.prepare.devices import choose_device, default_batch_size
+from latentprep.prepare.devices import choose_device, default_batch_size, default_shard_bytes
 from latentprep.prepare.models import TextFolder, VaeFolder, find_model, open_text, open_vae
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
-from latentprep.prepare.source import list_folder
+from latentprep.prepare.source import hash_file, limit_pixels, list_folder
 from latentprep.records import Item, Pixels, Placement, Skip
+from latentprep.units import counted, human_bytes
 
 if TYPE_CHECKING:
     from latentprep.prepare.worker import Job
@@ -42,9 +54,26 @@ class Prepared:
     device: str
     recipe: dict[str, Any]
     manifest: Manifest | None
+    found: frozenset[str]  # units of the plan whose latents an unfinished run has left
     captioned: Captioned
     row_bytes: RowBytes
     plan: Plan
+
+    @property
+    def workers(self) -> int:
+        return self.options.workers or min(8, os.cpu_count() or 1)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the cache holds everything already, as it should."""
+        return (
+            self.manifest is not None
+            and not (self.plan.new or self.plan.retext)
+            and self.manifest.shards == self.plan.kept
+            and read_skips(self.storage) == sorted(self.plan.skips, key=lambda skip: skip.key)
+            and find_uncond(self.storage, self.manifest)
+            and not (self.storage.is_local and list_orphans(self.storage, self.manifest))
+        )
 
 
 @dataclass(frozen=True)
@@ -54,25 +83,36 @@ class Outcome:
     num_encoded: int  # images, by this run
     num_found: int  # images that an unfinished run had encoded before
     num_retexted: int  # images whose text alone was made anew
+    num_prompts: int  # prompts that the text encoder saw, the empty one included
     num_cached: int  # images in the cache now
+    num_tombstones: int  # rows of images that are gone or changed
     num_bytes: int
     skips: list[Skip]
     notes: Counter[str]
     failures: list[str]
     num_retried: int
+    batch_limit: str  # what an overfull memory has taught; empty: nothing
+    cleared: tuple[int, int]  # files of unfinished runs that were of no use, and their bytes
     seconds: float  # of the whole run
     encode_seconds: float  # of its units, without the loading of models
     waits: dict[str, float]  # stage -> seconds that the loop waited for it
 
 
+def check_paths(options: EncodeOptions) -> None:
+    """Raise UserError where --out cannot be a cache of its own."""
+    if "://" in options.out:
+        return
+    out = Path(options.out)
+    if out.resolve() == options.source.resolve():
+        raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
+    if out.is_file():
+        raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
+
+
 def prepare(options: EncodeOptions, say: Say) -> Prepared:
     """The plan for a folder and a cache; says what it chose and why. Raises UserError."""
-    out = Path(options.out) if "://" not in options.out else None
-    if out is not None and out.resolve() == options.source.resolve():
-        raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
-    if out is not None and out.is_file():
-        raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
-    source = list_folder(options.source, without=out)
+    limit_pixels(options.max_pixels)
+    source = list_folder(options.source, without=None if "://" in options.out else Path(options.out))
     captioned = add_captions(source, options.text)
     model = find_model(options.model, say=say)
     vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
@@ -91,28 +131,89 @@ def prepare(options: EncodeOptions, say: Say) -> Prepared:
             text_encoder=text.digest if text else None, options=options.text, seed=options.seed,
             dtype=dtype, store_dtype=options.store_dtype,
         ),
+        "libraries": versions(),
     }  # fmt: skip
     storage = Storage(options.out)
-    existing = None if options.overwrite else find_manifest(storage)
-    if existing is not None:
-        changes = list(recipe_changes(existing.recipe["latents"], recipe["latents"]))
-        if changes:
-            raise UserError(
-                f"{options.out}: holds a cache of another recipe ({'; '.join(changes)}; cache -> asked). "
-                "Give another --out, the options it was made with, or --overwrite to start anew."
-            )
+    manifest = None if options.overwrite else find_manifest(storage)
+    leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
+    check_recipe(options, recipe, manifest, leftovers)
+    if manifest is not None and manifest.recipe["libraries"] != recipe["libraries"]:
+        changes = "; ".join(recipe_changes(manifest.recipe["libraries"], recipe["libraries"]))
+        say(f"versions {changes}: latents that are new may differ from the others in their last digits")
     row_bytes = estimate_row_bytes(recipe, vae, text)
-    plan = make_plan(
-        captioned.items, source.skips, place, row_bytes, recipe=recipe,
-        shard_bytes=options.shard_bytes, storage=storage, manifest=existing,
-    )  # fmt: skip
-    if existing is None and not plan.new:
+    shard_bytes = options.shard_bytes or default_shard_bytes(device)
+
+    def hash_files(items: list[Item]) -> list[bytes | None]:
+        nbytes = sum(item.nbytes for item in items)
+        say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
+        with ThreadPoolExecutor(HASHERS) as pool:
+            return list(pool.map(lambda item: hash_file(options.source / item.key), items))
+
+    def make(shards: list[ShardEntry], known_skips: list[Skip]) -> Plan:
+        return make_plan(
+            captioned.items, source.skips, place, row_bytes, recipe=recipe, shard_bytes=shard_bytes,
+            storage=storage, shards=shards, known_skips=known_skips, hash_files=hash_files,
+        )  # fmt: skip
+
+    plan = plan_with_leftovers(make, storage, manifest, leftovers)
+    for line in plan.lost:
+        say(f"lost     {line}: its images are encoded again")
+    if manifest is None and not plan.new and not plan.kept and not plan.retext:
         skip = plan.skips[0]
         raise UserError(
             f"SOURCE {options.source}: none of its {len(plan.skips):,} images can be used "
             f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
         )
-    return Prepared(options, storage, vae, text, device, recipe, existing, captioned, row_bytes, plan)
+    found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
+    return Prepared(options, storage, vae, text, device, recipe, manifest, found, captioned, row_bytes, plan)
+
+
+def check_recipe(
+    options: EncodeOptions, recipe: dict[str, Any], manifest: Manifest | None, leftovers: dict[str, Leftover]
+) -> None:
+    """Raise UserError where the folder holds a cache, finished or not, whose latents were made otherwise."""
+    made = [manifest.recipe["latents"]] if manifest is not None else [left.recipe for left in leftovers.values()]
+    for before in made:
+        changes = list(recipe_changes(before, recipe["latents"]))
+        if changes:
+            kind = "a cache" if manifest is not None else "an unfinished cache"
+            raise UserError(
+                f"{options.out}: holds {kind} of another recipe ({'; '.join(changes)}; cache -> asked). "
+                "Give another --out, the options it was made with, or --overwrite to start anew."
+            )
+
+
+def plan_with_leftovers(
+    make: Callable[[list[ShardEntry], list[Skip]], Plan],
+    storage: Storage,
+    manifest: Manifest | None,
+    leftovers: dict[str, Leftover],
+) -> Plan:
+    """The plan, where what an unfinished run has left counts as done.
+
+    Where the folder has not changed since, its units are those of the plan, and are known by their names. Where it
+    has, every whole shard is taken into the cache as it is, and only what is left is cut into units.
+    """
+    missing = find_missing(storage, manifest.shards) if manifest is not None else {}
+    shards = [shard for shard in manifest.shards if shard.unit not in missing] if manifest is not None else []
+    skips = read_skips(storage) if manifest is not None else []
+    plan = make(shards, skips)
+    if leftovers.keys() - {unit.id for unit in plan.new}:
+        recovered = [entry for leftover in leftovers.values() if (entry := recover(storage, leftover)) is not None]
+        known = [skip for leftover in leftovers.values() for skip in leftover.skips]
+        plan = make([*shards, *recovered], [*skips, *known])
+        of_no_use = {entry.unit for entry in plan.kept if not entry.num_images} - {shard.unit for shard in shards}
+        plan = replace(plan, kept=[entry for entry in plan.kept if entry.unit not in of_no_use])
+    return replace(plan, lost=[*missing.values(), *plan.lost])
+
+
+def find_uncond(storage: Storage, manifest: Manifest) -> bool:
+    """Whether the cond of the empty prompt is there, if it should be."""
+    size = storage.sizes().get(UNCOND_NAME)
+    return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
+
+
+HASHERS = 4  # threads that read files; a disk has no use for more
 
 
 def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFolder, text: TextFolder | None) -> RowBytes:
@@ -132,25 +233,25 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     Raises UserError, and KeyboardInterrupt once every finished file is safe on disk.
     """
     from latentprep.prepare.engine.local import run
-    from latentprep.prepare.load import load_pixels
+    from latentprep.prepare.load import LARGE_PIXELS, load_pixels
     from latentprep.prepare.worker import write_empty_prompt
 
     options, storage, plan = prepared.options, prepared.storage, prepared.plan
     started = time.perf_counter()
     if options.overwrite:
-        clear(storage)
+        clear_cache(storage)
+    clear_temporaries(storage)
     job = make_job(prepared)
-    units = [*plan.new, *(unit for _, unit in plan.retext)]
-    existing = set(storage.names("shards"))
-    to_encode = {unit.id for unit in plan.new if latents_name(unit.id) not in existing}
+    to_encode = {unit.id for unit in plan.new} - prepared.found
     # load models now, and not in the middle of the first unit: loading is no part of the images' speed
     if to_encode:
         job.vae()
-    if job.text is not None:
-        job.text()
+        if job.text is not None:
+            job.text()
 
     loop_started = time.perf_counter()
-    with make_progress(sum(len(unit.items) for unit in units)) as bar:
+    large = Lock()  # several images at once, but only one that is very large: memory stays bounded
+    with make_progress(plan.num_new_items + plan.num_retexted_items) as bar:
 
         def progress(count: int, encoded: bool) -> None:
             if not encoded:
@@ -160,46 +261,57 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
             bar.update(count)
 
         def load(item: Item, placement: Placement) -> Pixels | Skip:
-            return load_pixels(options.source, item, placement, options.geometry.filter, prepared.vae.factor)
+            with large if item.size[0] * item.size[1] > LARGE_PIXELS else nullcontext():
+                return load_pixels(options.source, item, placement, options.geometry.filter, prepared.vae.factor)
 
-        result = run(units, to_encode, load, job, options.workers or min(8, os.cpu_count() or 1), progress)
+        result = run(plan.new, plan.retext, to_encode, load, job, prepared.workers, progress)
     encode_seconds = time.perf_counter() - loop_started
 
-    write_empty_prompt(job)
-    replaced = {entry.unit: entry for entry, _ in plan.retext}
+    uncond_file = write_empty_prompt(job)
     entries = {unit.unit: unit.entry() for unit in result.units if unit.groups}
-    shards = sorted([*plan.kept, *({**replaced, **entries}).values()], key=shard_order)
-    new = [unit for unit in result.units if unit.unit not in replaced]
+    before = {retext.entry.unit: retext.entry for retext in plan.retext}  # stays where making its new text failed
+    shards = sorted([*plan.kept, *({**before, **entries}).values()], key=shard_order)
+    new = [unit for unit in result.units if unit.unit not in before]
     skips = [*plan.skips, *(skip for unit in new for skip in unit.skips)]
-    commit(storage, Manifest(prepared.recipe, job.latent, made_with(prepared, job), shards, len(skips)), skips)
-    for unit, old in replaced.items():
-        if unit in entries and entries[unit].text != old.text:
-            storage.delete(text_name(old.unit, old.text))
+    manifest = Manifest(prepared.recipe, job.latent, made_with(prepared, job), shards, uncond_file=uncond_file)
+    commit(storage, manifest, skips)
+    cleared = clear_orphans(storage, manifest) if not result.failures else (0, 0)
 
-    def count_rows(units: Iterable[str]) -> int:
-        return sum(entries[unit].rows for unit in units if unit in entries)
+    def count(units: Iterable[str]) -> int:
+        return sum(entries[unit].num_images for unit in units if unit in entries)
 
     return Outcome(
-        num_encoded=count_rows(to_encode),
-        num_found=count_rows(entries.keys() - to_encode - replaced.keys()),
-        num_retexted=count_rows(replaced),
-        num_cached=sum(shard.rows for shard in shards),
-        num_bytes=sum(shard.latents_bytes + shard.text_bytes for shard in shards),
+        num_encoded=count(to_encode),
+        num_found=count(entries.keys() - to_encode - before.keys()),
+        num_retexted=count(before),
+        num_prompts=job.counts["prompts"],
+        num_cached=manifest.num_images,
+        num_tombstones=manifest.num_tombstones,
+        num_bytes=sum(shard.nbytes for shard in shards),
         skips=skips,
         notes=sum((unit.notes for unit in new), Counter()),
-        failures=[f"unit {unit.id}: {type(error).__name__}: {error}" for unit, error in result.failures],
+        failures=[f"unit {unit}: {type(error).__name__}: {error}" for unit, error in result.failures.items()],
         num_retried=job.vae().num_retried if to_encode else 0,
+        batch_limit=job.vae().limit.said if to_encode else "",
+        cleared=cleared,
         seconds=time.perf_counter() - started,
         encode_seconds=encode_seconds,
         waits={name: job.watch.seconds[name] for name in STAGES},
     )
 
 
-def update_skips(prepared: Prepared) -> None:
-    """Bring skipped.jsonl up to date where there is nothing else to do: broken files came or went."""
-    skips = sorted(prepared.plan.skips, key=lambda skip: skip.key)
-    if prepared.manifest is not None and skips != read_skips(prepared.storage):
-        commit(prepared.storage, replace(prepared.manifest, num_skipped=len(skips)), skips)
+def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:
+    """Delete our files that the manifest does not name; returns how many they were, and their bytes.
+
+    Not on a remote: without a lock, another run may be at work there.
+    """
+    if not storage.is_local:
+        return 0, 0
+    orphans = list_orphans(storage, manifest)
+    nbytes = sum(storage.size(name) for name in orphans)
+    for name in orphans:
+        storage.delete(name)
+    return len(orphans), nbytes
 
 
 def shard_order(entry: ShardEntry) -> tuple[str, str]:
@@ -231,7 +343,6 @@ def make_job(prepared: Prepared) -> "Job":
         storage=prepared.storage,
         recipe=recipe,
         latent=latent,
-        metadata={**latent, "recipe": recipe_digest(recipe), "versions": versions()},
         batch_size=options.batch_size or default_batch_size(prepared.device, prepared.plan.buckets()),
         template=options.text.template,
         placeholder=options.text.placeholder,
@@ -251,16 +362,8 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
     """How a cache was made, for people; nothing of it is compared."""
     options = prepared.options
     return {
-        **job.metadata["versions"],
         "model": options.model,
         "vae": options.vae,
         "device": prepared.device,
         "batch_size": job.batch_size,
     }
-
-
-def clear(storage: Storage) -> None:
-    """Delete a cache's own files and nothing else, the manifest first."""
-    shards = [name for name in storage.names("shards") if name.endswith(".safetensors")]
-    for name in (manifest.NAME, manifest.SKIPPED_NAME, UNCOND_NAME, *shards):
-        storage.delete(name)

@@ -1,13 +1,20 @@
 """Bytes of an image file -> oriented, colour-managed, resized and cropped uint8 pixels, and the weight map."""
 
-import hashlib
 import io
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from latentprep.prepare.source import HEADER_ERRORS, describe, oriented_size, read_orientation
+from latentprep.prepare.source import (
+    HEADER_ERRORS,
+    describe,
+    formats,
+    new_hash,
+    oriented_size,
+    read_orientation,
+    too_large,
+)
 from latentprep.records import Item, Pixels, Placement, Size, Skip
 
 TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
@@ -21,6 +28,9 @@ TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
 }
 INSIDE_ICC = ("RGB", "L", "CMYK", "LAB")  # modes that a profile can be applied to
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+JPEG_MAGIC, JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
+MAX_SCANS = 100  # a progressive JPEG has about ten; each costs a pass over all pixels, and a few bytes make one
+LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
 
 
 def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str, factor: int) -> Pixels | Skip:
@@ -33,8 +43,12 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
         return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data)}: run again")
     try:
         if data.startswith(PNG_MAGIC):
-            Image.open(io.BytesIO(data)).verify()  # checksums: Pillow decodes a damaged PNG to black rows, silently
-        with Image.open(io.BytesIO(data)) as image:
+            Image.open(
+                io.BytesIO(data), formats=("PNG",)
+            ).verify()  # checksums: Pillow decodes a damaged PNG to black rows, silently
+        if data.startswith(JPEG_MAGIC) and data.count(JPEG_SCAN) > MAX_SCANS:
+            return item.skip("too_large", f"a JPEG of {data.count(JPEG_SCAN):,} scans, expected at most {MAX_SCANS}")
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
             size, orientation = oriented_size(image), read_orientation(image)
             if size != item.size:
                 return item.skip(
@@ -48,7 +62,7 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
             color, alpha = split_alpha(image)
             rgb = to_srgb(color, image.info.get("icc_profile"), notes)
     except Image.DecompressionBombError as error:
-        return item.skip("too_large", describe(error))
+        return item.skip("too_large", too_large(error))
     except HEADER_ERRORS as error:
         return item.skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
     if rgb is None:
@@ -60,7 +74,7 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
         notes.append("enlarged")
     pixels = place_pixels(rgb, placement, Image.Resampling[filter_name.upper()])
     weight = place_weight(alpha, size, placement, factor)
-    return Pixels(pixels, weight, hashlib.blake2b(data, digest_size=16).digest(), tuple(notes))
+    return Pixels(pixels, weight, new_hash(data).digest(), tuple(notes))
 
 
 def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:

@@ -6,8 +6,9 @@ from collections import Counter
 from latentprep.config import EncodeOptions
 from latentprep.prepare.buckets import cropped_away
 from latentprep.prepare.encode import Outcome, Prepared
-from latentprep.records import Size, Skip
-from latentprep.units import counted, human_bytes
+from latentprep.prepare.estimate import Estimate
+from latentprep.records import CHANGES, Change, Size, Skip
+from latentprep.units import counted, human_bytes, human_seconds, printable
 
 NOTES = {
     "enlarged": "enlarged to fill their bucket (--no-upscale keeps their pixels)",
@@ -41,19 +42,18 @@ def source_text(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def plan_text(prepared: Prepared) -> str:
-    """What a run would do: the --dry-run page."""
+def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
+    """What a run would do: the --dry-run page. Every image with its reason first, the totals last."""
     plan, row_bytes = prepared.plan, prepared.row_bytes
+    lines = [change_line(change) for change in plan.changes]
+    if lines:
+        lines.append("")
+    lines.append(f"plan     {prepared.options.out}: {summary_of_changes(prepared) or 'nothing to do'}")
+    lines.append(f"         {counted(plan.num_kept_items, 'image')} there already")
+    lines += skip_lines(plan.skips)
     rows: dict[Size, list[float]] = {}
     for _, placement in plan.rows():
         rows.setdefault(placement.bucket, []).append(cropped_away(placement))
-    there = f", {plan.num_kept_items:,} there already" if plan.num_kept_items else ""
-    lines = [f"plan     {prepared.options.out}: {counted(plan.num_new_items, 'image')} to encode{there}"]
-    if plan.retext:
-        lines.append(
-            f"         new text for {counted(len(plan.retext), 'shard')}: captions, template or text encoder changed"
-        )
-    lines += skip_lines(plan.skips)
     if rows:
         lines.append("")
         lines.append(f"{'bucket':>12} {'images':>9} {'cropped away':>14} {'worst':>7}")
@@ -69,42 +69,66 @@ def plan_text(prepared: Prepared) -> str:
             lines.append(
                 f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps their pixels)"
             )
-        disk = sum(row_bytes.latents(bucket) * len(losses) for bucket, losses in rows.items())
-        text = plan.num_new_items * row_bytes.per_row
+    disk = sum(row_bytes.latents(bucket) * len(losses) for bucket, losses in rows.items())
+    text = (plan.num_new_items + plan.num_retexted_items) * row_bytes.per_row
+    if disk or text:
         lines.append(
             f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, "
-            f"{counted(len(plan.new), 'shard')}"
+            f"{counted(len(plan.new), 'new shard')}"
         )
+    if estimate is not None:
+        lines.append(f"time: about {human_seconds(estimate.seconds)} on this machine ({estimate.measured})")
     lines.append("nothing was written (--dry-run)")
     return "\n".join(lines)
 
 
+def change_line(change: Change) -> str:
+    return f"{change.what:<9}{printable(change.key)}" + (f"  ({change.detail})" if change.detail else "")
+
+
+def summary_of_changes(prepared: Prepared) -> str:
+    """3 new, 1 renamed, ... in the order of CHANGES; what was found of an unfinished run is said apart."""
+    counts = Counter(change.what for change in prepared.plan.changes)
+    parts = [f"{counts[what]:,} {what}" for what in CHANGES if counts[what]]
+    found = sum(len(unit.items) for unit in prepared.plan.new if unit.id in prepared.found)
+    if found:
+        parts.append(f"of the new {found:,} encoded by a run that did not finish")
+    return ", ".join(parts)
+
+
 def done_text(prepared: Prepared) -> str:
     """Where a cache is complete already."""
-    cached = sum(entry.rows for entry in prepared.plan.kept)
+    cached = sum(entry.num_images for entry in prepared.plan.kept)
     lines = [f"{prepared.options.out} is complete with {counted(cached, 'image')}; nothing to do."]
     return "\n".join([*lines, *skip_lines(prepared.plan.skips), _next(prepared.options)])
 
 
 def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     """What was written, what was skipped and why, and the next command to type."""
-    speed = outcome.num_encoded / outcome.encode_seconds if outcome.num_encoded else 0
-    lines = [
-        f"encoded  {counted(outcome.num_encoded, 'image')} in {outcome.seconds:.1f} s"
-        + (f" ({speed:.1f} images/s)" if speed else "")
-    ]
+    speed = f" ({outcome.num_encoded / outcome.encode_seconds:.1f} images/s)" if outcome.num_encoded else ""
+    done = [counted(outcome.num_encoded, "image")] if outcome.num_encoded else []
+    done += [counted(outcome.num_prompts, "prompt")] if outcome.num_prompts else []
+    lines = [f"encoded  {' and '.join(done) or 'nothing'} in {outcome.seconds:.1f} s{speed}"]
     if outcome.num_found:
         lines.append(f"         {counted(outcome.num_found, 'image')} found from an earlier run that did not finish")
+    if prepared.manifest is not None or prepared.plan.num_kept_items:
+        lines.append(f"         {summary_of_changes(prepared) or 'no image changed'}")
     if outcome.num_retexted:
         lines.append(f"         new text for {counted(outcome.num_retexted, 'image')}; latents left alone")
-    lines.append(
-        "         waited for " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.waits.items())
-    )
+    if outcome.num_encoded or outcome.num_retexted:
+        lines.append(
+            "         waited for " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.waits.items())
+        )
     lines += [
         f"         {counted(count, 'image')} {NOTES.get(note, note)}" for note, count in sorted(outcome.notes.items())
     ]
     if outcome.num_retried:
         lines.append(f"         {counted(outcome.num_retried, 'encoding')} done again in float32, after an overflow")
+    if outcome.batch_limit:
+        lines.append(f"         {outcome.batch_limit}")
+    if outcome.cleared[0]:
+        files, nbytes = outcome.cleared
+        lines.append(f"cleared  {counted(files, 'file')} that nothing refers to ({human_bytes(nbytes)})")
     lines += skip_lines(outcome.skips)
     for failure in outcome.failures:
         lines.append(f"FAILED   {failure}")
@@ -113,6 +137,11 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     lines.append(
         f"cache    {prepared.options.out}: {counted(outcome.num_cached, 'image')}, {human_bytes(outcome.num_bytes)}"
     )
+    if outcome.num_tombstones:
+        lines.append(
+            f"         and {counted(outcome.num_tombstones, 'row')} of changed or removed images; "
+            f"{shlex.join(['latentprep', 'compact', prepared.options.out])} frees their space"
+        )
     return "\n".join([*lines, _next(prepared.options)])
 
 
@@ -126,7 +155,7 @@ def skip_lines(skips: list[Skip]) -> list[str]:
     reasons = Counter(skip.reason for skip in skips)
     lines = []
     for reason, count in sorted(reasons.items()):
-        named = [f"{skip.key}: {skip.detail}" for skip in skips if skip.reason == reason][:2]
+        named = [f"{printable(skip.key)}: {printable(skip.detail)}" for skip in skips if skip.reason == reason][:2]
         lines.append(f"skipped  {count:,} {reason} ({'; '.join(named)}{'; ...' if count > 2 else ''})")
     return lines
 
@@ -138,7 +167,7 @@ def exit_code(skips: list[Skip], failures: list[str], strict: bool) -> int:
 
 def _name(keys: list[str]) -> str:
     more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
-    return ", ".join(keys[:NAMED]) + more
+    return ", ".join(map(printable, keys[:NAMED])) + more
 
 
 def _next(options: EncodeOptions) -> str:

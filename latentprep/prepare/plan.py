@@ -1,16 +1,15 @@
-"""Items and what the cache already holds -> the units to do, and why each item is new, kept, changed or gone."""
+"""Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from latentprep.cache.manifest import Manifest, ShardEntry, read_skips, recipe_digest
-from latentprep.cache.shard import open_shard, read_keys, text_name
+from latentprep.cache.shard import ShardEntry, text_id, unit_id
 from latentprep.cache.storage import Storage
-from latentprep.config import digest_of
-from latentprep.errors import UserError
+from latentprep.config import recipe_changes
 from latentprep.prepare.buckets import Place
-from latentprep.records import Item, Placement, Size, Skip, Unit
+from latentprep.prepare.changes import HashFiles, Matching, ShardRows
+from latentprep.records import Change, Item, Placement, Row, Size, Skip, Unit
 
 
 @dataclass(frozen=True)
@@ -29,20 +28,31 @@ class RowBytes:
 
 
 @dataclass(frozen=True)
+class Retext:
+    """A shard that gets a new text file; its latents stay."""
+
+    entry: ShardEntry
+    rows: list[Row]  # what the new file says
+    text: str  # its id
+
+
+@dataclass(frozen=True)
 class Plan:
     new: list[Unit]  # to encode
-    retext: list[tuple[ShardEntry, Unit]]  # shards whose captions or prompts changed: text only
-    kept: list[ShardEntry]  # nothing to do
+    retext: list[Retext]
+    kept: list[ShardEntry]  # no file of them is written; their tombstones may have changed
     skips: list[Skip]  # items that no unit holds, and why
+    changes: list[Change]  # of every image that there is something to do for, sorted by key
     num_kept_items: int
+    lost: list[str]  # shards that cannot be read, and why; their images are encoded again
 
     @property
     def num_new_items(self) -> int:
         return sum(len(unit.items) for unit in self.new)
 
     @property
-    def is_done(self) -> bool:
-        return not self.new and not self.retext
+    def num_retexted_items(self) -> int:
+        return sum(retext.entry.num_images for retext in self.retext)
 
     def buckets(self) -> set[Size]:
         """The buckets of the images to encode."""
@@ -62,56 +72,63 @@ def make_plan(
     recipe: dict[str, Any],
     shard_bytes: int,
     storage: Storage,
-    manifest: Manifest | None,
+    shards: list[ShardEntry],
+    known_skips: list[Skip],
+    hash_files: HashFiles,
 ) -> Plan:
-    """The plan for a folder's items, given a cache of the same recipe or none.
+    """The plan for a folder's items, given the shards of a cache of the same recipe, or none.
 
-    An item is kept if its key, size and mtime are in the cache, or in skipped.jsonl.
-    Raises UserError where cached images changed or are gone.
-    """
-    by_key = {item.key: item for item in items}
+    An image is kept if a shard holds its content, or if skipped.jsonl knows it and it has not changed since."""
+    matching = Matching(items, shards, storage, hash_files)
     kept: list[ShardEntry] = []
-    retext: list[tuple[ShardEntry, Unit]] = []
-    held: set[str] = set()
-    stale: list[str] = []
-    for entry in manifest.shards if manifest else ():
-        found = list(_rows_of(storage, entry))
-        held.update(key for key, _, _ in found)
-        stale += [key for key, *print_ in found if key not in by_key or print_ != _fingerprint(by_key[key])]
-        if stale:
-            continue
-        own = [by_key[key] for key, _, _ in found]
-        unit = Unit(entry.unit, tuple(own), ())
-        if text_id(unit.id, own, recipe["text"]) == entry.text:
+    retext: list[Retext] = []
+    changes = list(matching.changes)
+    explained = {change.key for change in changes}
+    for shard in matching.shards:
+        entry = replace(shard.entry, tombstones=shard.tombstones())
+        rows = shard.rows()
+        text = text_id(entry.unit, rows, recipe)
+        if text == entry.text or entry.num_images == 0:  # what nobody reads needs no new text
             kept.append(entry)
         else:
-            retext.append((entry, unit))
-    if stale:
-        where = ", ".join(stale[:3]) + (f" and {len(stale) - 3} more" if len(stale) > 3 else "")
-        raise UserError(
-            f"{storage.root}: {len(stale)} of its images changed or are gone ({where}). --overwrite starts anew."
-        )
+            retext.append(Retext(entry, rows, text))
+            changes += [change for change in explain_text(shard, recipe["text"]) if change.key not in explained]
 
-    known = {skip.key: skip for skip in read_skips(storage)} if manifest else {}
+    known = {skip.key: skip for skip in known_skips if skip.reason != "out_of_memory"}
     planned: list[tuple[Item, Placement]] = []
     left_out = list(skips)
     for item in items:
-        if item.key in held:
+        if item.key in matching.held:
             continue
         verdict = place(item.size)
+        before = known.get(item.key)
         if not isinstance(verdict, Placement):
             left_out.append(item.skip(*verdict))
-        elif item.key in known and [known[item.key].nbytes, known[item.key].mtime_ns] == _fingerprint(item):
-            left_out.append(known[item.key])
+        elif before is not None and (before.nbytes, before.mtime_ns) == (item.nbytes, item.mtime_ns):
+            left_out.append(before)
         else:
             planned.append((item, verdict))
+            what = "changed" if item.key in matching.outdated else "new"
+            changes.append(Change(item.key, what, f"was skipped: {before.reason}" if before is not None else ""))
     planned.sort(key=lambda pair: (pair[1].bucket, pair[0].key))
-    digest = recipe_digest(recipe)
     new = [
-        Unit(unit_id([item for item, _ in rows], digest), *zip(*rows, strict=True))
+        Unit(unit_id([item.row for item, _ in rows], recipe), *zip(*rows, strict=True))
         for rows in cut_rows(planned, row_bytes, shard_bytes)
     ]
-    return Plan(new, retext, kept, left_out, len(held))
+    changes.sort(key=lambda change: (change.key, change.what))
+    return Plan(new, retext, kept, left_out, changes, len(matching.held), matching.lost)
+
+
+def explain_text(shard: ShardRows, recipe: dict[str, Any]) -> Iterator[Change]:
+    """Why a text file is written anew, image by image: its own caption, or prompts that are made otherwise."""
+    fields = "; ".join(recipe_changes(shard.recipe, recipe))
+    for row, item in zip(shard.stored, shard.owner, strict=True):
+        if item is None:
+            continue
+        if item.row.captions != row.captions:
+            yield Change(item.key, "caption")
+        elif fields:
+            yield Change(item.key, "prompt", fields)
 
 
 def cut_rows(
@@ -129,25 +146,3 @@ def cut_rows(
         used += cost
     if run:
         yield run
-
-
-def unit_id(items: list[Item], digest: str) -> str:
-    """Digest of what goes into a latents file: the recipe, and every item's key, size and mtime."""
-    return digest_of([digest, [[item.key, *_fingerprint(item)] for item in items]])
-
-
-def text_id(unit: str, rows: list[Item], recipe: dict[str, Any]) -> str:
-    """Digest of what goes into a text file: the recipe's text part, and every row's item and caption."""
-    return digest_of([unit, recipe, [[item.key, *_fingerprint(item), item.caption] for item in rows]])[:16]
-
-
-def _fingerprint(item: Item) -> list[int]:
-    return [item.nbytes, item.mtime_ns]
-
-
-def _rows_of(storage: Storage, entry: ShardEntry) -> Iterator[tuple[str, int, int]]:
-    """key, nbytes, mtime_ns of every row of a shard."""
-    text = open_shard(storage, text_name(entry.unit, entry.text))
-    for label, _ in text.groups():
-        nbytes, mtime_ns = text.tensors[f"{label}/nbytes"].tolist(), text.tensors[f"{label}/mtime_ns"].tolist()
-        yield from zip(read_keys(text, label), nbytes, mtime_ns, strict=True)

@@ -1,9 +1,12 @@
 """A folder -> items: every image under it by its header; no pixel is decoded."""
 
+import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -51,6 +54,19 @@ def list_folder(folder: Path, *, without: Path | None = None) -> Source:
     return Source(folder, sorted(items, key=lambda i: i.key), sorted(skips, key=lambda s: s.key), sorted(others))
 
 
+def limit_pixels(max_pixels: int) -> None:
+    """Have Pillow refuse larger images, wherever in a file they stand (an .ico may hold a PNG of any size)."""
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # it warns beyond this, and refuses beyond twice this
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow may open: all but EPS, which it would hand to another program."""
+    Image.preinit()
+    Image.init()
+    return tuple(name for name in Image.ID if name != "EPS")
+
+
 def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
     """Files under a folder, following links to folders but never in a circle; hidden files and caches are left out."""
     seen: set[tuple[int, int]] = set()
@@ -72,7 +88,7 @@ def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
         for entry in entries:
             if entry.is_dir():
                 pending.append(Path(entry.path))
-            elif entry.is_file() or entry.is_symlink():
+            else:
                 yield Path(entry.path)
 
 
@@ -82,15 +98,31 @@ def read_item(path: Path, key: str) -> Item | Skip:
     try:
         status = path.stat()
         nbytes, mtime_ns = status.st_size, status.st_mtime_ns
-        with Image.open(path) as image:
+        if not stat.S_ISREG(status.st_mode):
+            return Skip(key, "unreadable", "not a regular file", nbytes, mtime_ns)
+        with Image.open(path, formats=formats()) as image:
             return Item(key, oriented_size(image), nbytes, mtime_ns)
     except UnidentifiedImageError:
         detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({path.suffix})"
         return Skip(key, "not_an_image", detail, nbytes, mtime_ns)
     except Image.DecompressionBombError as error:
-        return Skip(key, "too_large", str(error), nbytes, mtime_ns)
+        return Skip(key, "too_large", too_large(error), nbytes, mtime_ns)
     except HEADER_ERRORS as error:
         return Skip(key, "unreadable", describe(error), nbytes, mtime_ns)
+
+
+def hash_file(path: Path) -> bytes | None:
+    """16 bytes: the content hash that a cache keeps of every image; None where the file cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, new_hash).digest()
+    except OSError:
+        return None
+
+
+def new_hash(data: bytes = b"") -> "hashlib.blake2b":
+    """BLAKE2b of 16 bytes, of everything in an image file."""
+    return hashlib.blake2b(data, digest_size=16)
 
 
 def oriented_size(image: Image.Image) -> Size:
@@ -131,6 +163,11 @@ def _has_late_exif(image: Image.Image) -> bool:
         return False
     finally:
         file.seek(here)
+
+
+def too_large(error: Image.DecompressionBombError) -> str:
+    """What Pillow says of an image beyond limit_pixels, and the option that decides it."""
+    return f"{str(error).partition(',')[0]} (--max-megapixels)"
 
 
 def describe(error: BaseException) -> str:

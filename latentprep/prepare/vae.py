@@ -10,6 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from latentprep.prepare.devices import BatchLimit
 from latentprep.prepare.models import VaeFolder
 
 # k/127.5 - 1 for every byte k, rounded once from double: the same floats as numpy's in the ancestor
@@ -32,6 +33,7 @@ class VaeEncoder:
         self.device = device
         self.dtype = dtype
         self.num_retried = 0  # images encoded again in float32, because half precision overflowed
+        self.limit = BatchLimit()
         self.levels = LEVELS.to(device)
         self.vae = self._load(dtype)
         self.vae_float32: AutoencoderKL | None = self.vae if dtype == torch.float32 else None
@@ -49,7 +51,12 @@ class VaeEncoder:
         pixels [N,H,W,3] uint8 sRGB; H, W multiples of the VAE's factor
         => mean, std, each [N,C,H/f,W/f] float32; unscaled (no scaling_factor, no shift).
         Images whose numbers overflow in half precision are encoded again in float32.
+        Where memory does not suffice, the batch is halved. Raises OutOfMemoryError where it does not for one image.
         """
+        parts = self.limit.run(self._encode, pixels)
+        return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
+
+    def _encode(self, pixels: np.ndarray) -> Posterior:
         levels = self.levels[torch.from_numpy(pixels).to(self.device).int()]
         images = levels.permute(0, 3, 1, 2)  # NHWC in memory already is channels_last
         mean, std = self._posterior(self.vae, images)

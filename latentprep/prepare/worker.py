@@ -13,30 +13,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.cache.manifest import ShardEntry
 from latentprep.cache.shard import (
     TORCH_DTYPES,
     UNCOND_NAME,
+    Groups,
     LatentGroup,
+    ShardEntry,
     Text,
     TextGroup,
     latents_name,
-    open_shard,
+    open_latents,
+    open_text,
+    open_uncond,
+    text_id,
     text_name,
     write_latents,
     write_text,
     write_uncond,
 )
-from latentprep.cache.storage import Storage
-from latentprep.prepare.plan import text_id
+from latentprep.cache.storage import Stamp, Storage
+from latentprep.errors import UserError
+from latentprep.prepare.devices import OutOfMemoryError
+from latentprep.prepare.plan import Retext
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.vae import VaeEncoder
 from latentprep.prompts import make_prompt
-from latentprep.records import Item, Pixels, Placement, Size, Skip, Unit
+from latentprep.records import Item, Pixels, Placement, Row, Size, Skip, Unit
 
 Loaded = Iterator[Pixels | Skip]  # of a unit's items, in their order
-Bytes = Callable[[], int]  # of a file; waits until it is written
-Submit = Callable[[Callable[[], int]], "Future[int]"]  # hands a write to the writer; may wait for the one before
+Stamped = Callable[[], Stamp]  # of a file; waits until it is written
+Submit = Callable[[Callable[[], Stamp]], "Future[Stamp]"]  # hands a write to the writer; may wait for the one before
 
 
 class Stopwatch:
@@ -61,7 +67,6 @@ class Job:
     storage: Storage
     recipe: dict[str, Any]
     latent: dict[str, Any]  # what a reader must know: scaling_factor, shift_factor, ...
-    metadata: dict[str, Any]  # of every shard header: `latent`, the recipe's digest and versions
     batch_size: int
     template: tuple[str, ...] | None
     placeholder: str
@@ -69,22 +74,30 @@ class Job:
     vae: Callable[[], VaeEncoder]  # made on first use: a run that only rewrites text needs none
     text: Callable[[], TextEncoder] | None  # None: no conditioning
     watch: Stopwatch = field(default_factory=Stopwatch)
+    counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
+
+    def latents_metadata(self) -> dict[str, Any]:
+        return {**self.latent, "recipe": self.recipe["latents"], "libraries": self.recipe["libraries"]}
+
+    def text_metadata(self) -> dict[str, Any]:
+        return {"recipe": self.recipe["text"], "libraries": self.recipe["libraries"]}
 
 
 @dataclass(eq=False)
 class UnitResult:
-    """What became of a unit; no groups where every item was skipped. entry() waits for its files."""
+    """What became of a unit. entry() waits for its files; a unit whose every item was skipped has none."""
 
     unit: str
     text: str
-    groups: list[tuple[str, int, list[int]]]
-    latents_bytes: Bytes
-    text_bytes: Bytes
-    skips: list[Skip]
-    notes: Counter[str]
+    groups: Groups
+    latents_file: Stamped
+    text_file: Stamped
+    skips: list[Skip] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    tombstones: tuple[int, ...] = ()
 
     def entry(self) -> ShardEntry:
-        return ShardEntry(self.unit, self.text, self.groups, self.latents_bytes(), self.text_bytes())
+        return ShardEntry(self.unit, self.text, self.groups, self.latents_file(), self.text_file(), self.tombstones)
 
 
 def run_unit(
@@ -95,48 +108,89 @@ def run_unit(
     `loaded` is None where the latents file is there already: then only the text file is made, if it is missing.
     """
     if loaded is None:
-        latents = open_shard(job.storage, latents_name(unit.id))
+        latents = open_latents(job.storage, unit.id)
         skips = [Skip(**skip) for skip in latents.metadata["skipped"]]
         notes = Counter(latents.metadata["notes"])
-        groups = [
-            (label, rows, list(latents.tensors[f"{label}/latent_mean"].shape[2:])) for label, rows in latents.groups()
-        ]
-        latents_bytes: Bytes = partial(job.storage.size, latents_name(unit.id))
+        groups = latents.table()
+        latents_file: Stamped = partial(job.storage.stamp, latents_name(unit.id))
     else:
         skips, notes = [], Counter()
         builders: dict[Size, GroupBuilder] = {}
         for batch in make_batches(unit, loaded, job, skips, notes, progress):
-            with job.watch.on("encode"):
-                encoded = encode_batch(batch, job)
-            keep_rows(batch, encoded, builders, job, skips)
+            try:
+                with job.watch.on("encode"):
+                    encoded = encode_batch(batch, job)
+            except OutOfMemoryError as error:
+                skips += [item.skip("out_of_memory", str(error)) for item, _, _ in batch]
+            else:
+                keep_rows(batch, encoded, builders, job, skips)
         made = [builder.build() for builder in builders.values() if builder.digest]
+        groups = tuple((group.label, len(group), tuple(group.latent_mean.shape[2:])) for group in made)
         if not made:
-            return UnitResult(unit.id, "", [], lambda: 0, lambda: 0, skips, notes)
-        groups = [(group.label, len(group), list(group.latent_mean.shape[2:])) for group in made]
+            return UnitResult(unit.id, "", groups, _no_file, _no_file, skips, notes)
         # skips and notes stand in the header too: a killed run is taken up from its shards alone
-        metadata = {**job.metadata, "skipped": [asdict(skip) for skip in skips], "notes": dict(sorted(notes.items()))}
-        latents_bytes = submit(partial(write_latents, job.storage, unit.id, made, metadata)).result
+        metadata = {
+            **job.latents_metadata(),
+            "skipped": [asdict(skip) for skip in skips],
+            "notes": dict(sorted(notes.items())),
+        }
+        latents_file = submit(partial(write_latents, job.storage, unit.id, made, metadata)).result
 
     skipped = {skip.key for skip in skips}
-    rows = [item for item in unit.items if item.key not in skipped]
-    text = text_id(unit.id, rows, job.recipe["text"])
-    if job.storage.exists(text_name(unit.id, text)):
-        text_bytes: Bytes = partial(job.storage.size, text_name(unit.id, text))
-    else:
-        with job.watch.on("text"):
-            made_text = make_text(rows, groups, job)
-        text_bytes = submit(partial(write_text, job.storage, unit.id, text, made_text, job.metadata)).result
-    return UnitResult(unit.id, text, groups, latents_bytes, text_bytes, skips, notes)
+    rows = [item.row for item in unit.items if item.key not in skipped]
+    text = text_id(unit.id, rows, job.recipe)
+    text_file = hand_over_text(unit.id, text, rows, groups, job, submit)
+    return UnitResult(unit.id, text, groups, latents_file, text_file, skips, notes)
 
 
-Row = tuple[Item, Placement, Pixels]
+def retext_unit(retext: Retext, job: Job, submit: Submit) -> UnitResult:
+    """Make a new text file for a shard whose latents stay; prompts whose cond is there are not encoded again."""
+    entry = retext.entry
+    with job.watch.on("text"):
+        old = open_text(job.storage, entry.unit, entry.text, entry.groups)
+    text_file = hand_over_text(
+        entry.unit, retext.text, retext.rows, entry.groups, job, submit, old, frozenset(entry.tombstones)
+    )
+    return UnitResult(
+        entry.unit, retext.text, entry.groups, lambda: entry.latents_file, text_file, tombstones=entry.tombstones
+    )
+
+
+def hand_over_text(
+    unit: str,
+    text: str,
+    rows: list[Row],
+    groups: Groups,
+    job: Job,
+    submit: Submit,
+    old: Text | None = None,
+    tombstones: frozenset[int] = frozenset(),
+) -> Stamped:
+    """Make the text file of a unit and hand it to the writer, if it is not there from a run that was stopped."""
+    name = text_name(unit, text)
+    if job.storage.exists(name):
+        try:
+            open_text(job.storage, unit, text, groups)
+            return partial(job.storage.stamp, name)
+        except UserError:
+            pass  # damaged: make it anew
+    with job.watch.on("text"):
+        made = make_text(rows, groups, job, old, tombstones)
+    return submit(partial(write_text, job.storage, unit, text, made, job.text_metadata())).result
+
+
+def _no_file() -> Stamp:
+    return Stamp(0, "")
+
+
+Image = tuple[Item, Placement, Pixels]
 
 
 def make_batches(
     unit: Unit, loaded: Loaded, job: Job, skips: list[Skip], notes: Counter[str], progress: Callable[[int], None]
-) -> Iterator[list[Row]]:
+) -> Iterator[list[Image]]:
     """Rows of one bucket, at most batch_size, in the unit's order; what cannot be loaded goes to `skips`."""
-    batch: list[Row] = []
+    batch: list[Image] = []
     for item, placement in zip(unit.items, unit.placements, strict=True):
         with job.watch.on("decode"):
             result = next(loaded)
@@ -162,7 +216,7 @@ class Encoded:
     is_finite: list[bool]
 
 
-def encode_batch(batch: list[Row], job: Job) -> Encoded:
+def encode_batch(batch: list[Image], job: Job) -> Encoded:
     recipe = job.recipe["latents"]
     dtype = TORCH_DTYPES[recipe["store_dtype"]]
     plain = np.stack([pixels.pixels for _, _, pixels in batch])
@@ -176,7 +230,7 @@ def encode_batch(batch: list[Row], job: Job) -> Encoded:
 
 
 def keep_rows(
-    batch: list[Row], encoded: Encoded, builders: dict[Size, "GroupBuilder"], job: Job, skips: list[Skip]
+    batch: list[Image], encoded: Encoded, builders: dict[Size, "GroupBuilder"], job: Job, skips: list[Skip]
 ) -> None:
     """Add a batch to the group of its bucket, without the rows that are not finite."""
     bucket = batch[0][1].bucket
@@ -239,42 +293,78 @@ def group_label(bucket: Size) -> str:
     return f"h{bucket[0]}w{bucket[1]}"
 
 
-def make_text(rows: list[Item], groups: list[tuple[str, int, list[int]]], job: Job) -> Text:
-    """The text file of a shard: every distinct prompt is encoded once."""
-    prompt_of_row = [make_prompt(job.template, item.caption, job.placeholder, job.seed, item.key) for item in rows]
-    prompts = list(dict.fromkeys(prompt_of_row))
+def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
+    """The text file of a shard: every distinct prompt is encoded once, and none whose cond `old` holds.
+
+    Tombstones have no prompt of their own: they point to the first.
+    """
+    prompt_of_row = [
+        None if n in tombstones else make_prompt(job.template, row.captions[0], job.placeholder, job.seed, row.key)
+        for n, row in enumerate(rows)
+    ]
+    prompts = list(dict.fromkeys(prompt for prompt in prompt_of_row if prompt is not None))
     index = {prompt: n for n, prompt in enumerate(prompts)}
     made: list[TextGroup] = []
     start = 0
     for label, count, _ in groups:
-        own = slice(start, start + count)
-        items = rows[own]
+        own = rows[start : start + count]
+        chosen = [0 if prompt is None else index[prompt] for prompt in prompt_of_row[start : start + count]]
         made.append(
             TextGroup(
                 label,
-                key=[item.key for item in items],
-                caption=[[item.caption] for item in items],
-                prompt_of=np.array([[index[prompt]] for prompt in prompt_of_row[own]], np.int32),
-                nbytes=np.array([item.nbytes for item in items], np.int64),
-                mtime_ns=np.array([item.mtime_ns for item in items], np.int64),
+                key=[row.key for row in own],
+                caption=[list(row.captions) for row in own],
+                prompt_of=np.array(chosen, np.int32)[:, None],
+                nbytes=np.array([row.nbytes for row in own], np.int64),
+                mtime_ns=np.array([row.mtime_ns for row in own], np.int64),
             )
         )
         start += count
     if job.text is None:
         return Text(made, prompts)
-    encoder = job.text()
-    return Text(made, prompts, make_cond(encoder, prompts, job), encoder.count_tokens(prompts), encoder.max_tokens)
+    cond, num_tokens, max_tokens = make_cond(prompts, job, old)
+    return Text(made, prompts, cond, num_tokens, max_tokens)
 
 
-def make_cond(encoder: TextEncoder, prompts: list[str], job: Job) -> dict[str, Tensor]:
-    """Cond of P prompts, name -> [P,...], in the store dtype."""
-    dtype = TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
-    return {name: value.to(dtype) for name, value in encoder.encode(prompts).items()}
+def make_cond(prompts: list[str], job: Job, old: Text | None = None) -> tuple[dict[str, Tensor], np.ndarray, int]:
+    """Cond of P prompts, name -> [P,...] in the store dtype; their numbers of tokens, and the encoder's window.
+
+    What `old` holds of them is taken over, if it was made by the same encoder in the same precision.
+    """
+    sources = [old] if old is not None and is_same_encoder(old.metadata.get("recipe", {}), job.recipe["text"]) else []
+    known = {prompt for source in sources for prompt in source.prompt}
+    missing = [prompt for prompt in prompts if prompt not in known]
+    if missing:
+        assert job.text is not None
+        encoder, dtype = job.text(), TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
+        cond = {name: value.to(dtype) for name, value in encoder.encode(missing).items()}
+        job.counts["prompts"] += len(missing)
+        sources.append(Text([], missing, cond, encoder.count_tokens(missing), encoder.max_tokens))
+    place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
+    chosen = [place[prompt] for prompt in prompts]
+    return (
+        {name: torch.stack([source.cond[name][n] for source, n in chosen]) for name in sources[-1].cond},
+        np.array([source.num_tokens[n] for source, n in chosen if source.num_tokens is not None], np.int32),
+        sources[-1].max_tokens or 0,
+    )
 
 
-def write_empty_prompt(job: Job) -> None:
-    """The cond of the empty prompt, which training drops captions to; none where there is no conditioning."""
+def is_same_encoder(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two text recipes give the same cond for the same prompt."""
+    return all(before.get(name) == now[name] for name in ("text_encoder", "dtype", "store_dtype"))
+
+
+def write_empty_prompt(job: Job) -> Stamp | None:
+    """The cond of the empty prompt, which training drops captions to; None where there is no conditioning."""
     if job.text is None:
-        job.storage.delete(UNCOND_NAME)
-    else:
-        write_uncond(job.storage, make_cond(job.text(), [""], job), job.metadata)
+        return None
+    if job.storage.exists(UNCOND_NAME):
+        try:
+            if is_same_encoder(open_uncond(job.storage)[0]["recipe"], job.recipe["text"]):
+                return job.storage.stamp(UNCOND_NAME)
+        except (UserError, KeyError, AttributeError):
+            pass  # damaged: make it anew
+    metadata = job.text_metadata()
+    metadata["recipe"] = {name: metadata["recipe"][name] for name in ("text_encoder", "dtype", "store_dtype")}
+    cond, _, _ = make_cond([""], job)
+    return write_uncond(job.storage, cond, metadata)

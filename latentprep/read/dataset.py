@@ -10,17 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.shard import (
-    UNCOND_NAME,
-    ShardFile,
-    Strings,
-    cond_of,
-    latents_name,
-    open_shard,
-    read_captions,
-    read_keys,
-    text_name,
-)
+from latentprep.cache.shard import UNCOND_NAME, Latents, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
@@ -121,23 +111,21 @@ FLIP, NOISE, PROMPT = 1, 2, 3  # what a counter is for, so that no two choices s
 class OpenGroup:
     """One group of a shard, memory-mapped: N images in V views. Of image n, view v stands in row n * V + v."""
 
-    def __init__(self, latents: ShardFile, text: ShardFile, label: str) -> None:
-        def rows(name: str) -> Tensor | None:
-            tensor = latents.get(label, name)
+    def __init__(self, latents: Latents, text: Text, number: int) -> None:
+        group, words = latents.groups[number], text.groups[number]
+
+        def rows(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.flatten(0, 1)
 
-        self.text, self.label = text, label
-        mean = latents.tensors[f"{label}/latent_mean"]
-        self.num_views, self.shape = mean.shape[1], tuple(mean.shape[2:])
-        self.mean, self.std, self.weight = mean.flatten(0, 1), rows("latent_std"), rows("weight")
+        self.num_views, self.shape = group.latent_mean.shape[1], tuple(group.latent_mean.shape[2:])
+        self.mean, self.std, self.weight = group.latent_mean.flatten(0, 1), rows(group.latent_std), rows(group.weight)
         # numpy, since a row of it costs a tenth of a tensor's
-        self.original_size = latents.tensors[f"{label}/original_size"].numpy()
-        self.resized_size = latents.tensors[f"{label}/resized_size"].flatten(0, 1).numpy()
-        self.crop = latents.tensors[f"{label}/crop"].flatten(0, 1).numpy()
-        self.digest = latents.tensors[f"{label}/digest"].numpy().view(np.uint64)[:, 0]
-        self.prompt_of = text.tensors[f"{label}/prompt_of"].numpy()
-        self.prompt = Strings(text.tensors, "prompt")
-        self.cond = cond_of(text.tensors)
+        self.original_size = group.original_size.numpy()
+        self.resized_size = group.resized_size.flatten(0, 1).numpy()
+        self.crop = group.crop.flatten(0, 1).numpy()
+        self.digest = group.digest.numpy().view(np.uint64)[:, 0]
+        self.key, self.caption, self.prompt_of = words.key, words.caption, words.prompt_of
+        self.prompt, self.cond = text.prompt, text.cond
 
 
 class LatentDataset(Dataset[LatentBatch]):
@@ -175,19 +163,20 @@ class LatentDataset(Dataset[LatentBatch]):
         self._check()
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are kept between epochs
         # the groups of all shards in a row: group g holds the images _starts[g] to _starts[g + 1]
-        groups = [
-            (n, label, rows, tuple(shape))
-            for n, s in enumerate(self.manifest.shards)
-            for label, rows, shape in s.groups
-        ]
-        self._groups = [(shard, label) for shard, label, _, _ in groups]
-        self._starts = np.cumsum([0, *(rows for _, _, rows, _ in groups)], dtype=np.int64)
-        self.buckets: list[tuple[int, ...]] = sorted(
-            {shape for *_, shape in groups}
-        )  # [C,h,w] of each bucket's latents
+        self._groups = [(s, n) for s, shard in enumerate(self.manifest.shards) for n in range(len(shard.groups))]
+        shapes = [shape for shard in self.manifest.shards for _, _, shape in shard.groups]
+        counts = [rows for shard in self.manifest.shards for _, rows, _ in shard.groups]
+        self._rows: dict[int, np.ndarray] = {}  # of groups with tombstones: the rows that count
+        for group, (shard, number) in enumerate(self._groups):
+            if self.manifest.shards[shard].tombstones:
+                self._rows[group] = self.manifest.shards[shard].live_rows()[number]
+                counts[group] = len(self._rows[group])
+        self._starts = np.cumsum([0, *counts], dtype=np.int64)
+        self.buckets: list[tuple[int, ...]] = sorted({s for s, n in zip(shapes, counts, strict=True) if n})  # [C,h,w]
         numbers = {shape: number for number, shape in enumerate(self.buckets)}
-        self._bucket_of_group = np.array([numbers[shape] for *_, shape in groups], np.int64)
+        self._bucket_of_group = np.array([numbers.get(shape, -1) for shape in shapes], np.int64)
         self._open: dict[int, OpenGroup] = {}
+        self._cond: dict[str, Any] | None = None  # name -> dtype and shape of a row, the same in all shards
 
     def _check(self) -> None:
         method, views, recipe = self.latent_sampling_method, self.manifest.latent["views"], self.manifest.recipe
@@ -228,18 +217,18 @@ class LatentDataset(Dataset[LatentBatch]):
     def key(self, index: int) -> str:
         """Path of an image relative to the folder that was encoded."""
         ((group, row),) = self._locate(np.array([index]))
-        return read_keys(group.text, group.label)[row]
+        return group.key[row]
 
     def caption(self, index: int) -> list[str]:
         """The captions of an image."""
         ((group, row),) = self._locate(np.array([index]))
-        return read_captions(group.text, group.label)[row]
+        return group.caption[row]
 
     def uncond(self) -> dict[str, Tensor] | None:
         """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond."""
         if not self.storage.exists(UNCOND_NAME):
             return None
-        return {name: value.float() for name, value in cond_of(open_shard(self.storage, UNCOND_NAME).tensors).items()}
+        return {name: value.float() for name, value in open_uncond(self.storage)[1].items()}
 
     def _locate(self, indices: np.ndarray) -> list[tuple[OpenGroup, int]]:
         """The group and the image in it, of each index."""
@@ -248,19 +237,37 @@ class LatentDataset(Dataset[LatentBatch]):
             raise IndexError(f"index {outside[0]} of a dataset of {len(self)}")
         images = indices % len(self) % self.num_images
         groups = np.searchsorted(self._starts, images, side="right") - 1
-        images -= self._starts[groups]
-        return [(self._group(group), image) for group, image in zip(groups.tolist(), images.tolist(), strict=True)]
+        rows = images - self._starts[groups]
+        for group in self._rows.keys() & set(groups.tolist()):
+            own = groups == group
+            rows[own] = self._rows[group][rows[own]]
+        return [(self._group(group), row) for group, row in zip(groups.tolist(), rows.tolist(), strict=True)]
 
     def _group(self, number: int) -> OpenGroup:
         """A group, its files memory-mapped on first touch."""
         group = self._open.get(number)
         if group is None:
-            shard, label = self._groups[number]
+            shard, own = self._groups[number]
             entry = self.manifest.shards[shard]
-            latents = open_shard(self.storage, latents_name(entry.unit))
-            group = OpenGroup(latents, open_shard(self.storage, text_name(entry.unit, entry.text)), label)
+            latents = open_latents(self.storage, entry.unit, entry.groups)
+            group = OpenGroup(latents, open_text(self.storage, entry.unit, entry.text, entry.groups), own)
+            self._check_group(group, latents.name)
             self._open[number] = group
         return group
+
+    def _check_group(self, group: OpenGroup, name: str) -> None:
+        """Raise UserError where a shard is not what the manifest, and the shards read before, promise of it."""
+        recipe = self.manifest.recipe["latents"]
+        promised = (len(self.manifest.latent["views"]), recipe["store_dtype"], recipe["store"] != "mean")
+        found = (group.num_views, str(group.mean.dtype).removeprefix("torch."), group.std is not None)
+        cond = {key: (value.dtype, value.shape[1:]) for key, value in group.cond.items()}
+        if self._cond is None and bool(cond) == (self.manifest.uncond_file is not None):
+            self._cond = cond
+        if found != promised or cond != self._cond:
+            raise UserError(
+                f"{self.storage.locate(name)}: this shard and its text do not fit the others, or cache.json "
+                "(views, dtype, std or cond). Run latentprep verify."
+            )
 
     def __getitem__(self, index: int) -> LatentBatch:
         return self.__getitems__([index])

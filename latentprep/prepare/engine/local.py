@@ -4,9 +4,12 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
+from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
-from latentprep.prepare.worker import Job, UnitResult, run_unit
+from latentprep.prepare.plan import Retext
+from latentprep.prepare.worker import Job, UnitResult, retext_unit, run_unit
 from latentprep.records import Item, Pixels, Placement, Skip, Unit
 
 Load = Callable[[Item, Placement], Pixels | Skip]
@@ -15,7 +18,7 @@ Load = Callable[[Item, Placement], Pixels | Skip]
 @dataclass
 class RunResult:
     units: list[UnitResult] = field(default_factory=list)
-    failures: list[tuple[Unit, Exception]] = field(default_factory=list)  # units that raised; they are not done
+    failures: dict[str, Exception] = field(default_factory=dict)  # of units that raised, by id; they are not done
 
 
 class LoadAhead:
@@ -51,9 +54,9 @@ class Writer:
     def __init__(self, job: Job) -> None:
         self.job = job
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self.last: Future[int] | None = None
+        self.last: Future[Stamp] | None = None
 
-    def submit(self, write: Callable[[], int]) -> "Future[int]":
+    def submit(self, write: Callable[[], Stamp]) -> "Future[Stamp]":
         self.wait()
         self.last = self.pool.submit(write)
         return self.last
@@ -66,11 +69,18 @@ class Writer:
 
 
 def run(
-    units: list[Unit], to_encode: set[str], load: Load, job: Job, workers: int, progress: Callable[[int, bool], None]
+    units: list[Unit],
+    retexts: list[Retext],
+    to_encode: set[str],
+    load: Load,
+    job: Job,
+    workers: int,
+    progress: Callable[[int, bool], None],
 ) -> RunResult:
-    """Run every unit; one that raises stops only itself. `progress` hears of images done, and if they were encoded.
+    """Run every unit, then every retext; one that raises stops only itself.
 
     The units in `to_encode` have no latents file yet; the others only get their text file, if that is missing.
+    `progress` hears of images done, and if they were encoded.
 
     Raises UserError (a full disk stops everything) and KeyboardInterrupt; what is finished by then is on disk.
     """
@@ -80,17 +90,24 @@ def run(
     ahead = LoadAhead(
         decoders, load, [unit for unit in units if unit.id in to_encode], depth=max(2 * job.batch_size, 2 * workers)
     )
+
+    def attempt(unit: str, work: Callable[[], UnitResult]) -> None:
+        try:
+            result.units.append(work())
+        except UserError:
+            raise
+        except Exception as error:
+            result.failures[unit] = error
+
     try:
         for unit in units:
             loaded = ahead.take(unit) if unit.id in to_encode else None
-            try:
-                result.units.append(run_unit(unit, loaded, job, writer.submit, lambda n: progress(n, True)))
-            except UserError:
-                raise
-            except Exception as error:
-                result.failures.append((unit, error))
+            attempt(unit.id, partial(run_unit, unit, loaded, job, writer.submit, lambda n: progress(n, True)))
             if loaded is None:
                 progress(len(unit.items), False)
+        for retext in retexts:
+            attempt(retext.entry.unit, partial(retext_unit, retext, job, writer.submit))
+            progress(retext.entry.num_images, False)
         writer.wait()
     finally:
         decoders.shutdown(wait=True, cancel_futures=True)

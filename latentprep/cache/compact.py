@@ -1,0 +1,131 @@
+"""Rewrites the shards of which many rows are tombstones. Needs no model and no image."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from latentprep.cache.leftovers import clear_temporaries, list_orphans
+from latentprep.cache.manifest import Manifest, commit, open_manifest, read_skips
+from latentprep.cache.shard import (
+    LatentGroup,
+    ShardEntry,
+    Text,
+    TextGroup,
+    open_latents,
+    open_text,
+    text_id,
+    write_latents,
+    write_text,
+)
+from latentprep.cache.storage import Storage
+from latentprep.config import digest_of
+
+
+@dataclass(frozen=True)
+class Compacted:
+    """What a compact did."""
+
+    num_shards: int  # rewritten or removed
+    num_rows: int  # tombstones that are gone
+    num_left: int  # tombstones that stay, in shards that have few
+    nbytes: int  # freed
+
+
+def compact(storage: Storage, min_share: float) -> Compacted:
+    """Rewrite every shard whose share of tombstones is at least `min_share`, and no less than one of them.
+
+    The new shards are written first, then the manifest, and only then the old ones go. Raises UserError.
+    """
+    manifest = open_manifest(storage)
+    skips = read_skips(storage)
+    shards = [
+        _rewrite(storage, shard, manifest) if shard.tombstones and _share(shard) >= min_share else shard
+        for shard in manifest.shards
+    ]
+    kept = [shard for shard in shards if shard is not None]
+    result = replace(manifest, shards=kept)
+    if kept != manifest.shards:
+        commit(storage, result, skips)
+    clear_temporaries(storage)
+    if storage.is_local:
+        for name in list_orphans(storage, result):
+            storage.delete(name)
+    else:
+        for name in manifest.files().keys() - result.files().keys():
+            storage.delete(name)
+    before, after = sum(shard.nbytes for shard in manifest.shards), sum(shard.nbytes for shard in kept)
+    num_changed = sum(old is not new for old, new in zip(manifest.shards, shards, strict=True))
+    removed = manifest.num_tombstones - result.num_tombstones
+    return Compacted(num_changed, removed, result.num_tombstones, before - after)
+
+
+def _share(shard: ShardEntry) -> float:
+    return len(shard.tombstones) / shard.num_rows
+
+
+def _rewrite(storage: Storage, shard: ShardEntry, manifest: Manifest) -> ShardEntry | None:
+    """The shard without its tombstones; None where nothing else is in it."""
+    if not shard.num_images:
+        return None
+    latents = open_latents(storage, shard.unit, shard.groups)
+    text = open_text(storage, shard.unit, shard.text, shard.groups)
+    live = shard.live_rows()
+    groups = [_take_latents(group, rows) for group, rows in zip(latents.groups, live, strict=True) if len(rows)]
+    words = _take_text(text, live)
+    unit = digest_of([shard.unit, shard.tombstones])
+    recipe = {"text": text.metadata["recipe"]}
+    new_text = text_id(unit, words.rows(), recipe)
+    latents_file = write_latents(storage, unit, groups, _metadata(latents.metadata))
+    text_file = write_text(storage, unit, new_text, words, _metadata(text.metadata))
+    table = tuple((group.label, len(group), tuple(group.latent_mean.shape[2:])) for group in groups)
+    return ShardEntry(unit, new_text, table, latents_file, text_file)
+
+
+def _metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in metadata.items() if name not in ("format", "kind", "groups", "max_tokens")}
+
+
+def _take_latents(group: LatentGroup, rows: np.ndarray) -> LatentGroup:
+    """Some rows of a group."""
+    chosen = torch.from_numpy(rows)
+
+    def take(values: torch.Tensor) -> torch.Tensor:
+        return values[chosen]
+
+    return replace(
+        group,
+        latent_mean=take(group.latent_mean),
+        latent_std=take(group.latent_std) if group.latent_std is not None else None,
+        weight=take(group.weight) if group.weight is not None else None,
+        original_size=take(group.original_size),
+        resized_size=take(group.resized_size),
+        crop=take(group.crop),
+        digest=take(group.digest),
+    )
+
+
+def _take_text(text: Text, live: list[np.ndarray]) -> Text:
+    """Some rows of every group, and of the prompts only those that they use."""
+    used = np.unique(np.concatenate([group.prompt_of[rows] for group, rows in zip(text.groups, live, strict=True)]))
+    groups = [
+        TextGroup(
+            group.label,
+            key=[group.key[row] for row in rows],
+            caption=[group.caption[row] for row in rows],
+            prompt_of=np.searchsorted(used, group.prompt_of[rows]).astype(np.int32),
+            nbytes=group.nbytes[rows],
+            mtime_ns=group.mtime_ns[rows],
+        )
+        for group, rows in zip(text.groups, live, strict=True)
+        if len(rows)
+    ]
+    chosen = torch.from_numpy(used.astype(np.int64))
+    return Text(
+        groups,
+        prompt=[text.prompt[n] for n in used],
+        cond={name: value[chosen] for name, value in text.cond.items()},
+        num_tokens=text.num_tokens[used] if text.num_tokens is not None else None,
+        max_tokens=text.max_tokens,
+    )

@@ -1,0 +1,80 @@
+"""One writer at a time: a lock on a cache folder that the system takes back when its holder dies, however it dies."""
+
+import json
+import os
+import shlex
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+
+NAME = ".lock"
+
+
+@contextmanager
+def hold(storage: Storage) -> Iterator[None]:
+    """Keep every other latentprep from writing to this cache; the folder is made, and goes again if it stays empty.
+
+    Raises UserError that says who holds it. A remote cache has no lock: there, same work writes the same files.
+    """
+    if not storage.is_local:
+        yield
+        return
+    folder = Path(storage.path)
+    path = folder / NAME
+    made = _make_folder(folder)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
+            "what it has finished by then is taken up."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{storage.root}: cannot be locked ({error.strerror or error}). Is it read-only?") from None
+    try:
+        path.write_text(json.dumps(_myself()), encoding="utf-8")
+        yield
+    finally:
+        # first unlink, then release: whoever opened the file meanwhile sees that it lost its name, and tries again
+        path.unlink(missing_ok=True)
+        lock.release()
+        for empty in made:
+            if any(empty.iterdir()):
+                break
+            empty.rmdir()
+
+
+def _make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents; returns those that were not there, the innermost first."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made ({error.strerror or error}).") from None
+    return missing
+
+
+def _myself() -> dict[str, str | int]:
+    return {
+        "pid": os.getpid(),
+        "host": socket.gethostname(),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S"),
+        "command": shlex.join(["latentprep", *sys.argv[1:]]),
+    }
+
+
+def _holder(path: Path) -> str:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return "process {pid} on {host} since {since}: {command}".format(**found)
+    except (OSError, ValueError, TypeError, KeyError):
+        return "it has not said which"  # it has only just begun

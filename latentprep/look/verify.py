@@ -1,0 +1,168 @@
+"""`latentprep verify`: every file of a cache against the hash, the shapes and the rows that its manifest promises."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import torch
+
+from latentprep.cache.leftovers import list_orphans
+from latentprep.cache.manifest import NAME, Manifest, open_manifest, read_skips
+from latentprep.cache.shard import Latents, ShardEntry, Text, open_latents, open_text, open_uncond
+from latentprep.cache.storage import Stamp, Storage
+from latentprep.errors import UserError
+from latentprep.records import Problem
+
+THREADS = 4  # hashing one file a thread; more gain nothing on a disk
+HEADER_PARTS = ("scaling_factor", "shift_factor", "factor", "channels", "pixel_range", "views")
+
+
+def verify(storage: Storage, progress: Callable[[int], None]) -> tuple[Manifest | None, list[Problem]]:
+    """The manifest, and everything that is wrong with a cache. `progress` hears of bytes that were hashed.
+
+    A cache without problems holds exactly the bytes that were written: no byte can flip unseen.
+    """
+    try:
+        manifest = open_manifest(storage)
+    except UserError as error:
+        return None, [Problem(NAME, "manifest", str(error))]
+    problems = [problem for name, stamp in root_files(manifest) for problem in check_file(storage, name, stamp)]
+    keys: Counter[str] = Counter()
+    with ThreadPoolExecutor(THREADS) as pool:
+        for entry, (found, own) in zip(
+            manifest.shards, pool.map(partial(check_shard, storage, manifest), manifest.shards), strict=True
+        ):
+            problems += found
+            keys.update(own)
+            progress(entry.nbytes)
+    problems += [Problem("", "duplicate", f"{key} stands in {n} rows") for key, n in keys.items() if n > 1]
+    problems += check_skips(storage, manifest, keys)
+    problems += check_uncond(storage, manifest)
+    problems += [
+        Problem(name, "orphan", "a file that cache.json does not name; the next latentprep encode clears it away")
+        for name in list_orphans(storage, manifest)
+    ]
+    return manifest, problems
+
+
+def root_files(manifest: Manifest) -> Iterator[tuple[str, Stamp]]:
+    """The files that belong to no shard."""
+    of_shards = {name for shard in manifest.shards for name in shard.names()}
+    return ((name, stamp) for name, stamp in manifest.files().items() if name not in of_shards)
+
+
+def check_file(storage: Storage, name: str, stamp: Stamp) -> list[Problem]:
+    """Whether a file has the bytes that were written."""
+    try:
+        found = storage.stamp(name)
+    except FileNotFoundError:
+        return [Problem(name, "missing", "cache.json names it, and it is not there")]
+    except OSError as error:
+        return [Problem(name, "unreadable", str(error.strerror or error))]
+    if found.nbytes != stamp.nbytes:
+        return [Problem(name, "size", f"{found.nbytes:,} bytes, expected {stamp.nbytes:,}")]
+    if found != stamp:
+        return [Problem(name, "hash", f"blake2b {found.blake2b}, expected {stamp.blake2b}: its bytes have changed")]
+    return []
+
+
+def check_shard(storage: Storage, manifest: Manifest, entry: ShardEntry) -> tuple[list[Problem], list[str]]:
+    """What is wrong with a shard, and the keys of its rows that count."""
+    problems: list[Problem] = []
+    for name, stamp in zip(entry.names(), (entry.latents_file, entry.text_file), strict=True):
+        problems += check_file(storage, name, stamp)
+    try:
+        latents = open_latents(storage, entry.unit, entry.groups)
+        problems += check_latents(manifest, latents)
+    except UserError as error:
+        problems.append(Problem(entry.names()[0], "structure", str(error)))
+    keys: list[str] = []
+    try:
+        text = open_text(storage, entry.unit, entry.text, entry.groups)
+        if entry.num_images:
+            problems += check_text(manifest, entry, text)
+        for group, live in zip(text.groups, entry.live_rows(), strict=True):
+            keys += [group.key[row] for row in live.tolist()]
+    except UserError as error:
+        problems.append(Problem(entry.names()[1], "structure", str(error)))
+    return problems, keys
+
+
+def check_latents(manifest: Manifest, latents: Latents) -> list[Problem]:
+    """Recipe, views, dtypes and finiteness of a latents file."""
+    recipe, metadata = manifest.recipe["latents"], latents.metadata
+    problems = []
+
+    def wrong(problem: str, detail: str) -> None:
+        problems.append(Problem(latents.name, problem, detail))
+
+    if metadata.get("recipe") != recipe:
+        wrong("recipe", "made with another recipe than cache.json holds")
+    for name in HEADER_PARTS:
+        if metadata.get(name) != manifest.latent.get(name):
+            wrong("header", f"{name} {metadata.get(name)!r}, cache.json has {manifest.latent.get(name)!r}")
+    flipped = [view == "flipped" for view in manifest.latent["views"]]
+    for group in latents.groups:
+        if str(group.latent_mean.dtype) != f"torch.{recipe['store_dtype']}":
+            wrong("dtype", f"{group.label}: {group.latent_mean.dtype}, expected {recipe['store_dtype']}")
+        if group.flipped.tolist() != flipped:
+            wrong("views", f"{group.label}: flipped {group.flipped.tolist()}, expected {manifest.latent['views']}")
+        if (group.latent_std is not None) != (recipe["store"] != "mean"):
+            wrong("std", f"{group.label}: latent_std does not fit --store {recipe['store']}")
+        for name in ("latent_mean", "latent_std", "weight"):
+            bad = _not_finite(getattr(group, name))
+            if bad:
+                wrong("non_finite", f"{group.label}/{name}: {bad} rows")
+        if group.latent_std is not None and bool((group.latent_std < 0).any()):
+            wrong("range", f"{group.label}/latent_std: below 0")
+        if group.weight is not None and not bool(((group.weight >= 0) & (group.weight <= 1)).all()):
+            wrong("range", f"{group.label}/weight: outside 0..1")
+    return problems
+
+
+def check_text(manifest: Manifest, entry: ShardEntry, text: Text) -> list[Problem]:
+    """Recipe, cond and finiteness of a text file."""
+    name = entry.names()[1]
+    problems = []
+    if text.metadata.get("recipe") != manifest.recipe["text"]:
+        problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
+    if bool(text.cond) != (manifest.uncond_file is not None):
+        problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
+    for cond, value in text.cond.items():
+        bad = _not_finite(value)
+        if bad:
+            problems.append(Problem(name, "non_finite", f"cond/{cond}: {bad} prompts"))
+    return problems
+
+
+def check_skips(storage: Storage, manifest: Manifest, keys: Counter[str]) -> list[Problem]:
+    """Whether the skipped and the cached are two different sets."""
+    try:
+        skips = read_skips(storage)
+    except UserError as error:
+        return [Problem("skipped.jsonl", "structure", str(error))]
+    problems = [
+        Problem("skipped.jsonl", "duplicate", f"{skip.key} is skipped, and in the cache too")
+        for skip in skips
+        if skip.key in keys
+    ]
+    if len(skips) != manifest.num_skipped:
+        problems.append(Problem("skipped.jsonl", "count", f"{len(skips)} lines, expected {manifest.num_skipped}"))
+    return problems
+
+
+def check_uncond(storage: Storage, manifest: Manifest) -> list[Problem]:
+    """Whether the cond of the empty prompt can be opened, and is finite."""
+    if manifest.uncond_file is None:
+        return []
+    try:
+        _, cond = open_uncond(storage)
+    except UserError as error:
+        return [Problem("uncond.safetensors", "structure", str(error))]
+    return [Problem("uncond.safetensors", "non_finite", name) for name, value in cond.items() if _not_finite(value)]
+
+
+def _not_finite(values: torch.Tensor | None) -> int:
+    """How many rows hold a number that is not finite."""
+    return 0 if values is None else int((~values.isfinite().flatten(1).all(1)).sum())

@@ -1,0 +1,133 @@
+"""A folder's items against the rows of a cache: which row stands for which item now, and what has changed.
+
+By key, size and time first, by content where those differ: so a touched file is known again, and a renamed one.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from latentprep.cache.shard import ShardEntry, open_latents, open_text
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.records import Change, Item, Row
+
+HashFiles = Callable[[list[Item]], list[bytes | None]]  # 16 bytes each: content hash; None: cannot be read
+Place = tuple[int, int]  # a shard by its number, a row of it
+
+
+@dataclass(frozen=True, eq=False)
+class ShardRows:
+    """A shard's rows: what they say, and what they are to stand for."""
+
+    entry: ShardEntry
+    recipe: dict[str, Any]  # that its text file was made with
+    stored: list[Row]
+    owner: list[Item | None]  # of each row: its item; None: a tombstone
+
+    def rows(self) -> list[Row]:
+        """What the text file is to say; of a tombstone, what it says."""
+        return [row if item is None else item.row for row, item in zip(self.stored, self.owner, strict=True)]
+
+    def items(self) -> Iterator[Item]:
+        return (item for item in self.owner if item is not None)
+
+    def tombstones(self) -> tuple[int, ...]:
+        return tuple(n for n, item in enumerate(self.owner) if item is None)
+
+
+class Matching:
+    """Finds an item for every row, in three passes: the same file, the same content, the same content elsewhere."""
+
+    def __init__(self, items: list[Item], shards: list[ShardEntry], storage: Storage, hash_files: HashFiles) -> None:
+        self.items = {item.key: item for item in items}
+        self.storage = storage
+        self.shards: list[ShardRows] = []
+        self.lost: list[str] = []  # what is wrong with the shards that cannot be read: as if they were not there
+        for entry in shards:
+            try:
+                text = open_text(storage, entry.unit, entry.text, entry.groups)
+            except UserError as error:
+                self.lost.append(str(error))
+                continue
+            stored = list(text.rows())
+            self.shards.append(ShardRows(entry, text.metadata.get("recipe", {}), stored, [None] * len(stored)))
+        self.held: set[str] = set()  # keys of the items that have a row
+        self.changes: list[Change] = []  # of rows; the plan explains the items that have none
+        self._digests: dict[int, np.ndarray] = {}
+        self._hash_files = hash_files
+        self._hashed: dict[str, bytes | None] = {}
+        # rows that count come first, so that no tombstone takes an item from them
+        places = [(s, n) for s, shard in enumerate(self.shards) for n in range(len(shard.stored))]
+        dead = {(s, n) for s, shard in enumerate(self.shards) for n in shard.entry.tombstones}
+        self._places = sorted(places, key=lambda place: place in dead)
+        self._dead = dead
+        self._match_files()
+        self._match_contents()
+        self._match_elsewhere()
+        self.outdated = self._find_outdated()  # keys of images that have another content now
+
+    def _row(self, place: Place) -> Row:
+        return self.shards[place[0]].stored[place[1]]
+
+    def _free(self) -> Iterator[Place]:
+        return (place for place in self._places if self.shards[place[0]].owner[place[1]] is None)
+
+    def _give(self, place: Place, item: Item, what: str = "", detail: str = "") -> None:
+        self.shards[place[0]].owner[place[1]] = item
+        self.held.add(item.key)
+        if place in self._dead:
+            what = "returned"
+        if what:
+            self.changes.append(Change(item.key, what, detail))
+
+    def _match_files(self) -> None:
+        for place in self._places:
+            row = self._row(place)
+            item = self.items.get(row.key)
+            if item is not None and item.key not in self.held and item.row.fingerprint == row.fingerprint:
+                self._give(place, item)
+
+    def _match_contents(self) -> None:
+        pairs = [(place, item) for place in self._free() if (item := self.items.get(self._row(place).key))]
+        pairs = [(p, item) for p, item in pairs if item.key not in self.held and item.nbytes == self._row(p).nbytes]
+        self._hash([item for _, item in pairs])
+        for place, item in pairs:
+            if item.key not in self.held and self._hashed[item.key] == self._digest(place):
+                self._give(place, item, "touched")
+
+    def _match_elsewhere(self) -> None:
+        sizes = {self._row(place).nbytes for place in self._free()}
+        candidates = [item for item in self.items.values() if item.key not in self.held and item.nbytes in sizes]
+        self._hash(candidates)
+        sizes = {item.nbytes for item in candidates}
+        free: defaultdict[bytes, deque[Place]] = defaultdict(deque)
+        for place in self._free():
+            if self._row(place).nbytes in sizes:
+                free[self._digest(place)].append(place)
+        for item in candidates:
+            digest = self._hashed[item.key]
+            if digest is not None and free[digest]:
+                place = free[digest].popleft()
+                self._give(place, item, "renamed", f"was {self._row(place).key}")
+
+    def _find_outdated(self) -> set[str]:
+        keys = {self._row(place).key for place in self._free() if place not in self._dead} - self.held
+        self.changes += [Change(key, "gone") for key in sorted(keys - self.items.keys())]
+        return keys & self.items.keys()
+
+    def _hash(self, items: list[Item]) -> None:
+        missing = list({item.key: item for item in items if item.key not in self._hashed}.values())
+        if missing:
+            self._hashed.update(zip((item.key for item in missing), self._hash_files(missing), strict=True))
+
+    def _digest(self, place: Place) -> bytes:
+        shard, row = place
+        if shard not in self._digests:
+            entry = self.shards[shard].entry
+            groups = open_latents(self.storage, entry.unit, entry.groups).groups
+            self._digests[shard] = np.concatenate([group.digest.numpy() for group in groups])
+        return bytes(self._digests[shard][row].tobytes())

@@ -1,0 +1,125 @@
+"""A cache against the images it came from: are they still the same, and does encoding them again give the same?"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from latentprep.cache.manifest import Manifest, read_skips
+from latentprep.cache.shard import TORCH_DTYPES, LatentGroup, open_latents, open_text
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.prepare.devices import choose_device
+from latentprep.prepare.load import load_pixels
+from latentprep.prepare.models import VaeFolder, find_model, open_vae
+from latentprep.prepare.source import hash_file, list_folder
+from latentprep.prepare.vae import VaeEncoder
+from latentprep.records import Item, Placement, Problem, Skip
+
+THREADS = 4  # that read images; a disk has no use for more
+# Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
+# library stays far below, another image, crop or model far above: bfloat16 alone costs 0.013.
+TOLERANCES = {"float32": 0.003, "float16": 0.01, "bfloat16": 0.05}
+
+
+def compare_source(
+    storage: Storage, manifest: Manifest, folder: Path, progress: Callable[[int], None]
+) -> list[Problem]:
+    """Whether every cached image is still in its folder with the same content, and every image there is in the cache.
+
+    Reads every image, whatever its time says. Raises UserError where there is no such folder.
+    """
+    source = list_folder(folder, without=Path(storage.path) if storage.is_local else None)
+    rows = list(live_rows(storage, manifest))
+    with ThreadPoolExecutor(THREADS) as pool:
+        hashes = pool.map(lambda row: hash_file(folder / row[0]), rows)
+        problems = []
+        for (key, digest, _), found in zip(rows, hashes, strict=True):
+            progress(1)
+            if found is None:
+                problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
+            elif found != digest:
+                problems.append(Problem(key, "changed", "its content is not what was encoded"))
+    known = {key for key, _, _ in rows} | {skip.key for skip in read_skips(storage)}
+    there = [*(item.key for item in source.items), *(skip.key for skip in source.skips)]
+    return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
+
+
+def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes, int]]:
+    """key, content hash and bytes of every image in the cache."""
+    for entry in manifest.shards:
+        text = open_text(storage, entry.unit, entry.text, entry.groups)
+        latents = open_latents(storage, entry.unit, entry.groups)
+        for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
+            for row in live.tolist():
+                yield words.key[row], bytes(group.digest[row].tolist()), int(words.nbytes[row])
+
+
+def reencode(
+    storage: Storage, manifest: Manifest, folder: Path, count: int, *, seed: int, model: str | None, device: str
+) -> tuple[list[Problem], float]:
+    """Encode `count` random images again and compare; also the largest difference, in the latent's standard deviations.
+
+    Raises UserError where the model is not the one that the cache was made with.
+    """
+    vae_folder = find_vae(manifest, model)
+    recipe = manifest.recipe["latents"]
+    device, _, _ = choose_device(device, recipe["dtype"])
+    vae = VaeEncoder(vae_folder, torch.device(device), TORCH_DTYPES[recipe["dtype"]])
+    edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
+    chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])
+    problems, worst = [], 0.0
+    for n in chosen.tolist():
+        shard = int(np.searchsorted(edges, n, side="right")) - 1
+        entry = manifest.shards[shard]
+        number, row = [(g, r) for g, rows in enumerate(entry.live_rows()) for r in rows.tolist()][n - edges[shard]]
+        words = open_text(storage, entry.unit, entry.text, entry.groups).groups[number]
+        group = open_latents(storage, entry.unit, entry.groups).groups[number]
+        key = words.key[row]
+        result = encode_row(folder, key, int(words.nbytes[row]), group, row, manifest, vae)
+        if isinstance(result, Skip):
+            problems.append(Problem(key, result.reason, result.detail))
+            continue
+        worst = max(worst, result)
+        if not result <= TOLERANCES[recipe["dtype"]]:
+            detail = f"{result:.4f} standard deviations from what is stored, allowed {TOLERANCES[recipe['dtype']]}"
+            problems.append(Problem(key, "latents", detail))
+    return problems, worst
+
+
+def find_vae(manifest: Manifest, model: str | None) -> VaeFolder:
+    """The VAE that a cache was made with, by its hash."""
+    name = model or manifest.made_with.get("vae") or manifest.made_with["model"]
+    vae = open_vae(find_model(name))
+    wanted = manifest.recipe["latents"]["vae"]
+    if vae.digest != wanted:
+        raise UserError(f"--model {name}: its VAE is {vae.digest}, this cache was made with {wanted}. Give that one.")
+    return vae
+
+
+def encode_row(
+    folder: Path, key: str, nbytes: int, group: LatentGroup, row: int, manifest: Manifest, vae: VaeEncoder
+) -> float | Skip:
+    """How far one image, encoded again, is from its row: the worst of its views, mean and std."""
+    height, width = group.original_size[row].tolist()
+    top, left, crop_height, crop_width = group.crop[row, 0].tolist()
+    resized = tuple(group.resized_size[row, 0].tolist())
+    placement = Placement((crop_height, crop_width), (resized[0], resized[1]), (top, left, crop_height, crop_width))
+    filter_name = manifest.recipe["latents"]["geometry"].get("filter", "lanczos")
+    pixels = load_pixels(
+        folder, Item(key, (height, width), nbytes, 0), placement, filter_name, manifest.latent["factor"]
+    )
+    if isinstance(pixels, Skip):
+        return pixels
+    worst = 0.0
+    for view, flipped in enumerate(group.flipped.tolist()):
+        seen = np.ascontiguousarray(pixels.pixels[:, ::-1]) if flipped else pixels.pixels
+        posterior = vae.encode(seen[None])
+        spread = float(posterior.mean.std())
+        for fresh, stored in ((posterior.mean, group.latent_mean), (posterior.std, group.latent_std)):
+            if stored is not None:
+                difference = fresh[0] - stored[row, view].float()
+                worst = max(worst, float(difference.square().mean().sqrt()) / spread)
+    return worst
