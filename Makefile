@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint faults bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/latentprep demo demo
@@ -16,9 +16,14 @@ lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+# the tests that kill and mutate at random, at greater length: a quarter of an hour
+faults: $(VENV)/.installed-test
+	LATENTPREP_KILLS=200 LATENTPREP_FUZZ=10 $(PYTHON) -m pytest -n 2 tests/test_faults.py tests/test_fuzz.py
+
 bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py
 	$(PYTHON) benchmarks/encode.py
+	$(PYTHON) benchmarks/memory.py
 
 clean:
 	rm -rf $(VENV) demo dist build

@@ -161,7 +161,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(run, images, tmp_path):
     assert result.code == 0
     assert result.out.startswith("new      tall0.png\nnew      tall1.png\n")
     assert f"\nplan     {tmp_path / 'c'}: 8 new\n" in result.out
-    assert re.search(r"disk: about 5\d.\d kB of latents, up to 8\d.\d kB of text, 1 new shard", result.out)
+    assert re.search(r"disk: about 8\.\d kB of latents, up to 8\d\.\d kB of text, 1 new shard", result.out)
     assert re.search(
         r"time: about 1 s on this machine \(.* images/s at \w+ in batches of 1, .* prompts/s\)", result.out
     )
@@ -429,3 +429,31 @@ def test_no_cond_takes_the_stored_cond_away(run, images, tmp_path):
     assert "new text for 8 images" in result.out
     encode_once(run, images, tmp_path / "fresh", "--no-cond")
     assert files(tmp_path / "fresh") == files(tmp_path / "c")
+
+
+def test_a_terminal_obeys_nothing_that_a_cache_says(run, images, tmp_path):
+    (images / "tall0.txt").write_text("\x1b[2Jgone", encoding="utf-8")
+    (images / "wide0.png").rename(images / "\x1b[31m.png")
+    encode_once(run, images, tmp_path / "c")
+    shown = [
+        run("inspect", tmp_path / "c"), run("inspect", tmp_path / "c", "--key", "tall0.png"),
+        run("inspect", tmp_path / "c", "--key", "\x1b[31m.png"), run("encode", images, "--dry-run", *SMALL),
+    ]  # fmt: skip
+    for result in shown:
+        assert result.code == 0
+        assert "\x1b[2J" not in result.out
+        assert "\x1b[31m" not in result.out
+
+
+def test_a_cache_elsewhere_is_made_read_and_updated_too(run, images):
+    """fsspec's memory stands for any object store: no lock, no memory maps, one put for each file."""
+    where = f"memory://bucket{os.getpid()}/cache"
+    encode_once(run, images, where, "--flip")
+    gradient(50, 50).save(images / "new.png")
+    (images / "wide0.png").unlink()
+    assert "1 new, 1 gone" in encode_once(run, images, where, "--flip").out
+    assert "nothing to do" in encode_once(run, images, where, "--flip").out
+    assert run("verify", where, "--source", images, "--re-encode", 2).code == 0
+    assert run("compact", where, "--min-share", 0).code == 0
+    assert run("verify", where, "--source", images).code == 0
+    assert json.loads(run("inspect", where, "--json").out)["images"] == 8

@@ -247,6 +247,18 @@ def test_images_that_overflow_in_half_precision_are_encoded_again_in_float32(tmp
     assert torch.allclose(found.mean, wanted.encode(pixels).mean, atol=1e-5)
 
 
+def test_a_run_in_half_precision_counts_what_it_did_again(run, images, tmp_path):
+    options = ("--model", overflowing_model(tmp_path / "model"), *SMALL[2:])
+    result = run("encode", images, "--out", tmp_path / "c", *options, "--dtype", "float16")
+    assert result.code == 0
+    assert "8 encodings done again in float32, after an overflow" in result.out
+    assert run("encode", images, "--out", tmp_path / "whole", *options, "--dtype", "float32").code == 0
+    found, wanted = rows(tmp_path / "c"), rows(tmp_path / "whole")
+    assert len(found) == 8
+    for key in found:
+        assert torch.equal(found[key]["latent_mean"], wanted[key]["latent_mean"])
+
+
 def test_images_that_are_never_finite_are_skipped_and_said_so(run, images, tmp_path):
     folder = make_model(tmp_path / "model")
     vae = AutoencoderKL.from_pretrained(folder / "vae")

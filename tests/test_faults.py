@@ -25,7 +25,8 @@ SHARDS = ("--shard-size", "30kB")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: another number moves the last bits
 ENCODE = (sys.executable, "-m", "latentprep.cli", "encode")
 
-# Imports everything once, and forks a run for every line that it reads: [seconds until the kill or null, arguments]
+# Imports everything once, and forks a run for every line that it reads: [kill, arguments]. The kill comes so many
+# seconds after the start, or once so many files have appeared in the cache and so many seconds more; or never.
 HARNESS = """
 import json, os, signal, sys, time
 import torch
@@ -35,8 +36,11 @@ from latentprep.prepare import encode, messages, worker, load, vae, text, estima
 from latentprep.prepare.engine import local
 from latentprep.prepare.devices import quiet_libraries
 quiet_libraries()
+FLAGS = os.WEXITED | os.WNOHANG | os.WNOWAIT
+def listing(folder):
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 for line in sys.stdin:
-    delay, arguments = json.loads(line)
+    kill, arguments = json.loads(line)
     started, child = time.monotonic(), os.fork()
     if child == 0:
         null = os.open(os.devnull, os.O_WRONLY)
@@ -48,7 +52,12 @@ for line in sys.stdin:
         except SystemExit as exit_:
             code = exit_.code
         os._exit(code)
-    if delay is not None:
+    if kill is not None:
+        folder, count, delay = kill
+        seen, new = listing(folder), 0
+        while new < count and time.monotonic() < started + 30 and not os.waitid(os.P_PID, child, FLAGS):
+            now = listing(folder)
+            seen, new = seen | now, new + len(now - seen)
         time.sleep(delay)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
@@ -58,15 +67,15 @@ for line in sys.stdin:
 
 @pytest.fixture(scope="module")
 def forked():
-    """forked(delay or None, "encode", ...) -> exit code, seconds; killed runs have exit code -9."""
+    """forked((folder, files, seconds) or None, "encode", ...) -> exit code, seconds; killed runs have exit code -9."""
     process = subprocess.Popen(
         [sys.executable, "-c", HARNESS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
 
-    def run_one(delay, *arguments):
+    def run_one(kill, *arguments):
         assert process.stdin is not None
         assert process.stdout is not None
-        process.stdin.write(json.dumps([delay, [str(argument) for argument in arguments]]) + "\n")
+        process.stdin.write(json.dumps([kill, [str(argument) for argument in arguments]]) + "\n")
         process.stdin.flush()
         return tuple(json.loads(process.stdout.readline()))
 
@@ -110,13 +119,15 @@ def test_killed_at_random_moments_it_ends_as_an_undisturbed_run(forked, images, 
     assert code == 0
     wanted = files(whole)
     random = np.random.default_rng(0)
-    killed, finished, interesting = 0, 0, 0
+    killed, interesting = 0, 0
     shutil.copytree(start, cache)
     known = latents_files(cache)
     while killed < kills:
-        # a run that goes on takes less than a whole one: many short delays, some long ones
-        code, _ = forked(float(random.uniform(0.2, 1.0) ** 2 * seconds * 1.1), "encode", images, "--out", cache, *SMALL,
-                         *SHARDS)  # fmt: skip
+        moment = float(random.uniform(0.2, 1.1) * seconds), float(random.uniform(0, 0.02))
+        kill = [str(cache), 0, moment[0]]  # at any time, or when files are being written
+        if random.random() < 0.6:
+            kill = [str(random.choice([cache, cache / "shards"])), int(random.integers(1, 8)), moment[1]]
+        code, _ = forked(kill, "encode", images, "--out", cache, *SMALL, *SHARDS)
         now = latents_files(cache) if (cache / "shards").exists() else {}
         assert known.items() <= now.items()  # no finished shard was lost or written again
         killed += code == -9
@@ -124,11 +135,10 @@ def test_killed_at_random_moments_it_ends_as_an_undisturbed_run(forked, images, 
         known = now
         if code == 0:
             assert files(cache) == wanted
-            finished += 1
             shutil.rmtree(cache)
             shutil.copytree(start, cache)
             known = latents_files(cache)
-    assert interesting >= kills // 10  # some kills came while shards were written
+    assert interesting > kills // 10  # these came while shards were written
     assert forked(None, "encode", images, "--out", cache, *SMALL, *SHARDS)[0] == 0
     assert files(cache) == wanted
     assert known.items() <= latents_files(cache).items()

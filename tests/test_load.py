@@ -272,3 +272,33 @@ def test_a_file_that_changed_since_it_was_listed_is_a_skip(tmp_path):
     assert load_pixels(tmp_path, item, place(item.size), "lanczos", 8).reason == "changed"
     path.unlink()
     assert load_pixels(tmp_path, item, place(item.size), "lanczos", 8).reason == "unreadable"
+
+
+def test_a_jpeg_of_endless_scans_is_not_decoded(tmp_path):
+    path = save(tmp_path, gradient(64, 64), "x.jpg", progressive=True)
+    data = path.read_bytes()
+    last_scan = data[data.rfind(b"\xff\xda") : -2]
+    path.write_bytes(data[:-2] + last_scan * 50 + data[-2:])
+    assert isinstance(load(path, resolution="64"), Pixels)
+    path.write_bytes(data[:-2] + last_scan * 5000 + data[-2:])
+    skip = load(path, resolution="64")
+    assert (skip.reason, skip.detail) == ("too_large", "a JPEG of 5,010 scans, expected at most 100")
+
+
+def test_an_animation_without_end_gives_its_first_frame(tmp_path):
+    frames = [gradient(64, 64).rotate(n) for n in range(40)]
+    path = save(tmp_path, frames[0], "x.gif", save_all=True, append_images=frames[1:], loop=0)
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + data[-3000:-1] * 3000)  # 9 MB of it, and no end
+    found = load(path, resolution="64")
+    assert "first_frame" in found.notes
+
+
+def test_an_icon_that_holds_a_bomb(tmp_path):
+    from tests.test_source import bomb
+
+    png = bomb(40_000, 40_000)
+    entry = struct.pack("<BBBBHHII", 64, 64, 0, 0, 1, 32, len(png), 22)
+    (tmp_path / "x.ico").write_bytes(struct.pack("<HHH", 0, 1, 1) + entry + png)
+    item = read_item(tmp_path / "x.ico", "x.ico")
+    assert item.reason == "too_large" if isinstance(item, Skip) else load(tmp_path / "x.ico").reason == "too_large"

@@ -70,7 +70,7 @@ def test_continuous_integration_runs_the_readmes_commands():
 
 
 def test_options_and_files_that_it_names_exist(run):
-    shown = " ".join(run(command, "--help").out for command in ("encode", "inspect", "demo", "templates"))
+    shown = " ".join(run(command, "--help").out for command in ("encode", "inspect", "verify", "compact", "demo"))
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
     assert len(scripts) >= 4
     for script, arguments in scripts:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from latentprep.errors import UserError
-from latentprep.prepare.source import list_folder, read_item
+from latentprep.prepare.source import limit_pixels, list_folder, read_item
 from latentprep.records import Item
 from tests.conftest import gradient
 
@@ -137,3 +137,51 @@ def test_folders_that_cannot_be_a_source(tmp_path):
         with pytest.raises(UserError) as error:
             list_folder(tmp_path / name)
         assert str(error.value) == f"SOURCE {tmp_path / name}: {message}"
+
+
+@pytest.fixture
+def small_limit():
+    before = Image.MAX_IMAGE_PIXELS
+    limit_pixels(10_000)
+    yield
+    Image.MAX_IMAGE_PIXELS = before
+
+
+def bomb(width, height):
+    """A PNG whose header promises so many pixels, and that has none."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize("size", [(60_000, 60_000), (2**31 - 1, 2**31 - 1), (1, 2_000_000), (101, 100)])
+def test_images_beyond_the_limit_are_not_even_begun(tmp_path, small_limit, size):
+    (tmp_path / "x.png").write_bytes(bomb(*size))
+    skip = read_item(tmp_path / "x.png", "x.png")
+    assert skip.reason == "too_large"
+    assert skip.detail == f"Image size ({size[0] * size[1]} pixels) exceeds limit of 10000 pixels (--max-megapixels)"
+
+
+def test_files_that_are_too_large_for_any_image(tmp_path, small_limit):
+    gradient(8, 8).save(tmp_path / "x.png")
+    os.truncate(tmp_path / "x.png", 100_000)
+    skip = read_item(tmp_path / "x.png", "x.png")
+    assert (skip.reason, skip.detail) == ("too_large", "100.0 kB is more than any image of --max-megapixels has")
+
+
+def test_pipes_and_postscript_are_not_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "script.png").write_bytes(
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n"
+    )
+    with Image.open(tmp_path / "script.png") as image:
+        assert image.format == "EPS"  # Pillow would have Ghostscript run it
+    gradient(8, 8).save(tmp_path / "good.png")
+    found = list_folder(tmp_path)
+    assert [item.key for item in found.items] == ["good.png"]
+    assert [(skip.key, skip.reason) for skip in found.skips] == [
+        ("pipe.png", "unreadable"), ("script.png", "not_an_image"),
+    ]  # fmt: skip

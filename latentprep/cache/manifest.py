@@ -153,8 +153,14 @@ def check_spec(value: Any, spec: Any, name: str = "cache") -> None:
 def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     check_spec(data, SPEC)
     latent = data["latent"]
-    if not (latent["factor"] > 0 and 0 < latent["channels"] < 2**16):
-        raise ValueError(f"a factor of {latent['factor']}, {latent['channels']} channels")
+    for name, low, high in (
+        ("factor", 1, 2**10),
+        ("channels", 1, 2**16),
+        ("scaling_factor", 1e-6, 1e6),
+        ("shift_factor", -1e6, 1e6),
+    ):
+        if not low <= latent[name] <= high:
+            raise ValueError(f"latent.{name} is {latent[name]}, expected {low:g} to {high:g}")
     if not set(latent["views"]) <= {"plain", "flipped"} or latent["views"] != data["recipe"]["latents"]["views"]:
         raise ValueError(f"views {latent['views']!r:.80}")
     shards = [_shard_from_json(shard, data["tombstones"]) for shard in data["shards"]]

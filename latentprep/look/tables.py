@@ -27,7 +27,7 @@ def facts_table(summary: dict[str, Any]) -> Table:
     table.add_row("on disk", f"{human_bytes(total)} ({parts}), {human_bytes(total / max(1, images))} an image")
     if summary["tombstones"]:
         table.add_row("tombstones", f"{summary['tombstones']:,} rows of changed or removed images: latentprep compact")
-    table.add_row("model", made["model"] + (f", VAE {made['vae']}" if made.get("vae") else ""))
+    table.add_row("model", _plain(made["model"]) + (f", VAE {_plain(made['vae'])}" if made.get("vae") else ""))
     table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
     table.add_row("precision", f"encoded in {recipe['dtype']}, {recipe['store']} stored as {recipe['store_dtype']}")
     latent = summary["latent"]
@@ -74,7 +74,7 @@ def skips_table(summary: dict[str, Any]) -> Table:
     for reason, count in summary["skipped"].items():
         table.add_row(reason, f"{count:,}")
     for example in summary["skipped_examples"]:
-        table.add_row("", example)
+        table.add_row("", printable(example))
     return table
 
 
@@ -115,8 +115,8 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
     if isinstance(value, list):
-        return ", ".join(str(inner) for inner in value)
-    return str(value)
+        return ", ".join(_plain(inner) for inner in value)
+    return printable(str(value))
 
 
 def _read(summary: dict[str, Any]) -> str:

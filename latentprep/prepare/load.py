@@ -7,7 +7,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from latentprep.prepare.source import (
-    HEADER_ERRORS,
+    DECODER_ERRORS,
     describe,
     formats,
     new_hash,
@@ -63,7 +63,7 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
             rgb = to_srgb(color, image.info.get("icc_profile"), notes)
     except Image.DecompressionBombError as error:
         return item.skip("too_large", too_large(error))
-    except HEADER_ERRORS as error:
+    except DECODER_ERRORS as error:
         return item.skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
     if rgb is None:
         return item.skip("unsupported_mode", f"Pillow mode {color.mode}")

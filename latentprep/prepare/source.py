@@ -13,13 +13,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from latentprep.errors import UserError
 from latentprep.records import Item, Size, Skip
+from latentprep.units import human_bytes
 
 # The suffixes that Pillow 10 and later decode without a plugin and that image folders have.
 IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm .tga .ico "
     ".heic .heif .jxl".split()
 )
-HEADER_ERRORS = (OSError, ValueError, SyntaxError, TypeError, KeyError, IndexError, struct.error, OverflowError)
+MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA, stored as it is
+# Pillow and the libraries below it raise whatever comes to them: over a dozen kinds were seen on damaged files.
+DECODER_ERRORS = Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +103,14 @@ def read_item(path: Path, key: str) -> Item | Skip:
         nbytes, mtime_ns = status.st_size, status.st_mtime_ns
         if not stat.S_ISREG(status.st_mode):
             return Skip(key, "unreadable", "not a regular file", nbytes, mtime_ns)
+        if Image.MAX_IMAGE_PIXELS is not None and nbytes > 2 * Image.MAX_IMAGE_PIXELS * MAX_BYTES_PER_PIXEL:
+            return Skip(
+                key,
+                "too_large",
+                f"{human_bytes(nbytes)} is more than any image of --max-megapixels has",
+                nbytes,
+                mtime_ns,
+            )
         with Image.open(path, formats=formats()) as image:
             return Item(key, oriented_size(image), nbytes, mtime_ns)
     except UnidentifiedImageError:
@@ -107,7 +118,7 @@ def read_item(path: Path, key: str) -> Item | Skip:
         return Skip(key, "not_an_image", detail, nbytes, mtime_ns)
     except Image.DecompressionBombError as error:
         return Skip(key, "too_large", too_large(error), nbytes, mtime_ns)
-    except HEADER_ERRORS as error:
+    except DECODER_ERRORS as error:
         return Skip(key, "unreadable", describe(error), nbytes, mtime_ns)
 
 
@@ -140,7 +151,7 @@ def read_orientation(image: Image.Image) -> int:
         return 1  # Pillow's getexif would decode the whole PNG to look for it
     try:
         value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except HEADER_ERRORS:
+    except DECODER_ERRORS:
         return 1
     return value if value in range(1, 9) else 1
 

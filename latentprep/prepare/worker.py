@@ -265,13 +265,15 @@ class GroupBuilder:
     digest: list[bytes] = field(default_factory=list)
 
     def build(self) -> LatentGroup:
+        """The group; the builder is empty afterwards, so that a shard is not in memory twice."""
+
         def per_view(rows: list[tuple[int, ...]]) -> Tensor:
             return torch.tensor(rows, dtype=torch.int32)[:, None].repeat(1, len(self.views), 1)
 
         return LatentGroup(
             label=group_label(self.bucket),
-            latent_mean=torch.stack(self.mean),
-            latent_std=torch.stack(self.std) if self.std else None,
+            latent_mean=_stack_and_free(self.mean),
+            latent_std=_stack_and_free(self.std) if self.std else None,
             weight=self._build_weight(),
             original_size=torch.tensor(self.original_size, dtype=torch.int32),
             resized_size=per_view([placement.resized_size for placement in self.placement]),
@@ -281,11 +283,18 @@ class GroupBuilder:
         )
 
     def _build_weight(self) -> Tensor | None:
-        if all(weight is None for weight in self.weight):
+        shapes = {weight.shape for weight in self.weight if weight is not None}
+        if not shapes:
             return None
-        ones = np.ones(self.mean[0].shape[-2:], np.float32)
+        ones = np.ones(shapes.pop(), np.float32)
         plain = torch.from_numpy(np.stack([ones if weight is None else weight for weight in self.weight])).half()
         return torch.stack([plain.flip(-1) if view == "flipped" else plain for view in self.views], dim=1)
+
+
+def _stack_and_free(rows: list[Tensor]) -> Tensor:
+    stacked = torch.stack(rows)
+    rows.clear()
+    return stacked
 
 
 def group_label(bucket: Size) -> str:

@@ -1,0 +1,70 @@
+"""Peak memory of `latentprep encode` over few and over many images: it must not grow with the folder.
+
+    python benchmarks/memory.py                      # 200 and 5,000 images, `tiny` at 256
+    python benchmarks/memory.py --many 20000
+
+Each run is a process of its own; peak memory is its maximum resident set size, as the kernel counts it.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+from PIL import Image
+
+DRAWN = 50  # different images; the rest are links to them, which cost no disk
+
+
+def draw(folder: Path, count: int) -> None:
+    """`count` JPEG files of 800x600: noise on gradients, so that they take a photo's time to decode."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[0:600, 0:800]
+    drawn = []
+    for n in range(min(count, DRAWN)):
+        planes = [(rows * random.uniform(0, 0.3) + columns * random.uniform(0, 0.3)) for _ in range(3)]
+        pixels = np.stack(planes, axis=2) + random.normal(0, 12, (600, 800, 3))
+        drawn.append(folder / f"{n}.jpg")
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(drawn[-1], quality=90)
+    for n in range(len(drawn), count):
+        os.link(drawn[n % len(drawn)], folder / f"{n}.jpg")
+
+
+def measure(images: Path, cache: Path, resolution: int) -> tuple[float, float]:
+    """Peak memory in MB, and seconds, of encoding a folder."""
+    command = [
+        sys.executable, "-m", "latentprep.cli", "encode", str(images), "--out", str(cache), "--model", "tiny",
+        "--resolution", str(resolution),
+    ]  # fmt: skip
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"exit code {os.waitstatus_to_exitcode(status)}: {' '.join(command)}")
+    return usage.ru_maxrss / 1000, time.perf_counter() - started
+
+
+def main(
+    few: Annotated[int, typer.Option(help="Images of the first run.")] = 200,
+    many: Annotated[int, typer.Option(help="Images of the second run.")] = 5000,
+    resolution: Annotated[int, typer.Option(help="Of the buckets, in pixels.")] = 256,
+) -> None:
+    peaks = []
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (few, many):
+            images = Path(folder) / f"images{count}"
+            draw(images, count)
+            peak, seconds = measure(images, Path(folder) / f"cache{count}", resolution)
+            peaks.append(peak)
+            print(f"{count:>8,} images   {peak:>7,.0f} MB at most   {seconds:>6.0f} s")
+    print(f"{many:,} against {few:,} images: {peaks[1] / peaks[0]:.3f} times the memory")
+
+
+if __name__ == "__main__":
+    typer.run(main)
