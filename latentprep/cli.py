@@ -16,7 +16,7 @@ from latentprep.config import DEFAULT_MODEL, EncodeOptions, Geometry, TextOption
 from latentprep.errors import UserError
 
 if TYPE_CHECKING:
-    from latentprep.prepare.encode import Prepared
+    from latentprep.prepare.survey import Prepared
 
 app = typer.Typer(
     help="Encode an image folder once into a latent cache; train diffusion models from it many times.",
@@ -130,8 +130,8 @@ def run_encode(options: EncodeOptions, *, dry_run: bool = False) -> None:
     from latentprep.cache.storage import Storage
     from latentprep.prepare import messages
     from latentprep.prepare.devices import quiet_libraries
-    from latentprep.prepare.encode import check_paths, prepare
     from latentprep.prepare.estimate import estimate_time
+    from latentprep.prepare.survey import check_paths, prepare
     from latentprep.stop import stoppable
 
     check_paths(options)

@@ -12,7 +12,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest, read_skips
-from latentprep.cache.shard import LATENT_FIELDS, open_latents, open_text, open_uncond
+from latentprep.cache.schema import LATENT_FIELDS
+from latentprep.cache.shard import open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
 from latentprep.prepare.models import open_vae
 from latentprep.prepare.vae import VaeEncoder

@@ -11,8 +11,8 @@ import torch
 
 from latentprep.cache import manifest as manifests
 from latentprep.cache.manifest import Manifest, commit, open_manifest, read_skips
+from latentprep.cache.schema import LATENT_FIELDS
 from latentprep.cache.shard import (
-    LATENT_FIELDS,
     LatentGroup,
     ShardEntry,
     Text,

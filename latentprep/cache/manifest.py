@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from latentprep.cache.shard import FOLDER, FORMAT, Groups, ShardEntry, check_format
+from latentprep.cache.schema import FORMAT, check_format
+from latentprep.cache.shard import FOLDER, Groups, ShardEntry
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import DTYPES, STORES
 from latentprep.errors import UserError

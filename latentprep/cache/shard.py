@@ -8,7 +8,6 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -17,17 +16,28 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as to_bytes
 
+from latentprep.cache.schema import (
+    FORMAT,
+    LATENT_FIELDS,
+    OPTIONAL,
+    SIZES,
+    TEXT_FIELDS,
+    check_cond,
+    check_fields,
+    check_format,
+    check_keys,
+    check_num_tokens,
+    check_table,
+)
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
 from latentprep.config import digest_of
 from latentprep.errors import UserError
 from latentprep.records import Row
 
-FORMAT = 1
 METADATA_KEY = "latentprep"
 FOLDER = "shards"
 UNCOND_NAME = "uncond.safetensors"
-TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 SHARD_NAME = re.compile(rf"{FOLDER}/(\w+)\.(?:latents|(\w+)\.text)\.safetensors")
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]  # label, rows, and the [C,h,w] of a latent
@@ -192,27 +202,6 @@ def _write(storage: Storage, name: str, tensors: Tensors, metadata: dict[str, An
     return storage.write_atomic(name, to_bytes(tensors, {METADATA_KEY: header}))
 
 
-# field -> dtypes, and its shape: a letter is the same number in all fields of a group
-STORED = frozenset(TORCH_DTYPES.values())
-LATENT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
-    "latent_mean": (STORED, "NVChw"),
-    "latent_std": (STORED, "NVChw"),
-    "weight": (frozenset({torch.float16}), "NVhw"),
-    "original_size": (frozenset({torch.int32}), "N2"),
-    "resized_size": (frozenset({torch.int32}), "NV2"),
-    "crop": (frozenset({torch.int32}), "NV4"),
-    "flipped": (frozenset({torch.uint8}), "V"),
-    "digest": (frozenset({torch.uint8}), "ND"),
-}
-TEXT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
-    "prompt_of": (frozenset({torch.int32}), "NK"),
-    "nbytes": (frozenset({torch.int64}), "N"),
-    "mtime_ns": (frozenset({torch.int64}), "N"),
-}
-OPTIONAL = ("latent_std", "weight")
-SIZES = {"2": 2, "4": 4, "D": 16}
-
-
 def open_latents(storage: Storage, unit: str, groups: Groups | None = None) -> Latents:
     """Open and check a latents file; `groups` is what the manifest says it holds.
 
@@ -221,7 +210,7 @@ def open_latents(storage: Storage, unit: str, groups: Groups | None = None) -> L
     name = latents_name(unit)
     metadata, tensors = _open(storage, name, "latents")
     try:
-        made = [_latent_group(tensors, label, rows) for label, rows in _table(metadata)]
+        made = [_latent_group(tensors, label, rows) for label, rows in check_table(metadata)]
     except (KeyError, ValueError) as error:
         raise _damaged(storage, name, error) from None
     latents = Latents(name, metadata, made)
@@ -237,10 +226,10 @@ def open_text(storage: Storage, unit: str, text: str, groups: Groups | None = No
     try:
         prompt = Strings(tensors, "prompt")
         found = Text(
-            [_text_group(tensors, label, rows, len(prompt)) for label, rows in _table(metadata)],
+            [_text_group(tensors, label, rows, len(prompt)) for label, rows in check_table(metadata)],
             prompt,
-            _cond(tensors, len(prompt)),
-            _num_tokens(tensors, len(prompt)),
+            check_cond(tensors, len(prompt)),
+            check_num_tokens(tensors, len(prompt)),
             metadata.get("max_tokens"),
             metadata,
         )
@@ -257,7 +246,7 @@ def open_uncond(storage: Storage) -> tuple[dict[str, Any], Tensors]:
     """Metadata, and cond of the empty prompt, name -> [1,...]. Raises UserError like open_latents."""
     metadata, tensors = _open(storage, UNCOND_NAME, "uncond")
     try:
-        return metadata, _cond(tensors, 1)
+        return metadata, check_cond(tensors, 1)
     except ValueError as error:
         raise _damaged(storage, UNCOND_NAME, error) from None
 
@@ -268,13 +257,13 @@ def _latent_group(tensors: Tensors, label: str, rows: int) -> LatentGroup:
         for name in LATENT_FIELDS
         if name not in OPTIONAL or f"{label}/{name}" in tensors
     }
-    _check_fields(label, fields, LATENT_FIELDS, {"N": rows, **SIZES})
+    check_fields(label, fields, LATENT_FIELDS, {"N": rows, **SIZES})
     return LatentGroup(label, **{name: fields.get(name) for name in LATENT_FIELDS})  # type: ignore[arg-type]
 
 
 def _text_group(tensors: Tensors, label: str, rows: int, num_prompts: int) -> TextGroup:
     fields = {name: tensors[f"{label}/{name}"] for name in TEXT_FIELDS}
-    _check_fields(label, fields, TEXT_FIELDS, {"N": rows})
+    check_fields(label, fields, TEXT_FIELDS, {"N": rows})
     prompt_of = fields["prompt_of"].numpy()
     if prompt_of.size == 0 or prompt_of.min() < 0 or prompt_of.max() >= num_prompts:
         raise ValueError(f"{label}/prompt_of points outside the {num_prompts} prompts")
@@ -285,58 +274,6 @@ def _text_group(tensors: Tensors, label: str, rows: int, num_prompts: int) -> Te
         raise ValueError(f"{label} has {rows} rows, {len(key)} keys and captions for {len(caption)}")
     check_keys(key)
     return TextGroup(label, key, caption, prompt_of, fields["nbytes"].numpy(), fields["mtime_ns"].numpy())
-
-
-def _check_fields(
-    label: str, fields: Tensors, spec: dict[str, tuple[frozenset[torch.dtype], str]], sizes: dict[str, int]
-) -> None:
-    """Raise ValueError unless all fields have their dtypes, and shapes that agree with each other."""
-    for name, tensor in fields.items():
-        dtypes, shape = spec[name]
-        found = list(tensor.shape)
-        wanted = [sizes.setdefault(letter, size) for letter, size in zip(shape, found, strict=False)]
-        if tensor.dtype not in dtypes or len(found) != len(shape) or found != wanted or 0 in found:
-            raise ValueError(f"{label}/{name} is {tensor.dtype} {found}, expected [{','.join(shape)}]")
-
-
-def check_keys(keys: Strings) -> None:
-    """Raise ValueError where a key is not a path inside the source: absolute, with .. in it, or empty."""
-    data, starts = keys.data.tobytes(), keys.offsets[:-1]
-    if len(starts) and (starts == keys.offsets[1:]).any():
-        raise ValueError("a key is empty")
-    if b".." not in data and b"\0" not in data and not (keys.data[starts] == ord("/")).any():
-        return  # the usual case, without decoding a string
-    for key in keys:
-        path = PurePosixPath(key)
-        if path.is_absolute() or ".." in path.parts or "\0" in key:
-            raise ValueError(f"key {key!r} leads outside the image folder")
-
-
-def _cond(tensors: Tensors, num_prompts: int) -> Tensors:
-    cond = {name.removeprefix("cond/"): value for name, value in tensors.items() if name.startswith("cond/")}
-    for name, value in cond.items():
-        if value.dtype not in STORED or value.ndim < 2 or len(value) != num_prompts:
-            raise ValueError(f"cond/{name} is {value.dtype} {list(value.shape)}, expected [{num_prompts},...]")
-    return cond
-
-
-def _num_tokens(tensors: Tensors, num_prompts: int) -> np.ndarray | None:
-    found = tensors.get("num_tokens")
-    if found is None:
-        return None
-    if found.dtype != torch.int32 or list(found.shape) != [num_prompts]:
-        raise ValueError(f"num_tokens is {found.dtype} {list(found.shape)}, expected int32 [{num_prompts}]")
-    return found.numpy()
-
-
-def _table(metadata: dict[str, Any]) -> list[tuple[str, int]]:
-    table = metadata["groups"]
-    is_good = isinstance(table, list) and all(
-        isinstance(row, list) and [type(value) for value in row] == [str, int] for row in table
-    )
-    if not is_good or not table or len({row[0] for row in table}) < len(table):
-        raise ValueError("its table of groups is none")
-    return [(label, rows) for label, rows in table]
 
 
 def _open(storage: Storage, name: str, kind: str) -> tuple[dict[str, Any], Tensors]:
@@ -371,11 +308,3 @@ def _damaged(storage: Storage, name: str, error: Exception) -> UserError:
         f"{storage.locate(name)}: damaged, or no shard of latentprep ({' '.join(reason.split())[:300]}). "
         "Delete it and run the same latentprep encode again: only its images are encoded."
     )
-
-
-def check_format(found: object, where: str) -> None:
-    """Raise UserError unless this version of latentprep reads the format."""
-    if not isinstance(found, int) or isinstance(found, bool) or found < 1:
-        raise UserError(f"{where}: no format number, so not a latentprep cache.")
-    if found > FORMAT:
-        raise UserError(f"{where}: format {found}, this latentprep reads up to format {FORMAT}. Upgrade latentprep.")

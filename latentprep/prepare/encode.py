@@ -1,79 +1,25 @@
-"""The whole of `latentprep encode`: source -> captions -> plan -> units -> manifest."""
+"""The run of `latentprep encode`: a plan -> units -> manifest, and what became of it."""
 
-import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from latentprep import __version__
-from latentprep.cache.leftovers import (
-    Leftover,
-    clear_cache,
-    clear_temporaries,
-    find_leftovers,
-    find_missing,
-    list_orphans,
-    recover,
-)
-from latentprep.cache.manifest import Manifest, commit, find_manifest, read_skips
-from latentprep.cache.shard import TORCH_DTYPES, UNCOND_NAME, ShardEntry
+from latentprep.cache.leftovers import clear_cache, clear_temporaries, list_orphans
+from latentprep.cache.manifest import Manifest, commit
+from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.shard import ShardEntry
 from latentprep.cache.storage import Storage
-from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, text_recipe
-from latentprep.errors import UserError
-from latentprep.prepare.buckets import make_place
-from latentprep.prepare.captions import Captioned, add_captions
-from latentprep.prepare.devices import choose_device, default_batch_size, default_shard_bytes
-from latentprep.prepare.models import TextFolder, VaeFolder, find_model, open_text, open_vae
-from latentprep.prepare.plan import Plan, RowBytes, make_plan
-from latentprep.prepare.source import hash_file, limit_pixels, list_folder
+from latentprep.prepare.devices import default_batch_size
+from latentprep.prepare.survey import Prepared
 from latentprep.records import Item, Pixels, Placement, Skip
-from latentprep.units import counted, human_bytes
 
 if TYPE_CHECKING:
-    from latentprep.prepare.worker import Job
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A plan and all it rests on; nothing has been written and no weights are loaded."""
-
-    options: EncodeOptions
-    storage: Storage
-    vae: VaeFolder
-    text: TextFolder | None
-    device: str
-    recipe: dict[str, Any]
-    manifest: Manifest | None
-    found: frozenset[str]  # units of the plan whose latents an unfinished run has left
-    captioned: Captioned
-    row_bytes: RowBytes
-    plan: Plan
-
-    @property
-    def workers(self) -> int:
-        return self.options.workers or min(8, os.cpu_count() or 1)
-
-    @property
-    def is_done(self) -> bool:
-        """Whether the cache holds everything already, as it should."""
-        return (
-            self.manifest is not None
-            and not (self.plan.new or self.plan.retext)
-            and self.manifest.shards == self.plan.kept
-            and read_skips(self.storage) == sorted(self.plan.skips, key=lambda skip: skip.key)
-            and find_uncond(self.storage, self.manifest)
-            and not (self.storage.is_local and list_orphans(self.storage, self.manifest))
-        )
+    from latentprep.prepare.job import Job
 
 
 @dataclass(frozen=True)
@@ -98,135 +44,6 @@ class Outcome:
     waits: dict[str, float]  # stage -> seconds that the loop waited for it
 
 
-def check_paths(options: EncodeOptions) -> None:
-    """Raise UserError where --out cannot be a cache of its own."""
-    if "://" in options.out:
-        return
-    out = Path(options.out)
-    if out.resolve() == options.source.resolve():
-        raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
-    if out.is_file():
-        raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
-
-
-def prepare(options: EncodeOptions, say: Say) -> Prepared:
-    """The plan for a folder and a cache; says what it chose and why. Raises UserError."""
-    limit_pixels(options.max_pixels)
-    source = list_folder(options.source, without=None if "://" in options.out else Path(options.out))
-    captioned = add_captions(source, options.text)
-    model = find_model(options.model, say=say)
-    vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
-    text = open_text(model) if options.text.include_cond else None
-    place = make_place(options.geometry, vae.factor)
-    device, dtype, reason = choose_device(options.device, options.dtype)
-    say(f"model    {options.model}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
-    say(f"device   {device}, {dtype} ({reason})")
-
-    recipe = {
-        "latents": latents_recipe(
-            vae=vae.digest, geometry=options.geometry, flip=options.flip,
-            dtype=dtype, store=options.store, store_dtype=options.store_dtype,
-        ),
-        "text": text_recipe(
-            text_encoder=text.digest if text else None, options=options.text, seed=options.seed,
-            dtype=dtype, store_dtype=options.store_dtype,
-        ),
-        "libraries": versions(),
-    }  # fmt: skip
-    storage = Storage(options.out)
-    manifest = None if options.overwrite else find_manifest(storage)
-    leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
-    check_recipe(options, recipe, manifest, leftovers)
-    if manifest is not None and manifest.recipe["libraries"] != recipe["libraries"]:
-        changes = "; ".join(recipe_changes(manifest.recipe["libraries"], recipe["libraries"]))
-        say(f"versions {changes}: latents that are new may differ from the others in their last digits")
-    row_bytes = estimate_row_bytes(recipe, vae, text)
-    shard_bytes = options.shard_bytes or default_shard_bytes(device)
-
-    def hash_files(items: list[Item]) -> list[bytes | None]:
-        nbytes = sum(item.nbytes for item in items)
-        say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        with ThreadPoolExecutor(HASHERS) as pool:
-            return list(pool.map(lambda item: hash_file(options.source / item.key), items))
-
-    def make(shards: list[ShardEntry], known_skips: list[Skip]) -> Plan:
-        return make_plan(
-            captioned.items, source.skips, place, row_bytes, recipe=recipe, shard_bytes=shard_bytes,
-            storage=storage, shards=shards, known_skips=known_skips, hash_files=hash_files,
-        )  # fmt: skip
-
-    plan = plan_with_leftovers(make, storage, manifest, leftovers)
-    for line in plan.lost:
-        say(f"lost     {line}: its images are encoded again")
-    if manifest is None and not plan.new and not plan.kept and not plan.retext:
-        skip = plan.skips[0]
-        raise UserError(
-            f"SOURCE {options.source}: none of its {len(plan.skips):,} images can be used "
-            f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
-        )
-    found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
-    return Prepared(options, storage, vae, text, device, recipe, manifest, found, captioned, row_bytes, plan)
-
-
-def check_recipe(
-    options: EncodeOptions, recipe: dict[str, Any], manifest: Manifest | None, leftovers: dict[str, Leftover]
-) -> None:
-    """Raise UserError where the folder holds a cache, finished or not, whose latents were made otherwise."""
-    made = [manifest.recipe["latents"]] if manifest is not None else [left.recipe for left in leftovers.values()]
-    for before in made:
-        changes = list(recipe_changes(before, recipe["latents"]))
-        if changes:
-            kind = "a cache" if manifest is not None else "an unfinished cache"
-            raise UserError(
-                f"{options.out}: holds {kind} of another recipe ({'; '.join(changes)}; cache -> asked). "
-                "Give another --out, the options it was made with, or --overwrite to start anew."
-            )
-
-
-def plan_with_leftovers(
-    make: Callable[[list[ShardEntry], list[Skip]], Plan],
-    storage: Storage,
-    manifest: Manifest | None,
-    leftovers: dict[str, Leftover],
-) -> Plan:
-    """The plan, where what an unfinished run has left counts as done.
-
-    Where the folder has not changed since, its units are those of the plan, and are known by their names. Where it
-    has, every whole shard is taken into the cache as it is, and only what is left is cut into units.
-    """
-    missing = find_missing(storage, manifest.shards) if manifest is not None else {}
-    shards = [shard for shard in manifest.shards if shard.unit not in missing] if manifest is not None else []
-    skips = read_skips(storage) if manifest is not None else []
-    plan = make(shards, skips)
-    if leftovers.keys() - {unit.id for unit in plan.new}:
-        recovered = [entry for leftover in leftovers.values() if (entry := recover(storage, leftover)) is not None]
-        known = [skip for leftover in leftovers.values() for skip in leftover.skips]
-        plan = make([*shards, *recovered], [*skips, *known])
-        of_no_use = {entry.unit for entry in plan.kept if not entry.num_images} - {shard.unit for shard in shards}
-        plan = replace(plan, kept=[entry for entry in plan.kept if entry.unit not in of_no_use])
-    return replace(plan, lost=[*missing.values(), *plan.lost])
-
-
-def find_uncond(storage: Storage, manifest: Manifest) -> bool:
-    """Whether the cond of the empty prompt is there, if it should be."""
-    size = storage.sizes().get(UNCOND_NAME)
-    return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
-
-
-HASHERS = 4  # threads that read files; a disk has no use for more
-
-
-def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFolder, text: TextFolder | None) -> RowBytes:
-    """What rows will cost on disk, from the configs alone."""
-    posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
-    views = len(recipe["latents"]["views"])
-    latent = views * (
-        posterior * vae.latent_channels * TORCH_DTYPES[recipe["latents"]["store_dtype"]].itemsize + 2
-    )  # + 2: weight
-    cond = text.max_tokens * text.width * TORCH_DTYPES[recipe["text"]["store_dtype"]].itemsize if text else 0
-    return RowBytes(latent, cond + 512, vae.factor)  # 512: key, caption and prompt
-
-
 def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     """Run the plan and commit the manifest. `make_progress(total)` gives a tqdm-like bar of images.
 
@@ -234,7 +51,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     """
     from latentprep.prepare.engine.local import run
     from latentprep.prepare.load import LARGE_PIXELS, load_pixels
-    from latentprep.prepare.worker import write_empty_prompt
+    from latentprep.prepare.textfile import write_empty_prompt
 
     options, storage, plan = prepared.options, prepared.storage, prepared.plan
     started = time.perf_counter()
@@ -325,9 +142,9 @@ def make_job(prepared: Prepared) -> "Job":
     """What every unit of the run needs; the models are loaded when they are first asked for."""
     import torch
 
+    from latentprep.prepare.job import Job
     from latentprep.prepare.text import TextEncoder
     from latentprep.prepare.vae import VaeEncoder
-    from latentprep.prepare.worker import Job
 
     options, recipe, vae, text = prepared.options, prepared.recipe, prepared.vae, prepared.text
     device, dtype = torch.device(prepared.device), TORCH_DTYPES[recipe["latents"]["dtype"]]
@@ -350,12 +167,6 @@ def make_job(prepared: Prepared) -> "Job":
         vae=cache(lambda: VaeEncoder(vae, device, dtype)),
         text=cache(lambda: TextEncoder(text, device, dtype)) if text else None,
     )
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that the numbers come from."""
-    libraries = ("torch", "diffusers", "transformers", "pillow")
-    return {"latentprep": __version__, **{name: version(name) for name in libraries}}
 
 
 def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:

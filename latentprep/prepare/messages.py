@@ -5,8 +5,9 @@ from collections import Counter
 
 from latentprep.config import EncodeOptions
 from latentprep.prepare.buckets import cropped_away
-from latentprep.prepare.encode import Outcome, Prepared
+from latentprep.prepare.encode import Outcome
 from latentprep.prepare.estimate import Estimate
+from latentprep.prepare.survey import Prepared
 from latentprep.records import CHANGES, Change, Size, Skip
 from latentprep.units import counted, human_bytes, human_seconds, printable
 

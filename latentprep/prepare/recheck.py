@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from latentprep.cache.manifest import Manifest, read_skips
-from latentprep.cache.shard import TORCH_DTYPES, LatentGroup, open_latents, open_text
+from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.shard import LatentGroup, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device

@@ -1,86 +1,40 @@
 """run_unit: load -> encode -> write, for one unit. Engines only decide who calls it."""
 
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import (
-    TORCH_DTYPES,
-    UNCOND_NAME,
     Groups,
-    LatentGroup,
     ShardEntry,
     Text,
-    TextGroup,
     latents_name,
     open_latents,
     open_text,
-    open_uncond,
     text_id,
     text_name,
     write_latents,
     write_text,
-    write_uncond,
 )
-from latentprep.cache.storage import Stamp, Storage
+from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
 from latentprep.prepare.devices import OutOfMemoryError
+from latentprep.prepare.group import GroupBuilder
+from latentprep.prepare.job import Job
 from latentprep.prepare.plan import Retext
-from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.vae import VaeEncoder
-from latentprep.prompts import make_prompt
+from latentprep.prepare.textfile import make_text
 from latentprep.records import Item, Pixels, Placement, Row, Size, Skip, Unit
 
 Loaded = Iterator[Pixels | Skip]  # of a unit's items, in their order
 Stamped = Callable[[], Stamp]  # of a file; waits until it is written
 Submit = Callable[[Callable[[], Stamp]], "Future[Stamp]"]  # hands a write to the writer; may wait for the one before
-
-
-class Stopwatch:
-    """Seconds that the encoding loop spent on each stage: what limits a run."""
-
-    def __init__(self) -> None:
-        self.seconds: defaultdict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def on(self, stage: str) -> Iterator[None]:
-        started = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[stage] += time.perf_counter() - started
-
-
-@dataclass(frozen=True)
-class Job:
-    """What is the same for every unit of a run."""
-
-    storage: Storage
-    recipe: dict[str, Any]
-    latent: dict[str, Any]  # what a reader must know: scaling_factor, shift_factor, ...
-    batch_size: int
-    template: tuple[str, ...] | None
-    placeholder: str
-    seed: int
-    vae: Callable[[], VaeEncoder]  # made on first use: a run that only rewrites text needs none
-    text: Callable[[], TextEncoder] | None  # None: no conditioning
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
-
-    def latents_metadata(self) -> dict[str, Any]:
-        return {**self.latent, "recipe": self.recipe["latents"], "libraries": self.recipe["libraries"]}
-
-    def text_metadata(self) -> dict[str, Any]:
-        return {"recipe": self.recipe["text"], "libraries": self.recipe["libraries"]}
 
 
 @dataclass(eq=False)
@@ -249,131 +203,3 @@ def keep_rows(
                 f"the VAE gives no finite latents in float32, or none that {job.recipe['latents']['store_dtype']} holds"
             )
             skips.append(item.skip("non_finite", detail))
-
-
-@dataclass(eq=False)
-class GroupBuilder:
-    """Rows of one bucket on their way to a LatentGroup."""
-
-    bucket: Size
-    views: list[str]
-    mean: list[Tensor] = field(default_factory=list)
-    std: list[Tensor] = field(default_factory=list)
-    weight: list[np.ndarray | None] = field(default_factory=list)
-    original_size: list[Size] = field(default_factory=list)
-    placement: list[Placement] = field(default_factory=list)
-    digest: list[bytes] = field(default_factory=list)
-
-    def build(self) -> LatentGroup:
-        """The group; the builder is empty afterwards, so that a shard is not in memory twice."""
-
-        def per_view(rows: list[tuple[int, ...]]) -> Tensor:
-            return torch.tensor(rows, dtype=torch.int32)[:, None].repeat(1, len(self.views), 1)
-
-        return LatentGroup(
-            label=group_label(self.bucket),
-            latent_mean=_stack_and_free(self.mean),
-            latent_std=_stack_and_free(self.std) if self.std else None,
-            weight=self._build_weight(),
-            original_size=torch.tensor(self.original_size, dtype=torch.int32),
-            resized_size=per_view([placement.resized_size for placement in self.placement]),
-            crop=per_view([placement.crop for placement in self.placement]),
-            flipped=torch.tensor([view == "flipped" for view in self.views], dtype=torch.uint8),
-            digest=torch.from_numpy(np.frombuffer(b"".join(self.digest), np.uint8).reshape(-1, 16).copy()),
-        )
-
-    def _build_weight(self) -> Tensor | None:
-        shapes = {weight.shape for weight in self.weight if weight is not None}
-        if not shapes:
-            return None
-        ones = np.ones(shapes.pop(), np.float32)
-        plain = torch.from_numpy(np.stack([ones if weight is None else weight for weight in self.weight])).half()
-        return torch.stack([plain.flip(-1) if view == "flipped" else plain for view in self.views], dim=1)
-
-
-def _stack_and_free(rows: list[Tensor]) -> Tensor:
-    stacked = torch.stack(rows)
-    rows.clear()
-    return stacked
-
-
-def group_label(bucket: Size) -> str:
-    """Name of a bucket's group; a label only, shapes are read from tensors."""
-    return f"h{bucket[0]}w{bucket[1]}"
-
-
-def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
-    """The text file of a shard: every distinct prompt is encoded once, and none whose cond `old` holds.
-
-    Tombstones have no prompt of their own: they point to the first.
-    """
-    prompt_of_row = [
-        None if n in tombstones else make_prompt(job.template, row.captions[0], job.placeholder, job.seed, row.key)
-        for n, row in enumerate(rows)
-    ]
-    prompts = list(dict.fromkeys(prompt for prompt in prompt_of_row if prompt is not None))
-    index = {prompt: n for n, prompt in enumerate(prompts)}
-    made: list[TextGroup] = []
-    start = 0
-    for label, count, _ in groups:
-        own = rows[start : start + count]
-        chosen = [0 if prompt is None else index[prompt] for prompt in prompt_of_row[start : start + count]]
-        made.append(
-            TextGroup(
-                label,
-                key=[row.key for row in own],
-                caption=[list(row.captions) for row in own],
-                prompt_of=np.array(chosen, np.int32)[:, None],
-                nbytes=np.array([row.nbytes for row in own], np.int64),
-                mtime_ns=np.array([row.mtime_ns for row in own], np.int64),
-            )
-        )
-        start += count
-    if job.text is None:
-        return Text(made, prompts)
-    cond, num_tokens, max_tokens = make_cond(prompts, job, old)
-    return Text(made, prompts, cond, num_tokens, max_tokens)
-
-
-def make_cond(prompts: list[str], job: Job, old: Text | None = None) -> tuple[dict[str, Tensor], np.ndarray, int]:
-    """Cond of P prompts, name -> [P,...] in the store dtype; their numbers of tokens, and the encoder's window.
-
-    What `old` holds of them is taken over, if it was made by the same encoder in the same precision.
-    """
-    sources = [old] if old is not None and is_same_encoder(old.metadata.get("recipe", {}), job.recipe["text"]) else []
-    known = {prompt for source in sources for prompt in source.prompt}
-    missing = [prompt for prompt in prompts if prompt not in known]
-    if missing:
-        assert job.text is not None
-        encoder, dtype = job.text(), TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
-        cond = {name: value.to(dtype) for name, value in encoder.encode(missing).items()}
-        job.counts["prompts"] += len(missing)
-        sources.append(Text([], missing, cond, encoder.count_tokens(missing), encoder.max_tokens))
-    place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
-    chosen = [place[prompt] for prompt in prompts]
-    return (
-        {name: torch.stack([source.cond[name][n] for source, n in chosen]) for name in sources[-1].cond},
-        np.array([source.num_tokens[n] for source, n in chosen if source.num_tokens is not None], np.int32),
-        sources[-1].max_tokens or 0,
-    )
-
-
-def is_same_encoder(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two text recipes give the same cond for the same prompt."""
-    return all(before.get(name) == now[name] for name in ("text_encoder", "dtype", "store_dtype"))
-
-
-def write_empty_prompt(job: Job) -> Stamp | None:
-    """The cond of the empty prompt, which training drops captions to; None where there is no conditioning."""
-    if job.text is None:
-        return None
-    if job.storage.exists(UNCOND_NAME):
-        try:
-            if is_same_encoder(open_uncond(job.storage)[0]["recipe"], job.recipe["text"]):
-                return job.storage.stamp(UNCOND_NAME)
-        except (UserError, KeyError, AttributeError):
-            pass  # damaged: make it anew
-    metadata = job.text_metadata()
-    metadata["recipe"] = {name: metadata["recipe"][name] for name in ("text_encoder", "dtype", "store_dtype")}
-    cond, _, _ = make_cond([""], job)
-    return write_uncond(job.storage, cond, metadata)

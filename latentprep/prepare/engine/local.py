@@ -8,8 +8,9 @@ from functools import partial
 
 from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
+from latentprep.prepare.job import Job
 from latentprep.prepare.plan import Retext
-from latentprep.prepare.worker import Job, UnitResult, retext_unit, run_unit
+from latentprep.prepare.worker import UnitResult, retext_unit, run_unit
 from latentprep.records import Item, Pixels, Placement, Skip, Unit
 
 Load = Callable[[Item, Placement], Pixels | Skip]

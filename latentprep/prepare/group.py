@@ -1,0 +1,61 @@
+"""Rows of one bucket on their way to a LatentGroup."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.shard import LatentGroup
+from latentprep.records import Placement, Size
+
+
+@dataclass(eq=False)
+class GroupBuilder:
+    """Rows of one bucket on their way to a LatentGroup."""
+
+    bucket: Size
+    views: list[str]
+    mean: list[Tensor] = field(default_factory=list)
+    std: list[Tensor] = field(default_factory=list)
+    weight: list[np.ndarray | None] = field(default_factory=list)
+    original_size: list[Size] = field(default_factory=list)
+    placement: list[Placement] = field(default_factory=list)
+    digest: list[bytes] = field(default_factory=list)
+
+    def build(self) -> LatentGroup:
+        """The group; the builder is empty afterwards, so that a shard is not in memory twice."""
+
+        def per_view(rows: list[tuple[int, ...]]) -> Tensor:
+            return torch.tensor(rows, dtype=torch.int32)[:, None].repeat(1, len(self.views), 1)
+
+        return LatentGroup(
+            label=group_label(self.bucket),
+            latent_mean=_stack_and_free(self.mean),
+            latent_std=_stack_and_free(self.std) if self.std else None,
+            weight=self._build_weight(),
+            original_size=torch.tensor(self.original_size, dtype=torch.int32),
+            resized_size=per_view([placement.resized_size for placement in self.placement]),
+            crop=per_view([placement.crop for placement in self.placement]),
+            flipped=torch.tensor([view == "flipped" for view in self.views], dtype=torch.uint8),
+            digest=torch.from_numpy(np.frombuffer(b"".join(self.digest), np.uint8).reshape(-1, 16).copy()),
+        )
+
+    def _build_weight(self) -> Tensor | None:
+        shapes = {weight.shape for weight in self.weight if weight is not None}
+        if not shapes:
+            return None
+        ones = np.ones(shapes.pop(), np.float32)
+        plain = torch.from_numpy(np.stack([ones if weight is None else weight for weight in self.weight])).half()
+        return torch.stack([plain.flip(-1) if view == "flipped" else plain for view in self.views], dim=1)
+
+
+def _stack_and_free(rows: list[Tensor]) -> Tensor:
+    stacked = torch.stack(rows)
+    rows.clear()
+    return stacked
+
+
+def group_label(bucket: Size) -> str:
+    """Name of a bucket's group; a label only, shapes are read from tensors."""
+    return f"h{bucket[0]}w{bucket[1]}"

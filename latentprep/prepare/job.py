@@ -1,0 +1,50 @@
+"""What is the same for every unit of a run: where it goes, the recipe, the models; and what the run counts."""
+
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from latentprep.cache.storage import Storage
+from latentprep.prepare.text import TextEncoder
+from latentprep.prepare.vae import VaeEncoder
+
+
+class Stopwatch:
+    """Seconds that the encoding loop spent on each stage: what limits a run."""
+
+    def __init__(self) -> None:
+        self.seconds: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def on(self, stage: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - started
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every unit of a run."""
+
+    storage: Storage
+    recipe: dict[str, Any]
+    latent: dict[str, Any]  # what a reader must know: scaling_factor, shift_factor, ...
+    batch_size: int
+    template: tuple[str, ...] | None
+    placeholder: str
+    seed: int
+    vae: Callable[[], VaeEncoder]  # made on first use: a run that only rewrites text needs none
+    text: Callable[[], TextEncoder] | None  # None: no conditioning
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
+
+    def latents_metadata(self) -> dict[str, Any]:
+        return {**self.latent, "recipe": self.recipe["latents"], "libraries": self.recipe["libraries"]}
+
+    def text_metadata(self) -> dict[str, Any]:
+        return {"recipe": self.recipe["text"], "libraries": self.recipe["libraries"]}

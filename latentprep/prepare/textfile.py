@@ -1,0 +1,92 @@
+"""Rows -> the text file of a shard: every distinct prompt is encoded once, and none whose cond is there already."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.shard import UNCOND_NAME, Groups, Text, TextGroup, open_uncond, write_uncond
+from latentprep.cache.storage import Stamp
+from latentprep.errors import UserError
+from latentprep.prepare.job import Job
+from latentprep.prompts import make_prompt
+from latentprep.records import Row
+
+
+def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
+    """The text file of a shard: every distinct prompt is encoded once, and none whose cond `old` holds.
+
+    Tombstones have no prompt of their own: they point to the first.
+    """
+    prompt_of_row = [
+        None if n in tombstones else make_prompt(job.template, row.captions[0], job.placeholder, job.seed, row.key)
+        for n, row in enumerate(rows)
+    ]
+    prompts = list(dict.fromkeys(prompt for prompt in prompt_of_row if prompt is not None))
+    index = {prompt: n for n, prompt in enumerate(prompts)}
+    made: list[TextGroup] = []
+    start = 0
+    for label, count, _ in groups:
+        own = rows[start : start + count]
+        chosen = [0 if prompt is None else index[prompt] for prompt in prompt_of_row[start : start + count]]
+        made.append(
+            TextGroup(
+                label,
+                key=[row.key for row in own],
+                caption=[list(row.captions) for row in own],
+                prompt_of=np.array(chosen, np.int32)[:, None],
+                nbytes=np.array([row.nbytes for row in own], np.int64),
+                mtime_ns=np.array([row.mtime_ns for row in own], np.int64),
+            )
+        )
+        start += count
+    if job.text is None:
+        return Text(made, prompts)
+    cond, num_tokens, max_tokens = make_cond(prompts, job, old)
+    return Text(made, prompts, cond, num_tokens, max_tokens)
+
+
+def make_cond(prompts: list[str], job: Job, old: Text | None = None) -> tuple[dict[str, Tensor], np.ndarray, int]:
+    """Cond of P prompts, name -> [P,...] in the store dtype; their numbers of tokens, and the encoder's window.
+
+    What `old` holds of them is taken over, if it was made by the same encoder in the same precision.
+    """
+    sources = [old] if old is not None and is_same_encoder(old.metadata.get("recipe", {}), job.recipe["text"]) else []
+    known = {prompt for source in sources for prompt in source.prompt}
+    missing = [prompt for prompt in prompts if prompt not in known]
+    if missing:
+        assert job.text is not None
+        encoder, dtype = job.text(), TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
+        cond = {name: value.to(dtype) for name, value in encoder.encode(missing).items()}
+        job.counts["prompts"] += len(missing)
+        sources.append(Text([], missing, cond, encoder.count_tokens(missing), encoder.max_tokens))
+    place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
+    chosen = [place[prompt] for prompt in prompts]
+    return (
+        {name: torch.stack([source.cond[name][n] for source, n in chosen]) for name in sources[-1].cond},
+        np.array([source.num_tokens[n] for source, n in chosen if source.num_tokens is not None], np.int32),
+        sources[-1].max_tokens or 0,
+    )
+
+
+def is_same_encoder(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Whether two text recipes give the same cond for the same prompt."""
+    return all(before.get(name) == now[name] for name in ("text_encoder", "dtype", "store_dtype"))
+
+
+def write_empty_prompt(job: Job) -> Stamp | None:
+    """The cond of the empty prompt, which training drops captions to; None where there is no conditioning."""
+    if job.text is None:
+        return None
+    if job.storage.exists(UNCOND_NAME):
+        try:
+            if is_same_encoder(open_uncond(job.storage)[0]["recipe"], job.recipe["text"]):
+                return job.storage.stamp(UNCOND_NAME)
+        except (UserError, KeyError, AttributeError):
+            pass  # damaged: make it anew
+    metadata = job.text_metadata()
+    metadata["recipe"] = {name: metadata["recipe"][name] for name in ("text_encoder", "dtype", "store_dtype")}
+    cond, _, _ = make_cond([""], job)
+    return write_uncond(job.storage, cond, metadata)
