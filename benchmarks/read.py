@@ -18,8 +18,8 @@ import torch
 import typer
 
 from latentprep import LatentDataset, LatentLoader
-from latentprep.cache.manifest import Manifest, ShardEntry, commit
-from latentprep.cache.shard import LatentGroup, Text, TextGroup, write_latents, write_text
+from latentprep.cache.manifest import Manifest, commit
+from latentprep.cache.shard import LatentGroup, ShardEntry, Text, TextGroup, write_latents, write_text, write_uncond
 from latentprep.cache.storage import Storage
 
 SHAPE = (4, 64, 64)
@@ -54,10 +54,15 @@ def write_cache(folder: Path, num_shards: int, rows: int) -> None:
             "h512w512", names, [[name] for name in names], prompt_of, np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         )
         text = Text([group], names, {"prompt_embeds": noise(rows, 77, 768)})
-        sizes_on_disk = write_latents(storage, f"u{n}", [latents], {}), write_text(storage, f"u{n}", "t", text, {})
-        entries.append(ShardEntry(f"u{n}", "t", [("h512w512", rows, list(SHAPE))], *sizes_on_disk))
-    latent = {"scaling_factor": 0.18215, "shift_factor": 0.0, "views": ["plain"]}
-    commit(storage, Manifest({"latents": {"store": "mean+std"}, "text": {}}, latent, {}, entries), [])
+        stamps = write_latents(storage, f"u{n}", [latents], {}), write_text(storage, f"u{n}", "t", text, {})
+        entries.append(ShardEntry(f"u{n}", "t", (("h512w512", rows, SHAPE),), *stamps))
+    uncond = write_uncond(storage, {"prompt_embeds": noise(1, 77, 768)}, {})
+    latents_recipe = {
+        "vae": "", "geometry": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std", "store_dtype": "float16",
+    }  # fmt: skip
+    recipe = {"latents": latents_recipe, "text": {}, "libraries": {}}
+    latent = {"scaling_factor": 0.18215, "shift_factor": 0.0, "factor": 8, "channels": 4, "views": ["plain"]}
+    commit(storage, Manifest(recipe, latent, {"model": ""}, entries, uncond_file=uncond), [])
 
 
 def main(

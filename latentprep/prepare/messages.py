@@ -3,6 +3,8 @@
 import shlex
 from collections import Counter
 
+from latentprep.cache.shard import FOLDER
+from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions
 from latentprep.prepare.buckets import cropped_away
 from latentprep.prepare.encode import Outcome
@@ -147,8 +149,11 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
 
 
 def interrupted_text(options: EncodeOptions, arguments: list[str]) -> str:
+    """What is safe, and what to type to go on; --overwrite would throw it away."""
     command = shlex.join(["latentprep", *(word for word in arguments if word != "--overwrite")])
-    return f"\nStopped. Every finished shard is safe in {options.out}. To go on, type:\n  {command}"
+    finished = sum(".latents." in name for name in Storage(options.out).names(FOLDER))
+    kept = f"{counted(finished, 'finished shard')} safe in {options.out}" if finished else "no shard was finished yet"
+    return f"\nStopped; {kept}. To go on, type:\n  {command}"
 
 
 def skip_lines(skips: list[Skip]) -> list[str]:
