@@ -58,7 +58,8 @@ def write_cache(folder: Path, num_shards: int, rows: int) -> None:
         entries.append(ShardEntry(f"u{n}", "t", (("h512w512", rows, SHAPE),), *stamps))
     uncond = write_uncond(storage, {"prompt_embeds": noise(1, 77, 768)}, {})
     latents_recipe = {
-        "vae": "", "geometry": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std", "store_dtype": "float16",
+        "vae": "", "geometry": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
+        "store_dtype": "float16",
     }  # fmt: skip
     recipe = {"latents": latents_recipe, "text": {}, "libraries": {}}
     latent = {"scaling_factor": 0.18215, "shift_factor": 0.0, "factor": 8, "channels": 4, "views": ["plain"]}
