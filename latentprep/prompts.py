@@ -3,8 +3,12 @@
 import hashlib
 from importlib.resources import files
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentprep.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def counter(*parts: object) -> int:
@@ -57,3 +61,19 @@ def make_prompt(template: tuple[str, ...] | None, caption: str, placeholder: str
         return caption
     line = template[counter("template", seed, key) % len(template)]
     return line.replace("[filewords]", caption).replace("[name]", placeholder)
+
+
+def vary_tags(caption: str, random: "np.random.Generator", shuffle: bool, drop_out: float, keep: int) -> str:
+    """A caption of comma-separated tags: shuffled, and each left out with the chance `drop_out`; the first `keep` stay.
+
+    The ancestor's order: first what is left out, then the shuffle. Spaces around tags are made one behind each comma.
+    """
+    if not (shuffle or drop_out):
+        return caption
+    tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
+    first, rest = tags[:keep], tags[keep:]
+    if drop_out:
+        rest = [tag for tag, draw in zip(rest, random.random(len(rest)), strict=True) if draw >= drop_out]
+    if shuffle:
+        rest = [rest[n] for n in random.permutation(len(rest))]
+    return ", ".join([*first, *rest])

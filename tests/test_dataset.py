@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
 from latentprep.errors import UserError
-from latentprep.read.dataset import mix, rescale_weight
+from latentprep.read.batch import rescale_weight
+from latentprep.read.counters import mix
 from tests.conftest import SMALL
 
 
@@ -153,7 +154,7 @@ def test_opening_touches_no_shard_and_pickles_without_maps(cache, tmp_path):
             "latent_sampling_method='often': expected one of once, deterministic, random.",
         ),
         ({"flip_p": 1.5}, "flip_p=1.5: a probability, expected 0 to 1."),
-        ({"use_weight": "some"}, "use_weight='some': expected True, False or 'raw'."),
+        ({"use_weight": "some"}, "use_weight='some': expected True, False, 'raw' or a floor such as 0.1."),
         ({"repeats": 0}, "repeats=0: expected at least 1."),
     ],
 )

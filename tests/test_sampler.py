@@ -21,9 +21,15 @@ class Data:
     def __len__(self):
         return self.num_images * self.repeats
 
-    def rows_of_bucket(self, bucket):
-        start = sum(self.counts[:bucket])
-        return np.arange(start, start + self.counts[bucket])
+    def count_of_bucket(self, bucket):
+        return self.counts[bucket]
+
+    def samples_of_bucket(self, bucket, numbers):
+        repeat, image = np.divmod(numbers.astype(np.int64), self.counts[bucket])
+        return sum(self.counts[:bucket]) + image + repeat * self.num_images
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
 
     def bucket(self, index):
         return int(np.searchsorted(np.cumsum(self.counts), index % self.num_images, side="right"))
@@ -47,25 +53,60 @@ def test_every_sample_exactly_once_in_batches_of_one_bucket(counts, batch_size, 
 @pytest.mark.parametrize("counts", [(1,), (7, 40), (10, 3), (33, 8, 8)])
 @pytest.mark.parametrize("batch_size", [1, 2, 5])
 @pytest.mark.parametrize("world_size", [2, 3, 8])
-@pytest.mark.filterwarnings("ignore:.*samples are left out")
-def test_ranks_share_the_epoch_with_one_bucket_a_step(counts, batch_size, world_size):
+@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.filterwarnings("ignore:.*come again in an epoch")
+def test_ranks_share_the_epoch_with_one_bucket_a_step(counts, batch_size, world_size, drop_last):
     data = Data(*counts)
-    ranks = [BucketBatchSampler(data, batch_size, rank=rank, world_size=world_size) for rank in range(world_size)]
+    ranks = [
+        BucketBatchSampler(data, batch_size, rank=rank, world_size=world_size, drop_last=drop_last)
+        for rank in range(world_size)
+    ]
     steps = list(zip(*(list(sampler) for sampler in ranks), strict=True))  # all have as many steps
+    assert len(steps) == len(ranks[0])
     for step in steps:
         assert len({data.bucket(index) for batch in step for index in batch}) == 1
         assert all(1 <= len(batch) <= batch_size for batch in step)
         assert max(map(len, step)) - min(map(len, step)) <= 1
     seen = Counter(index for step in steps for batch in step for index in batch)
-    assert set(seen.values()) <= {1}
+    assert sum(seen.values()) - len(seen) == ranks[0].num_repeated
     assert len(seen) == len(data) - ranks[0].num_dropped
-    if batch_size > 1:
-        assert ranks[0].num_dropped == sum(count for count in counts if count < world_size)
+    if drop_last:
+        assert ranks[0].num_repeated == 0
+    else:
+        assert ranks[0].num_dropped == 0
+        if batch_size > 1 and min(counts) >= world_size:
+            assert ranks[0].num_repeated == 0
 
 
 def test_what_cannot_be_shared_out_is_said():
-    with pytest.warns(UserWarning, match=r"3 samples are left out of each epoch: too few in a bucket for 4 ranks"):
-        BucketBatchSampler(Data(3, 8), 2, world_size=4)
+    with pytest.warns(UserWarning, match=r"1 samples come again in an epoch: buckets hold too few for 4 ranks"):
+        sampler = BucketBatchSampler(Data(3, 8), 2, world_size=4)
+    assert sampler.num_repeated == 1
+    with pytest.warns(UserWarning, match="7 samples come again"):
+        ranks = [BucketBatchSampler(Data(1), 5, rank=rank, world_size=8) for rank in range(8)]
+    assert [list(rank) for rank in ranks] == [[[0]]] * 8
+
+
+def test_set_epoch_tells_the_dataset():
+    data = Data(5)
+    sampler = BucketBatchSampler(data, 2)
+    sampler.set_epoch(3)
+    assert data.epoch == 3
+    assert sampler.sampler is sampler  # where Lightning looks for set_epoch
+
+
+def test_it_knows_itself_how_far_it_is():
+    """As torchdata's StatefulDataLoader asks it: without being told how many batches were used."""
+    sampler = BucketBatchSampler(Data(20, 9), 4, seed=3)
+    sampler.set_epoch(1)
+    whole = list(sampler)
+    assert sampler.state_dict()["next_batch"] == 0
+    batches = iter(sampler)
+    first = [next(batches) for _ in range(3)]
+    other = BucketBatchSampler(Data(20, 9), 4, seed=3)
+    other.load_state_dict(sampler.state_dict())
+    assert first + list(other) == whole
+    assert list(other) == whole  # and then the epoch from its start
 
 
 def test_drop_last_leaves_out_leftovers_only():

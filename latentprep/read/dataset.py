@@ -1,6 +1,5 @@
-"""LatentDataset: a latent cache as a map-style PyTorch dataset, and LatentBatch: what it hands to a training loop."""
+"""LatentDataset: a latent cache as a map-style PyTorch dataset."""
 
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,99 +12,11 @@ from latentprep.cache.manifest import open_manifest
 from latentprep.cache.shard import UNCOND_NAME, Latents, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
+from latentprep.prompts import load_template, make_prompt, vary_tags
+from latentprep.read.batch import CondModel, LatentBatch, rescale_weight
+from latentprep.read.counters import CAPTION, DROP, FLIP, NOISE, PROMPT, fractions, mix
 
 SAMPLING_METHODS = ("once", "deterministic", "random")
-
-
-@dataclass(eq=False)
-class LatentBatch:
-    """B samples of one bucket. Numbers stay as stored until they are asked for, so that little crosses to the GPU."""
-
-    index: Tensor  # [B] int64: indices into the dataset
-    latent_mean: Tensor  # [B,C,h,w] in the store dtype; unscaled
-    latent_std: Tensor | None  # the same; None: the mean is the sample
-    noise_seed: Tensor | None  # [B] int64, on the CPU: what each sample's draw starts from
-    scaling_factor: float
-    shift_factor: float
-    stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
-    cond_text: list[str]  # B prompts
-    weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
-    original_size: Tensor  # [B,2] int32: height, width before the resize
-    resized_size: Tensor  # [B,2] int32
-    crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
-    flipped: Tensor  # [B] bool
-    _drawn: Tensor | None = field(default=None, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.index)
-
-    @property
-    def latent_sample(self) -> Tensor:
-        """[B,C,h,w] float32, scaled for the UNet: (mean + std * noise - shift_factor) * scaling_factor.
-
-        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample there. (From
-        one seed a GPU draws other numbers than a CPU.)
-        """
-        if self._drawn is None:
-            sample = self.latent_mean.float()
-            if self.latent_std is not None and self.noise_seed is not None:
-                sample = sample + self.latent_std.float() * draw_noise(self.noise_seed, sample)
-            self._drawn = (sample - self.shift_factor) * self.scaling_factor
-        return self._drawn
-
-    @property
-    def cond(self) -> dict[str, Tensor] | None:
-        """Text embeddings in float32: {"prompt_embeds": [B,T,D], ...}; None where the dataset leaves them out."""
-        return None if self.stored_cond is None else {name: value.float() for name, value in self.stored_cond.items()}
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "LatentBatch":
-        """The batch on another device. Seeds stay behind: they are for the CPU's eyes."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> "LatentBatch":
-        """The batch in page-locked memory; a DataLoader with pin_memory=True calls this."""
-        return self._map(lambda tensor: tensor.pin_memory())
-
-    def _map(self, move: Any) -> "LatentBatch":
-        names = (
-            "index",
-            "latent_mean",
-            "latent_std",
-            "weight",
-            "original_size",
-            "resized_size",
-            "crop",
-            "flipped",
-            "_drawn",
-        )
-        moved = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
-        if self.stored_cond is not None:
-            moved["stored_cond"] = {name: move(value) for name, value in self.stored_cond.items()}
-        return replace(self, **moved)
-
-
-def draw_noise(seeds: Tensor, like: Tensor) -> Tensor:
-    """Standard normal noise of like's shape; every row from a seed of its own, so that batches may be cut anyhow."""
-    generator = torch.Generator(like.device)
-    noise = torch.empty_like(like)
-    for row, seed in zip(noise, seeds.tolist(), strict=True):
-        row.normal_(generator=generator.manual_seed(seed))
-    return noise
-
-
-def mix(seed: int, *parts: np.ndarray | int) -> np.ndarray:
-    """uint64 numbers that depend on every part and on nothing else (splitmix64, chained): counters, not state."""
-    state = np.asarray(seed % 2**64, np.uint64)
-    with np.errstate(over="ignore"):
-        for part in parts:
-            state = (state ^ np.asarray(part, np.uint64)) + np.uint64(0x9E3779B97F4A7C15)
-            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            state = state ^ (state >> np.uint64(31))
-    return state
-
-
-FLIP, NOISE, PROMPT = 1, 2, 3  # what a counter is for, so that no two choices share one
 
 
 class OpenGroup:
@@ -136,8 +47,20 @@ class LatentDataset(Dataset[LatentBatch]):
         mean; "random": a fresh draw every epoch, which the seed decides.
     repeats: how often each image stands in an epoch.
     flip_p: how often the mirrored view is taken, 0..1; the cache needs `encode --flip`.
+    include_cond: whether batches hold text embeddings.
     use_weight: True rescales each weight map to a minimum of 0 and a mean of 1, so that losses stay comparable, as the
-        ancestor did (a constant map becomes ones); "raw" gives alpha as stored, 0..1. Images without alpha get ones.
+        ancestor did (a constant map becomes ones); "raw" gives alpha as stored, 0..1; a number such as 0.1 gives alpha,
+        but never less than that. Images without alpha get ones.
+    caption_dropout: how often a sample gets the empty prompt and its cond, 0..1, for classifier-free guidance.
+
+    Prompts are the stored ones, with their stored cond, unless one of these asks for prompts that are made anew for
+    every sample and epoch, from the stored captions (of several captions one is taken):
+
+    template, placeholder_token: as in `encode`: a shipped name or a file, with [filewords] and [name].
+    shuffle_tags, keep_tags: shuffle the comma-separated tags of the caption, all but the first `keep_tags`.
+    tag_drop_out: how often each of those tags is left out, 0..1.
+    cond_model: makes their cond: a callable from a list of B prompts to [B,T,D], or to a dict of such. It is called in
+        the training process, when batch.cond is asked for; without it, say include_cond=False.
 
     `data[i]` and `data.__getitems__(indices)` give a LatentBatch; the indices of one batch are to be of one bucket, as
     BucketBatchSampler gives them. Raises UserError for a cache that is missing or lacks what is asked for.
@@ -151,13 +74,24 @@ class LatentDataset(Dataset[LatentBatch]):
         repeats: int = 1,
         flip_p: float = 0.0,
         include_cond: bool = True,
-        use_weight: bool | str = False,
+        use_weight: bool | str | float = False,
+        caption_dropout: float = 0.0,
+        template: str | Path | None = None,
+        placeholder_token: str = "",
+        shuffle_tags: bool = False,
+        keep_tags: int = 0,
+        tag_drop_out: float = 0.0,
+        cond_model: CondModel | None = None,
         seed: int = 0,
     ) -> None:
         self.storage = Storage(cache)
         self.manifest = open_manifest(self.storage)
         self.latent_sampling_method, self.repeats, self.flip_p = latent_sampling_method, repeats, flip_p
         self.include_cond, self.use_weight, self.seed = include_cond, use_weight, seed
+        self.caption_dropout, self.shuffle_tags, self.keep_tags = caption_dropout, shuffle_tags, keep_tags
+        self.tag_drop_out, self.placeholder_token, self.cond_model = tag_drop_out, placeholder_token, cond_model
+        self.template = load_template(str(template)) if template is not None else None
+        self.makes_prompts = template is not None or shuffle_tags or tag_drop_out > 0
         self.scaling_factor: float = self.manifest.latent["scaling_factor"]
         self.shift_factor: float = self.manifest.latent["shift_factor"]
         self._check()
@@ -174,8 +108,12 @@ class LatentDataset(Dataset[LatentBatch]):
         self._starts = np.cumsum([0, *counts], dtype=np.int64)
         self.buckets: list[tuple[int, ...]] = sorted({s for s, n in zip(shapes, counts, strict=True) if n})  # [C,h,w]
         numbers = {shape: number for number, shape in enumerate(self.buckets)}
-        self._bucket_of_group = np.array([numbers.get(shape, -1) for shape in shapes], np.int64)
+        of_group = np.array([numbers.get(shape, -1) for shape in shapes], np.int64)
+        self._groups_of_bucket = [np.flatnonzero(of_group == bucket) for bucket in range(len(self.buckets))]
+        sizes = np.array(counts, np.int64)
+        self._bucket_starts = [np.concatenate([[0], np.cumsum(sizes[own])]) for own in self._groups_of_bucket]
         self._open: dict[int, OpenGroup] = {}
+        self._uncond: dict[str, Tensor] | None = None
         self._cond: dict[str, Any] | None = None  # name -> dtype and shape of a row, the same in all shards
 
     def _check(self) -> None:
@@ -187,16 +125,38 @@ class LatentDataset(Dataset[LatentBatch]):
                 f"latent_sampling_method={method!r}: {self.storage.root} holds means only. "
                 "Use 'deterministic', or encode with --store mean+std."
             )
-        if not 0 <= self.flip_p <= 1:
-            raise UserError(f"flip_p={self.flip_p}: a probability, expected 0 to 1.")
+        for name in ("flip_p", "caption_dropout", "tag_drop_out"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)}: a probability, expected 0 to 1.")
         if self.flip_p and "flipped" not in views:
             raise UserError(f"flip_p={self.flip_p}: {self.storage.root} holds no mirrored views. Encode with --flip.")
-        if self.use_weight not in (True, False, "raw"):
-            raise UserError(f"use_weight={self.use_weight!r}: expected True, False or 'raw'.")
+        is_floor = isinstance(self.use_weight, float) and 0 <= self.use_weight <= 1
+        if not (isinstance(self.use_weight, bool) or self.use_weight == "raw" or is_floor):
+            raise UserError(f"use_weight={self.use_weight!r}: expected True, False, 'raw' or a floor such as 0.1.")
+        self._check_prompts()
         if self.repeats < 1:
             raise UserError(f"repeats={self.repeats}: expected at least 1.")
         if self.manifest.num_images == 0:
             raise UserError(f"{self.storage.root}: the cache is empty, there is nothing to train on.")
+
+    def _check_prompts(self) -> None:
+        has_cond = self.manifest.uncond_file is not None
+        if self.makes_prompts and self.include_cond and self.cond_model is None and has_cond:
+            raise UserError(
+                "template, shuffle_tags and tag_drop_out make prompts anew, which the stored cond does not fit. Give "
+                "cond_model=, a callable from prompts to cond, or include_cond=False."
+            )
+        if self.cond_model is not None and not self.makes_prompts:
+            raise UserError(
+                "cond_model: the cond is stored already. It is for prompts that are made anew: template, shuffle_tags, "
+                "tag_drop_out."
+            )
+        if self.template and any("[name]" in line for line in self.template) and not self.placeholder_token:
+            raise UserError("template: uses [name]. Say what it stands for: placeholder_token='sks dog'.")
+        if self.placeholder_token and self.template is None:
+            raise UserError("placeholder_token: without a template there is no [name]. Give template= as well.")
+        if self.keep_tags and not (self.shuffle_tags or self.tag_drop_out):
+            raise UserError(f"keep_tags={self.keep_tags}: nothing is shuffled or dropped. Give shuffle_tags=True.")
 
     @property
     def num_images(self) -> int:
@@ -209,10 +169,18 @@ class LatentDataset(Dataset[LatentBatch]):
         """The epoch that flips and random draws depend on; LatentLoader sets it."""
         self._epoch.fill_(epoch)
 
-    def rows_of_bucket(self, bucket: int) -> np.ndarray:
-        """Images, [N] int64, of a bucket by its place in `buckets`."""
-        own = np.flatnonzero(self._bucket_of_group == bucket)
-        return np.concatenate([np.arange(self._starts[g], self._starts[g + 1]) for g in own])
+    def count_of_bucket(self, bucket: int) -> int:
+        """Images of a bucket, by its place in `buckets`."""
+        return int(self._bucket_starts[bucket][-1])
+
+    def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
+        """Indices [B] of samples given by their numbers in a bucket: image after image, repeat after repeat."""
+        starts = self._bucket_starts[bucket]
+        repeat, image = np.divmod(numbers.astype(np.int64), starts[-1])
+        place = np.searchsorted(starts, image, side="right") - 1
+        group = self._groups_of_bucket[bucket][place]
+        found: np.ndarray = self._starts[group] + image - starts[place] + repeat * self.num_images
+        return found
 
     def key(self, index: int) -> str:
         """Path of an image relative to the folder that was encoded."""
@@ -284,14 +252,9 @@ class LatentDataset(Dataset[LatentBatch]):
         epoch, counters = int(self._epoch), chosen % len(self)
         view = np.zeros(len(chosen), np.int64)
         if self.flip_p:
-            draws = mix(self.seed, FLIP, epoch, counters) >> np.uint64(11)
-            view = (draws * 2.0**-53 < self.flip_p).astype(np.int64)
+            view = (fractions(mix(self.seed, FLIP, epoch, counters)) < self.flip_p).astype(np.int64)
         rows = [(group, n * group.num_views + v) for (group, n), v in zip(located, view.tolist(), strict=True)]
-        draws = mix(self.seed, PROMPT, epoch, counters).tolist()
-        prompts = [
-            (group, group.prompt_of[n, draw % group.prompt_of.shape[1]].item())
-            for (group, n), draw in zip(located, draws, strict=True)
-        ]
+        cond_text, stored_cond = self._take_text(located, epoch, counters)
         is_drawn = self.latent_sampling_method != "deterministic"
         return LatentBatch(
             index=torch.from_numpy(chosen),
@@ -302,9 +265,10 @@ class LatentDataset(Dataset[LatentBatch]):
             noise_seed=self._noise_seeds(located, epoch, counters) if is_drawn else None,
             scaling_factor=self.scaling_factor,
             shift_factor=self.shift_factor,
-            stored_cond=self._gather_cond(prompts),
-            cond_text=[group.prompt[number] for group, number in prompts],
-            weight=self._gather_weight(rows) if self.use_weight else None,
+            stored_cond=stored_cond,
+            cond_text=cond_text,
+            cond_model=self.cond_model if self.include_cond else None,
+            weight=self._gather_weight(rows) if self.use_weight is not False else None,
             original_size=torch.from_numpy(np.array([group.original_size[n] for group, n in located])),
             resized_size=torch.from_numpy(np.array([group.resized_size[row] for group, row in rows])),
             crop=torch.from_numpy(np.array([group.crop[row] for group, row in rows])),
@@ -317,17 +281,59 @@ class LatentDataset(Dataset[LatentBatch]):
             counters, epoch = np.array([group.digest[n] for group, n in located]), 0
         return torch.from_numpy((mix(self.seed, NOISE, epoch, counters) >> np.uint64(1)).astype(np.int64))
 
-    def _gather_cond(self, prompts: list[tuple[OpenGroup, int]]) -> dict[str, Tensor] | None:
-        names = prompts[0][0].cond
+    def _take_text(
+        self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray
+    ) -> tuple[list[str], dict[str, Tensor] | None]:
+        """B prompts, and their cond as far as it is stored."""
+        is_dropped = np.zeros(len(located), bool)
+        if self.caption_dropout:
+            is_dropped = fractions(mix(self.seed, DROP, epoch, counters)) < self.caption_dropout
+        if self.makes_prompts:
+            texts = self._make_prompts(located, epoch, counters)
+            return ["" if drop else text for text, drop in zip(texts, is_dropped, strict=True)], None
+        draws = mix(self.seed, PROMPT, epoch, counters).tolist()
+        chosen = [
+            (group, group.prompt_of[n, draw % group.prompt_of.shape[1]].item())
+            for (group, n), draw in zip(located, draws, strict=True)
+        ]
+        prompts = [
+            "" if drop else group.prompt[n] for (group, n), drop in zip(chosen, is_dropped.tolist(), strict=True)
+        ]
+        names = located[0][0].cond
         if not self.include_cond or not names:
-            return None
-        return {name: torch.stack([group.cond[name][number] for group, number in prompts]) for name in names}
+            return prompts, None
+        cond = {name: torch.stack([group.cond[name][number] for group, number in chosen]) for name in names}
+        if is_dropped.any():
+            empty = self._empty_cond()
+            for name, value in cond.items():
+                value[torch.from_numpy(is_dropped)] = empty[name].to(value.dtype)
+        return prompts, cond
+
+    def _make_prompts(self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray) -> list[str]:
+        """A prompt for each sample, of a caption of its: tags dropped and shuffled, a line of the template filled."""
+        seeds = mix(self.seed, CAPTION, epoch, counters).tolist()
+        prompts = []
+        for (group, n), seed in zip(located, seeds, strict=True):
+            captions = group.caption[n]
+            random = np.random.default_rng(seed)
+            caption = captions[int(random.integers(len(captions)))] if captions else ""
+            caption = vary_tags(caption, random, self.shuffle_tags, self.tag_drop_out, self.keep_tags)
+            prompts.append(make_prompt(self.template, caption, self.placeholder_token, seed, group.key[n]))
+        return prompts
+
+    def _empty_cond(self) -> dict[str, Tensor]:
+        """Cond of the empty prompt, as stored; read once."""
+        if self._uncond is None:
+            self._uncond = open_uncond(self.storage)[1]
+        return self._uncond
 
     def _gather_weight(self, rows: list[tuple[OpenGroup, int]]) -> Tensor:
         ones = torch.ones(rows[0][0].shape[1:])
         maps = [ones if group.weight is None else group.weight[row].float() for group, row in rows]
         weight = torch.stack(maps)[:, None]
-        return weight if self.use_weight == "raw" else rescale_weight(weight)
+        if self.use_weight is True:
+            return rescale_weight(weight)
+        return weight if self.use_weight == "raw" else weight.clamp(min=float(self.use_weight))
 
     @staticmethod
     def collate(batch: "LatentBatch | list[LatentBatch]") -> LatentBatch:
@@ -339,14 +345,5 @@ class LatentDataset(Dataset[LatentBatch]):
         raise UserError("collate: DataLoader did not fetch a whole batch at once. Use LatentLoader.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}  # memory maps are opened anew in each process
-
-
-def rescale_weight(weight: Tensor) -> Tensor:
-    """Weight maps [B,1,h,w] with a minimum of 0 and a mean of 1 each; ones where a map is constant.
-
-    stable-diffusion-webui's rule, which divided by zero for constant maps.
-    """
-    weight = weight - weight.amin(dim=(1, 2, 3), keepdim=True)
-    mean = weight.mean(dim=(1, 2, 3), keepdim=True)
-    return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(weight.dtype).tiny), torch.ones_like(weight))
+        # memory maps are opened anew in each process, and a text encoder stays where it is
+        return {**self.__dict__, "_open": {}, "_uncond": None, "cond_model": None}

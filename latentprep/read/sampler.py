@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,8 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader, Sampler
 
 from latentprep.errors import UserError
-from latentprep.read.dataset import LatentBatch, LatentDataset
+from latentprep.read.batch import LatentBatch
+from latentprep.read.dataset import LatentDataset
 
 SHUFFLE_SAMPLES, SHUFFLE_BATCHES = 1, 2  # what a random stream is for
 
@@ -19,8 +20,12 @@ class BucketBatchSampler(Sampler[list[int]]):
     """Batches of one bucket; every sample exactly once in an epoch, all ranks together.
 
     Every rank gets the same bucket at the same step, and as many steps. What is left over in a bucket makes a short
-    batch, or is left out with drop_last. `num_dropped` says how many samples an epoch leaves out: without drop_last
-    only what cannot be shared out so that no rank goes without (fewer samples left than ranks).
+    batch, or is left out with drop_last. Where too few are left to give every rank one, some of the bucket's samples
+    come a second time in the epoch, so that no rank waits for the others for ever; that is warned of, and
+    `num_repeated` says how many. `num_dropped` says how many an epoch leaves out.
+
+    set_epoch decides the order, and tells the dataset too, whose draws and flips depend on it. state_dict and
+    load_state_dict go on in mid-epoch. Holds 4 bytes a sample (8 beyond four billion).
     """
 
     def __init__(
@@ -42,49 +47,52 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.epoch = 0
         self.start = 0  # the next epoch's first batch: more than 0 after load_state_dict
-        counts = [len(data.rows_of_bucket(bucket)) * data.repeats for bucket in range(len(data.buckets))]
-        # per step of an epoch in order: bucket, and the part of the bucket's samples that all ranks share
-        self._steps = [(b, start, stop) for b, n in enumerate(counts) for start, stop in self._cut(n)]
-        self.num_dropped = sum(counts) - sum(stop - start for _, start, stop in self._steps)
-        if self.num_dropped and not drop_last:
+        self._given = 0  # batches of this epoch so far
+        self._counts = [data.count_of_bucket(bucket) * data.repeats for bucket in range(len(data.buckets))]
+        plans = [plan_bucket(count, batch_size, world_size, drop_last) for count in self._counts]
+        self._plans = plans
+        self._first_step = np.cumsum([0, *(plan.num_steps for plan in plans)])  # of each bucket, before the shuffle
+        self.num_dropped = sum(max(0, n - plan.num_samples) for n, plan in zip(self._counts, plans, strict=True))
+        self.num_repeated = sum(max(0, plan.num_samples - n) for n, plan in zip(self._counts, plans, strict=True))
+        if self.num_repeated:
             warnings.warn(
-                f"{self.num_dropped} samples are left out of each epoch: too few in a bucket for {world_size} ranks",
+                f"{self.num_repeated} samples come again in an epoch: buckets hold too few for {world_size} ranks. "
+                "drop_last=True leaves such buckets out instead.",
                 stacklevel=2,
             )
 
-    def _cut(self, count: int) -> list[tuple[int, int]]:
-        """Where to cut a bucket of so many samples into steps of at most batch_size on each rank."""
-        whole = self.batch_size * self.world_size
-        edges = list(range(0, count + 1, whole))
-        left_over = count - edges[-1]
-        if left_over >= self.world_size and not self.drop_last:
-            edges.append(count)
-        elif left_over and not self.drop_last and len(edges) > 1 and self.batch_size > 1:
-            edges[-1:] = [(edges[-2] + count) // 2, count]  # too few for one each: share them with the step before
-        return list(pairwise(edges))
+    @property
+    def sampler(self) -> "BucketBatchSampler":
+        """Itself: Lightning looks here for set_epoch."""
+        return self
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return int(self._first_step[-1])
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
+        self.data.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start = self.start, 0
-        steps = np.arange(len(self._steps))
+        steps = np.arange(len(self))
         if self.shuffle:
             self._stream(SHUFFLE_BATCHES).shuffle(steps)
         order: dict[int, np.ndarray] = {}
-        for step in steps[start:]:
-            bucket, first, last = self._steps[step]
+        for number in range(start, len(steps)):
+            bucket = int(np.searchsorted(self._first_step, steps[number], side="right")) - 1
             if bucket not in order:
                 order[bucket] = self._order(bucket)
-            yield np.array_split(order[bucket][first:last], self.world_size)[self.rank].tolist()
+            first, last = self._plans[bucket].cut(int(steps[number] - self._first_step[bucket]), self.rank)
+            own = order[bucket].take(np.arange(first, last), mode="wrap")
+            self._given = number + 1
+            yield self.data.samples_of_bucket(bucket, own).tolist()
+        self._given = 0
 
     def _order(self, bucket: int) -> np.ndarray:
-        """The samples of a bucket in this epoch's order: the same on every rank."""
-        rows, size = self.data.rows_of_bucket(bucket), self.data.num_images
-        samples = np.concatenate([rows + repeat * size for repeat in range(self.data.repeats)])
+        """The samples of a bucket, by their number in it, in this epoch's order: the same on every rank."""
+        count = self._counts[bucket]
+        samples = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
         if self.shuffle:
             self._stream(SHUFFLE_SAMPLES, bucket).shuffle(samples)
         return samples
@@ -92,10 +100,11 @@ class BucketBatchSampler(Sampler[list[int]]):
     def _stream(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed % 2**64, self.epoch, *purpose])
 
-    def state_dict(self, next_batch: int = 0) -> dict[str, Any]:
-        """Where an epoch stands once `next_batch` of its batches were used."""
+    def state_dict(self, next_batch: int | None = None) -> dict[str, Any]:
+        """Where an epoch stands once `next_batch` of its batches were used; by default, of those given out so far."""
         same = {name: getattr(self, name) for name in ("seed", "batch_size", "world_size", "shuffle", "drop_last")}
-        return {"epoch": self.epoch, "next_batch": next_batch, "num_samples": len(self.data), **same}
+        given = self._given if next_batch is None else next_batch
+        return {"epoch": self.epoch, "next_batch": given, "num_samples": len(self.data), **same}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in mid-epoch with the batches that remain. Raises UserError where they would be other batches."""
@@ -103,9 +112,59 @@ class BucketBatchSampler(Sampler[list[int]]):
         for name in mine.keys() - {"epoch", "next_batch"}:
             if state.get(name) != mine[name]:
                 raise UserError(
-                    f"load_state_dict: saved with {name}={state.get(name)}, this sampler has {name}={mine[name]}."
+                    f"load_state_dict: saved with {name}={state.get(name)}, this sampler has {name}={mine[name]}. "
+                    "The batches that remain would be other ones: give it the same, or start a new epoch."
                 )
-        self.epoch, self.start = state["epoch"], state["next_batch"]
+        self.set_epoch(state["epoch"])
+        self.start = self._given = state["next_batch"]
+
+
+@dataclass(frozen=True)
+class BucketPlan:
+    """How the samples of one bucket, in some order, are cut into steps, and a step into a part for each rank.
+
+    All steps but the last two take batch_size for each rank; `tail` says how many samples those two take.
+    """
+
+    batch_size: int
+    world_size: int
+    num_whole: int  # steps that take batch_size * world_size
+    tail: tuple[int, ...]  # samples of each step after those
+
+    @property
+    def num_steps(self) -> int:
+        return self.num_whole + len(self.tail)
+
+    @property
+    def num_samples(self) -> int:
+        return self.num_whole * self.batch_size * self.world_size + sum(self.tail)
+
+    def cut(self, step: int, rank: int) -> tuple[int, int]:
+        """Where a rank's part of a step begins and ends."""
+        if step < self.num_whole:
+            first, count = step * self.batch_size * self.world_size, self.batch_size * self.world_size
+        else:
+            rest = step - self.num_whole
+            first = self.num_whole * self.batch_size * self.world_size + sum(self.tail[:rest])
+            count = self.tail[rest]
+        # the first ranks get one more where it does not come out even
+        share, more = divmod(count, self.world_size)
+        begin = first + rank * share + min(rank, more)
+        return begin, begin + share + (rank < more)
+
+
+def plan_bucket(count: int, batch_size: int, world_size: int, drop_last: bool) -> BucketPlan:
+    """Cut `count` samples into steps of at most batch_size for each rank, of which no rank goes without."""
+    step = batch_size * world_size
+    num_whole, left = divmod(count, step)
+    if left == 0 or drop_last:
+        return BucketPlan(batch_size, world_size, num_whole, ())
+    if left >= world_size:
+        return BucketPlan(batch_size, world_size, num_whole, (left,))
+    if num_whole and batch_size > 1:  # too few for one each: share them with the step before
+        both = step + left
+        return BucketPlan(batch_size, world_size, num_whole - 1, (both - both // 2, both // 2))
+    return BucketPlan(batch_size, world_size, num_whole, (world_size,))  # the first of the bucket come again
 
 
 class LatentLoader:
@@ -154,11 +213,12 @@ class LatentLoader:
 
     def __iter__(self) -> Iterator[LatentBatch]:
         self.sampler.set_epoch(self.epoch)
-        self.data.set_epoch(self.epoch)
         self._used = self.sampler.start = self._resume_at
         self._resume_at = 0
         for batch in self.dataloader:
             self._used += 1
+            if self.data.include_cond:
+                batch.cond_model = self.data.cond_model
             yield batch
         self.epoch, self._used = self.epoch + 1, 0
 

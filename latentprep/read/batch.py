@@ -1,0 +1,116 @@
+"""LatentBatch: what a training loop is handed. Nothing in it is computed before it is asked for."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CondModel = Callable[[list[str]], "Tensor | dict[str, Tensor]"]  # B prompts -> [B,T,D], or name -> [B,...]
+
+
+@dataclass(eq=False)
+class LatentBatch:
+    """B samples of one bucket. Numbers stay as stored until they are asked for, so that little crosses to the GPU."""
+
+    index: Tensor  # [B] int64: indices into the dataset
+    latent_mean: Tensor  # [B,C,h,w] in the store dtype; unscaled
+    latent_std: Tensor | None  # the same; None: the mean is the sample
+    noise_seed: Tensor | None  # [B] int64, on the CPU: what each sample's draw starts from
+    scaling_factor: float
+    shift_factor: float
+    stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
+    cond_text: list[str]  # B prompts
+    weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
+    original_size: Tensor  # [B,2] int32: height, width before the resize
+    resized_size: Tensor  # [B,2] int32
+    crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
+    flipped: Tensor  # [B] bool
+    cond_model: CondModel | None = None  # makes cond of cond_text, where the dataset makes prompts of its own
+    _drawn: Tensor | None = field(default=None, repr=False)
+    _made_cond: dict[str, Tensor] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def latent_sample(self) -> Tensor:
+        """[B,C,h,w] float32, scaled for the UNet: (mean + std * noise - shift_factor) * scaling_factor.
+
+        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample there. (From
+        one seed a GPU draws other numbers than a CPU.)
+        """
+        if self._drawn is None:
+            sample = self.latent_mean.float()
+            if self.latent_std is not None and self.noise_seed is not None:
+                sample = sample + self.latent_std.float() * draw_noise(self.noise_seed, sample)
+            self._drawn = (sample - self.shift_factor) * self.scaling_factor
+        return self._drawn
+
+    @property
+    def cond(self) -> dict[str, Tensor] | None:
+        """Text embeddings: {"prompt_embeds": [B,T,D], ...}, float32 as far as they are stored; None without.
+
+        Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
+        """
+        if self.stored_cond is not None:
+            return {name: value.float() for name, value in self.stored_cond.items()}
+        if self._made_cond is None and self.cond_model is not None:
+            made = self.cond_model(self.cond_text)
+            self._made_cond = made if isinstance(made, dict) else {"prompt_embeds": made}
+        return self._made_cond
+
+    @property
+    def time_ids(self) -> Tensor:
+        """[B,6] float32 for SDXL: original height and width, crop top and left, target height and width.
+
+        As diffusers' train_text_to_image_sdxl.py makes them: the crop's corner in the resized image, and for a mirrored
+        view in the mirrored one; the target is the crop's size.
+        """
+        top, left, height, width = self.crop.unbind(1)
+        mirrored = self.resized_size[:, 1] - left - width
+        left = torch.where(self.flipped, mirrored, left)
+        return torch.stack([*self.original_size.unbind(1), top, left, height, width], dim=1).float()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "cond_model": None}  # stays in the training process; LatentLoader puts it back
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "LatentBatch":
+        """The batch on another device. Seeds stay behind: they are for the CPU's eyes."""
+        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "LatentBatch":
+        """The batch in page-locked memory; a DataLoader with pin_memory=True calls this."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
+    def _map(self, move: Any) -> "LatentBatch":
+        names = (
+            "index", "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped",
+            "_drawn",
+        )  # fmt: skip
+        moved = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
+        if self._made_cond is not None:
+            moved["_made_cond"] = {name: move(value) for name, value in self._made_cond.items()}
+        if self.stored_cond is not None:
+            moved["stored_cond"] = {name: move(value) for name, value in self.stored_cond.items()}
+        return replace(self, **moved)
+
+
+def draw_noise(seeds: Tensor, like: Tensor) -> Tensor:
+    """Standard normal noise of like's shape; every row from a seed of its own, so that batches may be cut anyhow."""
+    generator = torch.Generator(like.device)
+    noise = torch.empty_like(like)
+    for row, seed in zip(noise, seeds.tolist(), strict=True):
+        row.normal_(generator=generator.manual_seed(seed))
+    return noise
+
+
+def rescale_weight(weight: Tensor) -> Tensor:
+    """Weight maps [B,1,h,w] with a minimum of 0 and a mean of 1 each; ones where a map is constant.
+
+    stable-diffusion-webui's rule, which divided by zero for constant maps.
+    """
+    weight = weight - weight.amin(dim=(1, 2, 3), keepdim=True)
+    mean = weight.mean(dim=(1, 2, 3), keepdim=True)
+    return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(weight.dtype).tiny), torch.ones_like(weight))
