@@ -1,7 +1,8 @@
 """LatentDataset: a latent cache as a map-style PyTorch dataset."""
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,13 +31,33 @@ class OpenGroup:
 
         self.num_views, self.shape = group.latent_mean.shape[1], tuple(group.latent_mean.shape[2:])
         self.mean, self.std, self.weight = group.latent_mean.flatten(0, 1), rows(group.latent_std), rows(group.weight)
-        # numpy, since a row of it costs a tenth of a tensor's
-        self.original_size = group.original_size.numpy()
-        self.resized_size = group.resized_size.flatten(0, 1).numpy()
-        self.crop = group.crop.flatten(0, 1).numpy()
+        # [N*V,8]: original_size, resized_size, crop; numpy, since a row of it costs a tenth of a tensor's
+        original_size = group.original_size[:, None].expand(-1, self.num_views, -1)
+        self.geometry = torch.cat([original_size, group.resized_size, group.crop], dim=2).flatten(0, 1).numpy()
         self.digest = group.digest.numpy().view(np.uint64)[:, 0]
         self.key, self.caption, self.prompt_of = words.key, words.caption, words.prompt_of
         self.prompt, self.cond = text.prompt, text.cond
+
+
+class Run(NamedTuple):
+    """Consecutive images of a batch that stand in one group."""
+
+    group: OpenGroup
+    images: np.ndarray  # [n] int64: their rows in the group
+    span: slice  # where they are in the batch
+
+
+def gather(parts: list[tuple[Tensor, np.ndarray]]) -> Tensor:
+    """[B,...]: rows of memory-mapped tensors, part after part."""
+    count = sum(len(rows) for _, rows in parts)
+    if len(parts) * 4 > count:  # few rows of each: one stack of views is the fastest
+        return torch.stack([tensor[row] for tensor, rows in parts for row in rows.tolist()])
+    out = torch.empty((count, *parts[0][0].shape[1:]), dtype=parts[0][0].dtype)
+    start = 0
+    for tensor, rows in parts:
+        torch.index_select(tensor, 0, torch.from_numpy(rows.astype(np.int64)), out=out[start : start + len(rows)])
+        start += len(rows)
+    return out
 
 
 class LatentDataset(Dataset[LatentBatch]):
@@ -184,13 +205,13 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def key(self, index: int) -> str:
         """Path of an image relative to the folder that was encoded."""
-        ((group, row),) = self._locate(np.array([index]))
-        return group.key[row]
+        (run,) = self._locate(np.array([index]))
+        return run.group.key[int(run.images[0])]
 
     def caption(self, index: int) -> list[str]:
         """The captions of an image."""
-        ((group, row),) = self._locate(np.array([index]))
-        return group.caption[row]
+        (run,) = self._locate(np.array([index]))
+        return run.group.caption[int(run.images[0])]
 
     def uncond(self) -> dict[str, Tensor] | None:
         """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond."""
@@ -198,18 +219,23 @@ class LatentDataset(Dataset[LatentBatch]):
             return None
         return {name: value.float() for name, value in open_uncond(self.storage)[1].items()}
 
-    def _locate(self, indices: np.ndarray) -> list[tuple[OpenGroup, int]]:
-        """The group and the image in it, of each index."""
+    def _locate(self, indices: np.ndarray) -> list[Run]:
+        """The images of a batch, cut into runs that stand in one group."""
         outside = indices[(indices < -len(self)) | (indices >= len(self))]
         if len(outside):
             raise IndexError(f"index {outside[0]} of a dataset of {len(self)}")
         images = indices % len(self) % self.num_images
         groups = np.searchsorted(self._starts, images, side="right") - 1
         rows = images - self._starts[groups]
-        for group in self._rows.keys() & set(groups.tolist()):
-            own = groups == group
-            rows[own] = self._rows[group][rows[own]]
-        return [(self._group(group), row) for group, row in zip(groups.tolist(), rows.tolist(), strict=True)]
+        edges = [0, *(np.flatnonzero(groups[1:] != groups[:-1]) + 1).tolist(), len(groups)]
+        runs = []
+        for first, last in pairwise(edges):
+            group = int(groups[first])
+            own = rows[first:last]
+            if group in self._rows:
+                own = self._rows[group][own]
+            runs.append(Run(self._group(group), own, slice(first, last)))
+        return runs
 
     def _group(self, number: int) -> OpenGroup:
         """A group, its files memory-mapped on first touch."""
@@ -242,8 +268,8 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def __getitems__(self, indices: list[int]) -> LatentBatch:
         chosen = np.asarray(indices, np.int64)
-        located = self._locate(chosen)
-        shapes = {group.shape for group, _ in located}
+        runs = self._locate(chosen)
+        shapes = {run.group.shape for run in runs}
         if len(shapes) > 1:
             raise UserError(
                 f"a batch of {len(indices)} indices mixes latents of {len(shapes)} shapes. "
@@ -253,67 +279,79 @@ class LatentDataset(Dataset[LatentBatch]):
         view = np.zeros(len(chosen), np.int64)
         if self.flip_p:
             view = (fractions(mix(self.seed, FLIP, epoch, counters)) < self.flip_p).astype(np.int64)
-        rows = [(group, n * group.num_views + v) for (group, n), v in zip(located, view.tolist(), strict=True)]
-        cond_text, stored_cond = self._take_text(located, epoch, counters)
+        rows = [run.images * run.group.num_views + view[run.span] for run in runs]
+        geometry = torch.from_numpy(np.concatenate([r.group.geometry[own] for r, own in zip(runs, rows, strict=True)]))
         is_drawn = self.latent_sampling_method != "deterministic"
+        cond_text, stored_cond = self._take_text(runs, epoch, counters)
         return LatentBatch(
             index=torch.from_numpy(chosen),
-            latent_mean=torch.stack([group.mean[row] for group, row in rows]),
-            latent_std=torch.stack([group.std[row] for group, row in rows if group.std is not None])
+            latent_mean=gather([(run.group.mean, own) for run, own in zip(runs, rows, strict=True)]),
+            latent_std=gather(
+                [(r.group.std, own) for r, own in zip(runs, rows, strict=True) if r.group.std is not None]
+            )
             if is_drawn
             else None,
-            noise_seed=self._noise_seeds(located, epoch, counters) if is_drawn else None,
+            noise_seed=self._noise_seeds(runs, epoch, counters) if is_drawn else None,
             scaling_factor=self.scaling_factor,
             shift_factor=self.shift_factor,
             stored_cond=stored_cond,
             cond_text=cond_text,
             cond_model=self.cond_model if self.include_cond else None,
-            weight=self._gather_weight(rows) if self.use_weight is not False else None,
-            original_size=torch.from_numpy(np.array([group.original_size[n] for group, n in located])),
-            resized_size=torch.from_numpy(np.array([group.resized_size[row] for group, row in rows])),
-            crop=torch.from_numpy(np.array([group.crop[row] for group, row in rows])),
+            weight=self._gather_weight(runs, rows) if self.use_weight is not False else None,
+            original_size=geometry[:, :2],
+            resized_size=geometry[:, 2:4],
+            crop=geometry[:, 4:],
             flipped=torch.from_numpy(view == 1),
         )
 
-    def _noise_seeds(self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray) -> Tensor:
+    def _noise_seeds(self, runs: list[Run], epoch: int, counters: np.ndarray) -> Tensor:
         """[B] int64. "once" counts by the image's content, so that a cache may grow without changing its draws."""
         if self.latent_sampling_method == "once":
-            counters, epoch = np.array([group.digest[n] for group, n in located]), 0
+            counters, epoch = np.concatenate([run.group.digest[run.images] for run in runs]), 0
         return torch.from_numpy((mix(self.seed, NOISE, epoch, counters) >> np.uint64(1)).astype(np.int64))
 
     def _take_text(
-        self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray
+        self, runs: list[Run], epoch: int, counters: np.ndarray
     ) -> tuple[list[str], dict[str, Tensor] | None]:
         """B prompts, and their cond as far as it is stored."""
-        is_dropped = np.zeros(len(located), bool)
+        is_dropped = np.zeros(len(counters), bool)
         if self.caption_dropout:
             is_dropped = fractions(mix(self.seed, DROP, epoch, counters)) < self.caption_dropout
         if self.makes_prompts:
-            texts = self._make_prompts(located, epoch, counters)
-            return ["" if drop else text for text, drop in zip(texts, is_dropped, strict=True)], None
-        draws = mix(self.seed, PROMPT, epoch, counters).tolist()
-        chosen = [
-            (group, group.prompt_of[n, draw % group.prompt_of.shape[1]].item())
-            for (group, n), draw in zip(located, draws, strict=True)
-        ]
-        prompts = [
-            "" if drop else group.prompt[n] for (group, n), drop in zip(chosen, is_dropped.tolist(), strict=True)
-        ]
-        names = located[0][0].cond
-        if not self.include_cond or not names:
-            return prompts, None
-        cond = {name: torch.stack([group.cond[name][number] for group, number in chosen]) for name in names}
+            prompts, cond = self._make_prompts(runs, epoch, counters), None
+        else:
+            prompts, cond = self._stored_prompts(runs, epoch, counters)
         if is_dropped.any():
-            empty = self._empty_cond()
-            for name, value in cond.items():
-                value[torch.from_numpy(is_dropped)] = empty[name].to(value.dtype)
+            prompts = ["" if drop else prompt for prompt, drop in zip(prompts, is_dropped.tolist(), strict=True)]
+            for name, value in (cond or {}).items():
+                value[torch.from_numpy(is_dropped)] = self._empty_cond()[name].to(value.dtype)
         return prompts, cond
 
-    def _make_prompts(self, located: list[tuple[OpenGroup, int]], epoch: int, counters: np.ndarray) -> list[str]:
+    def _stored_prompts(
+        self, runs: list[Run], epoch: int, counters: np.ndarray
+    ) -> tuple[list[str], dict[str, Tensor] | None]:
+        """Of each sample one of its stored prompts, and its cond."""
+        chosen: list[np.ndarray] = []
+        for run in runs:
+            count = run.group.prompt_of.shape[1]
+            variant: np.ndarray | int = 0
+            if count > 1:
+                variant = mix(self.seed, PROMPT, epoch, counters[run.span]) % np.uint64(count)
+            chosen.append(run.group.prompt_of[run.images, variant])
+        prompts = [run.group.prompt[n] for run, own in zip(runs, chosen, strict=True) for n in own.tolist()]
+        if not self.include_cond or not runs[0].group.cond:
+            return prompts, None
+        return prompts, {
+            name: gather([(run.group.cond[name], own) for run, own in zip(runs, chosen, strict=True)])
+            for name in runs[0].group.cond
+        }
+
+    def _make_prompts(self, runs: list[Run], epoch: int, counters: np.ndarray) -> list[str]:
         """A prompt for each sample, of a caption of its: tags dropped and shuffled, a line of the template filled."""
         seeds = mix(self.seed, CAPTION, epoch, counters).tolist()
+        places = [(run.group, n) for run in runs for n in run.images.tolist()]
         prompts = []
-        for (group, n), seed in zip(located, seeds, strict=True):
+        for (group, n), seed in zip(places, seeds, strict=True):
             captions = group.caption[n]
             random = np.random.default_rng(seed)
             caption = captions[int(random.integers(len(captions)))] if captions else ""
@@ -327,9 +365,13 @@ class LatentDataset(Dataset[LatentBatch]):
             self._uncond = open_uncond(self.storage)[1]
         return self._uncond
 
-    def _gather_weight(self, rows: list[tuple[OpenGroup, int]]) -> Tensor:
-        ones = torch.ones(rows[0][0].shape[1:])
-        maps = [ones if group.weight is None else group.weight[row].float() for group, row in rows]
+    def _gather_weight(self, runs: list[Run], rows: list[np.ndarray]) -> Tensor:
+        ones = torch.ones(runs[0].group.shape[1:])
+        maps = [
+            ones if run.group.weight is None else run.group.weight[row].float()
+            for run, own in zip(runs, rows, strict=True)
+            for row in own.tolist()
+        ]
         weight = torch.stack(maps)[:, None]
         if self.use_weight is True:
             return rescale_weight(weight)
