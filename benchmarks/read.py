@@ -1,17 +1,22 @@
-"""How fast a training loop reads: LatentLoader against the limit, an index_select from RAM.
+"""How fast a training loop reads: LatentLoader against the limit, and against how other tools store latents.
 
-    python benchmarks/read.py
+    python benchmarks/read.py                # MosaicML streaming takes part where it is installed
 
 Samples as of Stable Diffusion 1.5 at 512x512 (mean, std and cond in float16: 184 kB each), random order, one process,
-warm files. Both contenders run in turn on the same samples; compare the ratios.
+warm files. All contenders of the first table run in turn on the same samples; compare the ratios. Then: what workers
+change, and what it costs when no file is in memory yet.
 """
 
+import os
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from typing import Annotated
+from types import ModuleType
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -25,7 +30,9 @@ from latentprep.cache.storage import Storage
 SHAPE = (4, 64, 64)
 
 
-def write_cache(folder: Path, num_shards: int, rows: int) -> None:
+def write_cache(
+    folder: Path, num_shards: int, rows: int, shape: tuple[int, int, int] = SHAPE, width: int = 768
+) -> None:
     """A cache of random numbers in the real format, a prompt of its own for each sample."""
     storage = Storage(folder)
     generator = torch.Generator().manual_seed(0)
@@ -39,8 +46,8 @@ def write_cache(folder: Path, num_shards: int, rows: int) -> None:
         crop = torch.tensor([0, 0, 512, 512], dtype=torch.int32).repeat(rows, 1, 1)
         latents = LatentGroup(
             label="h512w512",
-            latent_mean=noise(rows, 1, *SHAPE),
-            latent_std=noise(rows, 1, *SHAPE).abs(),
+            latent_mean=noise(rows, 1, *shape),
+            latent_std=noise(rows, 1, *shape).abs(),
             weight=None,
             original_size=sizes,
             resized_size=sizes[:, None].clone(),
@@ -53,10 +60,10 @@ def write_cache(folder: Path, num_shards: int, rows: int) -> None:
         group = TextGroup(
             "h512w512", names, [[name] for name in names], prompt_of, np.zeros(rows, np.int64), np.zeros(rows, np.int64)
         )
-        text = Text([group], names, {"prompt_embeds": noise(rows, 77, 768)})
+        text = Text([group], names, {"prompt_embeds": noise(rows, 77, width)})
         stamps = write_latents(storage, f"u{n}", [latents], {}), write_text(storage, f"u{n}", "t", text, {})
-        entries.append(ShardEntry(f"u{n}", "t", (("h512w512", rows, SHAPE),), *stamps))
-    uncond = write_uncond(storage, {"prompt_embeds": noise(1, 77, 768)}, {})
+        entries.append(ShardEntry(f"u{n}", "t", (("h512w512", rows, shape),), *stamps))
+    uncond = write_uncond(storage, {"prompt_embeds": noise(1, 77, width)}, {})
     latents_recipe = {
         "vae": "", "geometry": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
         "store_dtype": "float16",
@@ -66,6 +73,125 @@ def write_cache(folder: Path, num_shards: int, rows: int) -> None:
     commit(storage, Manifest(recipe, latent, {"model": ""}, entries, uncond_file=uncond), [])
 
 
+Ram = dict[str, torch.Tensor]  # latent_mean, latent_std, cond: [count,...] float16
+
+
+def read_ram(ram: Ram, batch_size: int) -> Callable[[], None]:
+    """The limit: an index_select of every tensor, all of a batch in hand at once, as a training loop has them."""
+
+    def epoch() -> None:
+        for chosen in torch.randperm(len(ram["cond"])).split(batch_size):
+            _ = [tensor.index_select(0, chosen) for tensor in ram.values()]
+
+    return epoch
+
+
+def read_cache(
+    folder: Path, batch_size: int, method: str, *, draw: bool = False, workers: int = 0
+) -> Callable[[], None]:
+    loader = LatentLoader(
+        LatentDataset(folder, latent_sampling_method=method), batch_size, num_workers=workers,
+        persistent_workers=workers > 0,
+    )  # fmt: skip
+
+    def epoch() -> None:
+        for batch in loader:
+            if draw:
+                _ = batch.latent_sample
+
+    return epoch
+
+
+def read_npz(folder: Path, ram: Ram, batch_size: int) -> Callable[[], None]:
+    """An .npz in float32 for the latents of an image and one for its text, as kohya's sd-scripts caches them."""
+    folder.mkdir()
+    count = len(ram["cond"])
+    for n in range(count):
+        latents = {name: ram[name][n].float().numpy() for name in ("latent_mean", "latent_std")}
+        np.savez(folder / f"{n}.npz", **latents)
+        np.savez(folder / f"{n}_te.npz", cond=ram["cond"][n].float().numpy())
+
+    def load(n: int) -> dict[str, torch.Tensor]:
+        with np.load(folder / f"{n}.npz") as latents, np.load(folder / f"{n}_te.npz") as text:
+            return {name: torch.from_numpy(file[name]) for file in (latents, text) for name in file.files}
+
+    def epoch() -> None:
+        for chosen in torch.randperm(count).split(batch_size):
+            samples = [load(n) for n in chosen.tolist()]
+            for name in samples[0]:
+                torch.stack([sample[name] for sample in samples])
+
+    return epoch
+
+
+class StandIn(ModuleType):
+    """A module in which every name is an empty class."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.__spec__ = ModuleSpec(name, None)
+
+    def __getattr__(self, name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+
+def import_streaming() -> ModuleType | None:
+    """MosaicML streaming, or None where it is not installed."""
+    try:
+        import torchvision  # noqa: F401 (it is only looked for: streaming imports it, and nothing here needs it)
+    except (ImportError, RuntimeError):  # many torchvisions do not fit their torch
+        for name in ("", ".datasets", ".transforms", ".transforms.functional"):
+            sys.modules["torchvision" + name] = StandIn("torchvision" + name)
+    try:
+        import streaming
+    except ImportError:
+        return None
+    return streaming
+
+
+def read_mds(folder: Path, ram: Ram, batch_size: int, streaming: Any) -> Callable[[], None]:
+    """MosaicML's MDS shards, local, shuffled by the same random order, and collated as its own loaders do."""
+    columns = {name: f"ndarray:float16:{','.join(map(str, value.shape[1:]))}" for name, value in ram.items()}
+    with streaming.MDSWriter(out=str(folder), columns=columns, size_limit="64mb") as writer:
+        for n in range(len(ram["cond"])):
+            writer.write({name: value[n].numpy() for name, value in ram.items()})
+    data = streaming.StreamingDataset(local=str(folder), shuffle=False, batch_size=batch_size)
+
+    def epoch() -> None:
+        for chosen in torch.randperm(len(ram["cond"])).split(batch_size):
+            samples = [data[n] for n in chosen.tolist()]
+            for name in ram:
+                torch.from_numpy(np.stack([sample[name] for sample in samples]))
+
+    return epoch
+
+
+def drop_pages(folder: Path) -> None:
+    """Have the kernel forget a folder's files, so that the next read is from the disk."""
+    for path in folder.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fdatasync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def compare(contenders: dict[str, Callable[[], None]], rounds: int, count: int) -> None:
+    """Print samples/s of every contender, and of the first one's; all take turns, and the first turn is not counted."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for n in range(rounds + 1):
+        for name, epoch in contenders.items():
+            started = time.perf_counter()
+            epoch()
+            if n:
+                times[name].append(time.perf_counter() - started)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+    base = next(iter(medians.values()))
+    for name, seconds in medians.items():
+        print(f"{name:56} {count / seconds:10,.0f} {base / seconds:9.1%}", flush=True)
+
+
 def main(
     num_shards: Annotated[int, typer.Option(help="Shards of the cache.")] = 4,
     rows: Annotated[int, typer.Option(help="Samples in each.")] = 500,
@@ -73,45 +199,49 @@ def main(
     rounds: Annotated[int, typer.Option(help="Counted epochs of each contender.")] = 5,
 ) -> None:
     count = num_shards * rows
-    with tempfile.TemporaryDirectory() as folder:
-        write_cache(Path(folder), num_shards, rows)
-        generator = torch.Generator().manual_seed(0)
-        ram = [torch.randn(count, *shape, generator=generator).half() for shape in (SHAPE, SHAPE, (77, 768))]
-
-        def limit() -> None:
-            for chosen in torch.randperm(count).split(batch_size):
-                for tensor in ram:
-                    tensor.index_select(0, chosen)
-
-        def read(method: str, draw: bool) -> Callable[[], None]:
-            loader = LatentLoader(LatentDataset(folder, latent_sampling_method=method), batch_size)
-
-            def epoch() -> None:
-                for batch in loader:
-                    if draw:
-                        _ = batch.latent_sample
-
-            return epoch
-
-        contenders = {
-            "index_select from RAM: the limit": limit,
-            "LatentLoader, deterministic: mean and cond": read("deterministic", draw=False),
-            "LatentLoader, random: mean, std and cond": read("random", draw=False),
-            "LatentLoader, random, and the draw on the CPU": read("random", draw=True),
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "cache"
+        write_cache(folder, num_shards, rows)
+        data = LatentDataset(folder, latent_sampling_method="random")
+        whole = data.__getitems__(list(range(count)))
+        assert whole.latent_std is not None
+        assert whole.stored_cond is not None
+        ram = {
+            "latent_mean": whole.latent_mean,
+            "latent_std": whole.latent_std,
+            "cond": whole.stored_cond["prompt_embeds"],
         }
-        times: dict[str, list[float]] = {name: [] for name in contenders}
-        for n in range(rounds + 1):
-            for name, epoch in contenders.items():
-                started = time.perf_counter()
-                epoch()
-                if n:
-                    times[name].append(time.perf_counter() - started)
-    print(f"{count} samples of 184 kB, batch {batch_size}, one process, torch {torch.__version__}")
-    print(f"{'':48} {'samples/s':>10} {'of limit':>9}")
-    base = statistics.median(times["index_select from RAM: the limit"])
-    for name, values in times.items():
-        seconds = statistics.median(values)
-        print(f"{name:48} {count / seconds:10,.0f} {base / seconds:9.0%}")
+
+        print(f"{count} samples of 184 kB, batch {batch_size}, torch {torch.__version__}")
+        print(f"{'':56} {'samples/s':>10} {'of limit':>9}")
+        contenders = {
+            "index_select from RAM: the limit": read_ram(ram, batch_size),
+            "LatentLoader, deterministic: mean and cond": read_cache(folder, batch_size, "deterministic"),
+            "LatentLoader, random: mean, std and cond": read_cache(folder, batch_size, "random"),
+            "LatentLoader, random, and the draw on the CPU": read_cache(folder, batch_size, "random", draw=True),
+            "an .npz for each image and text, as kohya's": read_npz(Path(temporary) / "npz", ram, batch_size),
+        }
+        streaming = import_streaming()
+        if streaming is not None:
+            contenders["MosaicML streaming, local"] = read_mds(Path(temporary) / "mds", ram, batch_size, streaming)
+        compare(contenders, rounds, count)
+        if streaming is None:
+            print("MosaicML streaming is not installed")
+
+        print("\nworkers, of which each hands its batches over through shared memory")
+        compare(
+            {f"{n} workers": read_cache(folder, batch_size, "random", workers=n) for n in (0, 1, 2, 4)}, rounds, count
+        )
+
+        print("\ncold files: nothing of the cache is in memory (a cache of its own, opened anew for every epoch)")
+        other = Path(temporary) / "other"
+        write_cache(other, num_shards, rows)
+
+        def cold() -> None:
+            drop_pages(other)
+            read_cache(other, batch_size, "random")()
+
+        compare({"warm": lambda: read_cache(other, batch_size, "random")(), "cold": cold}, rounds, count)
 
 
 if __name__ == "__main__":

@@ -216,3 +216,127 @@ def test_counters_are_spread_evenly_and_depend_on_every_part():
     assert abs((numbers >> np.uint64(11)).astype(float).mean() * 2.0**-53 - 0.5) < 0.005
     for other in (mix(1, 1, 0, np.arange(4)), mix(0, 2, 0, np.arange(4)), mix(0, 1, 1, np.arange(4))):
         assert not (other == numbers[:4]).any()
+
+
+def texts(data, epochs=1):
+    found = []
+    for epoch in range(epochs):
+        data.set_epoch(epoch)
+        found.append([data[index].cond_text[0] for index in range(len(data))])
+    return found
+
+
+@pytest.fixture
+def tagged(run, images, tmp_path):
+    (images / "tall0.txt").write_text("girl, red hair,smile ,  hat, outdoors, tree", encoding="utf-8")
+    assert run("encode", images, "--out", tmp_path / "cache", *SMALL).code == 0
+    return str(tmp_path / "cache")
+
+
+def test_tags_are_shuffled_anew_in_every_epoch_and_follow_from_the_seed(tagged):
+    data = LatentDataset(tagged, shuffle_tags=True, keep_tags=2, include_cond=False)
+    here = by_key(data)["tall0.png"]
+    found = [epoch[here] for epoch in texts(data, 8)]
+    assert len(set(found)) > 3
+    for text in found:
+        assert text.startswith("girl, red hair, ")
+        assert sorted(text.split(", ")) == ["girl", "hat", "outdoors", "red hair", "smile", "tree"]
+    again = LatentDataset(tagged, shuffle_tags=True, keep_tags=2, include_cond=False)
+    assert texts(again, 8) == texts(data, 8)
+    assert texts(LatentDataset(tagged, shuffle_tags=True, include_cond=False, seed=1), 8) != texts(data, 8)
+
+
+def test_tag_drop_out_leaves_out_as_many_as_it_says(tagged):
+    data = LatentDataset(tagged, tag_drop_out=0.25, keep_tags=1, include_cond=False)
+    here, kept = by_key(data)["tall0.png"], []
+    for epoch in range(400):
+        data.set_epoch(epoch)
+        tags = data[here].cond_text[0].split(", ")
+        assert tags[0] == "girl"
+        kept.append(len(tags) - 1)
+    assert abs(np.mean(kept) / 5 - 0.75) < 0.03
+
+
+def test_a_template_at_read_time(tagged, tmp_path):
+    (tmp_path / "lines.txt").write_text("a photo of [name], [filewords]\na painting of [name]\n")
+    data = LatentDataset(tagged, template=tmp_path / "lines.txt", placeholder_token="sks", include_cond=False)
+    found = {text for epoch in texts(data, 6) for text in epoch}
+    assert "a painting of sks" in found
+    assert "a photo of sks, wide0" in found
+    assert "a photo of sks, girl, red hair,smile ,  hat, outdoors, tree" in found  # nothing is shuffled: as it stands
+
+
+def test_cond_model_makes_the_cond_in_the_training_process(tagged):
+    asked = []
+
+    def cond_model(prompts):
+        asked.append(list(prompts))
+        return torch.full((len(prompts), 3, 2), float(len(asked)))
+
+    data = LatentDataset(tagged, shuffle_tags=True, cond_model=cond_model)
+    batch = data[0]
+    assert asked == []
+    assert batch.cond["prompt_embeds"].shape == (1, 3, 2)
+    assert torch.equal(batch.to("cpu").cond["prompt_embeds"], batch.cond["prompt_embeds"])
+    assert asked == [batch.cond_text]
+    for workers in (0, 2):
+        loader = LatentLoader(data, 2, num_workers=workers)
+        for batch in loader:
+            assert batch.cond["prompt_embeds"].shape == (len(batch), 3, 2)
+            assert asked[-1] == batch.cond_text
+    pooled = LatentDataset(tagged, shuffle_tags=True, cond_model=lambda prompts: {"a": torch.zeros(len(prompts), 1)})
+    assert pooled[0].cond["a"].shape == (1, 1)
+
+
+def test_caption_dropout_gives_the_stored_cond_of_the_empty_prompt(cache):
+    data = LatentDataset(cache, caption_dropout=0.3, repeats=50)
+    plain = LatentDataset(cache, repeats=50)
+    wide = [i for i in range(len(data)) if data.key(i).startswith("wide")]
+    batch, full = data.__getitems__(wide), plain.__getitems__(wide)
+    dropped = torch.tensor([text == "" for text in batch.cond_text])
+    assert abs(dropped.float().mean() - 0.3) < 0.1
+    cond, whole = batch.cond["prompt_embeds"], full.cond["prompt_embeds"]
+    assert torch.equal(cond[~dropped], whole[~dropped])
+    assert (cond[dropped] == data.uncond()["prompt_embeds"].half().float()).all()
+    data.set_epoch(1)
+    assert data.__getitems__(wide).cond_text != batch.cond_text
+
+
+def test_use_weight_with_a_floor(cache):
+    raw, floor = (LatentDataset(cache, use_weight=use) for use in ("raw", 0.25))
+    here = by_key(raw)["tall1.png"]
+    assert raw[here].weight.min() < 0.25
+    assert torch.equal(floor[here].weight, raw[here].weight.clamp(min=0.25))
+
+
+def test_time_ids_are_those_of_diffusers_sdxl_training(cache):
+    """original size + crop corner + target size; for a mirrored image its corner as that script counts it."""
+    data = LatentDataset(cache)
+    here = by_key(data)["wide0.png"]  # 128x40 resized to 102x32, of which 96x32 from the left 3 are kept
+    assert data[here].time_ids.tolist() == [[40, 128, 0, 3, 32, 96]]
+    mirrored = LatentDataset(cache, flip_p=1.0)
+    assert mirrored[here].flipped.tolist() == [True]
+    assert mirrored[here].time_ids.tolist() == [[40, 128, 0, 3, 32, 96]]
+    shifted = mirrored[here]
+    shifted.crop = torch.tensor([[0, 1, 32, 96]])
+    assert shifted.time_ids.tolist() == [[40, 128, 0, 5, 32, 96]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle_tags": True}, "make prompts anew, which the stored cond does not fit. Give cond_model="),
+        ({"tag_drop_out": 2.0, "include_cond": False}, "tag_drop_out=2.0: a probability, expected 0 to 1."),
+        ({"caption_dropout": -1}, "caption_dropout=-1: a probability"),
+        ({"cond_model": print}, "cond_model: the cond is stored already."),
+        ({"template": "style", "include_cond": False}, "template: uses [name]. Say what it stands for"),
+        ({"template": "nope"}, "--template nope: neither a file nor a shipped template."),
+        ({"placeholder_token": "x"}, "placeholder_token: without a template there is no [name]."),
+        ({"keep_tags": 3}, "keep_tags=3: nothing is shuffled or dropped."),
+        ({"use_weight": 1.5}, "use_weight=1.5: expected True, False, 'raw' or a floor such as 0.1."),
+    ],
+)
+def test_options_that_do_not_go_together(cache, options, message):
+    with pytest.raises(UserError) as error:
+        LatentDataset(cache, **options)
+    assert message in str(error.value)

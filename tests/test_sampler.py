@@ -7,6 +7,7 @@ import pytest
 
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
 from latentprep.errors import UserError
+from latentprep.read.counters import permute
 from tests.conftest import SMALL
 
 
@@ -113,6 +114,38 @@ def test_drop_last_leaves_out_leftovers_only():
     sampler = BucketBatchSampler(Data(10, 3), 4, drop_last=True)
     assert [len(batch) for batch in sampler] == [4, 4]
     assert sampler.num_dropped == 5
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10, 99, 100, 101, 5000, 10_007])
+def test_permute_is_a_permutation(count):
+    for key in range(3):
+        found = permute(np.arange(count), count, 5, key)
+        assert sorted(found.tolist()) == list(range(count))
+    parts = [permute(part, count, 5, 0) for part in np.array_split(np.arange(count), 3)]
+    assert np.array_equal(np.concatenate(parts), permute(np.arange(count), count, 5, 0))
+
+
+def test_permute_puts_everything_everywhere_equally_often():
+    count, keys = 12, 12_000
+    places = np.stack([permute(np.arange(count), count, 1, key) for key in range(keys)])
+    for column in range(count):
+        often = np.bincount(places[:, column], minlength=count)
+        assert ((often - keys / count) ** 2 / (keys / count)).sum() < 35  # chi-square, 11 degrees of freedom: p = 2e-4
+    neighbours = np.abs(np.diff(permute(np.arange(100_000), 100_000, 3)))
+    assert abs(neighbours.mean() - 100_000 / 3) < 500
+
+
+@pytest.mark.parametrize("counts", [(40,), (10, 3)])
+def test_large_buckets_give_every_sample_exactly_once_too(counts, monkeypatch):
+    monkeypatch.setattr("latentprep.read.sampler.LARGE", 5)
+    data = Data(*counts)
+    orders = []
+    for epoch in range(2):
+        sampler = BucketBatchSampler(data, 4)
+        sampler.set_epoch(epoch)
+        orders.append([index for batch in sampler for index in batch])
+        assert sorted(orders[-1]) == list(range(len(data)))
+    assert orders[0] != orders[1]
 
 
 def test_order_follows_from_seed_and_epoch():

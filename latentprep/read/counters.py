@@ -1,5 +1,7 @@
 """Random choices from counters: they depend on seed, epoch and sample, and on no state that a process could lose."""
 
+from math import isqrt
+
 import numpy as np
 
 
@@ -21,3 +23,25 @@ FLIP, NOISE, PROMPT, CAPTION, DROP = 1, 2, 3, 4, 5  # what a counter is for, so 
 def fractions(draws: np.ndarray) -> np.ndarray:
     """float64 in [0,1) of uint64 numbers."""
     return (draws >> np.uint64(11)) * 2.0**-53
+
+
+def permute(numbers: np.ndarray, count: int, *parts: int) -> np.ndarray:
+    """Where a random permutation of range(count), which `parts` decide, puts some numbers: [n] int64. Holds no memory.
+
+    A Feistel network on two numbers a x b >= count that adds in the place of xor, and walks on from what is no number
+    of the range: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002), their generalized Feistel cipher.
+    """
+    a = isqrt(count - 1) + 1
+    b = -(-count // a)
+    keys = mix(0, *parts, np.arange(6)).tolist()
+    found = numbers.astype(np.uint64)
+    outside = np.arange(len(found))
+    while len(outside):
+        left: np.ndarray = found[outside] % np.uint64(a)
+        right: np.ndarray = found[outside] // np.uint64(a)
+        for n in range(0, 6, 2):
+            left = (left + mix(keys[n], right) % np.uint64(a)) % np.uint64(a)
+            right = (right + mix(keys[n + 1], left) % np.uint64(b)) % np.uint64(b)
+        found[outside] = left + right * np.uint64(a)
+        outside = outside[found[outside] >= count]
+    return found.astype(np.int64)

@@ -11,9 +11,11 @@ from torch.utils.data import DataLoader, Sampler
 
 from latentprep.errors import UserError
 from latentprep.read.batch import LatentBatch
+from latentprep.read.counters import permute
 from latentprep.read.dataset import LatentDataset
 
 SHUFFLE_SAMPLES, SHUFFLE_BATCHES = 1, 2  # what a random stream is for
+LARGE = 2**22  # samples of a bucket whose order is computed and not kept
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -25,7 +27,7 @@ class BucketBatchSampler(Sampler[list[int]]):
     `num_repeated` says how many. `num_dropped` says how many an epoch leaves out.
 
     set_epoch decides the order, and tells the dataset too, whose draws and flips depend on it. state_dict and
-    load_state_dict go on in mid-epoch. Holds 4 bytes a sample (8 beyond four billion).
+    load_state_dict go on in mid-epoch. Holds 4 bytes a sample, and none for buckets of millions.
     """
 
     def __init__(
@@ -78,25 +80,27 @@ class BucketBatchSampler(Sampler[list[int]]):
         steps = np.arange(len(self))
         if self.shuffle:
             self._stream(SHUFFLE_BATCHES).shuffle(steps)
-        order: dict[int, np.ndarray] = {}
+        shuffled: dict[int, np.ndarray] = {}
         for number in range(start, len(steps)):
             bucket = int(np.searchsorted(self._first_step, steps[number], side="right")) - 1
-            if bucket not in order:
-                order[bucket] = self._order(bucket)
             first, last = self._plans[bucket].cut(int(steps[number] - self._first_step[bucket]), self.rank)
-            own = order[bucket].take(np.arange(first, last), mode="wrap")
+            own = self._take(bucket, np.arange(first, last) % self._counts[bucket], shuffled)
             self._given = number + 1
             # sorted: the order within a batch means nothing, and neighbours are read together
             yield np.sort(self.data.samples_of_bucket(bucket, own)).tolist()
         self._given = 0
 
-    def _order(self, bucket: int) -> np.ndarray:
-        """The samples of a bucket, by their number in it, in this epoch's order: the same on every rank."""
+    def _take(self, bucket: int, places: np.ndarray, shuffled: dict[int, np.ndarray]) -> np.ndarray:
+        """The samples of a bucket, by their numbers in it, at some places of this epoch's order: it is every rank's."""
         count = self._counts[bucket]
-        samples = np.arange(count, dtype=np.uint32 if count < 2**32 else np.uint64)
-        if self.shuffle:
-            self._stream(SHUFFLE_SAMPLES, bucket).shuffle(samples)
-        return samples
+        if not self.shuffle:
+            return places
+        if count > LARGE:  # in a table it would take seconds to shuffle, at the start of every epoch
+            return permute(places, count, self.seed, self.epoch, SHUFFLE_SAMPLES, bucket)
+        if bucket not in shuffled:
+            shuffled[bucket] = np.arange(count, dtype=np.uint32)
+            self._stream(SHUFFLE_SAMPLES, bucket).shuffle(shuffled[bucket])
+        return shuffled[bucket][places]
 
     def _stream(self, *purpose: int) -> np.random.Generator:
         return np.random.default_rng([self.seed % 2**64, self.epoch, *purpose])
