@@ -79,7 +79,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
 
         def load(item: Item, placement: Placement) -> Pixels | Skip:
             with large if item.size[0] * item.size[1] > LARGE_PIXELS else nullcontext():
-                return load_pixels(options.source, item, placement, options.geometry.filter, prepared.vae.factor)
+                return load_pixels(options.source, item, placement, options.geometry.filter, prepared.models.vae.factor)
 
         result = run(plan.new, plan.retext, to_encode, load, job, prepared.workers, progress)
     encode_seconds = time.perf_counter() - loop_started
@@ -143,10 +143,9 @@ def make_job(prepared: Prepared) -> "Job":
     import torch
 
     from latentprep.prepare.job import Job
-    from latentprep.prepare.text import TextEncoder
-    from latentprep.prepare.vae import VaeEncoder
 
-    options, recipe, vae, text = prepared.options, prepared.recipe, prepared.vae, prepared.text
+    options, recipe, models, vae = prepared.options, prepared.recipe, prepared.models, prepared.models.vae
+    make_text = models.make_text
     device, dtype = torch.device(prepared.device), TORCH_DTYPES[recipe["latents"]["dtype"]]
     latent = {
         "scaling_factor": vae.scaling_factor,
@@ -164,8 +163,8 @@ def make_job(prepared: Prepared) -> "Job":
         template=options.text.template,
         placeholder=options.text.placeholder,
         seed=options.seed,
-        vae=cache(lambda: VaeEncoder(vae, device, dtype)),
-        text=cache(lambda: TextEncoder(text, device, dtype)) if text else None,
+        vae=cache(lambda: models.make_vae(device, dtype)),
+        text=cache(lambda: make_text(device, dtype)) if make_text is not None else None,
     )
 
 

@@ -43,7 +43,7 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         geometry, folder = prepared.options.geometry, prepared.options.source
         started = time.perf_counter()
         for item, placement in sample:
-            load_pixels(folder, item, placement, geometry.filter, prepared.vae.factor)
+            load_pixels(folder, item, placement, geometry.filter, prepared.models.vae.factor)
         decode = (time.perf_counter() - started) / len(sample) * len(rows) / prepared.workers
         seconds += max(encode, decode)
         measured.append(f"{batch / per_batch:.1f} images/s at {width}x{height} in batches of {batch}")

@@ -40,10 +40,9 @@ CONFIG_NOISE = frozenset("_name_or_path _diffusers_version transformers_version 
 
 
 @dataclass(frozen=True)
-class VaeFolder:
-    """A folder with an AutoencoderKL's config.json and weights."""
+class VaeFacts:
+    """What a plan must know of a VAE."""
 
-    path: Path
     digest: str  # of weights and config
     factor: int  # pixels per latent, each way
     latent_channels: int
@@ -52,14 +51,27 @@ class VaeFolder:
 
 
 @dataclass(frozen=True)
-class TextFolder:
+class VaeFolder(VaeFacts):
+    """A folder with an AutoencoderKL's config.json and weights."""
+
+    path: Path
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a plan must know of a text encoder."""
+
+    digest: str  # of weights, configs and tokenizers
+    max_tokens: int
+    width: int  # values per token, all encoders together
+
+
+@dataclass(frozen=True)
+class TextFolder(TextFacts):
     """A pipeline folder whose text encoders and tokenizers are to be used."""
 
     path: Path
     pipeline: str  # class name in model_index.json
-    digest: str  # of weights, configs and tokenizers
-    max_tokens: int
-    width: int  # values per token, all encoders together
 
 
 def find_model(name: str, option: str = "--model", say: Callable[[str], None] = lambda line: None) -> Path:
@@ -125,7 +137,7 @@ def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
         raise UserError(f"{option} {path}: its VAE is {kind}, expected AutoencoderKL.")
     weights = _weights(path, VAE_WEIGHTS, option)
     return VaeFolder(
-        path,
+        path=path,
         digest=_digest(config, weights),
         factor=2 ** (len(config["block_out_channels"]) - 1),
         latent_channels=config["latent_channels"],
@@ -153,8 +165,8 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
     weights = [file for path in encoders for file in _weights(path, TEXT_WEIGHTS, option)]
     vocabularies = sorted(file for path in tokenizers for file in path.iterdir() if file.is_file())
     return TextFolder(
-        folder,
-        pipeline,
+        path=folder,
+        pipeline=pipeline,
         digest=_digest([pipeline, *configs], weights + vocabularies),
         max_tokens=max(config.get("max_position_embeddings", 77) for config in configs),
         width=sum(config.get("hidden_size", 768) for config in configs),

@@ -19,7 +19,8 @@ from latentprep.errors import UserError
 from latentprep.prepare.buckets import make_place
 from latentprep.prepare.captions import Captioned, add_captions
 from latentprep.prepare.devices import choose_device, default_shard_bytes
-from latentprep.prepare.models import TextFolder, VaeFolder, find_model, open_text, open_vae
+from latentprep.prepare.model_set import Models, open_models
+from latentprep.prepare.models import TextFacts, VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
 from latentprep.prepare.source import hash_file, limit_pixels, list_folder
 from latentprep.records import Item, Skip
@@ -34,8 +35,7 @@ class Prepared:
 
     options: EncodeOptions
     storage: Storage
-    vae: VaeFolder
-    text: TextFolder | None
+    models: Models
     device: str
     recipe: dict[str, Any]
     manifest: Manifest | None
@@ -72,14 +72,16 @@ def check_paths(options: EncodeOptions) -> None:
         raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
 
 
-def prepare(options: EncodeOptions, say: Say) -> Prepared:
-    """The plan for a folder and a cache; says what it chose and why. Raises UserError."""
+def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> Prepared:
+    """The plan for a folder and a cache; says what it chose and why. Raises UserError.
+
+    `models` are those of the options, or others that are in memory already.
+    """
     limit_pixels(options.max_pixels)
     source = list_folder(options.source, without=None if "://" in options.out else Path(options.out))
     captioned = add_captions(source, options.text)
-    model = find_model(options.model, say=say)
-    vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
-    text = open_text(model) if options.text.include_cond else None
+    models = models or open_models(options, say)
+    vae, text = models.vae, models.text
     place = make_place(options.geometry, vae.factor)
     device, dtype, reason = choose_device(options.device, options.dtype)
     say(f"model    {options.model}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
@@ -128,7 +130,7 @@ def prepare(options: EncodeOptions, say: Say) -> Prepared:
             f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
         )
     found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
-    return Prepared(options, storage, vae, text, device, recipe, manifest, found, captioned, row_bytes, plan)
+    return Prepared(options, storage, models, device, recipe, manifest, found, captioned, row_bytes, plan)
 
 
 def check_recipe(
@@ -179,7 +181,7 @@ def find_uncond(storage: Storage, manifest: Manifest) -> bool:
 HASHERS = 4  # threads that read files; a disk has no use for more
 
 
-def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFolder, text: TextFolder | None) -> RowBytes:
+def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, text: TextFacts | None) -> RowBytes:
     """What rows will cost on disk, from the configs alone."""
     posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
     views = len(recipe["latents"]["views"])

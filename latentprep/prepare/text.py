@@ -22,7 +22,7 @@ class TextEncoder:
         left_out: dict[str, Any] = dict.fromkeys(PARTS_LEFT_OUT)
         self.pipeline = DiffusionPipeline.from_pretrained(folder.path, use_safetensors=True, **left_out)
         self.pipeline.to(device, dtype)
-        self.max_tokens = int(self.pipeline.tokenizer.model_max_length)
+        self.max_tokens: int | None = int(self.pipeline.tokenizer.model_max_length)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -36,7 +36,7 @@ class TextEncoder:
         )
         return {name: value.float().cpu() for name, value in zip(self.names, result, strict=True) if name is not None}
 
-    def count_tokens(self, prompts: list[str]) -> np.ndarray:
+    def count_tokens(self, prompts: list[str]) -> np.ndarray | None:
         """[P] int32: tokens of each whole prompt, start and end included; beyond max_tokens they are cut off."""
         ids = self.pipeline.tokenizer(prompts, truncation=False, padding=False)["input_ids"]
         return np.array([len(tokens) for tokens in ids], np.int32)

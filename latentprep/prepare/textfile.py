@@ -48,7 +48,9 @@ def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombs
     return Text(made, prompts, cond, num_tokens, max_tokens)
 
 
-def make_cond(prompts: list[str], job: Job, old: Text | None = None) -> tuple[dict[str, Tensor], np.ndarray, int]:
+def make_cond(
+    prompts: list[str], job: Job, old: Text | None = None
+) -> tuple[dict[str, Tensor], np.ndarray | None, int | None]:
     """Cond of P prompts, name -> [P,...] in the store dtype; their numbers of tokens, and the encoder's window.
 
     What `old` holds of them is taken over, if it was made by the same encoder in the same precision.
@@ -64,10 +66,11 @@ def make_cond(prompts: list[str], job: Job, old: Text | None = None) -> tuple[di
         sources.append(Text([], missing, cond, encoder.count_tokens(missing), encoder.max_tokens))
     place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
     chosen = [place[prompt] for prompt in prompts]
+    tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
     return (
         {name: torch.stack([source.cond[name][n] for source, n in chosen]) for name in sources[-1].cond},
-        np.array([source.num_tokens[n] for source, n in chosen if source.num_tokens is not None], np.int32),
-        sources[-1].max_tokens or 0,
+        np.array(tokens, np.int32) if len(tokens) == len(chosen) else None,
+        sources[-1].max_tokens,
     )
 
 
