@@ -22,6 +22,7 @@ faults: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py
+	$(PYTHON) benchmarks/scale.py
 	$(PYTHON) benchmarks/encode.py
 	$(PYTHON) benchmarks/memory.py
 

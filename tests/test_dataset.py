@@ -1,6 +1,7 @@
 """read/dataset.py: what a batch holds, against the cache and against the ancestor's arithmetic."""
 
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
+from latentprep.cache.manifest import commit, open_manifest
+from latentprep.cache.shard import Text, open_text, write_text
+from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.read.batch import rescale_weight
 from latentprep.read.counters import mix
@@ -340,3 +344,31 @@ def test_options_that_do_not_go_together(cache, options, message):
     with pytest.raises(UserError) as error:
         LatentDataset(cache, **options)
     assert message in str(error.value)
+
+
+def test_of_several_stored_prompts_each_epoch_takes_one_with_its_cond(cache):
+    """A cache with K = 3 prompts for each image, as the format has them."""
+    storage = Storage(cache)
+    manifest = open_manifest(storage)
+    (entry,) = manifest.shards
+    text = open_text(storage, entry.unit, entry.text)
+    prompts = [f"prompt {n}" for n in range(24)]
+    numbers = np.arange(24, dtype=np.int32).reshape(8, 3)
+    edges = np.cumsum([len(group) for group in text.groups])[:-1]
+    parts = np.split(numbers, edges)
+    groups = [replace(group, prompt_of=own) for group, own in zip(text.groups, parts, strict=True)]
+    cond = {"prompt_embeds": torch.arange(24.0).half()[:, None, None].repeat(1, 77, 64)}
+    made = Text(groups, prompts, cond, np.zeros(24, np.int32), 77)
+    stamp = write_text(storage, entry.unit, "k3", made, {"recipe": {}})
+    commit(storage, replace(manifest, shards=[replace(entry, text="k3", text_file=stamp)]), [])
+    data = LatentDataset(cache)
+    seen = set()
+    for epoch in range(30):
+        data.set_epoch(epoch)
+        for index in range(8):
+            batch = data[index]
+            number = int(batch.cond["prompt_embeds"][0, 0, 0])
+            assert batch.cond_text == [f"prompt {number}"]
+            assert number // 3 == index
+            seen.add(number)
+    assert seen == set(range(24))

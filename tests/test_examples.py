@@ -1,0 +1,79 @@
+"""examples/: both trainings run on a CPU with small models, and resume in the middle of an epoch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from latentprep import LatentDataset
+from tests.conftest import SMALL, TINY
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+pytestmark = pytest.mark.slow
+
+
+def train(name, *arguments):
+    command = [sys.executable, "-W", "ignore", str(EXAMPLES / f"train_{name}.py"), *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def cache(run, images, tmp_path):
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--flip").code == 0
+    return tmp_path / "c"
+
+
+def test_a_hypernetwork_that_was_stopped_in_mid_epoch_ends_the_same(cache, tmp_path):
+    options = ("--batch-size", 2, "--gradient-step", 2, "--learning-rate", 1e-3)
+    whole = train("hypernetwork", cache, "--out", tmp_path / "a", *options, "--steps", 7)
+    assert "For the real thing, on a GPU" in whole
+    assert "latentprep encode ./photos --model stable-diffusion-v1-5/stable-diffusion-v1-5" in whole
+    train("hypernetwork", cache, "--out", tmp_path / "b", *options, "--steps", 3)
+    again = train("hypernetwork", cache, "--out", tmp_path / "b", *options, "--steps", 7)
+    assert "going on at step 3, epoch 1" in again
+    found, wanted = (load_file(tmp_path / name / "hypernetwork.safetensors") for name in "ba")
+    assert found.keys() == wanted.keys()
+    assert all("attn2" in name for name in found)
+    for name in wanted:
+        assert torch.allclose(found[name], wanted[name], atol=1e-6), name
+
+
+def test_a_loras_file_is_one_that_diffusers_loads(cache, tmp_path):
+    out = train("lora", cache, "--out", tmp_path / "lora", "--steps", 6, "--rank", 2, "--caption-dropout", 0.5)
+    assert "saved" in out
+    weights = load_file(tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    assert any("attn2.to_k.lora" in name for name in weights)
+    assert max(float(value.abs().max()) for name, value in weights.items() if "lora_B" in name or "up" in name) > 0
+
+
+def test_a_lora_for_sdxl_gets_pooled_embeddings_and_time_ids(run, images, tmp_path):
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    options = {"vocab_size": 514, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+               "eos_token_id": 513, "hidden_size": 32, "projection_dim": 32}  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=AutoencoderKL.from_pretrained(TINY / "vae"), text_encoder=CLIPTextModel(CLIPTextConfig(**options)),
+        text_encoder_2=CLIPTextModelWithProjection(CLIPTextConfig(**options)), tokenizer=tokenizer,
+        tokenizer_2=tokenizer, scheduler=None, unet=UNet2DConditionModel(
+            sample_size=8, in_channels=4, out_channels=4, block_out_channels=(8, 16), norm_num_groups=8,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+            layers_per_block=1, attention_head_dim=4, cross_attention_dim=64, addition_embed_type="text_time",
+            addition_time_embed_dim=8, projection_class_embeddings_input_dim=32 + 6 * 8,
+        ),
+    )  # fmt: skip
+    pipeline.save_pretrained(tmp_path / "xl")
+    DDPMScheduler(prediction_type="v_prediction").save_pretrained(tmp_path / "xl" / "scheduler")
+    assert run("encode", images, "--out", tmp_path / "c", "--model", tmp_path / "xl", *SMALL[2:]).code == 0
+    assert set(LatentDataset(tmp_path / "c")[0].cond) == {"prompt_embeds", "pooled_prompt_embeds"}
+    for model in (("--model", tmp_path / "xl"), ()):
+        train("lora", tmp_path / "c", "--out", tmp_path / "lora", "--steps", 3, "--rank", 2, *model)
+        assert (tmp_path / "lora" / "pytorch_lora_weights.safetensors").exists()
