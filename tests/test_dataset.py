@@ -372,3 +372,13 @@ def test_of_several_stored_prompts_each_epoch_takes_one_with_its_cond(cache):
             assert number // 3 == index
             seen.add(number)
     assert seen == set(range(24))
+
+
+def test_no_more_shards_stay_open_than_the_system_allows(run, images, tmp_path, monkeypatch):
+    assert run("encode", images, "--out", tmp_path / "many", *SMALL, "--shard-size", "1kB").code == 0
+    wanted = [LatentDataset(tmp_path / "many")[index] for index in range(8)]
+    monkeypatch.setattr("latentprep.read.dataset.MAX_OPEN", 3)
+    data = LatentDataset(tmp_path / "many")
+    for index in [*range(8), *range(8)]:
+        assert torch.equal(data[index].latent_sample, wanted[index].latent_sample)
+        assert len(data._open) <= 3

@@ -18,6 +18,7 @@ from latentprep.read.batch import CondModel, LatentBatch, rescale_weight
 from latentprep.read.counters import CAPTION, DROP, FLIP, NOISE, PROMPT, fractions, mix
 
 SAMPLING_METHODS = ("once", "deterministic", "random")
+MAX_OPEN = 16_000  # groups, of two memory maps each: Linux allows a process 65,530 maps
 
 
 class OpenGroup:
@@ -246,6 +247,8 @@ class LatentDataset(Dataset[LatentBatch]):
             latents = open_latents(self.storage, entry.unit, entry.groups)
             group = OpenGroup(latents, open_text(self.storage, entry.unit, entry.text, entry.groups), own)
             self._check_group(group, latents.name)
+            if len(self._open) >= MAX_OPEN:
+                del self._open[next(iter(self._open))]  # the one that was opened first
             self._open[number] = group
         return group
 
