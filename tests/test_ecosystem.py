@@ -66,6 +66,23 @@ class Model(torch.nn.Module):
         return (batch.weight * (self.conv(batch.latent_sample) + bias - noise) ** 2).mean()
 
 
+def train(loader):
+    """Two epochs of training steps: the loss falls."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = torch.optim.SGD(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(2):
+        for batch in loader:
+            loss = model(batch.to("cpu", non_blocking=True))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert len(losses) == 2 * len(loader)
+    assert sum(losses[-3:]) < sum(losses[:3])
+
+
 @pytest.mark.parametrize("start", ["fork", "spawn"])
 @pytest.mark.parametrize("persistent", [False, True])
 def test_workers_give_the_same_batches(cache, start, persistent):
@@ -80,6 +97,7 @@ def test_workers_give_the_same_batches(cache, start, persistent):
     )
     for _ in range(2):
         same(list(loader), list(wanted))
+    train(loader)
 
 
 def test_a_plain_dataloader(cache):
@@ -89,6 +107,7 @@ def test_a_plain_dataloader(cache):
     wanted = LatentLoader(open_data(cache), 3, seed=1)
     wanted.set_epoch(1)
     same(list(loader), list(wanted))
+    train(loader)
 
 
 @pytest.mark.parametrize("workers", [(0, 2), (2, 0), (2, 1)])
@@ -114,6 +133,7 @@ def test_torchdata_stateful_dataloader_goes_on_in_mid_epoch(cache, workers):
     rest.load_state_dict(state)
     same(first + list(rest), whole)
     same(list(rest), whole)  # and then whole epochs
+    train(rest)
 
 
 def test_accelerate_prepares_it_and_every_epoch_has_an_order_of_its_own(cache):

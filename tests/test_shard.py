@@ -106,6 +106,22 @@ def test_every_store_dtype_can_be_read(tmp_path, dtype):
     assert open_latents(storage, "u").groups[0].latent_mean.dtype == dtype
 
 
+@pytest.mark.parametrize("shift", range(8))
+def test_tensors_at_odd_addresses_are_read_too(tmp_path, shift):
+    """safetensors pads its header so that all is aligned; other writers need not."""
+    storage = Storage(tmp_path)
+    write_text(storage, "u", "t", text(), {})
+    path = tmp_path / "shards" / "u.t.text.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    path.write_bytes((length + shift).to_bytes(8, "little") + data[8 : 8 + length] + b" " * shift + data[8 + length :])
+    found = open_text(storage, "u", "t")
+    assert list(found.groups[0].key) == KEYS
+    assert [found.prompt[n] for n in range(2)] == ["first", "second ☃"]
+    assert found.groups[0].mtime_ns.tolist() == [0, 10**15, 2 * 10**15, 3 * 10**15]
+    assert found.cond["prompt_embeds"].sum() == 66
+
+
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
         write_text(Storage(tmp_path / name), "u", "t", text(), {"one": 1, "two": {"b": 1, "a": 2}, "three": [3]})
