@@ -255,12 +255,12 @@ def compact(
     """Free the space of images that changed or were removed: rewrite the shards that hold many of them."""
     from latentprep.cache.compact import compact as compact_cache
     from latentprep.cache.lock import hold
+    from latentprep.cache.manifest import open_manifest
     from latentprep.cache.storage import Storage
     from latentprep.units import counted, human_bytes
 
     storage = Storage(cache)
-    if not storage.exists("cache.json"):
-        raise UserError(f"{cache}: not a latent cache, it has no cache.json. Make one with latentprep encode.")
+    open_manifest(storage)  # before the lock, which would make the folder
     with hold(storage):
         done = compact_cache(storage, min_share)
     left = f"; {counted(done.num_left, 'tombstone')} left in shards that have few" if done.num_left else ""

@@ -12,10 +12,8 @@ from latentprep.cache.shard import (
     UNCOND_NAME,
     Groups,
     ShardEntry,
-    latents_name,
     open_latents,
     open_text,
-    text_name,
 )
 from latentprep.cache.storage import Stamp, Storage, is_temporary
 from latentprep.errors import UserError
@@ -106,8 +104,7 @@ def find_missing(storage: Storage, shards: list[ShardEntry]) -> dict[str, str]:
     sizes = storage.sizes(FOLDER)
     found = {}
     for shard in shards:
-        for name, stamp in zip((latents_name(shard.unit), text_name(shard.unit, shard.text)),
-                               (shard.latents_file, shard.text_file), strict=True):  # fmt: skip
+        for name, stamp in shard.files().items():
             if name not in sizes:
                 found[shard.unit] = f"{name} is missing"
             elif sizes[name] != stamp.nbytes:

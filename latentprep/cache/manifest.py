@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from latentprep.cache.schema import FORMAT, check_format
-from latentprep.cache.shard import FOLDER, Groups, ShardEntry
+from latentprep.cache.shard import FOLDER, UNCOND_NAME, Groups, ShardEntry
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import DTYPES, STORES
 from latentprep.errors import UserError
@@ -35,18 +35,14 @@ class Manifest:
     def num_tombstones(self) -> int:
         return sum(len(shard.tombstones) for shard in self.shards)
 
+    def root_files(self) -> dict[str, Stamp]:
+        """The files that belong to the cache and to no shard, but cache.json."""
+        files = {SKIPPED_NAME: self.skipped_file, UNCOND_NAME: self.uncond_file}
+        return {name: stamp for name, stamp in files.items() if stamp is not None}
+
     def files(self) -> dict[str, Stamp]:
         """Every file that belongs to the cache, but cache.json."""
-        found = {name: stamp for s in self.shards for name, stamp in zip(s.names(), _stamps(s), strict=True)}
-        if self.skipped_file is not None:
-            found[SKIPPED_NAME] = self.skipped_file
-        if self.uncond_file is not None:
-            found["uncond.safetensors"] = self.uncond_file
-        return found
-
-
-def _stamps(entry: ShardEntry) -> tuple[Stamp, Stamp]:
-    return entry.latents_file, entry.text_file
+        return {name: stamp for shard in self.shards for name, stamp in shard.files().items()} | self.root_files()
 
 
 def commit(storage: Storage, manifest: Manifest, skips: list[Skip]) -> None:
@@ -74,7 +70,7 @@ def _seal(body: str) -> str:
 
 
 def _shard_to_json(shard: ShardEntry) -> dict[str, Any]:
-    stamps = _stamps(shard)
+    stamps = (shard.latents_file, shard.text_file)
     return {
         "unit": shard.unit,
         "text": shard.text,

@@ -87,6 +87,9 @@ class ShardEntry:
     def names(self) -> tuple[str, str]:
         return latents_name(self.unit), text_name(self.unit, self.text)
 
+    def files(self) -> dict[str, Stamp]:
+        return dict(zip(self.names(), (self.latents_file, self.text_file), strict=True))
+
     def live_rows(self) -> list[np.ndarray]:
         """For each group the numbers of its rows that count, counted in the group."""
         is_live = np.ones(self.num_rows, bool)

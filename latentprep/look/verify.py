@@ -1,15 +1,15 @@
 """`latentprep verify`: every file of a cache against the hash, the shapes and the rows that its manifest promises."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import torch
 
 from latentprep.cache.leftovers import list_orphans
-from latentprep.cache.manifest import NAME, Manifest, open_manifest, read_skips
-from latentprep.cache.shard import Latents, ShardEntry, Text, open_latents, open_text, open_uncond
+from latentprep.cache.manifest import NAME, SKIPPED_NAME, Manifest, open_manifest, read_skips
+from latentprep.cache.shard import UNCOND_NAME, Latents, ShardEntry, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
 from latentprep.records import Problem
@@ -27,7 +27,9 @@ def verify(storage: Storage, progress: Callable[[int], None]) -> tuple[Manifest 
         manifest = open_manifest(storage)
     except UserError as error:
         return None, [Problem(NAME, "manifest", str(error))]
-    problems = [problem for name, stamp in root_files(manifest) for problem in check_file(storage, name, stamp)]
+    problems = [
+        problem for name, stamp in manifest.root_files().items() for problem in check_file(storage, name, stamp)
+    ]
     keys: Counter[str] = Counter()
     with ThreadPoolExecutor(THREADS) as pool:
         for entry, (found, own) in zip(
@@ -44,12 +46,6 @@ def verify(storage: Storage, progress: Callable[[int], None]) -> tuple[Manifest 
         for name in list_orphans(storage, manifest)
     ]
     return manifest, problems
-
-
-def root_files(manifest: Manifest) -> Iterator[tuple[str, Stamp]]:
-    """The files that belong to no shard."""
-    of_shards = {name for shard in manifest.shards for name in shard.names()}
-    return ((name, stamp) for name, stamp in manifest.files().items() if name not in of_shards)
 
 
 def check_file(storage: Storage, name: str, stamp: Stamp) -> list[Problem]:
@@ -70,7 +66,7 @@ def check_file(storage: Storage, name: str, stamp: Stamp) -> list[Problem]:
 def check_shard(storage: Storage, manifest: Manifest, entry: ShardEntry) -> tuple[list[Problem], list[str]]:
     """What is wrong with a shard, and the keys of its rows that count."""
     problems: list[Problem] = []
-    for name, stamp in zip(entry.names(), (entry.latents_file, entry.text_file), strict=True):
+    for name, stamp in entry.files().items():
         problems += check_file(storage, name, stamp)
     try:
         latents = open_latents(storage, entry.unit, entry.groups)
@@ -141,14 +137,14 @@ def check_skips(storage: Storage, manifest: Manifest, keys: Counter[str]) -> lis
     try:
         skips = read_skips(storage)
     except UserError as error:
-        return [Problem("skipped.jsonl", "structure", str(error))]
+        return [Problem(SKIPPED_NAME, "structure", str(error))]
     problems = [
-        Problem("skipped.jsonl", "duplicate", f"{skip.key} is skipped, and in the cache too")
+        Problem(SKIPPED_NAME, "duplicate", f"{skip.key} is skipped, and in the cache too")
         for skip in skips
         if skip.key in keys
     ]
     if len(skips) != manifest.num_skipped:
-        problems.append(Problem("skipped.jsonl", "count", f"{len(skips)} lines, expected {manifest.num_skipped}"))
+        problems.append(Problem(SKIPPED_NAME, "count", f"{len(skips)} lines, expected {manifest.num_skipped}"))
     return problems
 
 
@@ -159,8 +155,8 @@ def check_uncond(storage: Storage, manifest: Manifest) -> list[Problem]:
     try:
         _, cond = open_uncond(storage)
     except UserError as error:
-        return [Problem("uncond.safetensors", "structure", str(error))]
-    return [Problem("uncond.safetensors", "non_finite", name) for name, value in cond.items() if _not_finite(value)]
+        return [Problem(UNCOND_NAME, "structure", str(error))]
+    return [Problem(UNCOND_NAME, "non_finite", name) for name, value in cond.items() if _not_finite(value)]
 
 
 def _not_finite(values: torch.Tensor | None) -> int:

@@ -56,7 +56,7 @@ class Prepared:
             and not (self.plan.new or self.plan.retext)
             and self.manifest.shards == self.plan.kept
             and read_skips(self.storage) == sorted(self.plan.skips, key=lambda skip: skip.key)
-            and find_uncond(self.storage, self.manifest)
+            and has_uncond(self.storage, self.manifest)
             and not (self.storage.is_local and list_orphans(self.storage, self.manifest))
         )
 
@@ -172,7 +172,7 @@ def plan_with_leftovers(
     return replace(plan, lost=[*missing.values(), *plan.lost])
 
 
-def find_uncond(storage: Storage, manifest: Manifest) -> bool:
+def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     """Whether the cond of the empty prompt is there, if it should be."""
     size = storage.sizes().get(UNCOND_NAME)
     return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
