@@ -240,6 +240,20 @@ def test_a_deleted_manifest_costs_nothing(run, images, tmp_path):
     assert run("verify", tmp_path / "c", "--source", images).code == 0
 
 
+def test_shards_of_another_recipe_are_never_taken_into_a_finished_cache(run, images, tmp_path):
+    assert run("encode", images, "--out", tmp_path / "other", *SMALL, "--flip").code == 0
+    options = ("--out", tmp_path / "c", *SMALL, *SHARDS)
+    (images / "wide0.png").rename(tmp_path / "aside.png")
+    assert run("encode", images, *options).code == 0
+    for path in (tmp_path / "other" / "shards").iterdir():
+        shutil.copy(path, tmp_path / "c" / "shards" / path.name)
+    (tmp_path / "aside.png").rename(images / "wide0.png")
+    result = run("encode", images, *options)
+    assert "encoded  1 image" in result.out
+    assert "cleared  2 files" in result.out
+    assert run("verify", tmp_path / "c", "--source", images).code == 0
+
+
 def test_an_unfinished_cache_of_another_recipe_is_refused(run, images, tmp_path):
     options = ("--out", tmp_path / "c", *SMALL, *SHARDS)
     assert run("encode", images, *options).code == 0

@@ -102,6 +102,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     manifest = None if options.overwrite else find_manifest(storage)
     leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
     check_recipe(options, recipe, manifest, leftovers)
+    leftovers = {unit: leftover for unit, leftover in leftovers.items() if leftover.recipe == recipe["latents"]}
     if manifest is not None and manifest.recipe["libraries"] != recipe["libraries"]:
         changes = "; ".join(recipe_changes(manifest.recipe["libraries"], recipe["libraries"]))
         say(f"versions {changes}: latents that are new may differ from the others in their last digits")
