@@ -193,10 +193,6 @@ def inspect(
         Console(highlight=False).print(tables.render_sample(found) if key else tables.render_summary(found), markup=False)
 
 
-def _add(bar: Any, count: int) -> None:
-    bar.update(count)
-
-
 # fmt: off
 @app.command()
 def verify(
@@ -224,7 +220,7 @@ def verify(
     storage = Storage(cache)
     found: dict[str, Any] = {"cache": cache}
     with tqdm(unit="B", unit_scale=True, desc="hash", dynamic_ncols=True, disable=as_json or None) as bar:
-        manifest, problems = verify_cache(storage, lambda count: _add(bar, count))
+        manifest, problems = verify_cache(storage, bar.update)
     if manifest is not None:
         found |= {"images": manifest.num_images, "shards": len(manifest.shards)}
     if source is not None and problems:
@@ -235,7 +231,7 @@ def verify(
         from latentprep.prepare.recheck import compare_source, reencode
 
         with tqdm(unit="img", desc="source", dynamic_ncols=True, disable=as_json or None) as bar:
-            problems += compare_source(storage, manifest, source, lambda count: _add(bar, count))
+            problems += compare_source(storage, manifest, source, bar.update)
         if re_encode:
             quiet_libraries()
             more, found["largest_difference"] = reencode(

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from latentprep.cache.leftovers import clear_temporaries, list_orphans
-from latentprep.cache.manifest import Manifest, commit, open_manifest, read_skips
+from latentprep.cache.leftovers import clear_orphans
+from latentprep.cache.manifest import commit, open_manifest, read_skips
 from latentprep.cache.shard import (
     LatentGroup,
     ShardEntry,
@@ -15,6 +15,7 @@ from latentprep.cache.shard import (
     TextGroup,
     open_latents,
     open_text,
+    table_of,
     text_id,
     write_latents,
     write_text,
@@ -41,18 +42,15 @@ def compact(storage: Storage, min_share: float) -> Compacted:
     manifest = open_manifest(storage)
     skips = read_skips(storage)
     shards = [
-        _rewrite(storage, shard, manifest) if shard.tombstones and _share(shard) >= min_share else shard
+        _rewrite(storage, shard) if shard.tombstones and _share(shard) >= min_share else shard
         for shard in manifest.shards
     ]
     kept = [shard for shard in shards if shard is not None]
     result = replace(manifest, shards=kept)
     if kept != manifest.shards:
         commit(storage, result, skips)
-    clear_temporaries(storage)
-    if storage.is_local:
-        for name in list_orphans(storage, result):
-            storage.delete(name)
-    else:
+    clear_orphans(storage, result)
+    if not storage.is_local:
         for name in manifest.files().keys() - result.files().keys():
             storage.delete(name)
     before, after = sum(shard.nbytes for shard in manifest.shards), sum(shard.nbytes for shard in kept)
@@ -65,7 +63,7 @@ def _share(shard: ShardEntry) -> float:
     return len(shard.tombstones) / shard.num_rows
 
 
-def _rewrite(storage: Storage, shard: ShardEntry, manifest: Manifest) -> ShardEntry | None:
+def _rewrite(storage: Storage, shard: ShardEntry) -> ShardEntry | None:
     """The shard without its tombstones; None where nothing else is in it."""
     if not shard.num_images:
         return None
@@ -79,8 +77,7 @@ def _rewrite(storage: Storage, shard: ShardEntry, manifest: Manifest) -> ShardEn
     new_text = text_id(unit, words.rows(), recipe)
     latents_file = write_latents(storage, unit, groups, _metadata(latents.metadata))
     text_file = write_text(storage, unit, new_text, words, _metadata(text.metadata))
-    table = tuple((group.label, len(group), tuple(group.latent_mean.shape[2:])) for group in groups)
-    return ShardEntry(unit, new_text, table, latents_file, text_file)
+    return ShardEntry(unit, new_text, table_of(groups), latents_file, text_file)
 
 
 def _metadata(metadata: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What runs that did not finish left behind: whole shards to take up, and scraps to clear away."""
 
 from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from latentprep.cache.manifest import NAME as MANIFEST_NAME
@@ -12,10 +12,12 @@ from latentprep.cache.shard import (
     UNCOND_NAME,
     Groups,
     ShardEntry,
+    latents_name,
     open_latents,
     open_text,
+    text_name,
 )
-from latentprep.cache.storage import Stamp, Storage, is_temporary
+from latentprep.cache.storage import Storage, is_temporary
 from latentprep.errors import UserError
 from latentprep.records import Skip
 
@@ -62,15 +64,12 @@ def recover(storage: Storage, leftover: Leftover) -> ShardEntry | None:
             open_text(storage, leftover.unit, text, leftover.groups)
         except UserError:
             continue
-        no_stamp = Stamp(0, "")
-        return restamp(storage, ShardEntry(leftover.unit, text, leftover.groups, no_stamp, no_stamp))
+        latents_file, text_file = (
+            storage.stamp(latents_name(leftover.unit)),
+            storage.stamp(text_name(leftover.unit, text)),
+        )
+        return ShardEntry(leftover.unit, text, leftover.groups, latents_file, text_file)
     return None
-
-
-def restamp(storage: Storage, entry: ShardEntry) -> ShardEntry:
-    """The entry with the sizes and hashes that its files have now."""
-    latents, text = entry.names()
-    return replace(entry, latents_file=storage.stamp(latents), text_file=storage.stamp(text))
 
 
 def clear_temporaries(storage: Storage) -> None:
@@ -88,6 +87,20 @@ def list_orphans(storage: Storage, manifest: Manifest) -> list[str]:
         for name in (*storage.names(), *storage.names(FOLDER))
         if name not in files and (is_temporary(name) or SHARD_NAME.fullmatch(name) or name == UNCOND_NAME)
     ]
+
+
+def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:
+    """Delete our files that the manifest does not name; returns how many they were, and their bytes.
+
+    Not on a remote: without a lock, another run may be at work there.
+    """
+    if not storage.is_local:
+        return 0, 0
+    orphans = list_orphans(storage, manifest)
+    nbytes = sum(storage.size(name) for name in orphans)
+    for name in orphans:
+        storage.delete(name)
+    return len(orphans), nbytes
 
 
 def clear_cache(storage: Storage) -> None:

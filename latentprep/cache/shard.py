@@ -125,7 +125,12 @@ class Latents:
     groups: list[LatentGroup]
 
     def table(self) -> Groups:
-        return tuple((group.label, len(group), tuple(group.latent_mean.shape[2:])) for group in self.groups)
+        return table_of(self.groups)
+
+
+def table_of(groups: list[LatentGroup]) -> Groups:
+    """What the manifest says of groups."""
+    return tuple((group.label, len(group), tuple(group.latent_mean.shape[2:])) for group in groups)
 
 
 @dataclass(frozen=True, eq=False)

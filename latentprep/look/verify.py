@@ -18,7 +18,7 @@ THREADS = 4  # hashing one file a thread; more gain nothing on a disk
 HEADER_PARTS = ("scaling_factor", "shift_factor", "factor", "channels", "pixel_range", "views")
 
 
-def verify(storage: Storage, progress: Callable[[int], None]) -> tuple[Manifest | None, list[Problem]]:
+def verify(storage: Storage, progress: Callable[[int], object]) -> tuple[Manifest | None, list[Problem]]:
     """The manifest, and everything that is wrong with a cache. `progress` hears of bytes that were hashed.
 
     A cache without problems holds exactly the bytes that were written: no byte can flip unseen.

@@ -32,9 +32,6 @@ class ShardRows:
         """What the text file is to say; of a tombstone, what it says."""
         return [row if item is None else item.row for row, item in zip(self.stored, self.owner, strict=True)]
 
-    def items(self) -> Iterator[Item]:
-        return (item for item in self.owner if item is not None)
-
     def tombstones(self) -> tuple[int, ...]:
         return tuple(n for n, item in enumerate(self.owner) if item is None)
 

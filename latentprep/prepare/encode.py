@@ -9,11 +9,10 @@ from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from latentprep.cache.leftovers import clear_cache, clear_temporaries, list_orphans
+from latentprep.cache.leftovers import clear_cache, clear_orphans, clear_temporaries
 from latentprep.cache.manifest import Manifest, commit
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import ShardEntry
-from latentprep.cache.storage import Storage
 from latentprep.prepare.devices import default_batch_size
 from latentprep.prepare.survey import Prepared
 from latentprep.records import Item, Pixels, Placement, Skip
@@ -115,20 +114,6 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
         encode_seconds=encode_seconds,
         waits={name: job.watch.seconds[name] for name in STAGES},
     )
-
-
-def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:
-    """Delete our files that the manifest does not name; returns how many they were, and their bytes.
-
-    Not on a remote: without a lock, another run may be at work there.
-    """
-    if not storage.is_local:
-        return 0, 0
-    orphans = list_orphans(storage, manifest)
-    nbytes = sum(storage.size(name) for name in orphans)
-    for name in orphans:
-        storage.delete(name)
-    return len(orphans), nbytes
 
 
 def shard_order(entry: ShardEntry) -> tuple[str, str]:

@@ -78,7 +78,8 @@ def make_plan(
 ) -> Plan:
     """The plan for a folder's items, given the shards of a cache of the same recipe, or none.
 
-    An image is kept if a shard holds its content, or if skipped.jsonl knows it and it has not changed since."""
+    An image is kept if a shard holds its content, or if skipped.jsonl knows it and it has not changed since.
+    """
     matching = Matching(items, shards, storage, hash_files)
     kept: list[ShardEntry] = []
     retext: list[Retext] = []

@@ -1,7 +1,6 @@
 """A cache against the images it came from: are they still the same, and does encoding them again give the same?"""
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +14,17 @@ from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
 from latentprep.prepare.load import load_pixels
 from latentprep.prepare.models import VaeFolder, find_model, open_vae
-from latentprep.prepare.source import hash_file, list_folder
+from latentprep.prepare.source import hash_files, list_folder
 from latentprep.prepare.vae import VaeEncoder
 from latentprep.records import Item, Placement, Problem, Skip
 
-THREADS = 4  # that read images; a disk has no use for more
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
 # library stays far below, another image, crop or model far above: bfloat16 alone costs 0.013.
 TOLERANCES = {"float32": 0.003, "float16": 0.01, "bfloat16": 0.05}
 
 
 def compare_source(
-    storage: Storage, manifest: Manifest, folder: Path, progress: Callable[[int], None]
+    storage: Storage, manifest: Manifest, folder: Path, progress: Callable[[int], object]
 ) -> list[Problem]:
     """Whether every cached image is still in its folder with the same content, and every image there is in the cache.
 
@@ -34,28 +32,26 @@ def compare_source(
     """
     source = list_folder(folder, without=Path(storage.path) if storage.is_local else None)
     rows = list(live_rows(storage, manifest))
-    with ThreadPoolExecutor(THREADS) as pool:
-        hashes = pool.map(lambda row: hash_file(folder / row[0]), rows)
-        problems = []
-        for (key, digest, _), found in zip(rows, hashes, strict=True):
-            progress(1)
-            if found is None:
-                problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
-            elif found != digest:
-                problems.append(Problem(key, "changed", "its content is not what was encoded"))
-    known = {key for key, _, _ in rows} | {skip.key for skip in read_skips(storage)}
+    problems = []
+    for (key, digest), found in zip(rows, hash_files(folder, (key for key, _ in rows)), strict=True):
+        progress(1)
+        if found is None:
+            problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
+        elif found != digest:
+            problems.append(Problem(key, "changed", "its content is not what was encoded"))
+    known = {key for key, _ in rows} | {skip.key for skip in read_skips(storage)}
     there = [*(item.key for item in source.items), *(skip.key for skip in source.skips)]
     return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
 
 
-def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes, int]]:
-    """key, content hash and bytes of every image in the cache."""
+def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
+    """key and content hash of every image in the cache."""
     for entry in manifest.shards:
         text = open_text(storage, entry.unit, entry.text, entry.groups)
         latents = open_latents(storage, entry.unit, entry.groups)
         for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
             for row in live.tolist():
-                yield words.key[row], bytes(group.digest[row].tolist()), int(words.nbytes[row])
+                yield words.key[row], bytes(group.digest[row].tolist())
 
 
 def reencode(

@@ -4,7 +4,8 @@ import hashlib
 import os
 import stat
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ IMAGE_SUFFIXES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm .tga .ico "
     ".heic .heif .jxl".split()
 )
+HASHERS = 4  # threads that read files; a disk has no use for more
 MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA, stored as it is
 # Pillow and the libraries below it raise whatever comes to them: over a dozen kinds were seen on damaged files.
 DECODER_ERRORS = Exception
@@ -129,6 +131,12 @@ def hash_file(path: Path) -> bytes | None:
             return hashlib.file_digest(file, new_hash).digest()
     except OSError:
         return None
+
+
+def hash_files(folder: Path, keys: Iterable[str]) -> Iterator[bytes | None]:
+    """hash_file of many, in their order."""
+    with ThreadPoolExecutor(HASHERS) as pool:
+        yield from pool.map(lambda key: hash_file(folder / key), keys)
 
 
 def new_hash(data: bytes = b"") -> "hashlib.blake2b":

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,7 @@ from latentprep.prepare.devices import choose_device, default_shard_bytes
 from latentprep.prepare.model_set import Models, open_models
 from latentprep.prepare.models import TextFacts, VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
-from latentprep.prepare.source import hash_file, limit_pixels, list_folder
+from latentprep.prepare.source import hash_files, limit_pixels, list_folder
 from latentprep.records import Item, Skip
 from latentprep.units import counted, human_bytes
 
@@ -109,16 +108,15 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     row_bytes = estimate_row_bytes(recipe, vae, text)
     shard_bytes = options.shard_bytes or default_shard_bytes(device)
 
-    def hash_files(items: list[Item]) -> list[bytes | None]:
+    def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
         say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        with ThreadPoolExecutor(HASHERS) as pool:
-            return list(pool.map(lambda item: hash_file(options.source / item.key), items))
+        return list(hash_files(options.source, (item.key for item in items)))
 
     def make(shards: list[ShardEntry], known_skips: list[Skip]) -> Plan:
         return make_plan(
             captioned.items, source.skips, place, row_bytes, recipe=recipe, shard_bytes=shard_bytes,
-            storage=storage, shards=shards, known_skips=known_skips, hash_files=hash_files,
+            storage=storage, shards=shards, known_skips=known_skips, hash_files=hash_items,
         )  # fmt: skip
 
     plan = plan_with_leftovers(make, storage, manifest, leftovers)
@@ -177,9 +175,6 @@ def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     """Whether the cond of the empty prompt is there, if it should be."""
     size = storage.sizes().get(UNCOND_NAME)
     return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
-
-
-HASHERS = 4  # threads that read files; a disk has no use for more
 
 
 def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, text: TextFacts | None) -> RowBytes:

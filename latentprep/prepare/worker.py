@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.cache.manifest import skip_from_json
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import (
     Groups,
@@ -18,6 +19,7 @@ from latentprep.cache.shard import (
     latents_name,
     open_latents,
     open_text,
+    table_of,
     text_id,
     text_name,
     write_latents,
@@ -63,7 +65,7 @@ def run_unit(
     """
     if loaded is None:
         latents = open_latents(job.storage, unit.id)
-        skips = [Skip(**skip) for skip in latents.metadata["skipped"]]
+        skips = [skip_from_json(skip) for skip in latents.metadata["skipped"]]
         notes = Counter(latents.metadata["notes"])
         groups = latents.table()
         latents_file: Stamped = partial(job.storage.stamp, latents_name(unit.id))
@@ -79,7 +81,7 @@ def run_unit(
             else:
                 keep_rows(batch, encoded, builders, job, skips)
         made = [builder.build() for builder in builders.values() if builder.digest]
-        groups = tuple((group.label, len(group), tuple(group.latent_mean.shape[2:])) for group in made)
+        groups = table_of(made)
         if not made:
             return UnitResult(unit.id, "", groups, _no_file, _no_file, skips, notes)
         # skips and notes stand in the header too: a killed run is taken up from its shards alone

@@ -217,7 +217,7 @@ class LatentLoader:
         self.epoch, self._used, self._resume_at = epoch, 0, 0
 
     def __iter__(self) -> Iterator[LatentBatch]:
-        if self._used == len(self) and not self._resume_at:
+        if 0 < len(self) == self._used and not self._resume_at:
             self.epoch += 1  # some loops (Lightning's) count batches, and do not ask for one more than there are
         self.sampler.set_epoch(self.epoch)
         self._used = self.sampler.start = self._resume_at
