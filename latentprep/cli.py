@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentprep import __version__
-from latentprep.config import DEFAULT_MODEL, EncodeOptions, Geometry, TextOptions
+from latentprep.config import DEFAULT_MODEL, EncodeOptions, Geometry, ImageOptions, TextOptions
 from latentprep.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +61,10 @@ def latentprep(
 def encode(
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, searched recursively.", show_default=False)],
     max_megapixels: Annotated[float, typer.Option(metavar="MEGAPIXELS", help="Larger images are skipped unread: they may be decompression bombs.", rich_help_panel=INPUT)] = 180,
+    animated: Annotated[str, typer.Option(metavar="first|skip", help="Of an image with several frames: take the first, or leave it out.", rich_help_panel=INPUT)] = "first",
+    background: Annotated[str, typer.Option(metavar="auto|keep|COLOR", help="Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", rich_help_panel=INPUT)] = "auto",
+    weights: Annotated[str, typer.Option(metavar="alpha|none|DIR", help="Loss weights from transparency, or from a folder of masks with the images' paths and stems.", rich_help_panel=INPUT)] = "alpha",
+    no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode large JPEGs in full, and not at a fraction that is still twice what is needed.", rich_help_panel=INPUT)] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=INPUT)] = 0,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where the cache goes.", show_default="SOURCE.latents", rich_help_panel=OUTPUT)] = "",
     store: Annotated[str, typer.Option(metavar="mean+std|mean", help="What to keep of the VAE posterior.", rich_help_panel=OUTPUT)] = "mean+std",
@@ -83,6 +87,8 @@ def encode(
     height: Annotated[int | None, typer.Option(metavar="PIXELS", help="One fixed size for all, with --width.", show_default=False, rich_help_panel=GEOMETRY)] = None,
     fit: Annotated[str, typer.Option(metavar="crop|stretch|pad", help="How an image fills its bucket; padding weighs 0.", rich_help_panel=GEOMETRY)] = "crop",
     filter: Annotated[str, typer.Option(metavar="NAME", help="lanczos, bicubic, bilinear, hamming, box or nearest.", rich_help_panel=GEOMETRY)] = "lanczos",  # noqa: A002
+    crop: Annotated[str, typer.Option(metavar="center|random|focus", help="Which part of an image its bucket keeps; focus: where there is most to see.", rich_help_panel=GEOMETRY)] = "center",
+    crops: Annotated[int, typer.Option(metavar="COUNT", help="Crops of each image, as views; an epoch takes one of them.", rich_help_panel=GEOMETRY)] = 1,
     flip: Annotated[bool, typer.Option("--flip", help="Encode the mirrored image too, as a second view.", rich_help_panel=GEOMETRY)] = False,
     template: Annotated[str, typer.Option(metavar="NAME|FILE", help="Template lines with [name] and [filewords]; see `latentprep templates`.", show_default="the caption alone", rich_help_panel=CAPTIONS)] = "",
     placeholder: Annotated[str, typer.Option(metavar="TEXT", help="What [name] stands for.", show_default=False, rich_help_panel=CAPTIONS)] = "",
@@ -105,8 +111,11 @@ def encode(
         out=out or f"{str(source).rstrip('/')}.latents",
         geometry=Geometry.from_options(
             resolution=resolution, width=width, height=height, bucket_step=bucket_step, min_side=min_side,
-            max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter,
+            max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter, crop=crop,
+            crops=crops, seed=seed,
         ),
+        images=ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft),
+        masks=None if weights in ("alpha", "none") else Path(weights),
         text=TextOptions(load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond),
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
         batch_size=batch_size, workers=workers, seed=seed,

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from latentprep.errors import UserError
-from latentprep.records import Size
+from latentprep.records import Size, list_views
 
 FITS = ("crop", "stretch", "pad")
+ANIMATED = ("first", "skip")
+CROPS = ("center", "random", "focus")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 STORES = ("mean+std", "mean")
 DTYPES = ("float32", "float16", "bfloat16")
@@ -31,6 +33,9 @@ class Geometry:
     upscale: bool = True
     fit: str = "crop"
     filter: str = "lanczos"
+    crop: str = "center"
+    crops: int = 1  # crops of each image, as views
+    crop_seed: int | None = None  # of --crop random
 
     @classmethod
     def from_options(
@@ -46,10 +51,22 @@ class Geometry:
         upscale: bool = True,
         fit: str = "crop",
         filter: str = "lanczos",  # noqa: A002
+        crop: str = "center",
+        crops: int = 1,
+        seed: int = 0,
     ) -> "Geometry":
         """The geometry that the options of the command line ask for. Raises UserError."""
         check_choice("--fit", fit, FITS)
         check_choice("--filter", filter, FILTERS)
+        check_choice("--crop", crop, CROPS)
+        if crops < 1:
+            raise UserError(f"--crops {crops}: must be at least 1.")
+        if crops > 1 and crop == "center":
+            raise UserError(f"--crops {crops}: there is only one centre. Add --crop random or --crop focus.")
+        if crop != "center" and (fit != "crop" or resolution == "native"):
+            what = "--resolution native" if resolution == "native" else f"--fit {fit}"
+            raise UserError(f"--crop {crop} with {what}: nothing is cropped there. Leave --crop out.")
+        cropping: dict[str, Any] = {"crop": crop, "crops": crops, "crop_seed": seed if crop == "random" else None}
         for option, value in (("--min-side", min_side), ("--max-side", max_side), ("--bucket-step", bucket_step)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1 pixel.")
@@ -63,7 +80,7 @@ class Geometry:
                 raise UserError(f"--width {width} --height {height}: both must be at least 1 pixel.")
             return cls(
                 "fixed", size=(height, width), min_side=min_side, max_side=max_side,
-                upscale=upscale, fit=fit, filter=filter,
+                upscale=upscale, fit=fit, filter=filter, **cropping,
             )  # fmt: skip
         if resolution == "native":
             if fit != "crop":
@@ -89,6 +106,7 @@ class Geometry:
             upscale=upscale,
             fit=fit,
             filter=filter,
+            **cropping,
         )
 
     def check_factor(self, factor: int) -> None:
@@ -104,6 +122,31 @@ class Geometry:
                     f"{option} {value}: not a multiple of {factor}, this VAE's factor. "
                     f"Try {(value // factor + 1) * factor}."
                 )
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How the file of an image becomes pixels and a weight map, sizes aside."""
+
+    background: str = "auto"  # auto, keep or #rrggbb: what stands below transparency (alpha.fill_background)
+    weights: str = "alpha"  # alpha, masks or none: where weight maps come from
+    animated: str = "first"  # first: the first frame of several; skip: none
+    draft: bool = True  # JPEGs that are much larger than needed are decoded at a fraction of their size
+
+    @classmethod
+    def from_options(cls, *, background: str, weights: str, animated: str, draft: bool) -> "ImageOptions":
+        """What the options of the command line ask for; a folder of masks as `weights` is "masks". Raises UserError."""
+        from PIL import ImageColor
+
+        check_choice("--animated", animated, ANIMATED)
+        if background not in ("auto", "keep"):
+            try:
+                background = "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(background)[:3])
+            except ValueError:
+                raise UserError(
+                    f"--background {background}: expected auto, keep or a colour such as white or '#7f7f7f'."
+                ) from None
+        return cls(background, weights if weights in ("alpha", "none") else "masks", animated, draft)
 
 
 @dataclass(frozen=True)
@@ -125,6 +168,8 @@ class EncodeOptions:
     out: str
     geometry: Geometry
     text: TextOptions
+    images: ImageOptions = ImageOptions()
+    masks: Path | None = None  # folder of mask images, with images.weights "masks"
     model: str = DEFAULT_MODEL
     vae: str | None = None
     flip: bool = False
@@ -168,7 +213,7 @@ def digest_of(value: Any) -> str:
 
 
 def latents_recipe(
-    *, vae: str, geometry: Geometry, flip: bool, dtype: str, store: str, store_dtype: str
+    *, vae: str, geometry: Geometry, images: ImageOptions, flip: bool, dtype: str, store: str, store_dtype: str
 ) -> dict[str, Any]:
     """What decides the numbers in the latents files; `vae` is the hash of its weights and config."""
     used = {name: value for name, value in asdict(geometry).items() if value is not None}
@@ -177,7 +222,8 @@ def latents_recipe(
     return {
         "vae": vae,
         "geometry": used,
-        "views": ["plain", "flipped"] if flip else ["plain"],
+        "images": asdict(images),
+        "views": list_views(geometry.crops, flip),
         "dtype": dtype,
         "store": store,
         "store_dtype": store_dtype,

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from latentprep.cache.lock import hold
 from latentprep.cache.manifest import find_manifest
 from latentprep.cache.storage import Storage
-from latentprep.config import EncodeOptions, Geometry, TextOptions, digest_of
+from latentprep.config import EncodeOptions, Geometry, ImageOptions, TextOptions, digest_of
 from latentprep.errors import UserError
 from latentprep.prepare.encode import encode
 from latentprep.prepare.model_set import Models
@@ -105,8 +105,9 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         )  # the ancestor's rule: then cond is the training loop's to make
         text = TextOptions(lines, placeholder_token, filename_word_regex, filename_join_string, include_cond)
         vae = make_models_vae(model, device) if model is not None else None
+        images = ImageOptions(background="keep", draft=False)  # the ancestor's pixels, to the last bit
         options = EncodeOptions(
-            Path(data_root), self.cache, geometry, text, model=type(model).__name__, flip=flip_p > 0,
+            Path(data_root), self.cache, geometry, text, images, model=type(model).__name__, flip=flip_p > 0,
             device=str(vae.device) if vae is not None else "auto",
             dtype=DTYPES[vae.dtype] if vae is not None else "auto", seed=seed,
         )  # fmt: skip

@@ -16,8 +16,8 @@ class Item:
 
     key: str  # path relative to the source, POSIX style, with its extension
     size: Size  # after EXIF orientation
-    nbytes: int
-    mtime_ns: int
+    nbytes: int  # with its mask
+    mtime_ns: int  # plus that of its mask, where it has one
     caption: str = ""
     caption_origin: str = ""  # where the caption came from: txt, caption, metadata, filename
 
@@ -69,7 +69,9 @@ REASONS = {
     "not_an_image": "Pillow knows no such format",
     "unreadable": "the file or its header cannot be read, or its pixels cannot be decoded",
     "truncated": "the file ends before its pixels do",
-    "unsupported_mode": "its numbers have no known range (float and 32-bit integer images)",
+    "unsupported_mode": "its numbers have no known range (floats beyond 0 to 1, 32-bit integers)",
+    "animated": "it has several frames, and --animated skip says to leave such out",
+    "bad_mask": "its mask cannot be read, or has another shape",
     "too_small": "no bucket can be filled without enlarging it, or --min-side says so",
     "too_large": "more pixels than --max-megapixels, or beyond --max-side",
     "non_finite": "the VAE overflows on it even in float32",
@@ -100,7 +102,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an image goes: resized to `resized_size`, then the box `crop` of it is kept.
+    """Where an image goes: resized to `resized_size`, then a box is kept: `crop`, in the middle, unless --crop differs.
 
     The box has the bucket's size. With --fit pad it reaches beyond the resized image: top or left is negative.
     """
@@ -112,6 +114,17 @@ class Placement:
     def enlarges(self, size: Size) -> bool:
         """Whether an image of this size gets more pixels than it has."""
         return self.resized_size[0] > size[0] or self.resized_size[1] > size[1]
+
+
+def list_views(crops: int, flip: bool) -> list[str]:
+    """Names of the views of an image, in their order: crop after crop, each as it is and then mirrored."""
+    plain = ["plain"] if crops == 1 else [f"crop{k}" for k in range(crops)]
+    mirrored = ["flipped"] if crops == 1 else [f"{name}-flipped" for name in plain]
+    return [name for pair in zip(plain, mirrored, strict=True) for name in pair[: 1 + flip]]
+
+
+def is_flipped(view: str) -> bool:
+    return view.endswith("flipped")
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +140,8 @@ class Unit:
 class Pixels:
     """One decoded image, ready for the VAE."""
 
-    pixels: "np.ndarray"  # [H,W,3] uint8, sRGB
-    weight: "np.ndarray | None"  # [H/f,W/f] float32 in 0..1; None: the image has no transparency
-    digest: bytes  # 16 bytes: content hash of the source file
+    pixels: "np.ndarray"  # [K,H,W,3] uint8, sRGB; K crops
+    weight: "np.ndarray | None"  # [K,H/f,W/f] float32 in 0..1; None: all of it weighs 1
+    crops: tuple[Box, ...]  # K boxes in the resized image
+    digest: bytes  # 16 bytes: content hash of the source file, and its mask
     notes: tuple[str, ...] = ()  # what had to be done to it: oriented, icc_to_srgb, ...

@@ -46,11 +46,14 @@ def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
         "captions.py": {"latentprep.prepare.source"},  # works on what list_folder found
-        "load.py": {"latentprep.prepare.source"},  # reads orientation and errors in the same way
+        # reads orientation and errors in the same way as source; the others are its own parts
+        "load.py": {f"latentprep.prepare.{name}" for name in ("source", "alpha", "color", "crops", "masks")},
+        "masks.py": {"latentprep.prepare.source"},
         "vae.py": {"latentprep.prepare.models", "latentprep.prepare.devices"},  # halves its batches
         "text.py": {"latentprep.prepare.models"},
     }
-    for name in ("source.py", "captions.py", "buckets.py", "load.py", "models.py", "vae.py", "text.py"):
+    parts = ("alpha.py", "color.py", "crops.py", "masks.py")
+    for name in ("source.py", "captions.py", "buckets.py", "load.py", *parts, "models.py", "vae.py", "text.py"):
         modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
         assert modules <= allowed.get(name, set()), name
 

@@ -3,24 +3,48 @@
 import hashlib
 import io
 import struct
+import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from latentprep.config import FILTERS, Geometry
+from latentprep.config import FILTERS, Geometry, ImageOptions, latents_recipe
 from latentprep.prepare.buckets import make_place
-from latentprep.prepare.load import load_pixels
+from latentprep.prepare.load import LoadOptions, load_pixels
+from latentprep.prepare.masks import add_masks, list_masks
 from latentprep.prepare.source import read_item
 from latentprep.prepare.vae import LEVELS
 from latentprep.records import Pixels, Skip
 from tests.conftest import PHOTOS, find_photo, gradient
 
 
-def load(path, filter_name="lanczos", **options):
+def load_views(path, *, folder=None, masks=None, animated="first", background="auto", draft=True, **geometry):
+    """What load_pixels makes of a file, by the options of the command line; `masks` is a folder."""
+    geometry = Geometry.from_options(**geometry)
+    found_masks = list_masks(masks) if masks is not None else None
+    images = ImageOptions.from_options(
+        background=background, weights=str(masks or "alpha"), animated=animated, draft=draft
+    )
+    recipe = latents_recipe(
+        vae="", geometry=geometry, images=images, flip=False, dtype="float32", store="mean", store_dtype="float32"
+    )
     item = read_item(path, path.name)
-    place = make_place(Geometry.from_options(**options), 8)
-    return load_pixels(path.parent, item, place(item.size), filter_name, 8)
+    if isinstance(item, Skip):
+        return item
+    if found_masks is not None:
+        (item,) = add_masks([item], found_masks)
+    placement = make_place(geometry, 8)(item.size)
+    return load_pixels(item, placement, LoadOptions.from_recipe(path.parent, 8, found_masks, recipe))
+
+
+def load(path, filter_name="lanczos", **options):
+    """The same of the first crop: pixels [H,W,3], weight [h,w]."""
+    found = load_views(path, filter=filter_name, **options)
+    if isinstance(found, Skip):
+        return found
+    return replace(found, pixels=found.pixels[0], weight=None if found.weight is None else found.weight[0])
 
 
 def save(folder, image, name="x.png", **options):
@@ -121,8 +145,9 @@ def test_palette_transparency_counts_as_alpha(tmp_path, suffix):
     path = save(tmp_path, palette_image(), f"x.{suffix}", transparency=0)
     found = load(path, resolution="native")
     assert found.weight.tolist() == [[0.0] * 4 + [1.0] * 4] * 8
-    assert found.pixels[0, 0].tolist() == [10, 20, 30]  # the stored colour is kept
+    assert found.pixels[0, 0].tolist() == [255, 255, 255]  # the transparent colour of a palette means nothing
     assert found.pixels[0, 63].tolist() == [200, 100, 50]
+    assert load(path, resolution="native", background="keep").pixels[0, 0].tolist() == [10, 20, 30]
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L"])
@@ -130,7 +155,7 @@ def test_a_transparent_colour_counts_as_alpha(tmp_path, mode):
     image = Image.new(mode, (64, 64), 7 if mode == "L" else (7, 7, 7))
     image.paste(200 if mode == "L" else (200, 200, 200), (0, 0, 64, 32))
     path = save(tmp_path, image, transparency=7 if mode == "L" else (7, 7, 7))
-    found = load(path, resolution="native")
+    found = load(path, resolution="native", background="keep")
     assert found.weight.tolist() == [[1.0] * 8] * 4 + [[0.0] * 8] * 4
     assert found.pixels[63, 0].tolist() == [7, 7, 7]
 
@@ -159,10 +184,85 @@ def test_16_bit_grey_is_scaled_and_not_clipped(tmp_path):
     assert np.abs(found.pixels[..., 0].astype(float) - values / 257).max() <= 0.5
 
 
-def test_modes_without_a_known_range_are_skipped_and_said_so(tmp_path):
-    path = save(tmp_path, Image.fromarray(np.zeros((64, 64), np.float32)), "x.tif")
+@pytest.mark.parametrize(
+    ("values", "detail"),
+    [
+        (np.linspace(0, 2, 4096, dtype=np.float32), "float numbers from 0 to 2, expected 0 to 1"),
+        (np.full(4096, np.nan, np.float32), "float numbers from nan to nan, expected 0 to 1"),
+        (np.arange(4096, dtype=np.int32), "32-bit integers from 0 to 4095, which have no known range"),
+    ],
+)
+def test_numbers_without_a_known_range_are_skipped_and_said_so(tmp_path, values, detail):
+    found = load(save(tmp_path, Image.fromarray(values.reshape(64, 64)), "x.tif"), resolution="native")
+    assert (found.reason, found.detail) == ("unsupported_mode", detail)
+
+
+def test_floats_from_0_to_1_are_scaled(tmp_path):
+    values = np.linspace(0, 1, 4096, dtype=np.float32).reshape(64, 64)
+    found = load(save(tmp_path, Image.fromarray(values), "x.tif"), resolution="native")
+    assert np.abs(found.pixels[..., 1] - values * 255).max() <= 0.5
+    assert found.notes == ("scaled_to_8_bits",)
+
+
+def png_of_16_bits(values, path):
+    """Write [H,W,3] uint16 as PNG, which Pillow cannot."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]
+    body = (
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(body))
+    return path
+
+
+def test_16_bit_color_is_scaled_and_not_clipped(tmp_path):
+    values = np.random.default_rng(0).integers(0, 65536, (64, 64, 3)).astype(np.uint16)
+    found = load(png_of_16_bits(values, tmp_path / "x.png"), resolution="native")
+    assert np.abs(found.pixels - values / 257).max() <= 1  # Pillow takes the upper byte
+
+
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_16_bit_tiff_is_scaled_in_both_byte_orders(tmp_path, dtype):
+    values = (np.arange(64 * 64) * 16).astype(np.uint16).reshape(64, 64)
+    order = {"<u2": b"II", ">u2": b"MM"}[dtype]
+    head = {"<u2": "<", ">u2": ">"}[dtype]
+    tags = [
+        (256, 64),
+        (257, 64),
+        (258, 16),
+        (259, 1),
+        (262, 1),
+        (273, 8 + 2 + 12 * 8 + 4),
+        (278, 64),
+        (279, 64 * 64 * 2),
+    ]
+    directory = b"".join(
+        struct.pack(
+            f"{head}HHII" if n in (273, 279) else f"{head}HHIHH",
+            n,
+            4 if n in (273, 279) else 3,
+            1,
+            value,
+            *(() if n in (273, 279) else (0,)),
+        )
+        for n, value in tags
+    )
+    path = tmp_path / "x.tif"
+    path.write_bytes(
+        order
+        + struct.pack(f"{head}HI", 42, 8)
+        + struct.pack(f"{head}H", len(tags))
+        + directory
+        + struct.pack(f"{head}I", 0)
+        + values.astype(dtype).tobytes()
+    )
     found = load(path, resolution="native")
-    assert (found.reason, found.detail) == ("unsupported_mode", "Pillow mode F")
+    assert np.abs(found.pixels[..., 0].astype(float) - values / 257).max() <= 0.5
 
 
 def test_a_photo_in_adobe_rgb_is_converted_to_srgb():
@@ -239,6 +339,15 @@ def test_digest_is_of_the_files_bytes(tmp_path):
     assert found.digest == hashlib.blake2b(path.read_bytes(), digest_size=16).digest()
 
 
+def load_item(folder, item):
+    """An item that was listed before, in its own size."""
+    geometry = Geometry.from_options(resolution="native")
+    recipe = latents_recipe(
+        vae="", geometry=geometry, images=ImageOptions(), flip=False, dtype="", store="mean", store_dtype=""
+    )
+    return load_pixels(item, make_place(geometry, 8)(item.size), LoadOptions.from_recipe(folder, 8, None, recipe))
+
+
 def cut(data):
     return data[: len(data) // 2]
 
@@ -252,10 +361,9 @@ def scramble(data):
 def test_damage_behind_the_header_is_a_skip_and_never_an_exception(tmp_path, suffix, damage):
     path = save(tmp_path, Image.effect_noise((64, 64), 90).convert("RGB"), f"x.{suffix}")
     item = read_item(path, path.name)
-    place = make_place(Geometry.from_options(resolution="native"), 8)
     data = damage(path.read_bytes())
     path.write_bytes(data + bytes(item.nbytes - len(data)))
-    found = load_pixels(tmp_path, item, place(item.size), "lanczos", 8)
+    found = load_item(tmp_path, item)
     if isinstance(found, Skip):
         assert found.reason in ("unreadable", "truncated", "changed", "too_large")
         assert found.key == path.name
@@ -267,11 +375,10 @@ def test_damage_behind_the_header_is_a_skip_and_never_an_exception(tmp_path, suf
 def test_a_file_that_changed_since_it_was_listed_is_a_skip(tmp_path):
     path = save(tmp_path, gradient(64, 64))
     item = read_item(path, path.name)
-    place = make_place(Geometry.from_options(resolution="native"), 8)
     save(tmp_path, gradient(128, 64))
-    assert load_pixels(tmp_path, item, place(item.size), "lanczos", 8).reason == "changed"
+    assert load_item(tmp_path, item).reason == "changed"
     path.unlink()
-    assert load_pixels(tmp_path, item, place(item.size), "lanczos", 8).reason == "unreadable"
+    assert load_item(tmp_path, item).reason == "unreadable"
 
 
 def test_a_jpeg_of_endless_scans_is_not_decoded(tmp_path):

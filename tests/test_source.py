@@ -51,7 +51,7 @@ def test_caches_are_not_images(tmp_path):
     (tmp_path / "out").mkdir()
     for name in ("old.latents", "out"):
         gradient(8, 8).save(tmp_path / name / "preview.png")
-    assert [item.key for item in list_folder(tmp_path, without=tmp_path / "out").items] == ["a.png"]
+    assert [item.key for item in list_folder(tmp_path, without=[tmp_path / "out"]).items] == ["a.png"]
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -9,7 +9,7 @@ from latentprep.cache.shard import FOLDER, UNCOND_NAME, Groups, ShardEntry
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import DTYPES, STORES
 from latentprep.errors import UserError
-from latentprep.records import Skip
+from latentprep.records import Skip, list_views
 
 NAME = "cache.json"
 SKIPPED_NAME = "skipped.jsonl"
@@ -132,6 +132,11 @@ SPEC: dict[str, Any] = {
 }  # fmt: skip
 
 
+def possible_views(count: int) -> list[list[str]]:
+    """What `count` views may be called."""
+    return [list_views(count // (1 + flip), flip) for flip in (False, True) if count >= 1 + flip]
+
+
 def check_spec(value: Any, spec: Any, name: str = "cache") -> None:
     """Raise ValueError unless a JSON value has the parts and types that a spec asks for."""
     if isinstance(spec, dict):
@@ -158,7 +163,8 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     ):
         if not low <= latent[name] <= high:
             raise ValueError(f"latent.{name} is {latent[name]}, expected {low:g} to {high:g}")
-    if not set(latent["views"]) <= {"plain", "flipped"} or latent["views"] != data["recipe"]["latents"]["views"]:
+    views = latent["views"]
+    if views not in possible_views(len(views)) or views != data["recipe"]["latents"]["views"]:
         raise ValueError(f"views {latent['views']!r:.80}")
     shards = [_shard_from_json(shard, data["tombstones"]) for shard in data["shards"]]
     if len({shard.unit for shard in shards}) < len(shards):

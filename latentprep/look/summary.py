@@ -163,7 +163,7 @@ def describe_latents(group: LatentGroup, row: int) -> dict[str, Any]:
     return {
         "original_size": _list(group.original_size[row]),
         "resized_size": _list(group.resized_size[row, 0]),
-        "crop": _list(group.crop[row, 0]),
+        "crop": group.crop[row].tolist(),
         "latent_shape": list(mean.shape),
         "latent_mean": {"mean": _rounded(mean.mean((1, 2))), "std": _rounded(mean.std((1, 2)))},
         "posterior_std": _rounded(std[row, 0].float().mean((1, 2))) if std is not None else None,

@@ -115,7 +115,7 @@ def _plain(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {_plain(inner)}" for name, inner in value.items())
     if isinstance(value, list):
-        return ", ".join(_plain(inner) for inner in value)
+        return ("; " if any(isinstance(inner, list) for inner in value) else ", ").join(map(_plain, value))
     return printable(str(value))
 
 

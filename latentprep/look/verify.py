@@ -12,7 +12,7 @@ from latentprep.cache.manifest import NAME, SKIPPED_NAME, Manifest, open_manifes
 from latentprep.cache.shard import UNCOND_NAME, Latents, ShardEntry, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
-from latentprep.records import Problem
+from latentprep.records import Problem, is_flipped
 
 THREADS = 4  # hashing one file a thread; more gain nothing on a disk
 HEADER_PARTS = ("scaling_factor", "shift_factor", "factor", "channels", "pixel_range", "views")
@@ -98,7 +98,7 @@ def check_latents(manifest: Manifest, latents: Latents) -> list[Problem]:
     for name in HEADER_PARTS:
         if metadata.get(name) != manifest.latent.get(name):
             wrong("header", f"{name} {metadata.get(name)!r}, cache.json has {manifest.latent.get(name)!r}")
-    flipped = [view == "flipped" for view in manifest.latent["views"]]
+    flipped = [is_flipped(view) for view in manifest.latent["views"]]
     for group in latents.groups:
         if str(group.latent_mean.dtype) != f"torch.{recipe['store_dtype']}":
             wrong("dtype", f"{group.label}: {group.latent_mean.dtype}, expected {recipe['store_dtype']}")

@@ -52,7 +52,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     from latentprep.prepare.load import LARGE_PIXELS, load_pixels
     from latentprep.prepare.textfile import write_empty_prompt
 
-    options, storage, plan = prepared.options, prepared.storage, prepared.plan
+    options, storage, plan, load_options = prepared.options, prepared.storage, prepared.plan, prepared.load_options
     started = time.perf_counter()
     if options.overwrite:
         clear_cache(storage)
@@ -78,7 +78,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
 
         def load(item: Item, placement: Placement) -> Pixels | Skip:
             with large if item.size[0] * item.size[1] > LARGE_PIXELS else nullcontext():
-                return load_pixels(options.source, item, placement, options.geometry.filter, prepared.models.vae.factor)
+                return load_pixels(item, placement, load_options)
 
         result = run(plan.new, plan.retext, to_encode, load, job, prepared.workers, progress)
     encode_seconds = time.perf_counter() - loop_started
@@ -159,6 +159,7 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
     return {
         "model": options.model,
         "vae": options.vae,
+        "masks": str(options.masks) if options.masks is not None else None,
         "device": prepared.device,
         "batch_size": job.batch_size,
     }

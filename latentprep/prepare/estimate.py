@@ -40,10 +40,10 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         encode = per_batch / (batch * height * width) * pixels
 
         sample = rows[:: -(-len(rows) // SAMPLES)]
-        geometry, folder = prepared.options.geometry, prepared.options.source
+        load_options = prepared.load_options
         started = time.perf_counter()
         for item, placement in sample:
-            load_pixels(folder, item, placement, geometry.filter, prepared.models.vae.factor)
+            load_pixels(item, placement, load_options)
         decode = (time.perf_counter() - started) / len(sample) * len(rows) / prepared.workers
         seconds += max(encode, decode)
         measured.append(f"{batch / per_batch:.1f} images/s at {width}x{height} in batches of {batch}")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from latentprep.cache.shard import LatentGroup
-from latentprep.records import Placement, Size
+from latentprep.records import Box, Placement, Size, is_flipped
 
 
 @dataclass(eq=False)
@@ -21,23 +21,22 @@ class GroupBuilder:
     weight: list[np.ndarray | None] = field(default_factory=list)
     original_size: list[Size] = field(default_factory=list)
     placement: list[Placement] = field(default_factory=list)
+    crops: list[tuple[Box, ...]] = field(default_factory=list)
     digest: list[bytes] = field(default_factory=list)
 
     def build(self) -> LatentGroup:
         """The group; the builder is empty afterwards, so that a shard is not in memory twice."""
 
-        def per_view(rows: list[tuple[int, ...]]) -> Tensor:
-            return torch.tensor(rows, dtype=torch.int32)[:, None].repeat(1, len(self.views), 1)
-
+        mirrors = len(self.views) // len(self.crops[0])  # views of each crop
         return LatentGroup(
             label=group_label(self.bucket),
             latent_mean=_stack_and_free(self.mean),
             latent_std=_stack_and_free(self.std) if self.std else None,
             weight=self._build_weight(),
             original_size=torch.tensor(self.original_size, dtype=torch.int32),
-            resized_size=per_view([placement.resized_size for placement in self.placement]),
-            crop=per_view([placement.crop for placement in self.placement]),
-            flipped=torch.tensor([view == "flipped" for view in self.views], dtype=torch.uint8),
+            resized_size=torch.tensor([[p.resized_size] * len(self.views) for p in self.placement], dtype=torch.int32),
+            crop=torch.tensor(self.crops, dtype=torch.int32).repeat_interleave(mirrors, dim=1),
+            flipped=torch.tensor([is_flipped(view) for view in self.views], dtype=torch.uint8),
             digest=torch.from_numpy(np.frombuffer(b"".join(self.digest), np.uint8).reshape(-1, 16).copy()),
         )
 
@@ -47,7 +46,10 @@ class GroupBuilder:
             return None
         ones = np.ones(shapes.pop(), np.float32)
         plain = torch.from_numpy(np.stack([ones if weight is None else weight for weight in self.weight])).half()
-        return torch.stack([plain.flip(-1) if view == "flipped" else plain for view in self.views], dim=1)
+        crops = plain.repeat_interleave(len(self.views) // plain.shape[1], dim=1).unbind(1)
+        return torch.stack(
+            [crop.flip(-1) if is_flipped(view) else crop for view, crop in zip(self.views, crops, strict=True)], dim=1
+        )
 
 
 def _stack_and_free(rows: list[Tensor]) -> Tensor:

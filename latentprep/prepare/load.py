@@ -1,11 +1,18 @@
 """Bytes of an image file -> oriented, colour-managed, resized and cropped uint8 pixels, and the weight map."""
 
 import io
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, JpegImagePlugin
 
+from latentprep.prepare.alpha import fill_background, split_alpha
+from latentprep.prepare.color import UnknownRangeError, to_srgb
+from latentprep.prepare.crops import choose_crops
+from latentprep.prepare.masks import Masks
 from latentprep.prepare.source import (
     DECODER_ERRORS,
     describe,
@@ -15,7 +22,7 @@ from latentprep.prepare.source import (
     read_orientation,
     too_large,
 )
-from latentprep.records import Item, Pixels, Placement, Size, Skip
+from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
 
 TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -26,21 +33,59 @@ TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-INSIDE_ICC = ("RGB", "L", "CMYK", "LAB")  # modes that a profile can be applied to
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 JPEG_MAGIC, JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
 MAX_SCANS = 100  # a progressive JPEG has about ten; each costs a pass over all pixels, and a few bytes make one
 LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
+DRAFT_MARGIN = 2  # a reduced JPEG still has this many times the pixels that are asked for, each way
+ONE_PICTURE = ("MPO", "PSD", "HEIF", "ICO", "ICNS")  # their further frames are previews, depth maps and layers
+ASPECT_TOLERANCE = 0.02  # between an image and its mask
 
 
-def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str, factor: int) -> Pixels | Skip:
-    """The pixels of an item as the VAE is to see them, or the Skip that says why not."""
+@dataclass(frozen=True)
+class LoadOptions:
+    """All that decides how image files become pixels, other than their placement."""
+
+    folder: Path
+    factor: int  # pixels of a latent pixel, each way
+    masks: Masks | None
+    filter: Image.Resampling
+    crop: str
+    crops: int
+    seed: int
+    background: str
+    weights: str
+    animated: str
+    draft: bool
+
+    @classmethod
+    def from_recipe(cls, folder: Path, factor: int, masks: Masks | None, recipe: dict[str, Any]) -> "LoadOptions":
+        """The options that the latents part of a recipe says."""
+        geometry, images = recipe["geometry"], recipe["images"]
+        return cls(
+            folder, factor, masks,
+            filter=Image.Resampling[geometry["filter"].upper()],
+            crop=geometry["crop"], crops=geometry["crops"], seed=geometry.get("crop_seed", 0),
+            **images,
+        )  # fmt: skip
+
+
+def load_pixels(
+    item: Item, placement: Placement, options: LoadOptions, crops: Sequence[Box] | None = None
+) -> Pixels | Skip:
+    """The pixels of an item as the VAE is to see them, or the Skip that says why not.
+
+    `crops` are boxes that are known already: those of a row in a cache.
+    """
+    mask_path = options.masks.path_of(item.key) if options.masks is not None else None
     try:
-        data = (folder / item.key).read_bytes()
+        data = (options.folder / item.key).read_bytes()
+        mask_data = mask_path.read_bytes() if mask_path is not None else b""
     except OSError as error:
         return item.skip("unreadable", describe(error))
-    if len(data) != item.nbytes:
-        return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data)}: run again")
+    if len(data) + len(mask_data) != item.nbytes:
+        return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data) + len(mask_data)}: run again")
+    notes: list[str] = []
     try:
         if data.startswith(PNG_MAGIC):
             Image.open(
@@ -49,97 +94,94 @@ def load_pixels(folder: Path, item: Item, placement: Placement, filter_name: str
         if data.startswith(JPEG_MAGIC) and data.count(JPEG_SCAN) > MAX_SCANS:
             return item.skip("too_large", f"a JPEG of {data.count(JPEG_SCAN):,} scans, expected at most {MAX_SCANS}")
         with Image.open(io.BytesIO(data), formats=formats()) as image:
-            size, orientation = oriented_size(image), read_orientation(image)
+            size, full, orientation = oriented_size(image), image.size, read_orientation(image)
             if size != item.size:
                 return item.skip(
                     "changed", f"was {item.size[1]}x{item.size[0]} when listed, now {size[1]}x{size[0]}: run again"
                 )
-            notes = ["first_frame"] if getattr(image, "is_animated", False) else []
+            if image.format not in ONE_PICTURE and getattr(image, "is_animated", False):
+                if options.animated == "skip":
+                    return item.skip("animated", f"a {image.format} of several frames, and --animated skip")
+                notes.append("first_frame")
             image.seek(0)
+            lying = placement.resized_size if orientation < 5 else placement.resized_size[::-1]  # as the file has it
+            shrunk_by = draft(image, lying, options)
+            if shrunk_by > 1:
+                notes.append("draft")
             image.load()
-            if orientation in TRANSPOSE:
-                notes.append("oriented")
             color, alpha = split_alpha(image)
             rgb = to_srgb(color, image.info.get("icc_profile"), notes)
     except Image.DecompressionBombError as error:
         return item.skip("too_large", too_large(error))
+    except UnknownRangeError as error:
+        return item.skip("unsupported_mode", str(error))
     except DECODER_ERRORS as error:
         return item.skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
-    if rgb is None:
-        return item.skip("unsupported_mode", f"Pillow mode {color.mode}")
+    if alpha is not None:
+        rgb = fill_background(rgb, alpha, options.background, options.weights == "alpha", notes)
+    if shrunk_by > 1:  # before it is turned: the picture ends within the last row and column of a reduced JPEG
+        rgb = rgb.resize(lying[::-1], options.filter, box=(0, 0, full[0] / shrunk_by, full[1] / shrunk_by))
     if orientation in TRANSPOSE:
+        notes.append("oriented")
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None
+    weight = alpha if options.weights == "alpha" else None
+    if mask_path is not None:
+        mask = load_mask(mask_data, size)
+        if isinstance(mask, str):
+            return item.skip("bad_mask", f"{mask_path}: {mask}")
+        weight = mask
+        notes.append("mask")
     if placement.enlarges(size):
         notes.append("enlarged")
-    pixels = place_pixels(rgb, placement, Image.Resampling[filter_name.upper()])
-    weight = place_weight(alpha, size, placement, factor)
-    return Pixels(pixels, weight, new_hash(data).digest(), tuple(notes))
+    resized = rgb
+    if rgb.size != placement.resized_size[::-1]:
+        resized = rgb.resize(placement.resized_size[::-1], options.filter)
+    if crops is None:
+        crops = choose_crops(resized, weight, placement, options.crop, options.crops, options.seed, item.key)
+    pixels = np.asarray(resized)
+    return Pixels(
+        np.stack([cut(pixels, box, mode="edge") for box in crops]),
+        place_weight(weight, placement.resized_size, crops, options.factor),
+        tuple(crops),
+        new_hash(data + mask_data).digest(),
+        tuple(notes),
+    )
 
 
-def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
-    """The image without its transparency, and that as an "L" image; None where every pixel is opaque.
+def draft(image: Image.Image, size: Size, options: LoadOptions) -> int:
+    """Have libjpeg decode a JPEG at a half, a quarter or an eighth of its sides; returns the divisor, 1 for none.
 
-    Transparency is an alpha band, or a transparent colour (palette, grey and RGB images keep it in `info`).
-    The colour below it is kept as it is stored.
+    Only where that leaves DRAFT_MARGIN times the size that is asked for. benchmarks/decode.py says what it gains and
+    what it changes.
     """
-    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
-        return image, None
-    rgba = image.convert("RGBA")
-    alpha = rgba.getchannel("A")
-    color = rgba.convert("RGB")
-    if image.mode in ("L", "LA", "La"):
-        color = image.convert("L")  # stays grey, for a grey ICC profile
-    return color, None if alpha.getextrema() == (255, 255) else alpha
+    is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+    if not (options.draft and is_jpeg) or options.filter == Image.Resampling.NEAREST:
+        return 1
+    full = image.width
+    image.draft(None, (size[1] * DRAFT_MARGIN, size[0] * DRAFT_MARGIN))
+    return next(divisor for divisor in (1, 2, 4, 8) if -(-full // divisor) == image.width)
 
 
-def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image | None:
-    """The image as RGB in sRGB; an embedded ICC profile is honoured. None for modes whose range is not known.
-
-    16-bit grey is scaled to 8 bits (Pillow's convert would clip it). A broken profile is noted and passed over.
-    """
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
-    elif image.mode in ("I", "F"):
-        return None
-    if profile and image.mode not in INSIDE_ICC:
-        image = image.convert("RGB")
-    if profile and image.mode in INSIDE_ICC:
-        try:
-            transform = ImageCms.buildTransform(io.BytesIO(profile), ImageCms.createProfile("sRGB"), image.mode, "RGB")
-            if image.mode != "RGB" or not leaves_colors(transform):
-                converted = ImageCms.applyTransform(image, transform)
-                notes.append("icc_to_srgb")
-                return converted
-        except (ImageCms.PyCMSError, OSError, ValueError):
-            notes.append("icc_unusable")
-    return image.convert("RGB")
+def load_mask(data: bytes, size: Size) -> Image.Image | str:
+    """A mask as an upright "L" image, or what is wrong with it: its alpha where it has some, else its brightness."""
+    try:
+        with Image.open(io.BytesIO(data), formats=formats()) as image:
+            found, orientation = oriented_size(image), read_orientation(image)
+            image.load()
+            color, alpha = split_alpha(image)
+            mask = alpha if alpha is not None else to_srgb(color, None, []).convert("L")
+    except DECODER_ERRORS as error:
+        return describe(error)
+    if abs(found[0] * size[1] / (found[1] * size[0]) - 1) > ASPECT_TOLERANCE:
+        return f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}: not the same shape"
+    return mask.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else mask
 
 
-def leaves_colors(transform: ImageCms.ImageCmsTransform) -> bool:
-    """Whether an RGB transform only rounds: then its profile is a copy of sRGB, and the pixels stay as they are.
-
-    By the numbers and not by the name: there are linear profiles that call themselves sRGB.
-    """
-    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-    probe = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
-    seen = np.asarray(ImageCms.applyTransform(Image.fromarray(probe), transform))
-    return int(np.abs(seen.astype(int) - probe).max()) <= 2
-
-
-def place_pixels(image: Image.Image, placement: Placement, resampling: Image.Resampling) -> np.ndarray:
-    """[H,W,3] uint8: resized and cut to the placement. Padding repeats the border, so that it adds no edge."""
-    height, width = placement.resized_size
-    if image.size != (width, height):
-        image = image.resize((width, height), resampling)
-    pixels = np.asarray(image)
-    return np.ascontiguousarray(_cut(pixels, placement, mode="edge"))
-
-
-def place_weight(alpha: Image.Image | None, size: Size, placement: Placement, factor: int) -> np.ndarray | None:
-    """[H/f,W/f] float32: alpha in 0..1, area-averaged to latent resolution; padding weighs 0. None: all ones."""
-    _, _, box_height, box_width = placement.crop
-    height, width = placement.resized_size
+def place_weight(alpha: Image.Image | None, size: Size, crops: Sequence[Box], factor: int) -> np.ndarray | None:
+    """[K,H/f,W/f] float32: alpha in 0..1, area-averaged to latent resolution; padding weighs 0. None: all ones."""
+    _, _, box_height, box_width = crops[0]
+    height, width = size
     is_padded = box_height > height or box_width > width
     if alpha is None and not is_padded:
         return None
@@ -147,14 +189,15 @@ def place_weight(alpha: Image.Image | None, size: Size, placement: Placement, fa
         plane: np.ndarray = np.full((height, width), 255, np.uint8)
     else:
         # BOX averages areas when it shrinks, and has no overshoot as lanczos has
-        plane = np.asarray(alpha if size == (height, width) else alpha.resize((width, height), Image.Resampling.BOX))
-    plane = _cut(plane, placement, mode="constant").astype(np.float32) / 255
-    return plane.reshape(box_height // factor, factor, box_width // factor, factor).mean(axis=(1, 3))
+        same = alpha.size == (width, height)
+        plane = np.asarray(alpha if same else alpha.resize((width, height), Image.Resampling.BOX))
+    planes = np.stack([cut(plane, box, mode="constant") for box in crops]).astype(np.float32) / 255
+    return planes.reshape(-1, box_height // factor, factor, box_width // factor, factor).mean(axis=(2, 4))
 
 
-def _cut(array: np.ndarray, placement: Placement, mode: str) -> np.ndarray:
-    """The crop box of an array [H,W,...]; np.pad's `mode` fills what lies outside."""
-    top, left, height, width = placement.crop
+def cut(array: np.ndarray, box: Box, mode: str) -> np.ndarray:
+    """The box of an array [H,W,...]; np.pad's `mode` fills what lies outside: "edge" repeats the border."""
+    top, left, height, width = box
     down, right = top + height - array.shape[0], left + width - array.shape[1]
     margins = [(max(0, -top), max(0, down)), (max(0, -left), max(0, right))] + [(0, 0)] * (array.ndim - 2)
     if any(side for pair in margins for side in pair):

@@ -17,8 +17,14 @@ NOTES = {
     "enlarged": "enlarged to fill their bucket (--no-upscale keeps their pixels)",
     "oriented": "turned upright by their EXIF orientation",
     "icc_to_srgb": "converted to sRGB from an embedded colour profile",
-    "icc_unusable": "with a colour profile that cannot be used, taken as sRGB",
-    "first_frame": "with several frames, of which the first was taken",
+    "icc_unusable": "with a colour profile that cannot be used, taken as if it were not there",
+    "cmyk_without_profile": "in CMYK without a profile, converted by Pillow's plain formula",
+    "scaled_to_8_bits": "of 16-bit or float grey, scaled to 8 bits",
+    "first_frame": "with several frames, of which the first was taken (--animated skip leaves them out)",
+    "whitened": "with white in place of a filling below full transparency (--background keep leaves it)",
+    "laid_over_background": "with transparency, laid over the background",
+    "draft": "decoded at a fraction of their size (--no-draft decodes in full)",
+    "mask": "weighted by a mask",
 }
 NAMED = 5  # how many keys a line names before it says "and N more"
 

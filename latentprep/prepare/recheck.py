@@ -12,9 +12,10 @@ from latentprep.cache.shard import LatentGroup, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
-from latentprep.prepare.load import load_pixels
+from latentprep.prepare.load import LoadOptions, load_pixels
+from latentprep.prepare.masks import Masks, list_masks, paths_of
 from latentprep.prepare.models import VaeFolder, find_model, open_vae
-from latentprep.prepare.source import hash_files, list_folder
+from latentprep.prepare.source import hash_images, list_folder
 from latentprep.prepare.vae import VaeEncoder
 from latentprep.records import Item, Placement, Problem, Skip
 
@@ -30,10 +31,13 @@ def compare_source(
 
     Reads every image, whatever its time says. Raises UserError where there is no such folder.
     """
-    source = list_folder(folder, without=Path(storage.path) if storage.is_local else None)
+    masks = find_masks(manifest)
+    without = [Path(storage.path)] if storage.is_local else []
+    source = list_folder(folder, without=without if masks is None else [*without, masks.folder])
     rows = list(live_rows(storage, manifest))
     problems = []
-    for (key, digest), found in zip(rows, hash_files(folder, (key for key, _ in rows)), strict=True):
+    files = (paths_of(key, folder, masks) for key, _ in rows)
+    for (key, digest), found in zip(rows, hash_images(files), strict=True):
         progress(1)
         if found is None:
             problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
@@ -42,6 +46,12 @@ def compare_source(
     known = {key for key, _ in rows} | {skip.key for skip in read_skips(storage)}
     there = [*(item.key for item in source.items), *(skip.key for skip in source.skips)]
     return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
+
+
+def find_masks(manifest: Manifest) -> Masks | None:
+    """The masks that a cache's weights came from; None where they did not come from masks. Raises UserError."""
+    folder = manifest.made_with.get("masks")
+    return list_masks(Path(folder)) if folder is not None else None
 
 
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
@@ -65,6 +75,7 @@ def reencode(
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
     vae = VaeEncoder(vae_folder, torch.device(device), TORCH_DTYPES[recipe["dtype"]])
+    options = LoadOptions.from_recipe(folder, manifest.latent["factor"], find_masks(manifest), recipe)
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
     chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])
     problems, worst = [], 0.0
@@ -75,7 +86,7 @@ def reencode(
         words = open_text(storage, entry.unit, entry.text, entry.groups).groups[number]
         group = open_latents(storage, entry.unit, entry.groups).groups[number]
         key = words.key[row]
-        result = encode_row(folder, key, int(words.nbytes[row]), group, row, manifest, vae)
+        result = encode_row(key, int(words.nbytes[row]), group, row, options, vae)
         if isinstance(result, Skip):
             problems.append(Problem(key, result.reason, result.detail))
             continue
@@ -97,22 +108,19 @@ def find_vae(manifest: Manifest, model: str | None) -> VaeFolder:
 
 
 def encode_row(
-    folder: Path, key: str, nbytes: int, group: LatentGroup, row: int, manifest: Manifest, vae: VaeEncoder
+    key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: VaeEncoder
 ) -> float | Skip:
     """How far one image, encoded again, is from its row: the worst of its views, mean and std."""
     height, width = group.original_size[row].tolist()
-    top, left, crop_height, crop_width = group.crop[row, 0].tolist()
     resized = tuple(group.resized_size[row, 0].tolist())
-    placement = Placement((crop_height, crop_width), (resized[0], resized[1]), (top, left, crop_height, crop_width))
-    filter_name = manifest.recipe["latents"]["geometry"].get("filter", "lanczos")
-    pixels = load_pixels(
-        folder, Item(key, (height, width), nbytes, 0), placement, filter_name, manifest.latent["factor"]
-    )
+    boxes = [tuple(box) for box in group.crop[row].tolist()]
+    placement = Placement(boxes[0][2:], (resized[0], resized[1]), boxes[0])
+    pixels = load_pixels(Item(key, (height, width), nbytes, 0), placement, options, boxes)
     if isinstance(pixels, Skip):
         return pixels
     worst = 0.0
     for view, flipped in enumerate(group.flipped.tolist()):
-        seen = np.ascontiguousarray(pixels.pixels[:, ::-1]) if flipped else pixels.pixels
+        seen = np.ascontiguousarray(pixels.pixels[view, :, ::-1]) if flipped else pixels.pixels[view]
         posterior = vae.encode(seen[None])
         spread = float(posterior.mean.std())
         for fresh, stored in ((posterior.mean, group.latent_mean), (posterior.std, group.latent_std)):

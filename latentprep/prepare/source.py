@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -16,11 +16,9 @@ from latentprep.errors import UserError
 from latentprep.records import Item, Size, Skip
 from latentprep.units import human_bytes
 
-# The suffixes that Pillow 10 and later decode without a plugin and that image folders have.
-IMAGE_SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .jfif .png .apng .webp .bmp .dib .gif .tif .tiff .avif .jp2 .j2k .ppm .pgm .pbm .pnm .tga .ico "
-    ".heic .heif .jxl".split()
-)
+# Formats that Pillow only recognises, or would hand to another program (EPS, WMF).
+NOT_OPENED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+WITH_A_PLUGIN = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": ""}  # suffix -> our extra that reads it
 HASHERS = 4  # threads that read files; a disk has no use for more
 MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA, stored as it is
 # Pillow and the libraries below it raise whatever comes to them: over a dozen kinds were seen on damaged files.
@@ -37,8 +35,8 @@ class Source:
     others: list[str]  # keys of the files that are not images: captions and the like
 
 
-def list_folder(folder: Path, *, without: Path | None = None) -> Source:
-    """Every image under a folder, sorted by key; the folder `without` is left out. Raises UserError."""
+def list_folder(folder: Path, *, without: Iterable[Path] = ()) -> Source:
+    """Every image under a folder, sorted by key; the folders `without` are left out. Raises UserError."""
     if not folder.exists():
         raise UserError(f"SOURCE {folder}: no such folder. Give the folder that holds the images.")
     if not folder.is_dir():
@@ -46,9 +44,9 @@ def list_folder(folder: Path, *, without: Path | None = None) -> Source:
     items: list[Item] = []
     skips: list[Skip] = []
     others: list[str] = []
-    for path in _walk(folder, without):
+    for path in walk(folder, without):
         key = path.relative_to(folder).as_posix()
-        if path.suffix.lower() not in IMAGE_SUFFIXES:
+        if not is_image_name(key):
             others.append(key)
             continue
         entry = read_item(path, key)
@@ -66,21 +64,40 @@ def limit_pixels(max_pixels: int) -> None:
 
 @cache
 def formats() -> tuple[str, ...]:
-    """The formats that Pillow may open: all but EPS, which it would hand to another program."""
+    """The formats that Pillow may open: its own, and HEIF where pillow-heif is installed."""
     Image.preinit()
     Image.init()
-    return tuple(name for name in Image.ID if name != "EPS")
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+    return tuple(name for name in Image.ID if name not in NOT_OPENED)
 
 
-def _walk(folder: Path, without: Path | None) -> Iterator[Path]:
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case suffixes of the files that are taken for images."""
+    known = formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known) | set(
+        WITH_A_PLUGIN
+    )
+
+
+def is_image_name(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in image_suffixes()
+
+
+def walk(folder: Path, without: Iterable[Path]) -> Iterator[Path]:
     """Files under a folder, following links to folders but never in a circle; hidden files and caches are left out."""
     seen: set[tuple[int, int]] = set()
     pending = [folder]
-    hidden = without.resolve() if without is not None else None
+    hidden = {path.resolve() for path in without}
     while pending:
         here = pending.pop()
         status = here.stat()
-        if (status.st_dev, status.st_ino) in seen or (hidden is not None and here.resolve() == hidden):
+        if (status.st_dev, status.st_ino) in seen or here.resolve() in hidden:
             continue
         seen.add((status.st_dev, status.st_ino))
         if here != folder and (here / "cache.json").is_file() and (here / "shards").is_dir():
@@ -116,7 +133,10 @@ def read_item(path: Path, key: str) -> Item | Skip:
         with Image.open(path, formats=formats()) as image:
             return Item(key, oriented_size(image), nbytes, mtime_ns)
     except UnidentifiedImageError:
+        extra = WITH_A_PLUGIN.get(path.suffix.lower())
         detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({path.suffix})"
+        if extra:
+            detail += f"; pip install 'latentprep[{extra}]'"
         return Skip(key, "not_an_image", detail, nbytes, mtime_ns)
     except Image.DecompressionBombError as error:
         return Skip(key, "too_large", too_large(error), nbytes, mtime_ns)
@@ -124,23 +144,27 @@ def read_item(path: Path, key: str) -> Item | Skip:
         return Skip(key, "unreadable", describe(error), nbytes, mtime_ns)
 
 
-def hash_file(path: Path) -> bytes | None:
-    """16 bytes: the content hash that a cache keeps of every image; None where the file cannot be read."""
+def hash_image(image: Path, mask: Path | None = None) -> bytes | None:
+    """16 bytes: the content hash that a cache keeps of every image and its mask; None where they cannot be read."""
+    made = new_hash()
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, new_hash).digest()
+        for path in (image, mask) if mask is not None else (image,):
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    made.update(block)
     except OSError:
         return None
+    return made.digest()
 
 
-def hash_files(folder: Path, keys: Iterable[str]) -> Iterator[bytes | None]:
-    """hash_file of many, in their order."""
+def hash_images(files: Iterable[tuple[Path, Path | None]]) -> Iterator[bytes | None]:
+    """hash_image of many, in their order."""
     with ThreadPoolExecutor(HASHERS) as pool:
-        yield from pool.map(lambda key: hash_file(folder / key), keys)
+        yield from pool.map(lambda pair: hash_image(*pair), files)
 
 
 def new_hash(data: bytes = b"") -> "hashlib.blake2b":
-    """BLAKE2b of 16 bytes, of everything in an image file."""
+    """BLAKE2b of 16 bytes, of everything in an image file and its mask."""
     return hashlib.blake2b(data, digest_size=16)
 
 

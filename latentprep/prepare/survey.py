@@ -18,10 +18,12 @@ from latentprep.errors import UserError
 from latentprep.prepare.buckets import make_place
 from latentprep.prepare.captions import Captioned, add_captions
 from latentprep.prepare.devices import choose_device, default_shard_bytes
+from latentprep.prepare.load import LoadOptions
+from latentprep.prepare.masks import Masks, add_masks, list_masks, paths_of
 from latentprep.prepare.model_set import Models, open_models
 from latentprep.prepare.models import TextFacts, VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
-from latentprep.prepare.source import hash_files, limit_pixels, list_folder
+from latentprep.prepare.source import hash_images, limit_pixels, list_folder
 from latentprep.records import Item, Skip
 from latentprep.units import counted, human_bytes
 
@@ -40,8 +42,13 @@ class Prepared:
     manifest: Manifest | None
     found: frozenset[str]  # units of the plan whose latents an unfinished run has left
     captioned: Captioned
+    masks: Masks | None
     row_bytes: RowBytes
     plan: Plan
+
+    @property
+    def load_options(self) -> LoadOptions:
+        return LoadOptions.from_recipe(self.options.source, self.models.vae.factor, self.masks, self.recipe["latents"])
 
     @property
     def workers(self) -> int:
@@ -71,13 +78,23 @@ def check_paths(options: EncodeOptions) -> None:
         raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
 
 
+def own_folders(options: EncodeOptions) -> list[Path]:
+    """Folders that hold no images to encode, though they may lie in SOURCE."""
+    return [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
+
+
 def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> Prepared:
     """The plan for a folder and a cache; says what it chose and why. Raises UserError.
 
     `models` are those of the options, or others that are in memory already.
     """
     limit_pixels(options.max_pixels)
-    source = list_folder(options.source, without=None if "://" in options.out else Path(options.out))
+    masks = list_masks(options.masks) if options.masks is not None else None
+    source = list_folder(options.source, without=own_folders(options))
+    if masks is not None:
+        source = replace(source, items=add_masks(source.items, masks))
+        with_mask = sum(masks.path_of(item.key) is not None for item in source.items)
+        say(f"masks    {masks.folder}: {with_mask:,} of {counted(len(source.items), 'image')} have one")
     captioned = add_captions(source, options.text)
     models = models or open_models(options, say)
     vae, text = models.vae, models.text
@@ -88,7 +105,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
 
     recipe = {
         "latents": latents_recipe(
-            vae=vae.digest, geometry=options.geometry, flip=options.flip,
+            vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
             dtype=dtype, store=options.store, store_dtype=options.store_dtype,
         ),
         "text": text_recipe(
@@ -111,7 +128,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
         say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        return list(hash_files(options.source, (item.key for item in items)))
+        return list(hash_images(paths_of(item.key, options.source, masks) for item in items))
 
     def make(shards: list[ShardEntry], known_skips: list[Skip]) -> Plan:
         return make_plan(
@@ -129,7 +146,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
             f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
         )
     found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
-    return Prepared(options, storage, models, device, recipe, manifest, found, captioned, row_bytes, plan)
+    return Prepared(options, storage, models, device, recipe, manifest, found, captioned, masks, row_bytes, plan)
 
 
 def check_recipe(

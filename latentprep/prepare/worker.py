@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,8 @@ from latentprep.prepare.group import GroupBuilder
 from latentprep.prepare.job import Job
 from latentprep.prepare.plan import Retext
 from latentprep.prepare.textfile import make_text
-from latentprep.records import Item, Pixels, Placement, Row, Size, Skip, Unit
+from latentprep.prepare.vae import Posterior
+from latentprep.records import Item, Pixels, Placement, Row, Size, Skip, Unit, is_flipped
 
 Loaded = Iterator[Pixels | Skip]  # of a unit's items, in their order
 Stamped = Callable[[], Stamp]  # of a file; waits until it is written
@@ -175,11 +177,20 @@ class Encoded:
 def encode_batch(batch: list[Image], job: Job) -> Encoded:
     recipe = job.recipe["latents"]
     dtype = TORCH_DTYPES[recipe["store_dtype"]]
-    plain = np.stack([pixels.pixels for _, _, pixels in batch])
-    views = [plain if view == "plain" else np.ascontiguousarray(plain[:, :, ::-1]) for view in recipe["views"]]
-    posteriors = [job.vae().encode(view) for view in views]
-    mean = torch.stack([posterior.mean for posterior in posteriors], dim=1).to(dtype)
-    std = torch.stack([posterior.std for posterior in posteriors], dim=1).to(dtype)
+    crops = np.stack([pixels.pixels for _, _, pixels in batch], axis=1)  # [K,N,H,W,3]
+    boxes = list(zip(*(pixels.crops for _, _, pixels in batch), strict=True))
+    mirrors = len(recipe["views"]) // len(boxes)  # views of each crop
+    seen: dict[tuple[Any, bool], Posterior] = {}
+    found = []
+    for n, view in enumerate(recipe["views"]):
+        crop = n // mirrors
+        same = boxes[crop], is_flipped(view)
+        if same not in seen:  # images that just fit their bucket have one crop only
+            images = np.ascontiguousarray(crops[crop][:, :, ::-1]) if is_flipped(view) else crops[crop]
+            seen[same] = job.vae().encode(images)
+        found.append(seen[same])
+    mean = torch.stack([posterior.mean for posterior in found], dim=1).to(dtype)
+    std = torch.stack([posterior.std for posterior in found], dim=1).to(dtype)
     # after the cast: a mean of 70,000 is finite in float32 and not in a float16 cache
     finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
     return Encoded(mean, std if recipe["store"] == "mean+std" else None, finite.tolist())
@@ -199,6 +210,7 @@ def keep_rows(
             builder.weight.append(pixels.weight)
             builder.original_size.append(item.size)
             builder.placement.append(placement)
+            builder.crops.append(pixels.crops)
             builder.digest.append(pixels.digest)
         else:
             detail = (

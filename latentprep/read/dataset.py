@@ -15,7 +15,8 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prompts import load_template, make_prompt, vary_tags
 from latentprep.read.batch import CondModel, LatentBatch, rescale_weight
-from latentprep.read.counters import CAPTION, DROP, FLIP, NOISE, PROMPT, fractions, mix
+from latentprep.read.counters import CAPTION, CROP, DROP, FLIP, NOISE, PROMPT, fractions, mix
+from latentprep.records import is_flipped
 
 SAMPLING_METHODS = ("once", "deterministic", "random")
 MAX_OPEN = 16_000  # groups, of two memory maps each: Linux allows a process 65,530 maps
@@ -117,6 +118,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.scaling_factor: float = self.manifest.latent["scaling_factor"]
         self.shift_factor: float = self.manifest.latent["shift_factor"]
         self._check()
+        self._flipped = torch.tensor([is_flipped(view) for view in self.manifest.latent["views"]])  # [V] bool
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are kept between epochs
         # the groups of all shards in a row: group g holds the images _starts[g] to _starts[g + 1]
         self._groups = [(s, n) for s, shard in enumerate(self.manifest.shards) for n in range(len(shard.groups))]
@@ -150,7 +152,7 @@ class LatentDataset(Dataset[LatentBatch]):
         for name in ("flip_p", "caption_dropout", "tag_drop_out"):
             if not 0 <= getattr(self, name) <= 1:
                 raise UserError(f"{name}={getattr(self, name)}: a probability, expected 0 to 1.")
-        if self.flip_p and "flipped" not in views:
+        if self.flip_p and not any(map(is_flipped, views)):
             raise UserError(f"flip_p={self.flip_p}: {self.storage.root} holds no mirrored views. Encode with --flip.")
         is_floor = isinstance(self.use_weight, float) and 0 <= self.use_weight <= 1
         if not (isinstance(self.use_weight, bool) or self.use_weight == "raw" or is_floor):
@@ -279,9 +281,7 @@ class LatentDataset(Dataset[LatentBatch]):
                 "Read with LatentLoader, or give DataLoader a BucketBatchSampler."
             )
         epoch, counters = int(self._epoch), chosen % len(self)
-        view = np.zeros(len(chosen), np.int64)
-        if self.flip_p:
-            view = (fractions(mix(self.seed, FLIP, epoch, counters)) < self.flip_p).astype(np.int64)
+        view = self._choose_views(epoch, counters)
         rows = [run.images * run.group.num_views + view[run.span] for run in runs]
         geometry = torch.from_numpy(np.concatenate([r.group.geometry[own] for r, own in zip(runs, rows, strict=True)]))
         is_drawn = self.latent_sampling_method != "deterministic"
@@ -304,8 +304,19 @@ class LatentDataset(Dataset[LatentBatch]):
             original_size=geometry[:, :2],
             resized_size=geometry[:, 2:4],
             crop=geometry[:, 4:],
-            flipped=torch.from_numpy(view == 1),
+            flipped=self._flipped[torch.from_numpy(view)],
         )
+
+    def _choose_views(self, epoch: int, counters: np.ndarray) -> np.ndarray:
+        """[B] int64: of each sample one of its crops, as it is or mirrored. Views stand crop after crop."""
+        mirrors = 2 if self._flipped.any() else 1
+        crops = len(self._flipped) // mirrors
+        view = np.zeros(len(counters), np.int64)
+        if crops > 1:
+            view = (mix(self.seed, CROP, epoch, counters) % np.uint64(crops)).astype(np.int64) * mirrors
+        if self.flip_p:
+            view += fractions(mix(self.seed, FLIP, epoch, counters)) < self.flip_p
+        return view
 
     def _noise_seeds(self, runs: list[Run], epoch: int, counters: np.ndarray) -> Tensor:
         """[B] int64. "once" counts by the image's content, so that a cache may grow without changing its draws."""

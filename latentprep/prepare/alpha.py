@@ -1,0 +1,55 @@
+"""Transparency: what of an image is its colour, what its alpha, and what stands where nothing is seen."""
+
+import numpy as np
+from PIL import Image
+
+WHITE = (255, 255, 255)
+
+
+def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
+    """The image without its transparency, and that as an "L" image; None where every pixel is opaque.
+
+    Transparency is an alpha band, or a transparent colour (palette, grey and RGB images keep it in `info`).
+    The colour below it is as it is stored.
+    """
+    if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
+        return image, None
+    if image.mode == "La":
+        image = image.convert("LA")  # Pillow turns premultiplied grey into nothing else
+    rgba = image.convert("RGBA")
+    alpha = rgba.getchannel("A")
+    color = rgba.convert("RGB")
+    if image.mode in ("L", "LA"):
+        color = image.convert("L")  # stays grey, for a grey ICC profile
+    return color, None if alpha.getextrema() == (255, 255) else alpha
+
+
+def fill_background(
+    rgb: Image.Image, alpha: Image.Image, background: str, alpha_is_weight: bool, notes: list[str]
+) -> Image.Image:
+    """What the VAE is to see of a transparent image.
+
+    background: "keep", the stored colour; "#rrggbb", the image laid over that colour; or "auto". Then the stored colour
+    is kept where alpha is a weight, except for pixels that are fully transparent and hold no picture: these become
+    white. Where alpha is no weight, "auto" lays the image over white.
+    """
+    if background == "keep":
+        return rgb
+    if background == "auto" and alpha_is_weight:
+        return _whiten(rgb, alpha, notes)
+    notes.append("laid_over_background")
+    color = WHITE if background == "auto" else tuple(bytes.fromhex(background[1:]))
+    return Image.composite(rgb, Image.new("RGB", rgb.size, color), alpha)
+
+
+def _whiten(rgb: Image.Image, alpha: Image.Image, notes: list[str]) -> Image.Image:
+    """Fully transparent pixels in white, if all of them have one and the same colour.
+
+    Then it is a filling (black mostly, or the transparent colour of a palette) and no part of a picture.
+    """
+    is_hidden = np.asarray(alpha) == 0
+    hidden = np.asarray(rgb)[is_hidden]
+    if len(hidden) == 0 or (hidden != hidden[0]).any():
+        return rgb
+    notes.append("whitened")
+    return Image.composite(Image.new("RGB", rgb.size, WHITE), rgb, Image.fromarray(is_hidden))

@@ -1,0 +1,81 @@
+"""Pixels of any Pillow mode and colour profile -> 8-bit sRGB."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageCms
+
+PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}  # mode -> colour space in an ICC header
+SIXTEEN_BITS_AS_I = ("PPM", "PNG")  # formats that give their 16-bit grey as 32-bit integers, 0..65535
+
+
+class UnknownRangeError(ValueError):
+    """The numbers of an image could mean anything."""
+
+
+def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
+    """The image as RGB in sRGB; an embedded ICC profile is honoured, with its perceptual intent.
+
+    16-bit grey is scaled to 8 bits (Pillow's convert clips it), and so are floats, where they lie in 0..1. LAB without
+    a profile is D50, as TIFF has it. A profile that cannot be used is noted and passed over.
+    Raises UnknownRangeError for floats and 32-bit integers of another range.
+    """
+    image = _to_8_bits(image, notes)
+    if profile:
+        try:
+            return _apply_profile(image, profile, notes)
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            notes.append("icc_unusable")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None
+        return converted
+    if image.mode == "CMYK":
+        notes.append("cmyk_without_profile")
+    return image.convert("RGB")
+
+
+def _to_8_bits(image: Image.Image, notes: list[str]) -> Image.Image:
+    """Grey images of more than 8 bits as "L"; all others as they are."""
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if not (low >= 0 and high <= 1):  # also where there are NaNs
+            raise UnknownRangeError(f"float numbers from {low:g} to {high:g}, expected 0 to 1")
+        notes.append("scaled_to_8_bits")
+        return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+    if image.mode == "I" and image.format not in SIXTEEN_BITS_AS_I:
+        lowest, highest = image.getextrema()
+        raise UnknownRangeError(f"32-bit integers from {lowest} to {highest}, which have no known range")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        notes.append("scaled_to_8_bits")
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    return image
+
+
+def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
+    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+    space = opened.profile.xcolor_space.strip()
+    if image.mode not in PROFILE_SPACES or (image.mode == "L" and space == "RGB"):
+        image = image.convert("RGB")  # palettes, and grey images with the profile of a screen
+    if space != PROFILE_SPACES[image.mode]:
+        raise ValueError(f"a profile for {space}, of an image that is {image.mode}")
+    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), image.mode, "RGB")
+    if image.mode == "RGB" and leaves_colors(transform):
+        return image
+    converted = ImageCms.applyTransform(image, transform)
+    assert converted is not None
+    notes.append("icc_to_srgb")
+    return converted
+
+
+def leaves_colors(transform: ImageCms.ImageCmsTransform) -> bool:
+    """Whether an RGB transform only rounds: then its profile is a copy of sRGB, and the pixels stay as they are.
+
+    By the numbers and not by the name: there are linear profiles that call themselves sRGB.
+    """
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    probe = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(27, 27, 3)
+    seen = np.asarray(ImageCms.applyTransform(Image.fromarray(probe), transform))
+    return int(np.abs(seen.astype(int) - probe).max()) <= 2
