@@ -23,8 +23,10 @@ faults: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py
 	$(PYTHON) benchmarks/scale.py
+	$(PYTHON) benchmarks/decode.py
 	$(PYTHON) benchmarks/encode.py
 	$(PYTHON) benchmarks/memory.py
+	$(PYTHON) benchmarks/pillow_samples.py
 
 clean:
 	rm -rf $(VENV) demo dist build

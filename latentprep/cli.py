@@ -186,6 +186,7 @@ def encode_prepared(prepared: "Prepared") -> int:
 def inspect(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder.", show_default=False)],
     key: Annotated[str, typer.Option(metavar="NAME", help="One image, by its path relative to the image folder.", show_default=False)] = "",
+    most_cropped: Annotated[int, typer.Option(metavar="COUNT", min=0, help="How many of the most cropped images to name.")] = 5,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
     """Show what is in a cache: counts, recipe, buckets, statistics, captions, skips."""
@@ -195,7 +196,7 @@ def inspect(
     from latentprep.look import summary, tables
 
     storage = Storage(cache)
-    found = summary.describe_sample(storage, key) if key else summary.summarize(storage)
+    found = summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped)
     if as_json:
         typer.echo(json.dumps(found, indent=2))
     else:

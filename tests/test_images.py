@@ -460,6 +460,31 @@ def test_options_that_make_no_sense(run, images, options, message):
     assert message in result.err
 
 
+def test_what_is_cropped_away_is_said_worst_first(run, images, tmp_path):
+    gradient(256, 32).save(images / "strip.png")  # 8:1 into 3:1
+    gradient(96, 64).save(images / "fits nearly.png")
+    plan = run("encode", images, "--out", tmp_path / "c", *SMALL, "--dry-run").out
+    lost = {
+        line.split(maxsplit=1)[1]: line.split()[0]
+        for line in plan.splitlines()
+        if line.endswith(".png") and "%" in line
+    }
+    assert next(iter(lost)) == "strip.png"
+    shares = [float(share.rstrip("%")) for share in lost.values()]
+    assert shares == sorted(shares, reverse=True)
+    run("encode", images, "--out", tmp_path / "c", *SMALL)
+    found = json.loads(run("inspect", tmp_path / "c", "--json", "--most-cropped", 3).out)["cropped"]
+    assert [image["key"] for image in found["images"]] == list(lost)[:3]
+    for image in found["images"]:
+        sample = json.loads(run("inspect", tmp_path / "c", "--key", image["key"], "--json").out)
+        (height, width), (_, _, kept_height, kept_width) = sample["resized_size"], sample["crop"][0]
+        assert image["cropped_away"] == pytest.approx(1 - kept_height * kept_width / (height * width), abs=1e-4)
+        assert lost[image["key"]] == f"{image['cropped_away']:.1%}"
+    page = run("inspect", tmp_path / "c").out
+    assert "Most cropped" in page
+    assert page.index("strip.png") < page.index(found["images"][1]["key"])
+
+
 def test_exif_and_crops_together(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -120,7 +120,8 @@ _REMEDY = f"Delete {NAME} and run the same latentprep encode again: its shards a
 SPEC: dict[str, Any] = {
     "recipe": {
         "latents": {
-            "vae": str, "geometry": dict, "views": list, "dtype": DTYPES, "store": STORES, "store_dtype": DTYPES,
+            "vae": str, "geometry": dict, "images": dict, "views": list,
+            "dtype": DTYPES, "store": STORES, "store_dtype": DTYPES,
         },
         "text": dict,
         "libraries": dict,

@@ -10,12 +10,16 @@ from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.shard import LatentGroup, ShardEntry, latents_name, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
+from latentprep.look.cropped import crop_losses
 
 STATISTICS_ROWS = 4096  # rows whose latents are read for the statistics; more change no digit that is shown
 
 
-def summarize(storage: Storage) -> dict[str, Any]:
-    """Everything that `latentprep inspect` shows, as plain JSON values. Raises UserError."""
+def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
+    """Everything that `latentprep inspect` shows, as plain JSON values; names the most cropped images.
+
+    Raises UserError.
+    """
     manifest = open_manifest(storage)
     skips = read_skips(storage)
     factor = manifest.latent["factor"]
@@ -37,6 +41,7 @@ def summarize(storage: Storage) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "latent": manifest.latent,
         "buckets": {f"{width}x{height}": count for (height, width), count in sorted(buckets.items()) if count},
+        "cropped": crop_losses(storage, manifest, num_cropped),
         "latents": latent_statistics(storage, manifest),
         "text": text_statistics(storage, manifest),
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),

@@ -10,7 +10,10 @@ from latentprep.units import counted, human_bytes, printable
 
 def render_summary(summary: dict[str, Any]) -> Group:
     """Everything that summarize() found, a table for each part."""
-    parts = [facts_table(summary), buckets_table(summary), latents_table(summary), text_table(summary["text"])]
+    parts = [facts_table(summary), buckets_table(summary)]
+    if summary["cropped"]["images"]:
+        parts.append(cropped_table(summary))
+    parts += [latents_table(summary), text_table(summary["text"])]
     if summary["skipped"]:
         parts.append(skips_table(summary))
     return Group(*parts)
@@ -29,6 +32,7 @@ def facts_table(summary: dict[str, Any]) -> Table:
         table.add_row("tombstones", f"{summary['tombstones']:,} rows of changed or removed images: latentprep compact")
     table.add_row("model", _plain(made["model"]) + (f", VAE {_plain(made['vae'])}" if made.get("vae") else ""))
     table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
+    table.add_row("pixels", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["images"].items()))
     table.add_row("precision", f"encoded in {recipe['dtype']}, {recipe['store']} stored as {recipe['store_dtype']}")
     latent = summary["latent"]
     table.add_row("scaling", f"scaling_factor {latent['scaling_factor']:g}, shift_factor {latent['shift_factor']:g}")
@@ -38,9 +42,17 @@ def facts_table(summary: dict[str, Any]) -> Table:
 
 
 def buckets_table(summary: dict[str, Any]) -> Table:
-    table = _table("Buckets", "pixels", "images")
+    table = _table("Buckets", "pixels", "images", "cropped away", "worst")
     for size, count in summary["buckets"].items():
-        table.add_row(size, f"{count:,}")
+        lost = summary["cropped"]["buckets"][size]
+        table.add_row(size, f"{count:,}", f"{lost['mean']:.1%}", f"{lost['worst']:.1%}")
+    return table
+
+
+def cropped_table(summary: dict[str, Any]) -> Table:
+    table = _table("Most cropped", "image", "cropped away")
+    for image in summary["cropped"]["images"]:
+        table.add_row(printable(image["key"]), f"{image['cropped_away']:.1%}")
     return table
 
 

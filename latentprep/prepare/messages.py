@@ -26,6 +26,7 @@ NOTES = {
     "draft": "decoded at a fraction of their size (--no-draft decodes in full)",
     "mask": "weighted by a mask",
 }
+NUM_CROPPED = 20  # images whose crop a dry run shows
 NAMED = 5  # how many keys a line names before it says "and N more"
 
 
@@ -70,9 +71,11 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
             mean = sum(losses) / len(losses)
             lines.append(f"{f'{width}x{height}':>12} {len(losses):>9,} {mean:>14.1%} {max(losses):>7.1%}")
         lines.append("")
-        worst = sorted(((cropped_away(p), item.key) for item, p in plan.rows()), reverse=True)[:NAMED]
-        if worst[0][0] > 0.2:
-            lines.append("most cropped: " + ", ".join(f"{key} ({loss:.0%})" for loss, key in worst if loss > 0.2))
+        worst = sorted(((-cropped_away(p), item.key) for item, p in plan.rows()))[:NUM_CROPPED]
+        if worst[0][0] < 0:
+            lines.append("most cropped")
+            lines += [f"{-loss:>12.1%} {printable(key)}" for loss, key in worst if loss < 0]
+            lines.append("")
         upscaled = sum(placement.enlarges(item.size) for item, placement in plan.rows())
         if upscaled:
             lines.append(
