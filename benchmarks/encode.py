@@ -31,7 +31,7 @@ from latentprep.prepare.vae import VaeEncoder
 class NoBar:
     """A progress bar that shows nothing."""
 
-    def __init__(self, total: int) -> None:
+    def __init__(self, total: int, stage: str) -> None:
         self.initial = 0
 
     def __enter__(self) -> "NoBar":

@@ -70,6 +70,7 @@ def encode(
     store: Annotated[str, typer.Option(metavar="mean+std|mean", help="What to keep of the VAE posterior.", rich_help_panel=OUTPUT)] = "mean+std",
     store_dtype: Annotated[str, typer.Option(metavar="float16|bfloat16|float32", help="Number type of latents and cond on disk.", rich_help_panel=OUTPUT)] = "float16",
     shard_size: Annotated[str, typer.Option(metavar="BYTES", help="Largest size of a shard file; a run that is stopped loses at most one.", show_default="256MB, on a CPU 16MB", rich_help_panel=OUTPUT)] = "",
+    only: Annotated[str, typer.Option(metavar="latents|text", help="Encode images alone, or the prompts of what is encoded; a later run does the rest.", show_default="both, one after the other", rich_help_panel=OUTPUT)] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete what the cache holds and start anew.", rich_help_panel=OUTPUT)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="List what would be done and why, with the time and space it takes; write nothing.", rich_help_panel=OUTPUT)] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 1 if any image was skipped.", rich_help_panel=OUTPUT)] = False,
@@ -120,7 +121,7 @@ def encode(
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
         batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,
-        max_pixels=int(max_megapixels * 1e6), overwrite=overwrite, strict=strict,
+        max_pixels=int(max_megapixels * 1e6), only=only or None, overwrite=overwrite, strict=strict,
     )  # fmt: skip
     run_encode(options, dry_run=dry_run)
 
@@ -174,8 +175,10 @@ def encode_prepared(prepared: "Prepared") -> int:
         return messages.exit_code(prepared.plan.skips, [], is_strict)
     quiet_libraries()
 
-    def make_progress(total: int) -> Any:
-        return tqdm(total=total, unit="img", dynamic_ncols=True, smoothing=0.1, file=sys.stderr, disable=not total)
+    def make_progress(total: int, stage: str) -> Any:
+        return tqdm(
+            total=total, desc=stage, unit="img", dynamic_ncols=True, smoothing=0.1, file=sys.stderr, disable=not total
+        )
 
     outcome = encode(prepared, make_progress)
     typer.echo(messages.outcome_text(prepared, outcome))

@@ -14,6 +14,7 @@ FITS = ("crop", "stretch", "pad")
 ANIMATED = ("first", "skip")
 CROPS = ("center", "random", "focus")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+ONLY = ("latents", "text")
 STORES = ("mean+std", "mean")
 DTYPES = ("float32", "float16", "bfloat16")
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -182,6 +183,7 @@ class EncodeOptions:
     shard_bytes: int | None = None  # None: devices.default_shard_bytes
     max_pixels: int = 180_000_000  # of an image file; a little more than Pillow's own limit
     seed: int = 0
+    only: str | None = None  # latents, text; None: both
     overwrite: bool = False
     strict: bool = False
 
@@ -189,6 +191,10 @@ class EncodeOptions:
         check_choice("--store", self.store, STORES)
         check_choice("--store-dtype", self.store_dtype, DTYPES)
         check_choice("--dtype", self.dtype, ("auto", *DTYPES))
+        check_choice("--only", self.only or "latents", ONLY)
+        if self.only == "text" and (self.overwrite or not self.text.include_cond):
+            other = "--overwrite" if self.overwrite else "--no-cond"
+            raise UserError(f"--only text with {other}: one wants cond for the latents that are there, the other none.")
         for option, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1.")
@@ -199,6 +205,10 @@ class EncodeOptions:
             raise UserError(
                 '--template uses [name], without a --placeholder. Say what [name] stands for: --placeholder "sks dog".'
             )
+
+    @property
+    def needs_text_encoder(self) -> bool:
+        return self.text.include_cond and self.only != "latents"
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

@@ -224,7 +224,7 @@ def update_cache(options: EncodeOptions, vae: "LiveVae", cond_model: Any) -> Non
         print("Preparing dataset...")
         from tqdm import tqdm
 
-        outcome = encode(prepared, lambda total: tqdm(total=total, unit="img"))
+        outcome = encode(prepared, lambda total, stage: tqdm(total=total, desc=stage, unit="img", disable=not total))
         if outcome.failures:
             raise UserError(f"{options.source}: {'; '.join(outcome.failures)}")
 

@@ -77,7 +77,7 @@ def photos(tmp_path) -> Path:
 class NoBar:
     """A progress bar for tests that call encode() themselves: it shows nothing."""
 
-    def __init__(self, total):
+    def __init__(self, total, stage=""):
         self.initial = 0
 
     def __enter__(self):

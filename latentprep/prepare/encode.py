@@ -4,16 +4,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from latentprep.cache.leftovers import clear_cache, clear_orphans, clear_temporaries
 from latentprep.cache.manifest import Manifest, commit
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.shard import ShardEntry
-from latentprep.prepare.devices import default_batch_size
+from latentprep.cache.shard import ShardEntry, open_text, text_id, text_name
+from latentprep.prepare.devices import default_batch_size, empty_cache
+from latentprep.prepare.plan import Retext
 from latentprep.prepare.survey import Prepared
 from latentprep.records import Item, Pixels, Placement, Skip
 
@@ -43,8 +45,11 @@ class Outcome:
     waits: dict[str, float]  # stage -> seconds that the loop waited for it
 
 
-def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
-    """Run the plan and commit the manifest. `make_progress(total)` gives a tqdm-like bar of images.
+def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outcome:
+    """Run the plan and commit the manifest. `make_progress(total, stage)` gives a tqdm-like bar of images.
+
+    In two passes, so that the VAE and the text encoders are never in memory together: first the latents of every new
+    unit, with a text file that has no cond; then cond, for those units and for all whose text changed.
 
     Raises UserError, and KeyboardInterrupt once every finished file is safe on disk.
     """
@@ -59,61 +64,86 @@ def encode(prepared: Prepared, make_progress: Callable[[int], Any]) -> Outcome:
     clear_temporaries(storage)
     job = make_job(prepared)
     to_encode = {unit.id for unit in plan.new} - prepared.found
-    # load models now, and not in the middle of the first unit: loading is no part of the images' speed
     if to_encode:
-        job.vae()
-        if job.text is not None:
-            job.text()
+        job.vae()  # loaded now, and not in the middle of the first unit: loading is no part of the images' speed
 
     loop_started = time.perf_counter()
     large = Lock()  # several images at once, but only one that is very large: memory stays bounded
-    with make_progress(plan.num_new_items + plan.num_retexted_items) as bar:
-
-        def progress(count: int, encoded: bool) -> None:
-            if not encoded:
-                bar.initial += count  # so that images/s counts what this run encodes
-            waits = ", ".join(f"{name} {job.watch.seconds[name]:.0f}s" for name in STAGES)
-            bar.set_postfix_str(f"waited: {waits}", refresh=False)
-            bar.update(count)
+    with make_progress(plan.num_new_items, "latents") as bar:
 
         def load(item: Item, placement: Placement) -> Pixels | Skip:
             with large if item.size[0] * item.size[1] > LARGE_PIXELS else nullcontext():
                 return load_pixels(item, placement, load_options)
 
-        result = run(plan.new, plan.retext, to_encode, load, job, prepared.workers, progress)
+        bare = replace(job, recipe=prepared.bare_recipe, text=None)
+        result = run(plan.new, [], to_encode, load, bare, prepared.workers, partial(show_progress, bar, job))
     encode_seconds = time.perf_counter() - loop_started
+    num_retried = job.vae().num_retried if to_encode else 0
+    batch_limit = job.vae().limit.said if to_encode else ""
+    job.vae.free()
+    empty_cache()
 
-    uncond_file = write_empty_prompt(job)
-    entries = {unit.unit: unit.entry() for unit in result.units if unit.groups}
-    before = {retext.entry.unit: retext.entry for retext in plan.retext}  # stays where making its new text failed
-    shards = sorted([*plan.kept, *({**before, **entries}).values()], key=shard_order)
-    new = [unit for unit in result.units if unit.unit not in before]
-    skips = [*plan.skips, *(skip for unit in new for skip in unit.skips)]
-    manifest = Manifest(prepared.recipe, job.latent, made_with(prepared, job), shards, uncond_file=uncond_file)
+    first = {unit.unit: unit.entry() for unit in result.units if unit.groups}
+    before = {retext.entry.unit: retext.entry for retext in plan.retext}
+    retexts: Iterable[Retext] = plan.retext
+    total = plan.num_retexted_items
+    if job.text is not None:
+        retexts = chain((add_cond(entry, prepared) for entry in first.values()), retexts)
+        total += sum(entry.num_images for entry in first.values())
+    with make_progress(total, "text") as bar:
+        again = run([], retexts, set(), load, job, prepared.workers, partial(show_progress, bar, job))
+    uncond_file, text_recipe = write_empty_prompt(job), prepared.recipe["text"]
+    if options.only == "latents" and prepared.manifest is not None:  # its shards may have cond
+        uncond_file, text_recipe = prepared.manifest.uncond_file, prepared.manifest.recipe["text"]
+
+    # where making a new text failed, the shard stays with what it has
+    entries = {**first, **before, **{unit.unit: unit.entry() for unit in again.units}}
+    shards = sorted([*plan.kept, *entries.values()], key=shard_order)
+    skips = [*plan.skips, *(skip for unit in result.units for skip in unit.skips)]
+    recipe = {**prepared.recipe, "text": text_recipe}
+    manifest = Manifest(recipe, job.latent, made_with(prepared, job), shards, uncond_file=uncond_file)
     commit(storage, manifest, skips)
-    cleared = clear_orphans(storage, manifest) if not result.failures else (0, 0)
+    failures = {**result.failures, **again.failures}
+    for unit, entry in first.items():
+        if entries[unit].text != entry.text:
+            storage.delete(text_name(unit, entry.text))
+    cleared = clear_orphans(storage, manifest) if not failures else (0, 0)
 
     def count(units: Iterable[str]) -> int:
         return sum(entries[unit].num_images for unit in units if unit in entries)
 
     return Outcome(
         num_encoded=count(to_encode),
-        num_found=count(entries.keys() - to_encode - before.keys()),
+        num_found=count(first.keys() - to_encode),
         num_retexted=count(before),
         num_prompts=job.counts["prompts"],
         num_cached=manifest.num_images,
         num_tombstones=manifest.num_tombstones,
         num_bytes=sum(shard.nbytes for shard in shards),
         skips=skips,
-        notes=sum((unit.notes for unit in new), Counter()),
-        failures=[f"unit {unit}: {type(error).__name__}: {error}" for unit, error in result.failures.items()],
-        num_retried=job.vae().num_retried if to_encode else 0,
-        batch_limit=job.vae().limit.said if to_encode else "",
+        notes=sum((unit.notes for unit in result.units), Counter()),
+        failures=[f"unit {unit}: {type(error).__name__}: {error}" for unit, error in failures.items()],
+        num_retried=num_retried,
+        batch_limit=batch_limit,
         cleared=cleared,
         seconds=time.perf_counter() - started,
         encode_seconds=encode_seconds,
         waits={name: job.watch.seconds[name] for name in STAGES},
     )
+
+
+def show_progress(bar: Any, job: "Job", count: int, encoded: bool) -> None:
+    if not encoded:
+        bar.initial += count  # so that images/s counts what this run encodes
+    waits = ", ".join(f"{name} {job.watch.seconds[name]:.0f}s" for name in STAGES)
+    bar.set_postfix_str(f"waited: {waits}", refresh=False)
+    bar.update(count)
+
+
+def add_cond(entry: ShardEntry, prepared: Prepared) -> Retext:
+    """What the second pass does for a shard of the first."""
+    rows = list(open_text(prepared.storage, entry.unit, entry.text, entry.groups).rows())
+    return Retext(entry, rows, text_id(entry.unit, rows, prepared.recipe))
 
 
 def shard_order(entry: ShardEntry) -> tuple[str, str]:
@@ -127,7 +157,7 @@ def make_job(prepared: Prepared) -> "Job":
     """What every unit of the run needs; the models are loaded when they are first asked for."""
     import torch
 
-    from latentprep.prepare.job import Job
+    from latentprep.prepare.job import Job, Lazy
 
     options, recipe, models, vae = prepared.options, prepared.recipe, prepared.models, prepared.models.vae
     make_text = models.make_text
@@ -148,8 +178,8 @@ def make_job(prepared: Prepared) -> "Job":
         template=options.text.template,
         placeholder=options.text.placeholder,
         seed=options.seed,
-        vae=cache(lambda: models.make_vae(device, dtype)),
-        text=cache(lambda: make_text(device, dtype)) if make_text is not None else None,
+        vae=Lazy(lambda: models.make_vae(device, dtype)),
+        text=Lazy(lambda: make_text(device, dtype)) if make_text is not None else None,
     )
 
 

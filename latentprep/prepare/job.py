@@ -5,11 +5,13 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from latentprep.cache.storage import Storage
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.vae import VaeEncoder
+
+T = TypeVar("T")
 
 
 class Stopwatch:
@@ -27,6 +29,22 @@ class Stopwatch:
             self.seconds[stage] += time.perf_counter() - started
 
 
+class Lazy(Generic[T]):
+    """Something large that is made when it is first asked for, and can be let go."""
+
+    def __init__(self, make: Callable[[], T]) -> None:
+        self.make = make
+        self.made: T | None = None
+
+    def __call__(self) -> T:
+        if self.made is None:
+            self.made = self.make()
+        return self.made
+
+    def free(self) -> None:
+        self.made = None
+
+
 @dataclass(frozen=True)
 class Job:
     """What is the same for every unit of a run."""
@@ -38,8 +56,8 @@ class Job:
     template: tuple[str, ...] | None
     placeholder: str
     seed: int
-    vae: Callable[[], VaeEncoder]  # made on first use: a run that only rewrites text needs none
-    text: Callable[[], TextEncoder] | None  # None: no conditioning
+    vae: Lazy[VaeEncoder]  # a run that only rewrites text needs none
+    text: Lazy[TextEncoder] | None  # None: no conditioning
     watch: Stopwatch = field(default_factory=Stopwatch)
     counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
 

@@ -28,7 +28,7 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     """The models that the options name; their configs are read and their files hashed. Raises UserError."""
     model = find_model(options.model, say=say)
     vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
-    text = open_text(model) if options.text.include_cond else None
+    text = open_text(model) if options.needs_text_encoder else None
 
     def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
         from latentprep.prepare.vae import VaeEncoder

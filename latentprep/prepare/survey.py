@@ -28,6 +28,7 @@ from latentprep.records import Item, Skip
 from latentprep.units import counted, human_bytes
 
 Say = Callable[[str], None]
+LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Prepared:
     models: Models
     device: str
     recipe: dict[str, Any]
+    bare_recipe: dict[str, Any]  # the same without cond: what the first pass writes
     manifest: Manifest | None
     found: frozenset[str]  # units of the plan whose latents an unfinished run has left
     captioned: Captioned
@@ -62,7 +64,7 @@ class Prepared:
             and not (self.plan.new or self.plan.retext)
             and self.manifest.shards == self.plan.kept
             and read_skips(self.storage) == sorted(self.plan.skips, key=lambda skip: skip.key)
-            and has_uncond(self.storage, self.manifest)
+            and (self.options.only == "latents" or has_uncond(self.storage, self.manifest))
             and not (self.storage.is_local and list_orphans(self.storage, self.manifest))
         )
 
@@ -114,6 +116,9 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
         ),
         "libraries": versions(),
     }  # fmt: skip
+    bare_text = text_recipe(
+        text_encoder=None, options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype
+    )
     storage = Storage(options.out)
     manifest = None if options.overwrite else find_manifest(storage)
     leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
@@ -137,6 +142,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
         )  # fmt: skip
 
     plan = plan_with_leftovers(make, storage, manifest, leftovers)
+    found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
+    plan = narrow(plan, options, found, say)
     for line in plan.lost:
         say(f"lost     {line}: its images are encoded again")
     if manifest is None and not plan.new and not plan.kept and not plan.retext:
@@ -145,8 +152,10 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
             f"SOURCE {options.source}: none of its {len(plan.skips):,} images can be used "
             f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
         )
-    found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
-    return Prepared(options, storage, models, device, recipe, manifest, found, captioned, masks, row_bytes, plan)
+    bare_recipe = {**recipe, "text": bare_text}
+    return Prepared(
+        options, storage, models, device, recipe, bare_recipe, manifest, found, captioned, masks, row_bytes, plan
+    )
 
 
 def check_recipe(
@@ -186,6 +195,23 @@ def plan_with_leftovers(
         of_no_use = {entry.unit for entry in plan.kept if not entry.num_images} - {shard.unit for shard in shards}
         plan = replace(plan, kept=[entry for entry in plan.kept if entry.unit not in of_no_use])
     return replace(plan, lost=[*missing.values(), *plan.lost])
+
+
+def narrow(plan: Plan, options: EncodeOptions, found: frozenset[str], say: Say) -> Plan:
+    """The part of a plan that --only asks for. Raises UserError where text is to be made for no latents."""
+    if options.only == "latents":
+        say("only     latents: cond, and captions that changed, are left for later")
+        kept = [*plan.kept, *(retext.entry for retext in plan.retext)]
+        return replace(plan, retext=[], kept=kept, changes=[c for c in plan.changes if c.what in LATENT_CHANGES])
+    if options.only == "text":
+        new = [unit for unit in plan.new if unit.id in found]
+        if not (new or plan.retext or plan.kept):
+            raise UserError(f"--only text: {options.out} holds no latents yet. Encode them first, with --only latents.")
+        later = {item.key for unit in plan.new if unit.id not in found for item in unit.items}
+        left = f": {counted(len(later), 'image')} without latents left for later" if later else ""
+        say(f"only     text{left}")
+        return replace(plan, new=new, changes=[c for c in plan.changes if c.key not in later])
+    return plan
 
 
 def has_uncond(storage: Storage, manifest: Manifest) -> bool:

@@ -262,6 +262,11 @@ class LatentDataset(Dataset[LatentBatch]):
         cond = {key: (value.dtype, value.shape[1:]) for key, value in group.cond.items()}
         if self._cond is None and bool(cond) == (self.manifest.uncond_file is not None):
             self._cond = cond
+        if found == promised and not cond and self.manifest.uncond_file is not None:
+            raise UserError(
+                f"{self.storage.locate(name)}: its images have no cond yet, as encode --only latents leaves them. "
+                "Run the same latentprep encode with --only text."
+            )
         if found != promised or cond != self._cond:
             raise UserError(
                 f"{self.storage.locate(name)}: this shard and its text do not fit the others, or cache.json "

@@ -1,7 +1,7 @@
 """Runs units on this machine: decode threads ahead of one encoder, and one writer behind it."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -71,7 +71,7 @@ class Writer:
 
 def run(
     units: list[Unit],
-    retexts: list[Retext],
+    retexts: Iterable[Retext],
     to_encode: set[str],
     load: Load,
     job: Job,

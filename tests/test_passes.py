@@ -1,0 +1,123 @@
+"""The two passes of encode: latents first and cond afterwards, never both models in memory; and each of them alone."""
+
+import gc
+import json
+import weakref
+
+import pytest
+import torch
+
+from latentprep import LatentDataset
+from latentprep.errors import UserError
+from latentprep.prepare.text import TextEncoder
+from latentprep.prepare.vae import VaeEncoder
+from tests.conftest import SMALL, gradient
+from tests.test_encode import files
+
+
+def test_vae_and_text_encoder_are_never_in_memory_together(run, images, tmp_path, monkeypatch):
+    alive = []
+    make_vae, make_text = VaeEncoder.__init__, TextEncoder.__init__
+
+    def init_vae(self, *arguments, **options):
+        alive.append(weakref.ref(self))
+        make_vae(self, *arguments, **options)
+
+    def init_text(self, *arguments, **options):
+        gc.collect()
+        assert [reference() for reference in alive] == [None]
+        make_text(self, *arguments, **options)
+        alive.append(None)
+
+    monkeypatch.setattr(VaeEncoder, "__init__", init_vae)
+    monkeypatch.setattr(TextEncoder, "__init__", init_text)
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--shard-size", "30kB").code == 0
+    assert len(alive) == 2
+
+
+def made_anew(run, images, tmp_path):
+    """The files of a cache that was made in one run."""
+    assert run("encode", images, "--out", tmp_path / "other", *SMALL, "--shard-size", "30kB").code == 0
+    return files(tmp_path / "other")
+
+
+def test_latents_and_then_text_is_what_one_run_makes(run, images, tmp_path):
+    command = ("encode", images, "--out", tmp_path / "c", *SMALL, "--shard-size", "30kB", "--only")
+    result = run(*command, "latents")
+    assert result.code == 0
+    assert "only     latents: cond, and captions that changed, are left for later\n" in result.err
+    assert "encoded  8 images in" in result.out
+    assert LatentDataset(tmp_path / "c")[0].cond is None
+    assert "nothing to do" in run(*command, "latents").out
+    result = run(*command, "text")
+    assert result.code == 0
+    assert "encoded  9 prompts in" in result.out
+    assert "nothing to do" in run(*command, "text").out
+    made_anew(run, images, tmp_path)  # in other shards: with cond a row takes more space
+    one, other = (LatentDataset(tmp_path / name, latent_sampling_method="deterministic") for name in ("c", "other"))
+    place = {other.key(n): n for n in range(8)}
+    for n in range(8):
+        wanted = other[place[one.key(n)]]
+        assert torch.equal(one[n].latent_mean, wanted.latent_mean)
+        assert torch.equal(one[n].cond["prompt_embeds"], wanted.cond["prompt_embeds"])
+
+
+def test_new_images_of_a_cache_with_cond(run, images, tmp_path):
+    out = tmp_path / "c"
+    command = ("encode", images, "--out", out, *SMALL, "--shard-size", "30kB")
+    assert run(*command).code == 0
+    gradient(128, 40).save(images / "wide9.png")
+    (images / "tall0.txt").write_text("another caption", encoding="utf-8")
+    result = run(*command, "--only", "text")
+    assert "only     text: 1 image without latents left for later" in result.err
+    assert "new text for" in result.out
+    assert json.loads(run("inspect", out, "--json").out)["images"] == 8
+    (images / "tall1.txt").write_text("another caption again", encoding="utf-8")
+    result = run(*command, "--only", "latents")
+    assert "1 new" in result.out
+    problems = json.loads(run("verify", out, "--json").out)["problems"]
+    assert [problem["problem"] for problem in problems] == ["recipe", "cond"]
+    assert len({problem["name"] for problem in problems}) == 1  # the shard that has no cond yet
+    data = LatentDataset(out)
+    keys = [data.key(n) for n in range(len(data))]
+    assert data[keys.index("wide0.png")].cond is not None
+    with pytest.raises(
+        UserError, match=r"its images have no cond yet.*Run the same latentprep encode with --only text"
+    ):
+        data[keys.index("wide9.png")]
+    assert run(*command).code == 0
+    data = LatentDataset(out)
+    assert [data[n].cond_text for n in range(len(data)) if data.key(n).startswith("tall1")] == [
+        ["another caption again"]
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--only", "text"], "holds no latents yet. Encode them first, with --only latents."),
+        (["--only", "text", "--no-cond"], "--only text with --no-cond: one wants cond for the latents that are there"),
+        (["--only", "images"], "--only images: expected one of latents, text."),
+    ],
+)
+def test_only_what_there_is(run, images, tmp_path, options, message):
+    result = run("encode", images, "--out", tmp_path / "c", *SMALL, *options)
+    assert result.code == 1
+    assert message in result.err
+
+
+def test_a_run_that_stops_between_the_passes_goes_on_with_text(run, images, tmp_path, monkeypatch):
+    command = ("encode", images, "--out", tmp_path / "c", *SMALL, "--shard-size", "30kB")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(TextEncoder, "__init__", stop)
+        assert run(*command).code == 130
+    with monkeypatch.context() as patched:
+        patched.setattr(VaeEncoder, "__init__", stop)  # no image is encoded again
+        result = run(*command)
+    assert result.code == 0
+    assert "8 images found from an earlier run that did not finish" in result.out
+    assert files(tmp_path / "c") == made_anew(run, images, tmp_path)
