@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentprep import __version__
-from latentprep.config import DEFAULT_MODEL, EncodeOptions, Geometry, TextOptions
+from latentprep.config import CAPTION_COLUMN, DEFAULT_MODEL, EncodeOptions, Geometry, TextOptions
 from latentprep.errors import UserError
 
 if TYPE_CHECKING:
@@ -88,6 +88,8 @@ def encode(
     placeholder: Annotated[str, typer.Option(metavar="TEXT", help="What [name] stands for.", show_default=False, rich_help_panel=CAPTIONS)] = "",
     word_regex: Annotated[str, typer.Option(metavar="REGEX", help="Words of a file name that make its caption.", show_default="the whole name", rich_help_panel=CAPTIONS)] = "",
     joiner: Annotated[str, typer.Option(metavar="TEXT", help="Between the words that --word-regex finds.", show_default="a space", rich_help_panel=CAPTIONS)] = " ",
+    caption_lines: Annotated[bool, typer.Option("--caption-lines", help="Each line of a caption file is a caption of its own.", rich_help_panel=CAPTIONS)] = False,
+    caption_column: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Column of metadata files that holds captions; may be given again.", show_default=CAPTION_COLUMN, rich_help_panel=CAPTIONS)] = None,
     no_cond: Annotated[bool, typer.Option("--no-cond", help="Store captions and prompts, but no text embeddings.", rich_help_panel=CAPTIONS)] = False,
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
     workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,
@@ -107,7 +109,11 @@ def encode(
             resolution=resolution, width=width, height=height, bucket_step=bucket_step, min_side=min_side,
             max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter,
         ),
-        text=TextOptions(load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond),
+        text=TextOptions(
+            load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond,
+            caption_lines=caption_lines,
+            caption_columns=tuple(caption_column or (CAPTION_COLUMN,)),
+        ),
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
         batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,

@@ -14,6 +14,7 @@ FITS = ("crop", "stretch", "pad")
 FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 STORES = ("mean+std", "mean")
 DTYPES = ("float32", "float16", "bfloat16")
+CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -115,6 +116,8 @@ class TextOptions:
     word_regex: str = ""  # for captions from file names
     joiner: str = " "
     include_cond: bool = True
+    caption_lines: bool = False  # whether each line of a caption file is a caption
+    caption_columns: tuple[str, ...] = (CAPTION_COLUMN,)  # of metadata files
 
 
 @dataclass(frozen=True)

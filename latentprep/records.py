@@ -18,15 +18,15 @@ class Item:
     size: Size  # after EXIF orientation
     nbytes: int
     mtime_ns: int
-    caption: str = ""
-    caption_origin: str = ""  # where the caption came from: txt, caption, metadata, filename
+    captions: tuple[str, ...] = ()  # one or more, once they were looked for; "" where there is nothing to say
+    caption_origin: str = ""  # where they came from: txt, caption, metadata, filename
 
     def skip(self, reason: str, detail: str) -> "Skip":
         return Skip(self.key, reason, detail, self.nbytes, self.mtime_ns)
 
     @property
     def row(self) -> "Row":
-        return Row(self.key, self.nbytes, self.mtime_ns, (self.caption,))
+        return Row(self.key, self.nbytes, self.mtime_ns, self.captions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,12 +45,13 @@ def test_cache_knows_none_of_the_wings():
 def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
-        "captions.py": {"latentprep.prepare.source"},  # works on what list_folder found
+        # works on what list_folder found, and asks the metadata files in it
+        "captions.py": {"latentprep.prepare.source", "latentprep.prepare.metadata"},
         "load.py": {"latentprep.prepare.source"},  # reads orientation and errors in the same way
         "vae.py": {"latentprep.prepare.models", "latentprep.prepare.devices"},  # halves its batches
         "text.py": {"latentprep.prepare.models"},
     }
-    for name in ("source.py", "captions.py", "buckets.py", "load.py", "models.py", "vae.py", "text.py"):
+    for name in ("source.py", "captions.py", "metadata.py", "buckets.py", "load.py", "models.py", "vae.py", "text.py"):
         modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
         assert modules <= allowed.get(name, set()), name
 

@@ -29,7 +29,7 @@ def source_text(prepared: Prepared) -> str:
     origins = {
         "txt": "from .txt",
         "caption": "from .caption",
-        "metadata": "from metadata.jsonl",
+        "metadata": "from metadata files",
         "filename": "from file names",
     }
     found = ", ".join(
@@ -38,6 +38,14 @@ def source_text(prepared: Prepared) -> str:
     lines = [
         f"source   {prepared.options.source}: {counted(len(captioned.items), 'image')}; captions: {found or 'none'}"
     ]
+    counts = [len(item.captions) for item in captioned.items]
+    if sum(counts) > len(counts):
+        lines.append(f"         {counted(sum(counts), 'caption')} in all, up to {max(counts)} an image")
+    if captioned.num_long:
+        lines.append(
+            f"         {counted(captioned.num_long, 'caption file')} of several lines, taken as one caption "
+            "(--caption-lines makes each line a caption)"
+        )
     if captioned.without_image:
         lines.append(f"         captions without an image: {_name(captioned.without_image)}")
     if captioned.shared:
