@@ -51,7 +51,7 @@ CHANGES = {
     "touched": "another time, the same content: only the text file is written",
     "returned": "was gone, and is back with the same content",
     "caption": "another caption: only the text file is written",
-    "prompt": "another template, placeholder, seed or text encoder: only the text file is written",
+    "prompt": "prompts are made otherwise, or by another text encoder: only the text file is written",
     "gone": "no longer in the folder: left out, its latents stay until latentprep compact",
 }
 

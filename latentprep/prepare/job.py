@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from latentprep.cache.storage import Storage
+from latentprep.config import TextOptions
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.vae import VaeEncoder
 
@@ -35,8 +36,7 @@ class Job:
     recipe: dict[str, Any]
     latent: dict[str, Any]  # what a reader must know: scaling_factor, shift_factor, ...
     batch_size: int
-    template: tuple[str, ...] | None
-    placeholder: str
+    text_options: TextOptions
     seed: int
     vae: Callable[[], VaeEncoder]  # made on first use: a run that only rewrites text needs none
     text: Callable[[], TextEncoder] | None  # None: no conditioning
