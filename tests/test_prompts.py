@@ -357,3 +357,21 @@ def test_inspect_shows_every_caption_and_prompt(run, captioned, tmp_path):
     assert len(found["prompt"]) == len(found["tokens"]) == 3
     shown = run("inspect", tmp_path / "c", "--key", "tall1.png").out
     assert re.search(r"^caption +one, two *\n +three, four *\n +five, six *\n +seven, eight *\n", shown, re.MULTILINE)
+
+
+def test_wildcards_at_read_time(run, images, tmp_path):
+    (images / "tall0.txt").write_text("a {cat|dog} | x")
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL).code == 0
+    (tmp_path / "lines.txt").write_text("{one|two}: [filewords]")
+    plain = LatentDataset(tmp_path / "c", wildcards=True, include_cond=False)
+    data = LatentDataset(tmp_path / "c", wildcards=True, template=tmp_path / "lines.txt", include_cond=False)
+    (index,) = [n for n in range(8) if data.key(n) == "tall0.png"]
+    found = set()
+    for epoch in range(40):
+        plain.set_epoch(epoch)
+        data.set_epoch(epoch)
+        found |= {plain[index].cond_text[0], data[index].cond_text[0]}
+    drawn = {f"a {animal} | x" for animal in ("cat", "dog")}
+    assert found == drawn | {f"{number}: {text}" for number in ("one", "two") for text in drawn}
+    with pytest.raises(UserError, match="wildcards make prompts anew, which the stored cond does not fit"):
+        LatentDataset(tmp_path / "c", wildcards=True)
