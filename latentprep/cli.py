@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentprep import __version__
-from latentprep.config import DEFAULT_MODEL, EncodeOptions, Geometry, ImageOptions, TextOptions
+from latentprep.config import CAPTION_COLUMN, DEFAULT_MODEL, EncodeOptions, Geometry, ImageOptions, TextOptions
 from latentprep.errors import UserError
 
 if TYPE_CHECKING:
@@ -95,6 +95,13 @@ def encode(
     placeholder: Annotated[str, typer.Option(metavar="TEXT", help="What [name] stands for.", show_default=False, rich_help_panel=CAPTIONS)] = "",
     word_regex: Annotated[str, typer.Option(metavar="REGEX", help="Words of a file name that make its caption.", show_default="the whole name", rich_help_panel=CAPTIONS)] = "",
     joiner: Annotated[str, typer.Option(metavar="TEXT", help="Between the words that --word-regex finds.", show_default="a space", rich_help_panel=CAPTIONS)] = " ",
+    caption_lines: Annotated[bool, typer.Option("--caption-lines", help="Each line of a caption file is a caption of its own.", rich_help_panel=CAPTIONS)] = False,
+    caption_column: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Column of metadata files that holds captions; may be given again.", show_default=CAPTION_COLUMN, rich_help_panel=CAPTIONS)] = None,
+    prompts_per_image: Annotated[int, typer.Option(metavar="K", help="Prompts of each image: other captions, template lines, tags and wildcards.", rich_help_panel=CAPTIONS)] = 1,
+    shuffle_tags: Annotated[bool, typer.Option("--shuffle-tags", help="Shuffle the comma-separated tags of a caption.", rich_help_panel=CAPTIONS)] = False,
+    tag_drop_out: Annotated[float, typer.Option(metavar="PROBABILITY", help="How often each tag is left out.", rich_help_panel=CAPTIONS)] = 0.0,
+    keep_tags: Annotated[int, typer.Option(metavar="N", help="The first N tags are neither shuffled nor left out.", rich_help_panel=CAPTIONS)] = 0,
+    wildcards: Annotated[bool, typer.Option("--wildcards", help="{a|b|c} in captions and templates becomes one of its parts.", rich_help_panel=CAPTIONS)] = False,
     no_cond: Annotated[bool, typer.Option("--no-cond", help="Store captions and prompts, but no text embeddings.", rich_help_panel=CAPTIONS)] = False,
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
     workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,
@@ -117,7 +124,12 @@ def encode(
         ),
         images=ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft),
         masks=None if weights in ("alpha", "none") else Path(weights),
-        text=TextOptions(load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond),
+        text=TextOptions(
+            load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond,
+            prompts_per_image=prompts_per_image, shuffle_tags=shuffle_tags, tag_drop_out=tag_drop_out,
+            keep_tags=keep_tags, wildcards=wildcards, caption_lines=caption_lines,
+            caption_columns=tuple(caption_column or (CAPTION_COLUMN,)),
+        ),
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
         batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,

@@ -17,6 +17,7 @@ FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 ONLY = ("latents", "text")
 STORES = ("mean+std", "mean")
 DTYPES = ("float32", "float16", "bfloat16")
+CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -159,6 +160,30 @@ class TextOptions:
     word_regex: str = ""  # for captions from file names
     joiner: str = " "
     include_cond: bool = True
+    prompts_per_image: int = 1
+    shuffle_tags: bool = False  # tags: the comma-separated parts of a caption
+    tag_drop_out: float = 0.0  # how often a tag is left out
+    keep_tags: int = 0  # the first tags, which are neither shuffled nor left out
+    wildcards: bool = False  # whether {a|b|c} becomes one of its parts
+    caption_lines: bool = False  # whether each line of a caption file is a caption
+    caption_columns: tuple[str, ...] = (CAPTION_COLUMN,)  # of metadata files
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_image < 1:
+            raise UserError(f"--prompts-per-image {self.prompts_per_image}: must be at least 1.")
+        if not 0 <= self.tag_drop_out <= 1:
+            raise UserError(f"--tag-drop-out {self.tag_drop_out:g}: a probability, expected 0 to 1.")
+        if self.keep_tags < 0:
+            raise UserError(f"--keep-tags {self.keep_tags}: must be at least 0.")
+        if self.keep_tags and not (self.shuffle_tags or self.tag_drop_out):
+            raise UserError(
+                f"--keep-tags {self.keep_tags}: nothing is shuffled or dropped. Give --shuffle-tags or --tag-drop-out."
+            )
+
+    @property
+    def has_choices(self) -> bool:
+        """Whether prompts depend on the seed."""
+        return self.template is not None or self.shuffle_tags or self.tag_drop_out > 0 or self.wildcards
 
 
 @dataclass(frozen=True)
@@ -248,7 +273,12 @@ def text_recipe(
         "text_encoder": text_encoder,
         "template": list(options.template) if options.template is not None else None,
         "placeholder": options.placeholder,
-        "seed": seed if options.template is not None else None,
+        "prompts_per_image": options.prompts_per_image,
+        "shuffle_tags": options.shuffle_tags,
+        "tag_drop_out": float(options.tag_drop_out),
+        "keep_tags": options.keep_tags,
+        "wildcards": options.wildcards,
+        "seed": seed if options.has_choices else None,
         "dtype": dtype if text_encoder else None,
         "store_dtype": store_dtype if text_encoder else None,
     }

@@ -1,14 +1,19 @@
 """Templates and captions -> prompts. Pure text: used when preparing and when reading."""
 
 import hashlib
+import re
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from latentprep.config import TextOptions
 from latentprep.errors import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+
+WILDCARD = re.compile(r"\{([^{}]*)\}")  # an innermost pair of braces
 
 
 def counter(*parts: object) -> int:
@@ -52,15 +57,60 @@ def load_template(name: str) -> tuple[str, ...]:
     return tuple(lines)
 
 
-def make_prompt(template: tuple[str, ...] | None, caption: str, placeholder: str, seed: int, key: str) -> str:
-    """The prompt of an image: a template line, chosen by (seed, key), filled as the ancestor filled it.
+def make_prompts(captions: Sequence[str], key: str, options: TextOptions, seed: int) -> list[str]:
+    """The K prompts of an image: prompt k depends on its captions, the options and (seed, key, k) alone.
+
+    It takes caption k, round and round; its wildcards, then its tags; and the k-th line of the template, from the one
+    that (seed, key) chooses on, so that K prompts take K lines where there are so many.
+    """
+    return [_make_variant(captions[k % len(captions)], key, options, seed, k) for k in range(options.prompts_per_image)]
+
+
+def _make_variant(caption: str, key: str, options: TextOptions, seed: int, k: int) -> str:
+    import numpy as np
+
+    wildcards = np.random.default_rng(counter("wildcards", seed, key, k)) if options.wildcards else None
+    if wildcards is not None:
+        caption = expand_wildcards(caption, wildcards)
+    if options.shuffle_tags or options.tag_drop_out:
+        random = np.random.default_rng(counter("tags", seed, key, k))
+        caption = vary_tags(caption, random, options.shuffle_tags, options.tag_drop_out, options.keep_tags)
+    return make_prompt(options.template, caption, options.placeholder, seed, key, k, wildcards)
+
+
+def make_prompt(
+    template: tuple[str, ...] | None,
+    caption: str,
+    placeholder: str,
+    seed: int,
+    key: str,
+    k: int = 0,
+    wildcards: "np.random.Generator | None" = None,
+) -> str:
+    """A prompt: the template's line k, counted from the one that (seed, key) chooses, filled as the ancestor filled it.
 
     [filewords] becomes the caption and [name] the placeholder. Without a template the caption is the prompt.
+    `wildcards` draws those of the line; None leaves them as they are.
     """
     if template is None:
         return caption
-    line = template[counter("template", seed, key) % len(template)]
-    return line.replace("[filewords]", caption).replace("[name]", placeholder)
+    line = template[(counter("template", seed, key) + k) % len(template)].replace("[name]", placeholder)
+    if wildcards is not None:  # before the caption comes in: a bar in that parts nothing
+        line = expand_wildcards(line, wildcards)
+    return line.replace("[filewords]", caption.replace("[name]", placeholder))
+
+
+def expand_wildcards(text: str, random: "np.random.Generator") -> str:
+    """Each {a|b|c} becomes one of its parts, the innermost first. A brace without its partner stays."""
+
+    def choose(found: re.Match[str]) -> str:
+        parts = found[1].split("|")
+        return parts[int(random.integers(len(parts)))]
+
+    count = 1
+    while count:
+        text, count = WILDCARD.subn(choose, text)
+    return text
 
 
 def vary_tags(caption: str, random: "np.random.Generator", shuffle: bool, drop_out: float, keep: int) -> str:

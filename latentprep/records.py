@@ -18,15 +18,15 @@ class Item:
     size: Size  # after EXIF orientation
     nbytes: int  # with its mask
     mtime_ns: int  # plus that of its mask, where it has one
-    caption: str = ""
-    caption_origin: str = ""  # where the caption came from: txt, caption, metadata, filename
+    captions: tuple[str, ...] = ()  # one or more, once they were looked for; "" where there is nothing to say
+    caption_origin: str = ""  # where they came from: txt, caption, metadata, filename
 
     def skip(self, reason: str, detail: str) -> "Skip":
         return Skip(self.key, reason, detail, self.nbytes, self.mtime_ns)
 
     @property
     def row(self) -> "Row":
-        return Row(self.key, self.nbytes, self.mtime_ns, (self.caption,))
+        return Row(self.key, self.nbytes, self.mtime_ns, self.captions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ CHANGES = {
     "touched": "another time, the same content: only the text file is written",
     "returned": "was gone, and is back with the same content",
     "caption": "another caption: only the text file is written",
-    "prompt": "another template, placeholder, seed or text encoder: only the text file is written",
+    "prompt": "prompts are made otherwise, or by another text encoder: only the text file is written",
     "gone": "no longer in the folder: left out, its latents stay until latentprep compact",
 }
 

@@ -1,6 +1,9 @@
-"""prepare/captions.py and prompts.py: where captions come from, and what becomes of them."""
+"""prepare/captions.py and metadata.py, and the templates of prompts.py: where captions come from."""
 
+import csv
+import json
 import re
+import sys
 
 import pytest
 
@@ -9,7 +12,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.captions import add_captions, caption_from_name
 from latentprep.prepare.source import list_folder
 from latentprep.prompts import list_templates, load_template, make_prompt
-from tests.conftest import gradient
+from tests.conftest import SMALL, gradient
 
 
 @pytest.fixture
@@ -35,13 +38,13 @@ def captions(folder, **options):
 
 def test_sidecar_then_metadata_then_file_name(folder):
     found = captions(folder)
-    assert {item.key: (item.caption, item.caption_origin) for item in found.items} == {
-        "01-a cat.png": ("a cat", "filename"),
-        "b.png": ("the letter b", "txt"),
-        "sub/b.png": ("with a mark", "caption"),
-        "c.png": ("from metadata", "metadata"),
-        "d.png": ("größer", "txt"),
-        "sub/e.png": ("deeper", "metadata"),
+    assert {item.key: (item.captions, item.caption_origin) for item in found.items} == {
+        "01-a cat.png": (("a cat",), "filename"),
+        "b.png": (("the letter b",), "txt"),
+        "sub/b.png": (("with a mark",), "caption"),
+        "c.png": (("from metadata",), "metadata"),
+        "d.png": (("größer",), "txt"),
+        "sub/e.png": (("deeper",), "metadata"),
     }
     assert found.origins == {"filename": 1, "txt": 2, "caption": 1, "metadata": 2}
 
@@ -65,7 +68,7 @@ def test_file_name_rule_is_the_ancestors(name):
 
 
 def test_word_regex_and_joiner_only_touch_file_names(folder):
-    found = {item.key: item.caption for item in captions(folder, word_regex=r"\w+", joiner="+").items}
+    found = {item.key: item.captions[0] for item in captions(folder, word_regex=r"\w+", joiner="+").items}
     assert found["01-a cat.png"] == "a+cat"
     assert found["b.png"] == "the letter b"
 
@@ -89,11 +92,171 @@ def test_a_caption_file_that_cannot_be_read(folder):
         captions(folder)
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"file_name": "a.png"}', '{"file_name": 1, "text": "x"}'])
-def test_broken_metadata_names_file_and_line(folder, line):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", r'expected {"file_name": "...", "text": "..."}, got {'),
+        ("[1]", r'expected {"file_name": "...", "text": "..."}, got [1]'),
+        ("[" * 99999, r'expected {"file_name": "...", "text": "..."}, got [[['),
+        ('{"text": "x"}', "no column 'file_name', only 'text'."),
+        ('{"file_name": "a.png", "label": 3}', "no column 'text', only 'file_name', 'label'. Say which holds the"),
+        ('{"file_name": 1, "text": "x"}', "expected a text as 'file_name', got 1."),
+        ('{"file_name": "a.png", "text": 3}', "expected a text or a list of texts as 'text', got 3."),
+        (
+            '{"file_name": "a.png", "text": ["x", null]}',
+            "expected a text or a list of texts as 'text', got [\"x\", null].",
+        ),
+    ],
+)
+def test_broken_metadata_names_file_and_line(folder, line, message):
     (folder / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "fine"}\n' + line, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^metadata.jsonl line 2: expected .*file_name.*, got "):
+    with pytest.raises(UserError, match="^metadata.jsonl line 2: " + re.escape(message)):
         captions(folder)
+
+
+def test_lines_of_a_caption_file_are_captions_where_asked_for(folder):
+    (folder / "b.txt").write_bytes(b"\xef\xbb\xbf one \r\n\r\n two, three\r\n")
+    (folder / "d.txt").write_text("\n \n")
+    gradient(16, 16).save(folder / "b.jpg")  # shares its caption file
+    found = captions(folder)
+    assert {item.captions for item in found.items if item.key.startswith("b.")} == {("one \r\n\r\n two, three",)}
+    assert found.num_long == 1
+    found = captions(folder, caption_lines=True)
+    assert found.num_long == 0
+    own = {item.key: item.captions for item in found.items}
+    assert own["b.png"] == own["b.jpg"] == ("one", "two, three")
+    assert own["d.png"] == ("",)
+    assert own["sub/b.png"] == ("with a mark",)
+
+
+def test_the_start_of_a_run_says_where_captions_come_from_and_how_many_there_are(run, folder, tmp_path):
+    (folder / "b.txt").write_text("one\ntwo\n")
+    options = ("encode", folder, "--out", tmp_path.parent / "c", *SMALL, "--dry-run")
+    said = run(*options).err
+    assert "6 images; captions: 2 from .txt, 1 from .caption, 2 from metadata files, 1 from file names\n" in said
+    assert "1 caption file of several lines, taken as one caption (--caption-lines makes each line a caption)" in said
+    assert "captions without an image: lost.txt\n" in said
+    said = run(*options, "--caption-lines").err
+    assert "         7 captions in all, up to 2 an image\n" in said
+    assert "of several lines" not in said
+
+
+def test_suffixes_of_caption_files_in_capitals(folder):
+    (folder / "b.txt").rename(folder / "b.TXT")
+    assert {item.key: item.captions for item in captions(folder).items}["b.png"] == ("the letter b",)
+
+
+TABLE = [  # file_name and two columns of captions
+    ("01-a cat.png", ["first", " second "], "tag one, tag two"),
+    ("sub/e.png", [], 'a "quoted" text, with\na line break and \u2028'),
+    ("./c.png", ["größer"], None),
+    ("c.png", ["of another row"], " "),
+]
+
+
+def write_jsonl(path):
+    rows = [{"file_name": name, "captions": many, "tags": one, "other": 1} for name, many, one in TABLE]
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\r\n" for row in rows), encoding="utf-8", newline="")
+
+
+def write_parquet(path):
+    pa = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    names, many, one = zip(*TABLE, strict=True)
+    table = pa.table({"captions": many, "other": [b"\xff"] * len(names), "file_name": names, "tags": one})
+    parquet.write_table(table, path, row_group_size=2, compression="none")
+
+
+@pytest.mark.parametrize(("name", "write"), [("metadata.jsonl", write_jsonl), ("metadata.parquet", write_parquet)])
+def test_lists_of_captions_and_several_columns(folder, name, write):
+    (folder / "sub" / "metadata.jsonl").unlink()
+    (folder / "metadata.jsonl").unlink()
+    write(folder / name)
+    found = captions(folder, caption_columns=("tags", "captions"))
+    own = {item.key: item.captions for item in found.items if item.caption_origin == "metadata"}
+    assert own == {
+        "01-a cat.png": ("tag one, tag two", "first", "second"),
+        "sub/e.png": ('a "quoted" text, with\na line break and',),
+        "c.png": ("größer", "of another row"),
+    }
+    assert found.without_image == ["lost.txt"]
+    own = {item.key: item.captions for item in captions(folder, caption_columns=("captions",)).items}
+    assert own["sub/e.png"] == ("",)  # the row says that there is none: the file name is not asked
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_csv_is_what_pythons_own_writer_writes(folder, encoding):
+    (folder / "metadata.jsonl").unlink()
+    texts = ['a cat, "sitting"', "two\nlines", "größer"]
+    with (folder / "metadata.csv").open("w", encoding=encoding, newline="") as file:
+        writer = csv.writer(file)
+        writer.writerows([["id", "caption", "file_name"], [1, texts[0], "c.png"], [], [2, texts[1], "01-a cat.png"]])
+        writer.writerow([3, texts[2], "c.png"])
+    (folder / "sub" / "metadata.jsonl").write_text('{"file_name": "e.png", "caption": "deeper"}\n', encoding="utf-8")
+    own = {item.key: item.captions for item in captions(folder, caption_columns=("caption",)).items}
+    assert own["c.png"] == (texts[0], texts[2])
+    assert own["01-a cat.png"] == (texts[1],)
+    assert own["sub/e.png"] == ("deeper",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "metadata.csv: no column 'file_name', only none."),
+        ("file_name,caption\nc.png,x\n", "metadata.csv: no column 'text', only 'file_name', 'caption'. Say which"),
+        ("file_name,text\nc.png,a cat\n\nb.png,a cat, sitting\n",
+         "metadata.csv line 4: 3 values, expected 2, as in the first line. A text with a comma stands between quotes"),
+        ("file_name,text\nc.png\n", "metadata.csv line 2: 1 values, expected 2"),
+        ('file_name,text\nc.png,"a"b\n', "metadata.csv line 2: not CSV ("),
+        ('file_name,text\nc.png,"a\n', "metadata.csv line 2: not CSV ("),
+    ],
+)  # fmt: skip
+def test_broken_csv_names_file_and_line(folder, content, message):
+    (folder / "metadata.csv").write_text(content)
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        captions(folder)
+
+
+def test_parquet_that_is_none_or_lacks_a_column(folder):
+    pytest.importorskip("pyarrow")
+    (folder / "metadata.jsonl").unlink()
+    write_parquet(folder / "metadata.parquet")
+    message = "metadata.parquet: no column 'text', only 'captions', 'other', 'file_name', 'tags'. Say which"
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        captions(folder)
+    whole = (folder / "metadata.parquet").read_bytes()
+    assert "größer".encode() in whole
+    for damaged in (whole[:-9], whole.replace("größer".encode(), "größer".encode("latin-1") + b"  "), b""):
+        (folder / "metadata.parquet").write_bytes(damaged)
+        with pytest.raises(UserError, match=r"^metadata.parquet: cannot be read as Parquet \("):
+            captions(folder, caption_columns=("captions",))
+
+
+def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (folder / "metadata.parquet").write_bytes(b"")
+    with pytest.raises(UserError, match=r"^metadata.parquet: .* pyarrow. Type: pip install 'latentprep\[parquet\]'$"):
+        captions(folder)
+
+
+def test_metadata_of_images_that_are_not_there_is_reported(folder):
+    (folder / "bad.png").write_text("no picture")
+    names = ["../outside.png", "/etc/passwd", "gone.png", "bad.png", "c.png"]
+    lines = [json.dumps({"file_name": name, "text": "x"}) for name in names]
+    (folder / "sub" / "metadata.jsonl").write_text("\n".join(lines))
+    assert captions(folder).without_image == [
+        "lost.txt", "sub/../outside.png", "/etc/passwd", "sub/gone.png", "sub/bad.png", "sub/c.png",
+    ]  # fmt: skip
+
+
+def test_a_caption_column_without_a_metadata_file(folder):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "sub" / "metadata.jsonl").unlink()
+    with pytest.raises(
+        UserError, match=r"^--caption-column tags: SOURCE .* holds no metadata.jsonl, metadata.csv, meta"
+    ):
+        captions(folder, caption_columns=("tags",))
 
 
 def test_the_ancestors_six_templates_ship():

@@ -146,7 +146,7 @@ def test_captions(images):
                 continue
             assert len(found.items) == 8
             for item in found.items:
-                item.caption.encode()
+                "".join(item.captions).encode()
     assert len(messages) > CAPTIONS // 10
     assert all("tall0.txt" in message or "metadata.jsonl" in message for message in messages)
 

@@ -45,14 +45,15 @@ def test_cache_knows_none_of_the_wings():
 def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
-        "captions.py": {"latentprep.prepare.source"},  # works on what list_folder found
+        # works on what list_folder found, and asks the metadata files in it
+        "captions.py": {"latentprep.prepare.source", "latentprep.prepare.metadata"},
         # reads orientation and errors in the same way as source; the others are its own parts
         "load.py": {f"latentprep.prepare.{name}" for name in ("source", "alpha", "color", "crops", "masks")},
         "masks.py": {"latentprep.prepare.source"},
         "vae.py": {"latentprep.prepare.models", "latentprep.prepare.devices"},  # halves its batches
         "text.py": {"latentprep.prepare.models"},
     }
-    parts = ("alpha.py", "color.py", "crops.py", "masks.py")
+    parts = ("alpha.py", "color.py", "crops.py", "masks.py", "metadata.py")
     for name in ("source.py", "captions.py", "buckets.py", "load.py", *parts, "models.py", "vae.py", "text.py"):
         modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
         assert modules <= allowed.get(name, set()), name

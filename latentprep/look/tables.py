@@ -95,7 +95,11 @@ def render_sample(sample: dict[str, Any]) -> Table:
     table = _table()
     for name, value in sample.items():
         is_size = name in ("original_size", "resized_size")
-        table.add_row(name.replace("_", " "), f"{value[1]}x{value[0]}" if is_size else _plain(value))
+        if name in ("caption", "prompt"):  # there may be several, with commas of their own
+            shown = "\n".join(map(printable, value))
+        else:
+            shown = f"{value[1]}x{value[0]}" if is_size else _plain(value)
+        table.add_row(name.replace("_", " "), shown)
     return table
 
 

@@ -1,14 +1,13 @@
-"""Sidecars, metadata.jsonl and file names -> the caption of every item."""
+"""Caption files, metadata files and file names -> the captions of every item."""
 
-import json
 import re
-import stat
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
+from latentprep.prepare.metadata import read_metadata, read_text
 from latentprep.prepare.source import Source
 from latentprep.records import Item
 
@@ -22,40 +21,43 @@ class Captioned:
 
     items: list[Item]
     origins: Counter[str]
-    without_image: list[str]  # sidecars that belong to no image
+    without_image: list[str]  # sidecars that belong to no image, and images that only metadata knows
     shared: list[str]  # stems that several images share, so that one sidecar captions them all
+    num_long: int  # sidecars of several lines that are taken as one caption
 
 
 def add_captions(source: Source, options: TextOptions) -> Captioned:
-    """Each item's caption: a sidecar of the same stem, else metadata.jsonl, else the file name.
+    """Each item's captions: a sidecar of the same stem, else a metadata file, else the file name.
 
-    Raises UserError for a bad --word-regex, a broken metadata.jsonl and a caption that is not text.
+    Raises UserError for a bad --word-regex, a broken metadata file and a caption that is not text.
     """
     try:
         word = re.compile(options.word_regex) if options.word_regex else None
     except re.error as error:
         raise UserError(f"--word-regex {options.word_regex}: not a regular expression ({error}).") from None
-    others = set(source.others)
-    metadata = _read_metadata(
-        source.folder, [key for key in source.others if PurePosixPath(key).name == "metadata.jsonl"]
-    )
+    sidecars = {(_stem(key), suffix): key for key in source.others if (suffix := _suffix(key)) in SIDECARS}
+    metadata = read_metadata(source.folder, source.others, options.caption_columns)
     items: list[Item] = []
     bad: list[str] = []
     for item in source.items:
         try:
-            items.append(_caption(item, source.folder, others, metadata, word, options.joiner))
+            texts, origin = _find_texts(item.key, source.folder, sidecars, metadata, word, options)
         except UserError as error:
             bad.append(str(error))
+        else:
+            items.append(replace(item, captions=tidy(texts), caption_origin=origin))
     if bad:
         raise UserError(bad[0] + (f" ({len(bad) - 1} more such files.)" if len(bad) > 1 else ""))
-    stems = Counter(_stem(item.key) for item in source.items) + Counter(_stem(skip.key) for skip in source.skips)
-    sidecars = {key: _stem(key) for key in source.others if PurePosixPath(key).suffix.lower() in SIDECARS}
-    used = set(sidecars.values())
+    keys = {item.key for item in source.items} | {skip.key for skip in source.skips}
+    stems = Counter(map(_stem, keys))
+    with_sidecar = {stem for stem, _ in sidecars}
     return Captioned(
         items,
         Counter(item.caption_origin for item in items),
-        [key for key, stem in sidecars.items() if stem not in stems],
-        sorted(stem for stem, count in stems.items() if count > 1 and stem in used),
+        without_image=[key for (stem, _), key in sidecars.items() if stem not in stems]
+        + [key for key in metadata if key not in keys],
+        shared=sorted(stem for stem, count in stems.items() if count > 1 and stem in with_sidecar),
+        num_long=len({_stem(i.key) for i in items if f".{i.caption_origin}" in SIDECARS and "\n" in i.captions[0]}),
     )
 
 
@@ -63,18 +65,33 @@ def _stem(key: str) -> str:
     return PurePosixPath(key).with_suffix("").as_posix()
 
 
-def _caption(
-    item: Item, folder: Path, others: set[str], metadata: dict[str, str], word: re.Pattern[str] | None, joiner: str
-) -> Item:
-    text, origin = caption_from_name(item.key, word, joiner), "filename"
-    sidecar = next((_stem(item.key) + suffix for suffix in SIDECARS if _stem(item.key) + suffix in others), None)
-    if sidecar is not None:
-        text, origin = read_text(folder, sidecar), PurePosixPath(sidecar).suffix[1:]
-    elif item.key in metadata:
-        text, origin = metadata[item.key], "metadata"
+def _suffix(key: str) -> str:
+    return PurePosixPath(key).suffix.lower()
+
+
+def _find_texts(
+    key: str,
+    folder: Path,
+    sidecars: dict[tuple[str, str], str],
+    metadata: dict[str, list[str]],
+    word: re.Pattern[str] | None,
+    options: TextOptions,
+) -> tuple[list[str], str]:
+    """What stands somewhere as the captions of an image, and where. Raises UserError."""
+    for suffix in SIDECARS:
+        if (sidecar := sidecars.get((_stem(key), suffix))) is not None:
+            text = read_text(folder, sidecar)
+            return text.splitlines() if options.caption_lines else [text], suffix[1:]
+    if key in metadata:
+        return metadata[key], "metadata"
+    return [caption_from_name(key, word, options.joiner)], "filename"
+
+
+def tidy(texts: list[str]) -> tuple[str, ...]:
+    """Captions as they are stored: without space around them; blank ones are left out, unless there is no other."""
     # names that are not UTF-8, and broken JSON escapes, hold lone surrogates: no tokenizer takes them
-    text = text.encode("utf-8", "replace").decode("utf-8")
-    return replace(item, caption=text.strip(), caption_origin=origin)
+    stripped = [text.encode("utf-8", "replace").decode("utf-8").strip() for text in texts]
+    return tuple(filter(None, stripped)) or ("",)
 
 
 def caption_from_name(key: str, word: re.Pattern[str] | None = None, joiner: str = " ") -> str:
@@ -83,36 +100,3 @@ def caption_from_name(key: str, word: re.Pattern[str] | None = None, joiner: str
     if word is not None:
         text = joiner.join(match.group() for match in word.finditer(text))
     return text.strip()
-
-
-def read_text(folder: Path, name: str) -> str:
-    """Text of a caption file: UTF-8, or UTF-16 with its byte order mark. Raises UserError."""
-    try:
-        if not stat.S_ISREG((folder / name).stat().st_mode):
-            raise UserError(f"{name}: not a regular file. Remove it.")
-        data = (folder / name).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}).") from error
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not {encoding.upper()} text at byte {error.start}. Save it as UTF-8.") from None
-
-
-def _read_metadata(folder: Path, keys: list[str]) -> dict[str, str]:
-    """key -> text, of every metadata.jsonl (the Hub's imagefolder layout: file_name is relative to that file)."""
-    captions: dict[str, str] = {}
-    for key in keys:
-        for number, line in enumerate(read_text(folder, key).splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                name, text = row["file_name"], row["text"]
-            except (ValueError, KeyError, TypeError):
-                name = text = None
-            if not isinstance(name, str) or not isinstance(text, str):
-                raise UserError(f'{key} line {number}: expected {{"file_name": "...", "text": "..."}}, got {line[:80]}')
-            captions[(PurePosixPath(key).parent / name).as_posix()] = text
-    return captions

@@ -10,7 +10,7 @@ import numpy as np
 from latentprep.prepare.encode import make_job
 from latentprep.prepare.load import load_pixels
 from latentprep.prepare.survey import Prepared
-from latentprep.prompts import make_prompt
+from latentprep.prompts import make_prompts
 from latentprep.records import Row
 
 SAMPLES = 8  # images decoded for the estimate
@@ -19,6 +19,7 @@ SAMPLES = 8  # images decoded for the estimate
 @dataclass(frozen=True)
 class Estimate:
     seconds: float
+    num_prompts: int  # to encode
     measured: str
 
 
@@ -54,7 +55,7 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         per_prompt = time_twice(lambda: encoder.encode(texts)) / len(texts)
         seconds += per_prompt * prompts
         measured.append(f"{1 / per_prompt:.0f} prompts/s")
-    return Estimate(seconds, ", ".join(measured)) if measured else None
+    return Estimate(seconds, prompts if job.text is not None else 0, ", ".join(measured)) if measured else None
 
 
 def time_twice(work: Callable[[], object]) -> float:
@@ -70,8 +71,7 @@ def count_prompts(prepared: Prepared) -> int:
     options, plan = prepared.options, prepared.plan
 
     def count(rows: list[Row]) -> int:
-        text = options.text
-        return len({make_prompt(text.template, r.captions[0], text.placeholder, options.seed, r.key) for r in rows})
+        return len({p for row in rows for p in make_prompts(row.captions, row.key, options.text, options.seed)})
 
     retold = {change.key for change in plan.changes if change.what in ("caption", "prompt", "renamed")}
     return sum(count([item.row for item in unit.items]) for unit in plan.new) + sum(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from latentprep.cache.storage import Storage
+from latentprep.config import TextOptions
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.vae import VaeEncoder
 
@@ -53,8 +54,7 @@ class Job:
     recipe: dict[str, Any]
     latent: dict[str, Any]  # what a reader must know: scaling_factor, shift_factor, ...
     batch_size: int
-    template: tuple[str, ...] | None
-    placeholder: str
+    text_options: TextOptions
     seed: int
     vae: Lazy[VaeEncoder]  # a run that only rewrites text needs none
     text: Lazy[TextEncoder] | None  # None: no conditioning

@@ -36,7 +36,7 @@ def source_text(prepared: Prepared) -> str:
     origins = {
         "txt": "from .txt",
         "caption": "from .caption",
-        "metadata": "from metadata.jsonl",
+        "metadata": "from metadata files",
         "filename": "from file names",
     }
     found = ", ".join(
@@ -45,6 +45,20 @@ def source_text(prepared: Prepared) -> str:
     lines = [
         f"source   {prepared.options.source}: {counted(len(captioned.items), 'image')}; captions: {found or 'none'}"
     ]
+    counts = [len(item.captions) for item in captioned.items]
+    if sum(counts) > len(counts):
+        lines.append(f"         {counted(sum(counts), 'caption')} in all, up to {max(counts)} an image")
+    if captioned.num_long:
+        lines.append(
+            f"         {counted(captioned.num_long, 'caption file')} of several lines, taken as one caption "
+            "(--caption-lines makes each line a caption)"
+        )
+    options = prepared.options.text
+    if options.prompts_per_image > 1 and max(counts, default=1) == 1 and not options.has_choices:
+        lines.append(
+            f"         the {options.prompts_per_image} prompts of an image are all its one caption, since nothing "
+            "varies it (--template, --shuffle-tags, --tag-drop-out, --wildcards, --caption-lines)"
+        )
     if captioned.without_image:
         lines.append(f"         captions without an image: {_name(captioned.without_image)}")
     if captioned.shared:
@@ -88,6 +102,10 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
             f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, "
             f"{counted(len(plan.new), 'new shard')}"
         )
+    to_encode = (
+        f", {estimate.num_prompts:,} distinct to encode" if estimate is not None and estimate.num_prompts else ""
+    )
+    lines.append(f"prompts: {prepared.options.text.prompts_per_image} per image{to_encode}")
     if estimate is not None:
         lines.append(f"time: about {human_seconds(estimate.seconds)} on this machine ({estimate.measured})")
     lines.append("nothing was written (--dry-run)")
@@ -146,9 +164,9 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
         lines.append(f"FAILED   {failure}")
     if outcome.failures:
         lines.append("         these units are not in the cache; run the same command again to retry them")
-    lines.append(
-        f"cache    {prepared.options.out}: {counted(outcome.num_cached, 'image')}, {human_bytes(outcome.num_bytes)}"
-    )
+    count = prepared.options.text.prompts_per_image
+    images = counted(outcome.num_cached, "image") + (f" with {count} prompts each" if count > 1 else "")
+    lines.append(f"cache    {prepared.options.out}: {images}, {human_bytes(outcome.num_bytes)}")
     if outcome.num_tombstones:
         lines.append(
             f"         and {counted(outcome.num_tombstones, 'row')} of changed or removed images; "

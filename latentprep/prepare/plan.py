@@ -17,7 +17,7 @@ class RowBytes:
     """What a row costs on disk, for cutting units by a byte budget."""
 
     per_latent_pixel: int  # latents file: bytes of one latent pixel, all channels and views
-    per_row: int  # text file: bytes of one row, were its prompt unlike all others
+    per_row: int  # text file: bytes of one row, were its prompts unlike all others
     factor: int  # pixels per latent, each way
 
     def latents(self, bucket: Size) -> int:

@@ -127,7 +127,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     if manifest is not None and manifest.recipe["libraries"] != recipe["libraries"]:
         changes = "; ".join(recipe_changes(manifest.recipe["libraries"], recipe["libraries"]))
         say(f"versions {changes}: latents that are new may differ from the others in their last digits")
-    row_bytes = estimate_row_bytes(recipe, vae, text)
+    row_bytes = estimate_row_bytes(recipe, vae, text, options.text.prompts_per_image)
     shard_bytes = options.shard_bytes or default_shard_bytes(device)
 
     def hash_items(items: list[Item]) -> list[bytes | None]:
@@ -220,7 +220,7 @@ def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
 
 
-def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, text: TextFacts | None) -> RowBytes:
+def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, text: TextFacts | None, num_prompts: int) -> RowBytes:
     """What rows will cost on disk, from the configs alone."""
     posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
     views = len(recipe["latents"]["views"])
@@ -228,7 +228,7 @@ def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, text: TextFacts | 
         posterior * vae.latent_channels * TORCH_DTYPES[recipe["latents"]["store_dtype"]].itemsize + 2
     )  # + 2: weight
     cond = text.max_tokens * text.width * TORCH_DTYPES[recipe["text"]["store_dtype"]].itemsize if text else 0
-    return RowBytes(latent, cond + 512, vae.factor)  # 512: key, caption and prompt
+    return RowBytes(latent, num_prompts * cond + 512, vae.factor)  # 512: key, captions and prompts
 
 
 def versions() -> dict[str, str]:

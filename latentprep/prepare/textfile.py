@@ -11,32 +11,34 @@ from latentprep.cache.shard import UNCOND_NAME, Groups, Text, TextGroup, open_un
 from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
 from latentprep.prepare.job import Job
-from latentprep.prompts import make_prompt
+from latentprep.prompts import make_prompts
 from latentprep.records import Row
 
 
 def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
     """The text file of a shard: every distinct prompt is encoded once, and none whose cond `old` holds.
 
-    Tombstones have no prompt of their own: they point to the first.
+    Tombstones have no prompts of their own: they point to the first.
     """
-    prompt_of_row = [
-        None if n in tombstones else make_prompt(job.template, row.captions[0], job.placeholder, job.seed, row.key)
+    prompts_of_row = [
+        [] if n in tombstones else make_prompts(row.captions, row.key, job.text_options, job.seed)
         for n, row in enumerate(rows)
     ]
-    prompts = list(dict.fromkeys(prompt for prompt in prompt_of_row if prompt is not None))
+    prompts = list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
     index = {prompt: n for n, prompt in enumerate(prompts)}
+    prompt_of = np.zeros((len(rows), job.text_options.prompts_per_image), np.int32)
+    for n, own_prompts in enumerate(prompts_of_row):
+        prompt_of[n, : len(own_prompts)] = [index[prompt] for prompt in own_prompts]
     made: list[TextGroup] = []
     start = 0
     for label, count, _ in groups:
         own = rows[start : start + count]
-        chosen = [0 if prompt is None else index[prompt] for prompt in prompt_of_row[start : start + count]]
         made.append(
             TextGroup(
                 label,
                 key=[row.key for row in own],
                 caption=[list(row.captions) for row in own],
-                prompt_of=np.array(chosen, np.int32)[:, None],
+                prompt_of=prompt_of[start : start + count],
                 nbytes=np.array([row.nbytes for row in own], np.int64),
                 mtime_ns=np.array([row.mtime_ns for row in own], np.int64),
             )

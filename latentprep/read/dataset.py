@@ -13,7 +13,7 @@ from latentprep.cache.manifest import open_manifest
 from latentprep.cache.shard import UNCOND_NAME, Latents, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.prompts import load_template, make_prompt, vary_tags
+from latentprep.prompts import expand_wildcards, load_template, make_prompt, vary_tags
 from latentprep.read.batch import CondModel, LatentBatch, rescale_weight
 from latentprep.read.counters import CAPTION, CROP, DROP, FLIP, NOISE, PROMPT, fractions, mix
 from latentprep.records import is_flipped
@@ -82,6 +82,7 @@ class LatentDataset(Dataset[LatentBatch]):
     template, placeholder_token: as in `encode`: a shipped name or a file, with [filewords] and [name].
     shuffle_tags, keep_tags: shuffle the comma-separated tags of the caption, all but the first `keep_tags`.
     tag_drop_out: how often each of those tags is left out, 0..1.
+    wildcards: {a|b|c} in captions and templates becomes one of its parts.
     cond_model: makes their cond: a callable from a list of B prompts to [B,T,D], or to a dict of such. It is called in
         the training process, when batch.cond is asked for; without it, say include_cond=False.
 
@@ -104,6 +105,7 @@ class LatentDataset(Dataset[LatentBatch]):
         shuffle_tags: bool = False,
         keep_tags: int = 0,
         tag_drop_out: float = 0.0,
+        wildcards: bool = False,
         cond_model: CondModel | None = None,
         seed: int = 0,
     ) -> None:
@@ -114,7 +116,8 @@ class LatentDataset(Dataset[LatentBatch]):
         self.caption_dropout, self.shuffle_tags, self.keep_tags = caption_dropout, shuffle_tags, keep_tags
         self.tag_drop_out, self.placeholder_token, self.cond_model = tag_drop_out, placeholder_token, cond_model
         self.template = load_template(str(template)) if template is not None else None
-        self.makes_prompts = template is not None or shuffle_tags or tag_drop_out > 0
+        self.wildcards = wildcards
+        self.makes_prompts = template is not None or shuffle_tags or tag_drop_out > 0 or wildcards
         self.scaling_factor: float = self.manifest.latent["scaling_factor"]
         self.shift_factor: float = self.manifest.latent["shift_factor"]
         self._check()
@@ -167,13 +170,13 @@ class LatentDataset(Dataset[LatentBatch]):
         has_cond = self.manifest.uncond_file is not None
         if self.makes_prompts and self.include_cond and self.cond_model is None and has_cond:
             raise UserError(
-                "template, shuffle_tags and tag_drop_out make prompts anew, which the stored cond does not fit. Give "
-                "cond_model=, a callable from prompts to cond, or include_cond=False."
+                "template, shuffle_tags, tag_drop_out and wildcards make prompts anew, which the stored cond does not "
+                "fit. Give cond_model=, a callable from prompts to cond, or include_cond=False."
             )
         if self.cond_model is not None and not self.makes_prompts:
             raise UserError(
                 "cond_model: the cond is stored already. It is for prompts that are made anew: template, shuffle_tags, "
-                "tag_drop_out."
+                "tag_drop_out, wildcards."
             )
         if self.template and any("[name]" in line for line in self.template) and not self.placeholder_token:
             raise UserError("template: uses [name]. Say what it stands for: placeholder_token='sks dog'.")
@@ -374,8 +377,12 @@ class LatentDataset(Dataset[LatentBatch]):
             captions = group.caption[n]
             random = np.random.default_rng(seed)
             caption = captions[int(random.integers(len(captions)))] if captions else ""
+            caption = expand_wildcards(caption, random) if self.wildcards else caption
             caption = vary_tags(caption, random, self.shuffle_tags, self.tag_drop_out, self.keep_tags)
-            prompts.append(make_prompt(self.template, caption, self.placeholder_token, seed, group.key[n]))
+            of_line = random if self.wildcards else None
+            prompts.append(
+                make_prompt(self.template, caption, self.placeholder_token, seed, group.key[n], wildcards=of_line)
+            )
         return prompts
 
     def _empty_cond(self) -> dict[str, Tensor]:

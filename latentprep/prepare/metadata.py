@@ -1,0 +1,129 @@
+"""metadata.jsonl, metadata.csv and metadata.parquet, in the Hub's imagefolder layout -> captions by key."""
+
+import csv
+import json
+import stat
+from collections.abc import Callable, Collection, Iterator
+from io import StringIO
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from latentprep.config import CAPTION_COLUMN
+from latentprep.errors import UserError
+
+FILE_NAME = "file_name"  # the column that names the image, relative to the metadata file
+Line = tuple[str, dict[str, Any]]  # where it stands; column -> value
+
+
+def read_metadata(folder: Path, names: list[str], columns: tuple[str, ...]) -> dict[str, list[str]]:
+    """Key -> captions, of every metadata file among `names`: what `columns` hold, in order; rows of one image add up.
+
+    Raises UserError, naming file and line, for what is no such file, and for a column that it does not have.
+    """
+    tables = [name for name in names if PurePosixPath(name).name in READERS]
+    if not tables and columns != (CAPTION_COLUMN,):
+        raise UserError(f"--caption-column {columns[0]}: SOURCE {folder} holds no {', '.join(READERS)}.")
+    captions: dict[str, list[str]] = {}
+    for name in tables:
+        for where, row in READERS[PurePosixPath(name).name](folder, name, (FILE_NAME, *columns)):
+            image = row[FILE_NAME]
+            if not isinstance(image, str):
+                raise UserError(f"{where}: expected a text as {FILE_NAME!r}, got {_short(image)}.")
+            own = captions.setdefault((PurePosixPath(name).parent / image).as_posix(), [])
+            for column in columns:
+                own += _texts(row[column], where, column)
+    return captions
+
+
+def _texts(value: Any, where: str, column: str) -> list[str]:
+    """The captions of one cell: a text, a list of texts, or nothing."""
+    texts = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) for text in texts):
+        raise UserError(f"{where}: expected a text or a list of texts as {column!r}, got {_short(value)}.")
+    return texts
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)[:80]
+
+
+def _check_columns(where: str, wanted: tuple[str, ...], there: Collection[str]) -> None:
+    """Raise UserError, naming those that are there, where a column is missing."""
+    for column in wanted:
+        if column not in there:
+            hint = "" if column == FILE_NAME else " Say which holds the captions: --caption-column NAME."
+            raise UserError(f"{where}: no column {column!r}, only {', '.join(map(repr, there)) or 'none'}.{hint}")
+
+
+def read_jsonl(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+    """A JSON object a line."""
+    for number, line in enumerate(read_text(folder, name).split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name} line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, dict):
+            raise UserError(f'{where}: expected {{"{FILE_NAME}": "...", "{columns[-1]}": "..."}}, got {line[:80]}')
+        _check_columns(where, columns, row)
+        yield where, row
+
+
+def read_csv(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+    """Values between commas; the first line names the columns."""
+    lines = csv.reader(StringIO(read_text(folder, name), newline=""), strict=True)
+    try:
+        header = next(lines, [])
+        _check_columns(name, columns, header)
+        for values in filter(None, lines):  # blank lines have no values
+            where = f"{name} line {lines.line_num}"
+            if len(values) != len(header):
+                raise UserError(
+                    f"{where}: {len(values)} values, expected {len(header)}, as in the first line. "
+                    'A text with a comma stands between quotes: "a cat, sitting".'
+                )
+            yield where, dict(zip(header, values, strict=True))
+    except csv.Error as error:
+        raise UserError(f"{name} line {lines.line_num}: not CSV ({error}).") from None
+
+
+def read_parquet(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+    """A Parquet table, of which only `columns` are read: others may hold the images."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ModuleNotFoundError:
+        raise UserError(f"{name}: reading it takes pyarrow. Type: pip install 'latentprep[parquet]'") from None
+    if not (folder / name).is_file():
+        raise UserError(f"{name}: not a regular file. Remove it.")
+    try:
+        with parquet.ParquetFile(folder / name) as file:
+            _check_columns(name, columns, file.schema_arrow.names)
+            batches = file.iter_batches(columns=list(dict.fromkeys(columns)))
+            for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
+                yield f"{name} row {number}", row
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{name}: cannot be read as Parquet ({' '.join(str(error).split())[:200]}).") from None
+
+
+READERS: dict[str, Callable[[Path, str, tuple[str, ...]], Iterator[Line]]] = {
+    "metadata.jsonl": read_jsonl,
+    "metadata.csv": read_csv,
+    "metadata.parquet": read_parquet,
+}
+
+
+def read_text(folder: Path, name: str) -> str:
+    """Text of a caption file: UTF-8, or UTF-16 with its byte order mark. Raises UserError."""
+    try:
+        if not stat.S_ISREG((folder / name).stat().st_mode):
+            raise UserError(f"{name}: not a regular file. Remove it.")
+        data = (folder / name).read_bytes()
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror}).") from error
+    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+    try:
+        return data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not {encoding.upper()} text at byte {error.start}. Save it as UTF-8.") from None
