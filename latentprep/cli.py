@@ -89,6 +89,9 @@ def encode(
     word_regex: Annotated[str, typer.Option(metavar="REGEX", help="Words of a file name that make its caption.", show_default="the whole name", rich_help_panel=CAPTIONS)] = "",
     joiner: Annotated[str, typer.Option(metavar="TEXT", help="Between the words that --word-regex finds.", show_default="a space", rich_help_panel=CAPTIONS)] = " ",
     no_cond: Annotated[bool, typer.Option("--no-cond", help="Store captions and prompts, but no text embeddings.", rich_help_panel=CAPTIONS)] = False,
+    max_tokens: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", show_default="75; SD 3: 256; FLUX: 512", rich_help_panel=CAPTIONS)] = None,
+    clip_skip: Annotated[int, typer.Option(metavar="LAYER", help="Layer of CLIP to take, from the end; 2 is the penultimate. Stable Diffusion 1 and 2.", rich_help_panel=CAPTIONS)] = 1,
+    emphasis: Annotated[bool, typer.Option("--emphasis", help="Weigh (words), [words] and (words:1.3) as stable-diffusion-webui does. CLIP alone.", rich_help_panel=CAPTIONS)] = False,
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
     workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,
 ) -> None:
@@ -107,7 +110,10 @@ def encode(
             resolution=resolution, width=width, height=height, bucket_step=bucket_step, min_side=min_side,
             max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter,
         ),
-        text=TextOptions(load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond),
+        text=TextOptions(
+            load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond,
+            max_tokens=max_tokens, clip_skip=clip_skip, emphasis=emphasis,
+        ),
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
         batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,

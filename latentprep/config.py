@@ -115,6 +115,9 @@ class TextOptions:
     word_regex: str = ""  # for captions from file names
     joiner: str = " "
     include_cond: bool = True
+    max_tokens: int | None = None  # of a prompt, that are kept; None: the family's default (families.py)
+    clip_skip: int = 1  # as the web UI and kohya count: 1 is the last layer
+    emphasis: bool = False  # (text), [text] and (text:1.3) weigh their tokens, as in the web UI
 
 
 @dataclass(frozen=True)
@@ -185,9 +188,18 @@ def latents_recipe(
 
 
 def text_recipe(
-    *, text_encoder: str | None, options: TextOptions, seed: int, dtype: str, store_dtype: str
+    *,
+    text_encoder: str | None,
+    settings: dict[str, Any],
+    options: TextOptions,
+    seed: int,
+    dtype: str,
+    store_dtype: str,
 ) -> dict[str, Any]:
-    """What decides the text files, captions aside; `text_encoder` is the hash of its weights, config and tokenizer."""
+    """What decides the text files, captions aside; `text_encoder` is the hash of its weights, config and tokenizer.
+
+    `settings` are those of max_tokens, clip_skip and emphasis that are not the default.
+    """
     return {
         "text_encoder": text_encoder,
         "template": list(options.template) if options.template is not None else None,
@@ -195,6 +207,7 @@ def text_recipe(
         "seed": seed if options.template is not None else None,
         "dtype": dtype if text_encoder else None,
         "store_dtype": store_dtype if text_encoder else None,
+        **settings,
     }
 
 

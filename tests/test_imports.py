@@ -48,9 +48,11 @@ def test_stages_of_prepare_do_not_call_each_other():
         "captions.py": {"latentprep.prepare.source"},  # works on what list_folder found
         "load.py": {"latentprep.prepare.source"},  # reads orientation and errors in the same way
         "vae.py": {"latentprep.prepare.models", "latentprep.prepare.devices"},  # halves its batches
-        "text.py": {"latentprep.prepare.models"},
+        "models.py": {"latentprep.prepare.families"},
+        "text.py": {"latentprep.prepare.families", "latentprep.prepare.windows"},
     }
-    for name in ("source.py", "captions.py", "buckets.py", "load.py", "models.py", "vae.py", "text.py"):
+    stages = "source captions buckets load families models vae windows text"
+    for name in (f"{stage}.py" for stage in stages.split()):
         modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
         assert modules <= allowed.get(name, set()), name
 

@@ -29,6 +29,8 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     model = find_model(options.model, say=say)
     vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
     text = open_text(model) if options.text.include_cond else None
+    if text is not None and text.left_out:
+        say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
     def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
         from latentprep.prepare.vae import VaeEncoder
@@ -39,6 +41,6 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         from latentprep.prepare.text import TextEncoder
 
         assert text is not None
-        return TextEncoder(text, device, dtype)
+        return TextEncoder(text, device, dtype, options.text)
 
     return Models(vae, text, make_vae, make_text if text is not None else None)

@@ -19,7 +19,7 @@ from latentprep.prepare.buckets import make_place
 from latentprep.prepare.captions import Captioned, add_captions
 from latentprep.prepare.devices import choose_device, default_shard_bytes
 from latentprep.prepare.model_set import Models, open_models
-from latentprep.prepare.models import TextFacts, VaeFacts
+from latentprep.prepare.models import VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
 from latentprep.prepare.source import hash_files, limit_pixels, list_folder
 from latentprep.records import Item, Skip
@@ -92,8 +92,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
             dtype=dtype, store=options.store, store_dtype=options.store_dtype,
         ),
         "text": text_recipe(
-            text_encoder=text.digest if text else None, options=options.text, seed=options.seed,
-            dtype=dtype, store_dtype=options.store_dtype,
+            text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
+            options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype,
         ),
         "libraries": versions(),
     }  # fmt: skip
@@ -105,7 +105,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     if manifest is not None and manifest.recipe["libraries"] != recipe["libraries"]:
         changes = "; ".join(recipe_changes(manifest.recipe["libraries"], recipe["libraries"]))
         say(f"versions {changes}: latents that are new may differ from the others in their last digits")
-    row_bytes = estimate_row_bytes(recipe, vae, text)
+    row_bytes = estimate_row_bytes(recipe, vae, text.num_values(options.text) if text else 0)
     shard_bytes = options.shard_bytes or default_shard_bytes(device)
 
     def hash_items(items: list[Item]) -> list[bytes | None]:
@@ -177,14 +177,14 @@ def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
 
 
-def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, text: TextFacts | None) -> RowBytes:
-    """What rows will cost on disk, from the configs alone."""
+def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, cond_values: int) -> RowBytes:
+    """What rows will cost on disk, from the configs alone; `cond_values` numbers are stored of a prompt."""
     posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
     views = len(recipe["latents"]["views"])
     latent = views * (
         posterior * vae.latent_channels * TORCH_DTYPES[recipe["latents"]["store_dtype"]].itemsize + 2
     )  # + 2: weight
-    cond = text.max_tokens * text.width * TORCH_DTYPES[recipe["text"]["store_dtype"]].itemsize if text else 0
+    cond = cond_values * TORCH_DTYPES[recipe["text"]["store_dtype"]].itemsize if cond_values else 0
     return RowBytes(latent, cond + 512, vae.factor)  # 512: key, caption and prompt
 
 
