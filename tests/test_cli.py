@@ -298,8 +298,9 @@ def test_inspect_counts_truncated_prompts(run, images, tmp_path):
     found = json.loads(run("inspect", tmp_path / "c", "--json").out)
     assert found["text"]["truncated_prompts"] == 1
     assert found["text"]["tokens"]["max"] == 162
-    assert found["text"]["longest_prompt"].startswith("long long")
-    assert re.search(r"truncated +1 prompts; the longest is 'long", run("inspect", tmp_path / "c").out)
+    assert found["text"]["longest_truncated"] == [{"tokens": 162, "prompt": ("long " * 40).strip()}]
+    shown = run("inspect", tmp_path / "c").out
+    assert re.search(r"truncated +1 prompt, the longest: *\n +162 tokens: 'long long.*\.\.\.' *\n", shown)
 
 
 def test_inspect_json_has_the_statistics_of_the_latents(run, images, tmp_path):

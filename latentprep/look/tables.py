@@ -67,7 +67,7 @@ def text_table(text: dict[str, Any]) -> Table:
         )
         table.add_row("truncated", f"{counted(cut, 'prompt')}, the longest:" if cut else "none")
         for long in text["longest_truncated"]:
-            table.add_row("", f"{long['tokens']:,} tokens: {shortened(long['prompt'])!r}")
+            table.add_row("", f"{long['tokens']:,} tokens: {shortened(long['prompt'], 48)!r}")
     return table
 
 

@@ -112,13 +112,16 @@ def emphasize(embeds: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
     """Embeddings [N,T,D] times the weights [N,T] of their tokens, then scaled back to the mean they had.
 
     The web UI's "Original" emphasis (modules/sd_emphasis.py), for each of several encoders by itself: their `widths`
-    add up to D. The mean is one window's, where the web UI takes that of all in the batch.
+    add up to D. The mean is one window's, where the web UI takes that of all in the batch. A window whose weights are
+    all 1 stays as it is, to the last bit.
     """
-    parts = []
-    for before in embeds.split(widths, dim=-1):
-        after = before * weights[:, :, None]
-        parts.append(after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True)))
-    return torch.cat(parts, dim=-1)
+    result = embeds.clone()
+    chosen = (weights != 1).any(dim=1)
+    for part in result.split(widths, dim=-1):
+        before = part[chosen]
+        after = before * weights[chosen, :, None]
+        part[chosen] = after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))
+    return result
 
 
 def mend_clip_skip(text_encoder: Any) -> None:
