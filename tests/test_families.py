@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
@@ -27,6 +28,7 @@ from latentprep.cache.storage import Storage
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
 from latentprep.prepare.families import FAMILIES, find_family
+from latentprep.prepare.job import Truncated
 from latentprep.prepare.models import family_of, open_text, open_vae
 from latentprep.prepare.text import TextEncoder
 from tests.conftest import TINY
@@ -356,6 +358,9 @@ def test_float16_keeps_the_layers_of_t5_that_overflow(minis):
     block = encoder.pipeline.text_encoder_3.encoder.block[0].layer[-1].DenseReluDense
     assert (block.wo.weight.dtype, block.wi_0.weight.dtype) == (torch.float32, torch.float16)
     assert encoder.pipeline.text_encoder.dtype == torch.float16
+    wanted = expected("sd3", minis["sd3"].pipeline, ["a house"])
+    for key, value in encoder.encode(["a house"]).items():
+        assert torch.allclose(value, wanted[key], atol=0.02), key
 
 
 def overflowing(mini, tmp_path) -> Path:
@@ -385,6 +390,24 @@ def test_cond_that_overflows_is_never_written(minis, images, tmp_path, run, opti
     assert result.code == 1
     assert f"error: {message}" in result.err
     assert not list((tmp_path / "cache").rglob("*.text.safetensors"))
+
+
+def test_a_t5_that_is_left_out_is_said(minis, images, tmp_path, run):
+    folder = copy(minis["sd3"], tmp_path)
+    shutil.rmtree(folder / "text_encoder_3")
+    (images / "tall1.txt").write_text("word " * 30)
+    size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
+    result = run("encode", images, "--model", folder, "--out", tmp_path / "cache", *size)
+    assert "text     Stable Diffusion 3 without its text_encoder_3\n" in result.err
+    assert "truncated 1 prompt of more than 77 tokens: 122 'word word" in result.out  # no --max-tokens keeps more
+
+
+def test_the_longest_truncated_prompts_are_named_once():
+    truncated = Truncated()
+    for _ in range(2):  # a prompt may stand in two shards
+        truncated.add([f"prompt {n}" for n in range(9)], np.arange(74, 83, dtype=np.int32), 77)
+    assert (truncated.count, truncated.max_tokens) == (10, 77)
+    assert truncated.longest == [(74 + n, f"prompt {n}") for n in (8, 7, 6, 5, 4)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -421,6 +444,7 @@ def test_from_images_to_batches(minis, images, tmp_path, run, name):
     assert facts.num_values(TextOptions()) * 4 == stored
     assert entry.text_file.nbytes / len(text.prompt) == pytest.approx(stored + 512, rel=0.1)
 
+    assert run("verify", cache).code == 0
     again = run("encode", images, *options)
     assert "nothing to do" in again.out
     shown = run("inspect", cache).out

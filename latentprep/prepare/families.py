@@ -78,8 +78,10 @@ class Family:
                 others = " or ".join(family.name for family in FAMILIES if family.takes_clip_skip)
                 raise UserError(f"--clip-skip {options.clip_skip}: for {others}, not for {self.name}. Leave it out.")
             if not 1 <= options.clip_skip <= num_layers:
-                raise UserError(f"--clip-skip {options.clip_skip}: this text encoder takes 1 (its last layer, the "
-                                f"default) to {num_layers}.")  # fmt: skip
+                raise UserError(
+                    f"--clip-skip {options.clip_skip}: this text encoder takes 1 (its last layer, the default) "
+                    f"to {num_layers}."
+                )
             found["clip_skip"] = options.clip_skip
         if options.emphasis:
             if self.t5 is not None:
@@ -97,7 +99,7 @@ class Family:
         """A larger --max-tokens where prompts were cut at `max_tokens`; None where there is none that helps."""
         if self.t5 is None:
             return max_tokens + window - 4
-        return T5_LIMIT if window < max_tokens < T5_LIMIT else None
+        return None if max_tokens in (window, T5_LIMIT) else T5_LIMIT  # window: the T5 is left out, and CLIP has cut
 
 
 FAMILIES = (

@@ -13,7 +13,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.job import Job
 from latentprep.prompts import make_prompt
 from latentprep.records import Row
-from latentprep.units import printable
+from latentprep.units import shortened
 
 
 def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
@@ -98,14 +98,17 @@ def check_finite(
         if is_finite.all():
             continue
         n = int(is_finite.int().argmin())
-        prompt = printable(prompts[n][:60])
+        prompt = shortened(prompts[n])
         if encoded[name][n].isfinite().all():
-            raise UserError(f"--store-dtype {recipe['store_dtype']}: cannot hold the {name} of {prompt!r}. "
-                            "Use --store-dtype bfloat16 or float32.")  # fmt: skip
+            raise UserError(
+                f"--store-dtype {recipe['store_dtype']}: cannot hold the {name} of {prompt!r}. "
+                "Use --store-dtype bfloat16 or float32."
+            )
         if recipe["dtype"] == "float32":
             raise UserError(f"--model: its text encoder gives no finite numbers for {prompt!r}, even in float32.")
-        raise UserError(f"--dtype {recipe['dtype']}: the text encoder overflows for {prompt!r}. "
-                        "Use --dtype bfloat16 or float32.")  # fmt: skip
+        raise UserError(
+            f"--dtype {recipe['dtype']}: the text encoder overflows for {prompt!r}. Use --dtype bfloat16 or float32."
+        )
 
 
 def write_empty_prompt(job: Job) -> Stamp | None:
