@@ -103,6 +103,9 @@ def encode(
     keep_tags: Annotated[int, typer.Option(metavar="N", help="The first N tags are neither shuffled nor left out.", rich_help_panel=CAPTIONS)] = 0,
     wildcards: Annotated[bool, typer.Option("--wildcards", help="{a|b|c} in captions and templates becomes one of its parts.", rich_help_panel=CAPTIONS)] = False,
     no_cond: Annotated[bool, typer.Option("--no-cond", help="Store captions and prompts, but no text embeddings.", rich_help_panel=CAPTIONS)] = False,
+    max_tokens: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", show_default="75; SD 3: 256; FLUX: 512", rich_help_panel=CAPTIONS)] = None,
+    clip_skip: Annotated[int, typer.Option(metavar="LAYER", help="Layer of CLIP to take, from the end; 2 is the penultimate. Stable Diffusion 1 and 2.", rich_help_panel=CAPTIONS)] = 1,
+    emphasis: Annotated[bool, typer.Option("--emphasis", help="Weigh (words), [words] and (words:1.3) as stable-diffusion-webui does. CLIP alone.", rich_help_panel=CAPTIONS)] = False,
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
     workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,
 ) -> None:
@@ -129,6 +132,7 @@ def encode(
             prompts_per_image=prompts_per_image, shuffle_tags=shuffle_tags, tag_drop_out=tag_drop_out,
             keep_tags=keep_tags, wildcards=wildcards, caption_lines=caption_lines,
             caption_columns=tuple(caption_column or (CAPTION_COLUMN,)),
+            max_tokens=max_tokens, clip_skip=clip_skip, emphasis=emphasis,
         ),
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
         batch_size=batch_size, workers=workers, seed=seed,

@@ -121,7 +121,7 @@ class Geometry:
         for option, value in sides:
             if value % factor:
                 raise UserError(
-                    f"{option} {value}: not a multiple of {factor}, this VAE's factor. "
+                    f"{option} {value}: not a multiple of {factor}, this model's factor. "
                     f"Try {(value // factor + 1) * factor}."
                 )
 
@@ -167,6 +167,9 @@ class TextOptions:
     wildcards: bool = False  # whether {a|b|c} becomes one of its parts
     caption_lines: bool = False  # whether each line of a caption file is a caption
     caption_columns: tuple[str, ...] = (CAPTION_COLUMN,)  # of metadata files
+    max_tokens: int | None = None  # of a prompt, that are kept; None: the family's default (families.py)
+    clip_skip: int = 1  # as the web UI and kohya count: 1 is the last layer
+    emphasis: bool = False  # (text), [text] and (text:1.3) weigh their tokens, as in the web UI
 
     def __post_init__(self) -> None:
         if self.prompts_per_image < 1:
@@ -266,9 +269,18 @@ def latents_recipe(
 
 
 def text_recipe(
-    *, text_encoder: str | None, options: TextOptions, seed: int, dtype: str, store_dtype: str
+    *,
+    text_encoder: str | None,
+    settings: dict[str, Any],
+    options: TextOptions,
+    seed: int,
+    dtype: str,
+    store_dtype: str,
 ) -> dict[str, Any]:
-    """What decides the text files, captions aside; `text_encoder` is the hash of its weights, config and tokenizer."""
+    """What decides the text files, captions aside; `text_encoder` is the hash of its weights, config and tokenizer.
+
+    `settings` are those of max_tokens, clip_skip and emphasis that are not the default.
+    """
     return {
         "text_encoder": text_encoder,
         "template": list(options.template) if options.template is not None else None,
@@ -281,6 +293,7 @@ def text_recipe(
         "seed": seed if options.has_choices else None,
         "dtype": dtype if text_encoder else None,
         "store_dtype": store_dtype if text_encoder else None,
+        **settings,
     }
 
 

@@ -24,6 +24,7 @@ from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, Geometry, ImageOptions, TextOptions, digest_of
 from latentprep.errors import UserError
 from latentprep.prepare.encode import encode
+from latentprep.prepare.families import FAMILIES
 from latentprep.prepare.model_set import Models
 from latentprep.prepare.models import TextFacts, VaeFacts
 from latentprep.prepare.survey import prepare
@@ -214,7 +215,8 @@ def update_cache(options: EncodeOptions, vae: "LiveVae", cond_model: Any) -> Non
         facts = vae.facts(manifest.latent if manifest is not None else None)
         models = Models(
             facts,
-            TextFacts(digest_of_model(cond_model), 77, 1024) if text is not None else None,  # sizes: for cutting units
+            live_facts(cond_model) if text is not None else None,
+            1,
             lambda device, dtype: vae,
             (lambda device, dtype: text) if text is not None else None,
         )
@@ -295,6 +297,7 @@ class LiveText(TextEncoder):
     def __init__(self, cond_model: Any, device: torch.device) -> None:
         self.cond_model, self.device = cond_model, device
         self.names = ("prompt_embeds",)
+        self.batch_size = 32
         self.max_tokens = None
 
     def _encode_batch(self, prompts: list[str]) -> dict[str, Tensor]:
@@ -310,6 +313,11 @@ class LiveText(TextEncoder):
 
     def count_tokens(self, prompts: list[str]) -> None:
         """A callable does not tell."""
+
+
+def live_facts(cond_model: Any) -> TextFacts:
+    """What a plan must know; of an object without configs the sizes are a guess, by which shards are cut."""
+    return TextFacts(digest_of_model(cond_model), FAMILIES[0], window=77, num_layers=12, width=1024, pooled=0)
 
 
 def digest_of_model(model: Any) -> str:

@@ -44,3 +44,8 @@ def human_seconds(seconds: float) -> str:
 def printable(text: str) -> str:
     """Text of a stranger's, with what a terminal would obey instead of show escaped."""
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def shortened(text: str, length: int = 60) -> str:
+    """The beginning of a text, in which nothing is left for a terminal to obey."""
+    return printable(text if len(text) <= length else text[: length - 3] + "...")

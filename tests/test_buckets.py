@@ -122,9 +122,9 @@ def test_cropped_away_is_the_lost_area():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bucket_step": 20}, "--bucket-step 20: not a multiple of 8, this VAE's factor. Try 24."),
-        ({"width": 500, "height": 512}, "--width 500: not a multiple of 8, this VAE's factor. Try 504."),
-        ({"width": 512, "height": 1}, "--height 1: not a multiple of 8, this VAE's factor. Try 8."),
+        ({"bucket_step": 20}, "--bucket-step 20: not a multiple of 8, this model's factor. Try 24."),
+        ({"width": 500, "height": 512}, "--width 500: not a multiple of 8, this model's factor. Try 504."),
+        ({"width": 512, "height": 1}, "--height 1: not a multiple of 8, this model's factor. Try 8."),
     ],
 )
 def test_sides_that_the_factor_does_not_divide(options, message):

@@ -203,7 +203,7 @@ def test_a_cache_of_another_recipe_is_refused_with_the_fields_that_differ(run, i
         (("images", "--template", "style"), "--template uses [name], without a --placeholder."),
         (
             ("images", "--bucket-step", "20", "--model", "tiny"),
-            "--bucket-step 20: not a multiple of 8, this VAE's factor. Try 24.",
+            "--bucket-step 20: not a multiple of 8, this model's factor. Try 24.",
         ),
         (("images", "--model", "nowhere/at all"), "--model nowhere/at all: no such folder."),
         (("images", "--device", "cuda:x"), "--device cuda:x: expected auto, cuda, cuda:N, mps or cpu."),
@@ -298,8 +298,9 @@ def test_inspect_counts_truncated_prompts(run, images, tmp_path):
     found = json.loads(run("inspect", tmp_path / "c", "--json").out)
     assert found["text"]["truncated_prompts"] == 1
     assert found["text"]["tokens"]["max"] == 162
-    assert found["text"]["longest_prompt"].startswith("long long")
-    assert re.search(r"truncated +1 prompts; the longest is 'long", run("inspect", tmp_path / "c").out)
+    assert found["text"]["longest_truncated"] == [{"tokens": 162, "prompt": ("long " * 40).strip()}]
+    shown = run("inspect", tmp_path / "c").out
+    assert re.search(r"truncated +1 prompt, the longest: *\n +162 tokens: 'long long.*\.\.\.' *\n", shown)
 
 
 def test_inspect_json_has_the_statistics_of_the_latents(run, images, tmp_path):

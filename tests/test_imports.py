@@ -51,10 +51,11 @@ def test_stages_of_prepare_do_not_call_each_other():
         "load.py": {f"latentprep.prepare.{name}" for name in ("source", "alpha", "color", "crops", "masks")},
         "masks.py": {"latentprep.prepare.source"},
         "vae.py": {"latentprep.prepare.models", "latentprep.prepare.devices"},  # halves its batches
-        "text.py": {"latentprep.prepare.models"},
+        "models.py": {"latentprep.prepare.families"},
+        "text.py": {"latentprep.prepare.families", "latentprep.prepare.windows"},
     }
-    parts = ("alpha.py", "color.py", "crops.py", "masks.py", "metadata.py")
-    for name in ("source.py", "captions.py", "buckets.py", "load.py", *parts, "models.py", "vae.py", "text.py"):
+    stages = "source captions metadata buckets load alpha color crops masks families models vae windows text"
+    for name in (f"{stage}.py" for stage in stages.split()):
         modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
         assert modules <= allowed.get(name, set()), name
 

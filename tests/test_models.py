@@ -24,7 +24,7 @@ def test_tiny_is_a_diffusers_folder_of_at_most_4_mb():
     assert isinstance(CLIPTextModel.from_pretrained(TINY / "text_encoder"), CLIPTextModel)
     folder = open_vae(find_model("tiny"))
     assert (folder.factor, folder.latent_channels, folder.scaling_factor) == (8, 4, vae.config.scaling_factor)
-    assert open_text(find_model("tiny")).max_tokens == 77
+    assert open_text(find_model("tiny")).window == 77
 
 
 @torch.inference_mode()
@@ -227,10 +227,8 @@ def test_folders_without_a_usable_text_encoder(model, tmp_path):
     ):
         open_text(model / "vae")
     folder = copy(model, tmp_path)
-    (folder / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(
-        UserError, match=r"a FluxPipeline, expected StableDiffusionPipeline or StableDiffusionXLPipeline"
-    ):
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
+    with pytest.raises(UserError, match=r"a Flux2Pipeline, expected a pipeline of Stable Diffusion 1 and 2, SDXL, "):
         open_text(folder)
     shutil.copy(model / "model_index.json", folder / "model_index.json")
     shutil.rmtree(folder / "tokenizer")

@@ -1,6 +1,7 @@
 """What is in a cache, as plain JSON values: counts, recipe, buckets, statistics, skips; or one sample of it."""
 
 from collections import Counter
+from heapq import nlargest
 from typing import Any
 
 import numpy as np
@@ -96,7 +97,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     lengths: list[np.ndarray] = []
     cond: dict[str, list[int]] = {}
     max_tokens = None
-    longest = (0, "")
+    longest: list[tuple[int, str]] = []  # of the prompts that were cut
     example = ""
     for shard in manifest.shards:
         if not shard.num_images:
@@ -112,9 +113,9 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
         if text.num_tokens is not None and text.max_tokens is not None:
             max_tokens = text.max_tokens
             lengths.append(text.num_tokens)
-            cut += int((text.num_tokens > max_tokens).sum())
-            most = int(text.num_tokens.argmax())
-            longest = max(longest, (int(text.num_tokens[most]), text.prompt[most]))
+            too_long = np.flatnonzero(text.num_tokens > max_tokens).tolist()
+            cut += len(too_long)
+            longest = nlargest(5, {*longest, *((int(text.num_tokens[n]), text.prompt[n]) for n in too_long)})
     tokens_all = np.concatenate(lengths) if lengths else None
     return {
         "captions": captions,
@@ -127,7 +128,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
         if tokens_all is None
         else {"min": int(tokens_all.min()), "median": int(np.median(tokens_all)), "max": int(tokens_all.max())},
         "truncated_prompts": cut if tokens_all is not None else None,
-        "longest_prompt": longest[1] if tokens_all is not None else None,
+        "longest_truncated": [{"tokens": tokens, "prompt": prompt} for tokens, prompt in longest],
     }
 
 

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
-from latentprep.units import counted, human_bytes, printable
+from latentprep.units import counted, human_bytes, printable, shortened
 
 
 def render_summary(summary: dict[str, Any]) -> Group:
@@ -77,7 +77,9 @@ def text_table(text: dict[str, Any]) -> Table:
         table.add_row(
             "tokens", f"{tokens['min']} to {tokens['max']}, median {tokens['median']}, of {text['max_tokens']}"
         )
-        table.add_row("truncated", f"{cut:,} prompts; the longest is {text['longest_prompt']!r}" if cut else "none")
+        table.add_row("truncated", f"{counted(cut, 'prompt')}, the longest:" if cut else "none")
+        for long in text["longest_truncated"]:
+            table.add_row("", f"{long['tokens']:,} tokens: {shortened(long['prompt'], 48)!r}")
     return table
 
 

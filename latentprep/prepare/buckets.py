@@ -69,7 +69,7 @@ def _check_sides(size: Size, geometry: Geometry) -> Verdict | None:
 def _place_native(size: Size, factor: int) -> Placement | Verdict:
     bucket = (size[0] // factor * factor, size[1] // factor * factor)
     if min(bucket) == 0:
-        return "too_small", f"{size[1]}x{size[0]} < {factor}, the VAE's factor"
+        return "too_small", f"{size[1]}x{size[0]} < {factor}, the model's factor"
     return _centre(size, bucket)
 
 

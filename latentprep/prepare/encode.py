@@ -20,7 +20,7 @@ from latentprep.prepare.survey import Prepared
 from latentprep.records import Item, Pixels, Placement, Skip
 
 if TYPE_CHECKING:
-    from latentprep.prepare.job import Job
+    from latentprep.prepare.job import Job, Truncated
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Outcome:
     num_found: int  # images that an unfinished run had encoded before
     num_retexted: int  # images whose text alone was made anew
     num_prompts: int  # prompts that the text encoder saw, the empty one included
+    truncated: "Truncated"
     num_cached: int  # images in the cache now
     num_tombstones: int  # rows of images that are gone or changed
     num_bytes: int
@@ -117,6 +118,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
         num_found=count(first.keys() - to_encode),
         num_retexted=count(before),
         num_prompts=job.counts["prompts"],
+        truncated=job.truncated,
         num_cached=manifest.num_images,
         num_tombstones=manifest.num_tombstones,
         num_bytes=sum(shard.nbytes for shard in shards),

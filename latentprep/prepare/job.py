@@ -5,13 +5,17 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from heapq import nlargest
 from typing import Any, Generic, TypeVar
+
+import numpy as np
 
 from latentprep.cache.storage import Storage
 from latentprep.config import TextOptions
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.vae import VaeEncoder
 
+NAMED = 5  # prompts that are named where many were truncated
 T = TypeVar("T")
 
 
@@ -46,6 +50,22 @@ class Lazy(Generic[T]):
         self.made = None
 
 
+@dataclass
+class Truncated:
+    """The prompts of a run that were too long for the text encoder: how many, and the longest of them."""
+
+    count: int = 0
+    max_tokens: int = 0
+    longest: list[tuple[int, str]] = field(default_factory=list)  # tokens and prompt
+
+    def add(self, prompts: list[str], num_tokens: np.ndarray, max_tokens: int) -> None:
+        """Count those of P prompts [P] that take more than `max_tokens`."""
+        self.max_tokens = max_tokens
+        found = [(int(num_tokens[n]), prompts[n]) for n in np.flatnonzero(num_tokens > max_tokens)]
+        self.count += len(found)
+        self.longest = nlargest(NAMED, {*self.longest, *found})
+
+
 @dataclass(frozen=True)
 class Job:
     """What is the same for every unit of a run."""
@@ -60,6 +80,7 @@ class Job:
     text: Lazy[TextEncoder] | None  # None: no conditioning
     watch: Stopwatch = field(default_factory=Stopwatch)
     counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
+    truncated: Truncated = field(default_factory=Truncated)
 
     def latents_metadata(self) -> dict[str, Any]:
         return {**self.latent, "recipe": self.recipe["latents"], "libraries": self.recipe["libraries"]}

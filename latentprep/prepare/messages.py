@@ -2,6 +2,7 @@
 
 import shlex
 from collections import Counter
+from typing import TYPE_CHECKING
 
 from latentprep.cache.shard import FOLDER
 from latentprep.cache.storage import Storage
@@ -11,7 +12,10 @@ from latentprep.prepare.encode import Outcome
 from latentprep.prepare.estimate import Estimate
 from latentprep.prepare.survey import Prepared
 from latentprep.records import CHANGES, Change, Size, Skip
-from latentprep.units import counted, human_bytes, human_seconds, printable
+from latentprep.units import counted, human_bytes, human_seconds, printable, shortened
+
+if TYPE_CHECKING:
+    from latentprep.prepare.job import Truncated
 
 NOTES = {
     "enlarged": "enlarged to fill their bucket (--no-upscale keeps their pixels)",
@@ -160,6 +164,8 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
         files, nbytes = outcome.cleared
         lines.append(f"cleared  {counted(files, 'file')} that nothing refers to ({human_bytes(nbytes)})")
     lines += skip_lines(outcome.skips)
+    if outcome.truncated.count:
+        lines.append(truncated_line(prepared, outcome.truncated))
     for failure in outcome.failures:
         lines.append(f"FAILED   {failure}")
     if outcome.failures:
@@ -173,6 +179,16 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
             f"{shlex.join(['latentprep', 'compact', prepared.options.out])} frees their space"
         )
     return "\n".join([*lines, _next(prepared.options)])
+
+
+def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:
+    """truncated 3 prompts of more than 77 tokens (--max-tokens 150 keeps more): 99 'a ...', ..."""
+    text, limit = prepared.models.text, truncated.max_tokens
+    more = text.family.more_tokens(limit, text.window) if text is not None else None
+    hint = f" (--max-tokens {more} keeps more)" if more else ""
+    named = ", ".join(f"{tokens} {shortened(prompt)!r}" for tokens, prompt in truncated.longest)
+    others = ", ..." if truncated.count > len(truncated.longest) else ""
+    return f"truncated {counted(truncated.count, 'prompt')} of more than {limit:,} tokens{hint}: {named}{others}"
 
 
 def interrupted_text(options: EncodeOptions, arguments: list[str]) -> str:

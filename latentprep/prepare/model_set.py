@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from latentprep.config import EncodeOptions
-from latentprep.prepare.models import TextFacts, VaeFacts, find_model, open_text, open_vae
+from latentprep.prepare.models import TextFacts, VaeFacts, family_of, find_model, open_text, open_vae
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +20,7 @@ class Models:
 
     vae: VaeFacts
     text: TextFacts | None  # None: no conditioning
+    patch: int  # latent pixels, each way, that the denoiser takes as one
     make_vae: "Callable[[torch.device, torch.dtype], VaeEncoder]"
     make_text: "Callable[[torch.device, torch.dtype], TextEncoder] | None"
 
@@ -29,6 +30,8 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     model = find_model(options.model, say=say)
     vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
     text = open_text(model) if options.needs_text_encoder else None
+    if text is not None and text.left_out:
+        say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
     def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
         from latentprep.prepare.vae import VaeEncoder
@@ -39,6 +42,8 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         from latentprep.prepare.text import TextEncoder
 
         assert text is not None
-        return TextEncoder(text, device, dtype)
+        return TextEncoder(text, device, dtype, options.text)
 
-    return Models(vae, text, make_vae, make_text if text is not None else None)
+    family = family_of(model)
+    patch = family.patch if family is not None else 1
+    return Models(vae, text, patch, make_vae, make_text if text is not None else None)

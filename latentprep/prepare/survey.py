@@ -21,7 +21,7 @@ from latentprep.prepare.devices import choose_device, default_shard_bytes
 from latentprep.prepare.load import LoadOptions
 from latentprep.prepare.masks import Masks, add_masks, list_masks, paths_of
 from latentprep.prepare.model_set import Models, open_models
-from latentprep.prepare.models import TextFacts, VaeFacts
+from latentprep.prepare.models import VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
 from latentprep.prepare.source import hash_images, limit_pixels, list_folder
 from latentprep.records import Item, Skip
@@ -100,7 +100,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     captioned = add_captions(source, options.text)
     models = models or open_models(options, say)
     vae, text = models.vae, models.text
-    place = make_place(options.geometry, vae.factor)
+    place = make_place(options.geometry, vae.factor * models.patch)
     device, dtype, reason = choose_device(options.device, options.dtype)
     say(f"model    {options.model}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
     say(f"device   {device}, {dtype} ({reason})")
@@ -111,14 +111,15 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
             dtype=dtype, store=options.store, store_dtype=options.store_dtype,
         ),
         "text": text_recipe(
-            text_encoder=text.digest if text else None, options=options.text, seed=options.seed,
-            dtype=dtype, store_dtype=options.store_dtype,
+            text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
+            options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype,
         ),
         "libraries": versions(),
     }  # fmt: skip
     bare_text = text_recipe(
-        text_encoder=None, options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype
-    )
+        text_encoder=None, settings={}, options=options.text, seed=options.seed, dtype=dtype,
+        store_dtype=options.store_dtype,
+    )  # fmt: skip
     storage = Storage(options.out)
     manifest = None if options.overwrite else find_manifest(storage)
     leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
@@ -127,7 +128,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     if manifest is not None and manifest.recipe["libraries"] != recipe["libraries"]:
         changes = "; ".join(recipe_changes(manifest.recipe["libraries"], recipe["libraries"]))
         say(f"versions {changes}: latents that are new may differ from the others in their last digits")
-    row_bytes = estimate_row_bytes(recipe, vae, text, options.text.prompts_per_image)
+    cond_values = options.text.prompts_per_image * text.num_values(options.text) if text else 0
+    row_bytes = estimate_row_bytes(recipe, vae, cond_values)
     shard_bytes = options.shard_bytes or default_shard_bytes(device)
 
     def hash_items(items: list[Item]) -> list[bytes | None]:
@@ -220,15 +222,15 @@ def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
 
 
-def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, text: TextFacts | None, num_prompts: int) -> RowBytes:
-    """What rows will cost on disk, from the configs alone."""
+def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, cond_values: int) -> RowBytes:
+    """What rows will cost on disk, from the configs alone; `cond_values` numbers are stored of an image's prompts."""
     posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
     views = len(recipe["latents"]["views"])
     latent = views * (
         posterior * vae.latent_channels * TORCH_DTYPES[recipe["latents"]["store_dtype"]].itemsize + 2
     )  # + 2: weight
-    cond = text.max_tokens * text.width * TORCH_DTYPES[recipe["text"]["store_dtype"]].itemsize if text else 0
-    return RowBytes(latent, num_prompts * cond + 512, vae.factor)  # 512: key, captions and prompts
+    cond = cond_values * TORCH_DTYPES[recipe["text"]["store_dtype"]].itemsize if cond_values else 0
+    return RowBytes(latent, cond + 512, vae.factor)  # 512: key, captions and prompts
 
 
 def versions() -> dict[str, str]:

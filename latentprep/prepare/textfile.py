@@ -13,6 +13,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.job import Job
 from latentprep.prompts import make_prompts
 from latentprep.records import Row
+from latentprep.units import shortened
 
 
 def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
@@ -63,9 +64,14 @@ def make_cond(
     if missing:
         assert job.text is not None
         encoder, dtype = job.text(), TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
-        cond = {name: value.to(dtype) for name, value in encoder.encode(missing).items()}
+        encoded = encoder.encode(missing)
+        cond = {name: value.to(dtype) for name, value in encoded.items()}
+        check_finite(missing, encoded, cond, job.recipe["text"])
+        tokens_of = encoder.count_tokens(missing)
         job.counts["prompts"] += len(missing)
-        sources.append(Text([], missing, cond, encoder.count_tokens(missing), encoder.max_tokens))
+        if tokens_of is not None and encoder.max_tokens is not None:
+            job.truncated.add(missing, tokens_of, encoder.max_tokens)
+        sources.append(Text([], missing, cond, tokens_of, encoder.max_tokens))
     place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
     chosen = [place[prompt] for prompt in prompts]
     tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
@@ -76,9 +82,35 @@ def make_cond(
     )
 
 
+# What of a text recipe decides the cond of a prompt; the last three stand there only where they are not the default.
+COND_FIELDS = ("text_encoder", "dtype", "store_dtype", "max_tokens", "clip_skip", "emphasis")
+
+
 def is_same_encoder(before: dict[str, Any], now: dict[str, Any]) -> bool:
     """Whether two text recipes give the same cond for the same prompt."""
-    return all(before.get(name) == now[name] for name in ("text_encoder", "dtype", "store_dtype"))
+    return all(before.get(name) == now.get(name) for name in COND_FIELDS)
+
+
+def check_finite(
+    prompts: list[str], encoded: dict[str, Tensor], stored: dict[str, Tensor], recipe: dict[str, Any]
+) -> None:
+    """Raise UserError for cond that overflows in the encoder, or in the store dtype: training would not show it."""
+    for name, value in stored.items():
+        is_finite = value.isfinite().flatten(1).all(1)
+        if is_finite.all():
+            continue
+        n = int(is_finite.int().argmin())
+        prompt = shortened(prompts[n])
+        if encoded[name][n].isfinite().all():
+            raise UserError(
+                f"--store-dtype {recipe['store_dtype']}: cannot hold the {name} of {prompt!r}. "
+                "Use --store-dtype bfloat16 or float32."
+            )
+        if recipe["dtype"] == "float32":
+            raise UserError(f"--model: its text encoder gives no finite numbers for {prompt!r}, even in float32.")
+        raise UserError(
+            f"--dtype {recipe['dtype']}: the text encoder overflows for {prompt!r}. Use --dtype bfloat16 or float32."
+        )
 
 
 def write_empty_prompt(job: Job) -> Stamp | None:
@@ -92,6 +124,6 @@ def write_empty_prompt(job: Job) -> Stamp | None:
         except (UserError, KeyError, AttributeError):
             pass  # damaged: make it anew
     metadata = job.text_metadata()
-    metadata["recipe"] = {name: metadata["recipe"][name] for name in ("text_encoder", "dtype", "store_dtype")}
+    metadata["recipe"] = {name: metadata["recipe"][name] for name in COND_FIELDS if name in metadata["recipe"]}
     cond, _, _ = make_cond([""], job)
     return write_uncond(job.storage, cond, metadata)

@@ -1,0 +1,197 @@
+"""windows.py, --max-tokens and --emphasis: against stable-diffusion-webui's rules and CLIPTextModel run by hand."""
+
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from latentprep.config import TextOptions
+from latentprep.prepare.models import open_text
+from latentprep.prepare.text import TextEncoder
+from latentprep.prepare.windows import join, parse_emphasis, split_windows
+from tests.conftest import TINY
+from tests.test_families import make_mini
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="session")
+def minis(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("windows")
+    return {name: make_mini(name, folder) for name in ("sd2", "sdxl")}
+
+
+@pytest.fixture(scope="module")
+def count():
+    tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    return lambda texts: [len(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+
+
+def texts(prompt, num_windows, count, room=75):
+    return [join(window).strip() for window in split_windows([(prompt, 1.0)], num_windows, room, count)]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted"),
+    [  # from the docstring of the web UI's parse_prompt_attention
+        ("normal text", [("normal text", 1.0)]),
+        ("an (important) word", [("an ", 1.0), ("important", 1.1), (" word", 1.0)]),
+        ("(unbalanced", [("unbalanced", 1.1)]),
+        (r"\(literal\]", [("(literal]", 1.0)]),
+        ("(unnecessary)(parens)", [("unnecessaryparens", 1.1)]),
+        (
+            "a (((house:1.3)) [on] a (hill:0.5), sun, (((sky))).",
+            [("a ", 1.0), ("house", 1.5730000000000004), (" ", 1.1), ("on", 1.0), (" a ", 1.1), ("hill", 0.55),
+             (", sun, ", 1.1), ("sky", 1.4641000000000006), (".", 1.1)],
+        ),
+        # and what it does elsewhere
+        ("", []),
+        ("[less]", [("less", 1 / 1.1)]),
+        ("a) b] 1:2 :1.3)", [("a) b] 1:2 :1.3)", 1.0)]),
+        (r"one\\two \three", [(r"one\two three", 1.0)]),
+        ("(at : 1.2 )", [("at ", 1.2)]),
+        ("(x:1.2.3)", [("x:1.2.3", 1.1)]),
+    ],
+)  # fmt: skip
+def test_emphasis_is_read_as_the_web_ui_reads_it(prompt, wanted):
+    assert parse_emphasis(prompt) == wanted
+
+
+def test_a_prompt_that_fits_is_one_window(count):
+    assert texts("a red house", 3, count) == ["a red house", "", ""]
+    assert texts("x" * 75, 2, count) == ["x" * 75, ""]
+    assert texts("x" * 300, 1, count) == ["x" * 300]  # one window is the tokenizer's to cut
+
+
+def test_windows_end_between_words(count):
+    words = " ".join(["seven77"] * 25)  # 10 of them in 70 tokens
+    assert texts(words, 3, count) == [" ".join(["seven77"] * n) for n in (10, 10, 5)]
+
+
+def test_windows_end_behind_a_comma_among_the_last_20_tokens(count):
+    for before, is_near in ((54, False), (55, True), (60, True), (74, True)):
+        prompt = "x" * before + ", " + "yy " * 30
+        first = texts(prompt, 3, count)[0]
+        assert (first == "x" * before + ",") == is_near, before
+    assert texts("x" * 20 + "," + "x" * 45 + "," + "y" * 30, 2, count) == ["x" * 20 + "," + "x" * 45 + ",", "y" * 30]
+
+
+def test_the_last_comma_counts_and_not_if_the_rest_would_no_longer_fit(count):
+    prompt = "x" * 57 + ", yy, zzz " + "w" * 60
+    assert texts(prompt, 2, count) == ["x" * 57 + ", yy,", "zzz " + "w" * 60]
+    prompt = "x" * 57 + ", yy, zzz vvv " + "w" * 70
+    assert texts(prompt, 2, count) == ["x" * 57 + ", yy, zzz vvv", "w" * 70]
+    assert texts(prompt, 3, count) == ["x" * 57 + ", yy,", "zzz vvv", "w" * 70]
+
+
+def test_a_word_longer_than_a_window_is_cut_between_characters(count):
+    assert texts("ab " + "x" * 200 + " cd", 5, count) == ["ab", "x" * 75, "x" * 75, "x" * 50 + " cd", ""]
+    assert texts("☃" * 60, 3, count) == ["☃" * 25, "☃" * 25, "☃" * 10]  # three tokens each
+
+
+def test_nothing_is_lost_whatever_the_prompt(count):
+    dice = random.Random(0)
+    for _ in range(200):
+        words = ["".join(dice.choices("ab,é☃ '-_,", k=dice.choice((1, 5, 12, 90)))) for _ in range(dice.randrange(40))]
+        prompt, num_windows = " ".join(words), dice.choice((2, 3, 40))
+        windows = texts(prompt, num_windows, count)
+        assert len(windows) == num_windows
+        assert re.sub(r"\s", "", "".join(windows)) == re.sub(r"\s", "", prompt)
+        sizes = count(windows)
+        assert max(sizes[:-1]) <= 75
+        if num_windows == 40:
+            assert sizes[-1] <= 75
+
+
+def by_hand(clip, tokenizer, texts):
+    """[N,77,D]: CLIPTextModel over windows, each with a start, an end and padding of its own."""
+    rows = []
+    for text in texts:
+        ids = tokenizer(text, add_special_tokens=False).input_ids[:75]
+        rows.append([512, *ids, 513, *[tokenizer.pad_token_id] * (75 - len(ids))])
+    return clip(torch.tensor(rows), output_hidden_states=True)
+
+
+@torch.inference_mode()
+def test_windows_are_clips_own_side_by_side(minis):
+    pipeline, facts = minis["sd2"].pipeline, open_text(minis["sd2"].folder)
+    encoder = TextEncoder(facts, CPU, torch.float32, TextOptions(max_tokens=150))
+    prompts = ["x" * 60 + ", " + "y" * 40, "short", "z" * 75 + " " + "w" * 90]
+    found = encoder.encode(prompts)["prompt_embeds"]
+    parts = ["x" * 60 + ",", "y" * 40, "short", "", "z" * 75, "w" * 90]
+    wanted = by_hand(pipeline.text_encoder, pipeline.tokenizer, parts)[0].reshape(3, 154, 32)
+    assert torch.allclose(found, wanted, atol=1e-6)
+    assert found[0].numel() == facts.num_values(TextOptions(max_tokens=150))
+    assert encoder.max_tokens == 152
+    assert encoder.count_tokens(prompts).tolist() == [103, 7, 167]
+
+
+@torch.inference_mode()
+def test_windows_of_sdxl_and_the_pooled_of_the_first(minis):
+    pipeline, facts = minis["sdxl"].pipeline, open_text(minis["sdxl"].folder)
+    found = TextEncoder(facts, CPU, torch.float32, TextOptions(max_tokens=225)).encode(["x" * 70 + " " + "y" * 100])
+    parts = ["x" * 70, "y" * 75, "y" * 25]
+    one = by_hand(pipeline.text_encoder, pipeline.tokenizer, parts).hidden_states[-2]
+    two = by_hand(pipeline.text_encoder_2, pipeline.tokenizer_2, parts)
+    assert torch.allclose(
+        found["prompt_embeds"][0], torch.cat([one, two.hidden_states[-2]], -1).flatten(0, 1), atol=1e-6
+    )
+    assert torch.allclose(found["pooled_prompt_embeds"], two.text_embeds[:1], atol=1e-6)
+
+
+def test_more_tokens_than_max_exactly_where_something_is_cut(minis):
+    encoder = TextEncoder(open_text(minis["sd2"].folder), CPU, torch.float32, TextOptions(max_tokens=150))
+
+    def kept(prompt):
+        sizes = encoder._count([join(window) for window in encoder._make_windows([prompt])])
+        return sum(min(75, size) for size in sizes)
+
+    dice = random.Random(1)
+    prompts = [" ".join("x" * dice.randint(1, 30) for _ in range(dice.randint(1, 14))) for _ in range(100)]
+    prompts += ["x" * 40 + " " + "y" * 70 + " " + "z" * 40]  # 150 tokens, but not in two windows
+    counts = encoder.count_tokens(prompts)
+    is_cut = [kept(prompt) < len(re.sub(" ", "", prompt)) for prompt in prompts]
+    assert (counts > encoder.max_tokens).tolist() == is_cut
+    assert 5 < sum(is_cut) < 90
+    assert counts[-1] == 187
+    plain = TextEncoder(open_text(minis["sd2"].folder), CPU, torch.float32)
+    assert plain.count_tokens(prompts).tolist() == [len(re.sub(" ", "", prompt)) + 2 for prompt in prompts]
+
+
+def test_emphasis_multiplies_tokens_and_restores_the_mean(minis):
+    for name, widths in (("sd2", [32]), ("sdxl", [32, 48])):
+        mini = minis[name]
+        options = TextOptions(emphasis=True)
+        encoder = TextEncoder(open_text(mini.folder), CPU, torch.float32, options)
+        found = encoder.encode(["ab (cde:1.5) [f]", "none", r"\(one\)"])
+        plain = TextEncoder(open_text(mini.folder), CPU, torch.float32).encode(["ab cde f", "none", "(one)"])
+        weights = np.ones(77)
+        weights[3:6], weights[6] = 1.5, 1 / 1.1
+        start = 0
+        for width in widths:
+            before = plain["prompt_embeds"][0, :, start : start + width].numpy().astype(np.float64)
+            after = before * weights[:, None]
+            after *= before.mean() / after.mean()
+            np.testing.assert_allclose(found["prompt_embeds"][0, :, start : start + width], after, rtol=1e-4, atol=1e-5)
+            start += width
+        assert torch.equal(found["prompt_embeds"][1:], plain["prompt_embeds"][1:])
+        if name == "sdxl":
+            assert torch.equal(found["pooled_prompt_embeds"], plain["pooled_prompt_embeds"])
+        assert encoder.count_tokens(["ab (cde:1.5) [f]"]).tolist() == [8]
+
+
+def test_emphasis_goes_with_its_words_into_the_next_window(minis):
+    facts = open_text(minis["sd2"].folder)
+    options = TextOptions(max_tokens=150, emphasis=True)
+    found = TextEncoder(facts, CPU, torch.float32, options).encode(["x" * 70 + " (yy " + "z" * 72 + ":1.4) w"])
+    halves = TextEncoder(facts, CPU, torch.float32, TextOptions(emphasis=True)).encode(
+        ["x" * 70 + " (yy:1.4)", "(" + "z" * 72 + ":1.4) w"]
+    )
+    assert torch.allclose(found["prompt_embeds"][0], halves["prompt_embeds"].flatten(0, 1), atol=1e-6)
+    plain = TextEncoder(facts, CPU, torch.float32).encode(["(yy:1.4)"])
+    assert torch.equal(
+        plain["prompt_embeds"], TextEncoder(facts, CPU, torch.float32).encode(["(yy:1.4)"])["prompt_embeds"]
+    )
