@@ -1,27 +1,21 @@
 """Prompts -> cond, through the diffusers pipeline's own encode_prompt, so that it equals what inference uses."""
 
-from typing import Any
-
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from latentprep.prepare.models import PIPELINES, TextFolder
+from latentprep.prepare.models import PIPELINES, TextSource
 
-PARTS_LEFT_OUT = ("unet", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder")
 PROMPTS_AT_ONCE = 32
 
 
 class TextEncoder:
     """The text encoders of a pipeline folder, on their device in their dtype."""
 
-    def __init__(self, folder: TextFolder, device: torch.device, dtype: torch.dtype) -> None:
-        self.names = PIPELINES[folder.pipeline]
+    def __init__(self, source: TextSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.names = PIPELINES[source.pipeline]
         self.device = device
-        left_out: dict[str, Any] = dict.fromkeys(PARTS_LEFT_OUT)
-        self.pipeline = DiffusionPipeline.from_pretrained(folder.path, use_safetensors=True, **left_out)
-        self.pipeline.to(device, dtype)
+        self.pipeline = source.load_pipeline(dtype).to(device, dtype)
         self.max_tokens: int | None = int(self.pipeline.tokenizer.model_max_length)
 
     @torch.inference_mode()
