@@ -127,6 +127,8 @@ class EncodeOptions:
     text: TextOptions
     model: str = DEFAULT_MODEL
     vae: str | None = None
+    config: str | None = None  # folder of configs for models in a single file
+    revision: str | None = None  # branch, tag or commit of a hub model
     flip: bool = False
     store: str = "mean+std"
     store_dtype: str = "float16"

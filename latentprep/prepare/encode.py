@@ -159,6 +159,9 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
     return {
         "model": options.model,
         "vae": options.vae,
+        "config": options.config,
+        "revision": options.revision,
+        "commit": prepared.models.commit,
         "device": prepared.device,
         "batch_size": job.batch_size,
     }

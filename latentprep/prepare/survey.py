@@ -83,7 +83,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     vae, text = models.vae, models.text
     place = make_place(options.geometry, vae.factor)
     device, dtype, reason = choose_device(options.device, options.dtype)
-    say(f"model    {options.model}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
+    at = f" at {models.commit}" if models.commit else ""
+    say(f"model    {options.model}{at}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
     say(f"device   {device}, {dtype} ({reason})")
 
     recipe = {
