@@ -220,6 +220,20 @@ def test_models_come_in_the_dtype_that_is_asked_for(checkpoint):
     assert {tensor.dtype for tensor in pipeline.text_encoder.parameters()} == {torch.bfloat16}
 
 
+def test_half_precision_files_are_read_as_what_they_are(checkpoint, tmp_path):
+    file, _, configs = checkpoint
+    small = tmp_path / "small.safetensors"
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        tensors = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+        save_file(tensors, small)
+        models = opened(small, config=configs)
+        weight = models.vae.load(torch.float32).encoder.conv_in.weight
+        assert torch.equal(weight, tensors["first_stage_model.encoder.conv_in.weight"].float())
+        (embeddings,) = (tensor for name, tensor in tensors.items() if re.search(r"^co.*(0|stage).*token_emb", name))
+        pipeline = models.text.load_pipeline(torch.float32)
+        assert torch.equal(pipeline.text_encoder.get_input_embeddings().weight, embeddings.float())
+
+
 def test_only_the_tensors_that_are_used_are_hashed(checkpoint, tmp_path):
     file, _, configs = checkpoint
     models = opened(file, config=configs)
@@ -314,6 +328,11 @@ def test_a_vae_alone_is_found_again_by_verify(run, images, tmp_path, model):
     assert "this cache was made with" in other.err
 
 
+def test_names_in_a_file_cannot_write_to_the_terminal(tmp_path):
+    save_file({"a\x1b[2J\nb": torch.zeros(1)}, tmp_path / "x.safetensors")
+    assert refusal(tmp_path / "x.safetensors").isprintable()
+
+
 GIVE_AWAY = {
     "edm_mean": "a Playground v2.5 checkpoint",
     "conditioner.embedders.0.model.ln_final.weight": "a refiner of Stable Diffusion XL",
@@ -354,9 +373,10 @@ def test_every_kind_is_told_apart():
 
 
 def test_a_checkpoint_without_a_text_encoder_is_one_for_no_cond(tmp_path, model):
-    vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ARCHITECTURES / "sdxl" / "vae"))
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(ARCHITECTURES / "sdxl" / "vae")).half()
     file = tmp_path / "x.safetensors"
-    save_file({**ldm_vae(vae.half(), "first_stage_model."), **unet(2048)}, file)
+    save_file({**ldm_vae(vae.to_empty(device="cpu"), "first_stage_model."), **unet(2048)}, file)
     said = []
     assert opened(file, cond=False, said=said).vae.scaling_factor == 0.13025
     assert said == [f"config   Stable Diffusion XL, by the tensors of {file}"]
@@ -429,8 +449,12 @@ def test_configs_of_another_model_are_refused(sdxl, model, tmp_path):
     config = json.loads((configs / "text_encoder" / "config.json").read_text())
     (configs / "text_encoder" / "config.json").write_text(json.dumps({**config, "architectures": ["T5EncoderModel"]}))
     assert refusal(file, config=configs) == (
-        f"--config {configs}: its text_encoder is ['T5EncoderModel'], expected CLIPTextModel or "
+        f"--config {configs / 'text_encoder'}: is ['T5EncoderModel'], expected CLIPTextModel or "
         "CLIPTextModelWithProjection."
+    )
+    (configs / "text_encoder" / "config.json").write_text('{"architectures": ["CLIPTextModel"]}')
+    assert refusal(file, config=configs) == (
+        f"--config {configs / 'text_encoder'}: its config.json has no vocab_size. Save the model again."
     )
     (configs / "vae" / "config.json").write_text('{"_class_name": "VQModel"}')
     assert refusal(file, config=configs) == f"--config {configs / 'vae'}: its VAE is VQModel, expected AutoencoderKL."
@@ -443,6 +467,7 @@ def test_configs_of_another_model_are_refused(sdxl, model, tmp_path):
         ("first_stage_model.encoder.mid.block_9.norm1.weight", torch.zeros(4), "VAE are not those of its config (1 of"),
         ("first_stage_model.quant_conv.bias", torch.zeros(5), "VAE are not those of its config ("),
         ("conditioner.embedders.1.model.text_projection", None, "text_encoder_2 are not those of its config (1 miss"),
+        ("conditioner.embedders.1.model.text_projection", torch.zeros(()), "text_encoder_2 are not those of its"),
         ("conditioner.embedders.1.model.ln_final.bias", torch.zeros(5), "text_encoder_2 are not those of its config"),
         (
             "conditioner.embedders.0.transformer.text_model.encoder.layers.7.mlp.fc1.bias", torch.zeros(64),

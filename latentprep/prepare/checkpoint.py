@@ -8,9 +8,10 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
+from latentprep.units import printable
 
 if TYPE_CHECKING:
     import torch
@@ -24,6 +25,15 @@ COND_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}
 CROSS_ATTENTION = re.compile(r"^model\.diffusion_model\..*\.attn2\.to_k\.weight$")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
 VAE_PARTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
+
+# What the names of a text encoder's tensors begin with -> the part of a pipeline that it becomes.
+TEXT_PREFIXES = {
+    "cond_stage_model.transformer.": "text_encoder",  # Stable Diffusion 1.x
+    "cond_stage_model.model.": "text_encoder",  # 2.x
+    "conditioner.embedders.0.transformer.": "text_encoder",  # XL
+    "conditioner.embedders.1.model.": "text_encoder_2",
+}
+PENULTIMATE = "cond_stage_model.model."  # 2.x takes what the last layer but one gives: the last is left out
 
 
 @dataclass(frozen=True)
@@ -72,12 +82,12 @@ def recognise(shapes: Shapes) -> Kind:
             return kind
     has_vae = vae_prefix(shapes) is not None
     for name, shape in shapes.items():
-        if CROSS_ATTENTION.match(name) and shape[-1] in COND_WIDTHS:
+        if CROSS_ATTENTION.match(name) and shape and shape[-1] in COND_WIDTHS:
             architecture = COND_WIDTHS[shape[-1]]
             return Kind(f"a {TITLES[architecture]} UNet {'and VAE' if has_vae else 'alone'}", architecture)
     if has_vae:
         return Kind("a VAE alone")
-    return Kind(f"no model known here ({', '.join(sorted(shapes)[:2]) or 'no tensors'})")
+    return Kind(f"no model known here ({printable(', '.join(sorted(shapes)[:2])) or 'no tensors'})")
 
 
 def vae_prefix(shapes: Shapes) -> str | None:
@@ -92,6 +102,25 @@ def vae_names(shapes: Shapes) -> dict[str, str]:
         return {}
     names = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
     return {short: name for short, name in names.items() if VAE_PARTS.match(short)}
+
+
+def text_parts(shapes: Shapes) -> dict[str, str]:
+    """Part of a pipeline -> prefix of its tensors' names, for the text encoders that a file has."""
+    return {part: prefix for prefix, part in TEXT_PREFIXES.items() if any(name.startswith(prefix) for name in shapes)}
+
+
+def text_names(shapes: Shapes, prefix: str, config: dict[str, Any]) -> dict[str, str]:
+    """Name without its prefix -> name in the file, of the tensors that a text encoder is loaded from.
+
+    Left out are tensors that are no weights, and layers of Stable Diffusion 2.x beyond the last one that is used.
+    """
+    names = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
+    if prefix.endswith("transformer."):  # some merged checkpoints leave text_model. out
+        names = {"text_model." + short.removeprefix("text_model."): name for short, name in names.items()}
+    skipped = [r"(^|\.)(position_ids|logit_scale|attn_mask)$"]
+    if prefix == PENULTIMATE:
+        skipped += [rf"^transformer\.resblocks\.{config['num_hidden_layers']}\.", r"^text_projection$"]
+    return {short: name for short, name in names.items() if not re.search("|".join(skipped), short)}
 
 
 def read_tensors(path: Path, names: Mapping[str, str]) -> "dict[str, torch.Tensor]":

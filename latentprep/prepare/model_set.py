@@ -84,6 +84,7 @@ def open_vae_at(path: Path, option: str, configs: Path | None, beside: Callable[
 
 
 def open_text_at(path: Path, configs: Path | None) -> TextFolder | TextFile:
+    """The text encoders of a folder or file."""
     if path.is_dir():
         return open_text(path)
     return open_text_file(path, "--model", configs or find_configs(path, "--model"))

@@ -230,6 +230,7 @@ def read_vae_config(folder: Path, option: str) -> tuple[Path, dict[str, Any]]:
     kind = config.get("_class_name")
     if kind != "AutoencoderKL":
         raise UserError(f"{option} {path}: its VAE is {kind}, expected AutoencoderKL.")
+    check_keys(config, ("block_out_channels", "latent_channels"), path, option)
     return path, config
 
 
@@ -283,6 +284,13 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UserError(f"{option}: {path} is not a JSON object.")
     return value
+
+
+def check_keys(config: dict[str, Any], names: tuple[str, ...], path: Path, option: str) -> None:
+    """Raise UserError where a config.json lacks what must be known of a model."""
+    for name in names:
+        if name not in config:
+            raise UserError(f"{option} {path}: its config.json has no {name}. Save the model again.")
 
 
 def _weights(path: Path, stem: str, option: str) -> list[Path]:

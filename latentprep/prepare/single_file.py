@@ -19,6 +19,8 @@ from latentprep.prepare.checkpoint import (
     read_shapes,
     read_tensors,
     recognise,
+    text_names,
+    text_parts,
     vae_names,
     vae_prefix,
 )
@@ -27,6 +29,7 @@ from latentprep.prepare.models import (
     PARTS_LEFT_OUT,
     TextFacts,
     VaeFacts,
+    check_keys,
     digest_model,
     hash_files,
     read_json,
@@ -34,6 +37,7 @@ from latentprep.prepare.models import (
     text_numbers,
     vae_numbers,
 )
+from latentprep.units import printable
 
 if TYPE_CHECKING:
     import torch
@@ -42,14 +46,6 @@ if TYPE_CHECKING:
 
 ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "architectures"
 EXPECTED = "Expected a Stable Diffusion 1.x, 2.x or XL checkpoint, or a VAE"
-# What the names of a text encoder's tensors begin with -> the part of a pipeline that it becomes.
-TEXT_PREFIXES = {
-    "cond_stage_model.transformer.": "text_encoder",  # Stable Diffusion 1.x
-    "cond_stage_model.model.": "text_encoder",  # 2.x
-    "conditioner.embedders.0.transformer.": "text_encoder",  # XL
-    "conditioner.embedders.1.model.": "text_encoder_2",
-}
-PENULTIMATE = "cond_stage_model.model."  # 2.x takes what the last layer but one gives: the last is left out
 PIPELINES_OF_PARTS = {
     ("text_encoder",): "StableDiffusionPipeline",
     ("text_encoder", "text_encoder_2"): "StableDiffusionXLPipeline",
@@ -176,7 +172,9 @@ def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
             "Give a checkpoint or a pipeline folder that has them, or --no-cond."
         )
     if configs is None:
-        raise UserError(f"{option} {path}: seems to be {kind.what}. Give its diffusers folder, or --no-cond.")
+        raise UserError(
+            f"{option} {path}: seems to be {kind.what}. Give its diffusers folder as --config, or --no-cond."
+        )
     index = read_json(configs / "model_index.json", "--config")
     wanted = tuple(sorted(part for part in index if part.startswith("text_encoder") and index[part] != [None, None]))
     if wanted != tuple(parts):
@@ -184,10 +182,9 @@ def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
             f"{option} {path}: has {' and '.join(parts)}, but {' and '.join(wanted) or 'none'} in {configs}. "
             "Give the folder that it goes with as --config."
         )
-    encoders = {part: read_json(configs / part / "config.json", "--config") for part in parts}
-    names = {}
-    for part, prefix in parts.items():
-        names[part] = text_names(shapes, prefix, encoders[part])
+    encoders = {part: read_text_config(configs / part) for part in parts}
+    names = {part: text_names(shapes, prefix, encoders[part]) for part, prefix in parts.items()}
+    for part in parts:
         _check_text(path, option, configs, part, shapes, names[part], encoders[part])
     hashes = [[part, hash_tensors(path, names[part])] for part in parts]
     vocabularies = sorted(file for file in configs.glob("tokenizer*/*") if file.is_file())
@@ -198,23 +195,14 @@ def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
     return TextFile(digest, *text_numbers(list(encoders.values())), path, configs, pipeline)
 
 
-def text_parts(shapes: Shapes) -> dict[str, str]:
-    """Part of a pipeline -> prefix of its tensors' names, for the text encoders that a file has."""
-    return {part: prefix for prefix, part in TEXT_PREFIXES.items() if any(name.startswith(prefix) for name in shapes)}
-
-
-def text_names(shapes: Shapes, prefix: str, config: dict[str, Any]) -> dict[str, str]:
-    """Name without its prefix -> name in the file, of the tensors that a text encoder is loaded from.
-
-    Left out are tensors that are no weights, and layers of Stable Diffusion 2.x beyond the last one that is used.
-    """
-    names = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
-    if prefix.endswith("transformer."):  # some merged checkpoints leave text_model. out
-        names = {"text_model." + short.removeprefix("text_model."): name for short, name in names.items()}
-    skipped = [r"(^|\.)(position_ids|logit_scale|attn_mask)$"]
-    if prefix == PENULTIMATE:
-        skipped += [rf"^transformer\.resblocks\.{config['num_hidden_layers']}\.", r"^text_projection$"]
-    return {short: name for short, name in names.items() if not re.search("|".join(skipped), short)}
+def read_text_config(folder: Path) -> dict[str, Any]:
+    """The config of a CLIP text encoder. Raises UserError."""
+    config = read_json(folder / "config.json", "--config")
+    kind = config.get("architectures")
+    if kind not in [[name] for name in TEXT_CLASSES]:
+        raise UserError(f"--config {folder}: is {kind}, expected {' or '.join(TEXT_CLASSES)}.")
+    check_keys(config, ("vocab_size", "hidden_size", "num_hidden_layers"), folder, "--config")
+    return config
 
 
 def load_text_encoder(path: Path, shapes: Shapes, prefix: str, configs: Path, dtype: "torch.dtype") -> "CLIPTextModel":
@@ -224,14 +212,14 @@ def load_text_encoder(path: Path, shapes: Shapes, prefix: str, configs: Path, dt
 
     config = transformers.CLIPTextConfig.from_pretrained(configs)
     tensors = read_tensors(path, text_names(shapes, prefix, config.to_dict()))
-    if prefix.endswith("model."):  # OpenCLIP's names; of its second argument only config.hidden_size is read
-        tensors = convert_open_clip_checkpoint(SimpleNamespace(config=config), tensors, prefix="")
     (kind,) = config.architectures
     try:
+        if prefix.endswith("model."):  # OpenCLIP's names; of the first argument only config.hidden_size is read
+            tensors = convert_open_clip_checkpoint(SimpleNamespace(config=config), tensors, prefix="")
         model, info = getattr(transformers, kind).from_pretrained(
             None, config=config, state_dict=tensors, torch_dtype=dtype, output_loading_info=True
         )
-    except RuntimeError as error:
+    except (RuntimeError, IndexError) as error:  # of sizes and of dimensions
         _refuse_weights(path, configs.name, str(error))
     _check_loaded(path, configs.name, info["missing_keys"], info["unexpected_keys"])
     return model
@@ -240,9 +228,6 @@ def load_text_encoder(path: Path, shapes: Shapes, prefix: str, configs: Path, dt
 def _check_text(
     path: Path, option: str, configs: Path, part: str, shapes: Shapes, names: dict[str, str], config: dict[str, Any]
 ) -> None:
-    kind = config.get("architectures")
-    if kind not in [[name] for name in TEXT_CLASSES]:
-        raise UserError(f"--config {configs}: its {part} is {kind}, expected {' or '.join(TEXT_CLASSES)}.")
     embeddings = [name for short, name in names.items() if short.endswith("token_embedding.weight")]
     found = shapes[embeddings[0]] if embeddings else ()
     expected = (config["vocab_size"], config["hidden_size"])
@@ -260,7 +245,7 @@ def _rename_attention(name: str) -> str:
 def _check_loaded(path: Path, part: str, missing: Any, unexpected: Any) -> None:
     """Raise UserError where names were left without weights, or weights without a name."""
     problems = [
-        f"{len(names)} {problem}, such as {min(names)}"
+        f"{len(names)} {problem}, such as {printable(min(names))}"
         for problem, names in (("missing", missing), ("too many", unexpected))
         if names
     ]
