@@ -220,6 +220,19 @@ def test_models_come_in_the_dtype_that_is_asked_for(checkpoint):
     assert {tensor.dtype for tensor in pipeline.text_encoder.parameters()} == {torch.bfloat16}
 
 
+def test_merged_checkpoints_may_leave_text_model_out(tmp_path, model):
+    folder, texts = make_sd1(tmp_path, model)
+    merged = {name.replace(".text_model.", "."): tensor for name, tensor in texts.items()}
+    digests = []
+    for tensors in (texts, merged):
+        file = tmp_path / f"{len(digests)}.safetensors"
+        save_file(ldm_vae(AutoencoderKL.from_pretrained(folder / "vae"), "first_stage_model.") | tensors, file)
+        text = opened(file, config=folder).text
+        assert torch.equal(conds(text.load_pipeline(torch.float32))[0], conds(reference(folder))[0])
+        digests.append(text.digest)
+    assert digests[0] == digests[1]
+
+
 def test_half_precision_files_are_read_as_what_they_are(checkpoint, tmp_path):
     file, _, configs = checkpoint
     small = tmp_path / "small.safetensors"

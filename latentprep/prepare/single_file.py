@@ -184,8 +184,13 @@ def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
         )
     encoders = {part: read_text_config(configs / part) for part in parts}
     names = {part: text_names(shapes, prefix, encoders[part]) for part, prefix in parts.items()}
-    for part in parts:
-        _check_text(path, option, configs, part, shapes, names[part], encoders[part])
+    for part, config in encoders.items():
+        found, expected = vocabulary_shape(shapes, names[part]), (config["vocab_size"], config["hidden_size"])
+        if found != expected:
+            raise UserError(
+                f"{option} {path}: the token_embedding of its {part} is {list(found)}, but {list(expected)} in the "
+                f"config of {_name(configs)}. Give the folder that it goes with as --config."
+            )
     hashes = [[part, hash_tensors(path, names[part])] for part in parts]
     vocabularies = sorted(file for file in configs.glob("tokenizer*/*") if file.is_file())
     if not vocabularies:
@@ -193,6 +198,11 @@ def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
     hashes += hash_files([*vocabularies, MERGES] if is_built_in(configs) else vocabularies)
     digest = digest_model([pipeline, *encoders.values()], hashes)
     return TextFile(digest, *text_numbers(list(encoders.values())), path, configs, pipeline)
+
+
+def vocabulary_shape(shapes: Shapes, names: dict[str, str]) -> tuple[int, ...]:
+    """(tokens, width) of a text encoder, by its tensors."""
+    return next((shapes[name] for short, name in names.items() if short.endswith("token_embedding.weight")), ())
 
 
 def read_text_config(folder: Path) -> dict[str, Any]:
@@ -223,19 +233,6 @@ def load_text_encoder(path: Path, shapes: Shapes, prefix: str, configs: Path, dt
         _refuse_weights(path, configs.name, str(error))
     _check_loaded(path, configs.name, info["missing_keys"], info["unexpected_keys"])
     return model
-
-
-def _check_text(
-    path: Path, option: str, configs: Path, part: str, shapes: Shapes, names: dict[str, str], config: dict[str, Any]
-) -> None:
-    embeddings = [name for short, name in names.items() if short.endswith("token_embedding.weight")]
-    found = shapes[embeddings[0]] if embeddings else ()
-    expected = (config["vocab_size"], config["hidden_size"])
-    if found != expected:
-        raise UserError(
-            f"{option} {path}: the token_embedding of its {part} is {list(found)}, but {list(expected)} in the config "
-            f"of {_name(configs)}. Give the folder that it goes with as --config."
-        )
 
 
 def _rename_attention(name: str) -> str:
