@@ -201,6 +201,8 @@ class EncodeOptions:
     masks: Path | None = None  # folder of mask images, with images.weights "masks"
     model: str = DEFAULT_MODEL
     vae: str | None = None
+    config: str | None = None  # folder of configs for models in a single file
+    revision: str | None = None  # branch, tag or commit of a hub model
     flip: bool = False
     store: str = "mean+std"
     store_dtype: str = "float16"

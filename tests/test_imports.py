@@ -50,12 +50,20 @@ def test_stages_of_prepare_do_not_call_each_other():
         # reads orientation and errors in the same way as source; the others are its own parts
         "load.py": {f"latentprep.prepare.{name}" for name in ("source", "alpha", "color", "crops", "masks")},
         "masks.py": {"latentprep.prepare.source"},
-        "vae.py": {"latentprep.prepare.models", "latentprep.prepare.devices"},  # halves its batches
-        "models.py": {"latentprep.prepare.families"},
+        "vae.py": {"latentprep.prepare.vae_folder", "latentprep.prepare.devices"},  # halves its batches
+        "models.py": {"latentprep.prepare.model_files"},
+        "vae_folder.py": {"latentprep.prepare.model_files"},
+        "text_folder.py": {"latentprep.prepare.model_files", "latentprep.prepare.families"},
+        # what a folder has in files, a checkpoint has in tensors
+        "single_file.py": {
+            f"latentprep.prepare.{name}"
+            for name in ("checkpoint", "clip_tokenizer", "families", "model_files", "text_folder", "vae_folder")
+        },
         "text.py": {"latentprep.prepare.families", "latentprep.prepare.windows"},
     }
-    stages = "source captions metadata buckets load alpha color crops masks families models vae windows text"
-    for name in (f"{stage}.py" for stage in stages.split()):
+    stages = "source captions metadata buckets load alpha color crops masks vae windows text"
+    models = "models model_files families vae_folder text_folder checkpoint clip_tokenizer single_file"
+    for name in (f"{stage}.py" for stage in f"{stages} {models}".split()):
         modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
         assert modules <= allowed.get(name, set()), name
 

@@ -12,8 +12,10 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentprep.errors import UserError
-from latentprep.prepare.models import HUB_FILES, find_model, open_text, open_vae
-from tests.conftest import HELD_OUT, TINY, find_photo
+from latentprep.prepare.models import HUB_FILES, commit_of, find_model
+from latentprep.prepare.text_folder import open_text
+from latentprep.prepare.vae_folder import open_vae
+from tests.conftest import HELD_OUT, TINY, find_photo, make_model
 
 
 def test_tiny_is_a_diffusers_folder_of_at_most_4_mb():
@@ -92,17 +94,34 @@ def test_vae_only_folder(model):
     assert open_vae(model / "vae").digest == open_vae(model).digest
 
 
+NO_SUCH = (
+    "no such folder or file. Give a diffusers folder, a .safetensors checkpoint, a hub id such as owner/name, or tiny."
+)
+PICKLE = (
+    "a pickle, and loading one can run any code, so it is not loaded. In a program that you trust, save its tensors as "
+    ".safetensors, or make a folder of it with diffusers' convert_original_stable_diffusion_to_diffusers.py "
+    "--to_safetensors."
+)
+OTHER = (
+    "a file of another kind, expected a .safetensors checkpoint, a folder in diffusers layout, "
+    "or a hub id such as owner/name."
+)
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("no/such/folder", "no such folder. Give a diffusers folder, a hub id such as owner/name, or tiny."),
-        ("nothing-here", "no such folder. Give a diffusers folder, a hub id such as owner/name, or tiny."),
-        ("model.ckpt", "a file, expected a folder in diffusers layout or a hub id such as owner/name."),
+        ("no/such/folder", NO_SUCH),
+        ("nothing-here", NO_SUCH),
+        ("model.ckpt", PICKLE),
+        ("model.BIN", PICKLE),
+        ("model.gguf", OTHER),
     ],
 )
 def test_models_that_are_not_there(tmp_path, monkeypatch, name, message):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "model.ckpt").write_bytes(b"x")
+    for file in ("model.ckpt", "model.BIN", "model.gguf"):
+        (tmp_path / file).write_bytes(b"x")
     with pytest.raises(UserError) as error:
         find_model(name)
     assert str(error.value) == f"--model {name}: {message}"
@@ -133,12 +152,12 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
 
-    def add(name, source):
+    def add(name, source, branch="main", commit="0" * 40):
         folder = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (folder / "refs").mkdir(parents=True)
-        (folder / "refs" / "main").write_text("0" * 40)
-        shutil.copytree(source, folder / "snapshots" / ("0" * 40))
-        return folder / "snapshots" / ("0" * 40)
+        (folder / "refs").mkdir(parents=True, exist_ok=True)
+        (folder / "refs" / branch).write_text(commit)
+        shutil.copytree(source, folder / "snapshots" / commit)
+        return folder / "snapshots" / commit
 
     return add
 
@@ -151,6 +170,57 @@ def test_a_hub_model_that_is_here_needs_no_network(hub, model):
     vae = hub("some/vae", model / "vae")
     assert open_vae(find_model("some/vae", say=said.append)).path == vae
     assert not said
+
+
+def test_a_revision_is_a_branch_or_a_commit_of_a_hub_model(hub, model):
+    main = hub("some/model", model)
+    other = hub("some/model", model, "other", "1" * 40)
+    assert find_model("some/model") == main
+    assert find_model("some/model", revision="other") == other
+    assert find_model("some/model", revision="0" * 40) == main
+    assert [commit_of(folder) for folder in (main, other, model)] == ["0" * 40, "1" * 40, None]
+    with pytest.raises(UserError, match=r"^--model some/model --revision v2: not on this machine, and the hub cannot"):
+        find_model("some/model", revision="v2")
+
+
+@pytest.mark.parametrize("name", ["tiny", "{model}"])
+def test_what_is_on_this_machine_has_no_revisions(model, name):
+    name = name.format(model=model)
+    with pytest.raises(UserError) as error:
+        find_model(name, revision="v2")
+    assert str(error.value) == f"--revision v2: is for models of the hub, and --model {name} is on this machine."
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("RevisionNotFoundError", "--revision v2: the hub's model has no such branch, tag or commit."),
+        ("RepositoryNotFoundError", "--revision v2: the hub has no such model. Check the name, or point --model at"),
+        ("GatedRepoError", "--revision v2: access is gated. Accept its terms on the hub and run: hf auth login;"),
+    ],
+)
+def test_what_the_hub_refuses_is_said(monkeypatch, kind, message):
+    import huggingface_hub.errors
+
+    def refuse(*_, **__):
+        error = getattr(huggingface_hub.errors, kind)
+        raise error.__new__(error)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(UserError) as error:
+        find_model("some/model", revision="v2")
+    assert str(error.value).startswith(f"--model some/model {message}")
+
+
+def test_the_commit_is_said_and_remembered(hub, model, run, images, tmp_path):
+    hub("some/model", model, "other", "1" * 40)
+    options = ("--revision", "other", "--resolution", "64", "--bucket-step", "32", "--min-side", "32")
+    result = run("encode", images, "--out", tmp_path / "c", "--model", "some/model", *options)
+    assert f"model    some/model at {'1' * 40} (factor 8)\n" in result.err
+    made = json.loads((tmp_path / "c" / "cache.json").read_text())["made_with"]
+    assert (made["model"], made["revision"], made["commit"]) == ("some/model", "other", "1" * 40)
+    hub("some/model", make_model(tmp_path / "newer", seed=1), "other", "2" * 40)
+    assert run("verify", tmp_path / "c", "--source", images, "--re-encode", 2).code == 0
 
 
 def usable(folder):
@@ -167,18 +237,49 @@ def test_half_a_download_is_not_taken_for_the_model(hub, model, missing):
     assert said == ["download some/model from the hub: VAE, text encoder and tokenizer"]
 
 
+def wants_download(name):
+    said = []
+    find_model(name, say=said.append)
+    return bool(said)
+
+
+def test_a_download_of_several_parts_is_whole_when_all_of_them_are_there(hub, model):
+    folder = hub("some/model", model)
+    encoder = folder / "text_encoder"
+    parts = [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    (encoder / "model.safetensors").rename(encoder / parts[0])
+    (encoder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": parts[0], "b": parts[1]}}))
+    assert wants_download("some/model")
+    shutil.copy(encoder / parts[0], encoder / parts[1])
+    assert not wants_download("some/model")
+
+
+def test_parts_that_a_model_leaves_out_are_not_waited_for(hub, model):
+    folder = hub("some/model", model)
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "text_encoder_3": [None, None]}))
+    assert not wants_download("some/model")
+    (folder / "model_index.json").write_text(json.dumps({**index, "transformer": ["diffusers", "X"]}))
+    assert wants_download("some/model")
+    (folder / "transformer").mkdir()
+    (folder / "transformer" / "config.json").write_text("{}")  # of its weights there is no need
+    assert not wants_download("some/model")
+
+
 def test_what_is_downloaded_of_a_hub_model():
     from huggingface_hub.utils import filter_repo_objects
 
     wanted = [
         "model_index.json", "vae/config.json", "vae/diffusion_pytorch_model.safetensors", "text_encoder/config.json",
         "text_encoder/model.safetensors", "text_encoder_2/model-00001-of-00002.safetensors", "tokenizer/vocab.json",
-        "config.json", "diffusion_pytorch_model.safetensors",
+        "config.json", "diffusion_pytorch_model.safetensors", "transformer/config.json", "tokenizer_3/spiece.model",
+        "text_encoder_3/model-00002-of-00002.safetensors", "text_encoder_3/model.safetensors.index.json",
     ]  # fmt: skip
     others = [
         "unet/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.bin", "v1-5-pruned.safetensors",
         "vae/diffusion_pytorch_model.fp16.safetensors", "text_encoder/model.fp16.safetensors", "README.md",
-        "safety_checker/model.safetensors", "text_encoder/pytorch_model.bin",
+        "safety_checker/model.safetensors", "text_encoder/pytorch_model.bin", "text_encoder_3/model.fp16.safetensors",
+        "transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "sd3_medium.safetensors",
     ]  # fmt: skip
     assert list(filter_repo_objects([*wanted, *others], allow_patterns=HUB_FILES)) == wanted
 

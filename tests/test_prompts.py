@@ -150,8 +150,9 @@ def test_what_makes_no_sense_is_refused(options, message):
 def test_the_recipe_holds_the_seed_only_where_it_counts():
     def recipe(seed, **options):
         return text_recipe(
-            text_encoder="x", options=TextOptions(**options), seed=seed, dtype="float32", store_dtype="float16"
-        )
+            text_encoder="x", settings={}, options=TextOptions(**options), seed=seed, dtype="float32",
+            store_dtype="float16",
+        )  # fmt: skip
 
     for options in ({}, {"prompts_per_image": 3}, {"caption_lines": True}, {"keep_tags": 0, "tag_drop_out": 0}):
         assert recipe(1, **options) == recipe(2, **options)

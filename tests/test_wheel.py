@@ -19,7 +19,10 @@ def test_demo_of_the_installed_wheel(tmp_path):
     subprocess.run(build, check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for name in ("templates/subject.txt", "tiny/model_index.json", "tiny/vae/config.json", "py.typed"):
+    for name in (
+        "templates/subject.txt", "tiny/model_index.json", "tiny/vae/config.json", "py.typed", "clip/merges.txt",
+        "clip/LICENSE", "prepare/architectures/sdxl/tokenizer_2/tokenizer_config.json",
+    ):  # fmt: skip
         assert f"latentprep/{name}" in names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
 

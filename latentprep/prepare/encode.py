@@ -190,6 +190,9 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
     return {
         "model": options.model,
         "vae": options.vae,
+        "config": options.config,
+        "revision": options.revision,
+        "commit": prepared.models.commit,
         "masks": str(options.masks) if options.masks is not None else None,
         "device": prepared.device,
         "batch_size": job.batch_size,

@@ -1,11 +1,17 @@
-"""The models of a run: from folders here, from objects in memory in personalized.py."""
+"""The models of a run: from folders and files here, from objects in memory in personalized.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from latentprep.config import EncodeOptions
-from latentprep.prepare.models import TextFacts, VaeFacts, family_of, find_model, open_text, open_vae
+from latentprep.errors import UserError
+from latentprep.prepare.checkpoint import TITLES
+from latentprep.prepare.models import commit_of, find_model
+from latentprep.prepare.single_file import TextFile, VaeFile, find_configs, open_text_file, open_vae_file
+from latentprep.prepare.text_folder import TextFacts, TextFolder, family_of, open_text
+from latentprep.prepare.vae_folder import VaeFacts, VaeFolder, open_vae
 
 if TYPE_CHECKING:
     import torch
@@ -23,14 +29,21 @@ class Models:
     patch: int  # latent pixels, each way, that the denoiser takes as one
     make_vae: "Callable[[torch.device, torch.dtype], VaeEncoder]"
     make_text: "Callable[[torch.device, torch.dtype], TextEncoder] | None"
+    commit: str | None = None  # of a hub model
 
 
 def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
-    """The models that the options name; their configs are read and their files hashed. Raises UserError."""
-    model = find_model(options.model, say=say)
-    vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
-    text = open_text(model) if options.needs_text_encoder else None
-    if text is not None and text.left_out:
+    """The models that the options name; their configs are read and their weights hashed. Raises UserError."""
+    model = find_model(options.model, say=say, revision=options.revision)
+    vae_path = find_model(options.vae, "--vae", say) if options.vae else model
+    if options.config and model.is_dir() and vae_path.is_dir():
+        raise UserError(f"--config {options.config}: is for a model in a single file, and {options.model} is a folder.")
+    configs = find_config(options.config)
+    if configs is None and model.is_file() and (built_in := find_configs(model, "--model")) is not None:
+        say(f"config   {TITLES[built_in.name]}, by the tensors of {options.model}")
+    vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
+    text = open_text_at(model, configs) if options.needs_text_encoder else None
+    if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
     def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
@@ -44,6 +57,44 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         assert text is not None
         return TextEncoder(text, device, dtype, options.text)
 
-    family = family_of(model)
+    family = family_of(model)  # of a folder; single files are all of families with a UNet
     patch = family.patch if family is not None else 1
-    return Models(vae, text, patch, make_vae, make_text if text is not None else None)
+    return Models(vae, text, patch, make_vae, make_text if text is not None else None, commit_of(model))
+
+
+def open_made_vae(made_with: dict[str, Any], name: str) -> VaeFolder | VaeFile:
+    """The VAE that a cache was made with: `name`, with what its manifest says of it. Raises UserError."""
+
+    def find(model: str) -> Path:
+        return find_model(model, revision=made_with.get("commit") if model == made_with["model"] else None)
+
+    return open_vae_at(find(name), "--model", find_config(made_with.get("config")), lambda: find(made_with["model"]))
+
+
+def open_vae_at(path: Path, option: str, configs: Path | None, beside: Callable[[], Path]) -> VaeFolder | VaeFile:
+    """The VAE of a folder or file. A file that is a VAE alone has the config of the model `beside` it."""
+    if path.is_dir():
+        return open_vae(path, option)
+    configs = configs or find_configs(path, option)
+    if configs is None and (model := beside()) != path:
+        configs = model if model.is_dir() else find_configs(model, "--model")
+    return open_vae_file(path, option, configs)
+
+
+def open_text_at(path: Path, configs: Path | None) -> TextFolder | TextFile:
+    """The text encoders of a folder or file."""
+    if path.is_dir():
+        return open_text(path)
+    return open_text_file(path, "--model", configs or find_configs(path, "--model"))
+
+
+def find_config(name: str | None) -> Path | None:
+    """The folder of --config. Raises UserError."""
+    if name is None:
+        return None
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        raise UserError(
+            f"--config {name}: no such folder. Give a diffusers folder; its configs and tokenizers are read."
+        )
+    return path

@@ -14,9 +14,11 @@ from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
 from latentprep.prepare.load import LoadOptions, load_pixels
 from latentprep.prepare.masks import Masks, list_masks, paths_of
-from latentprep.prepare.models import VaeFolder, find_model, open_vae
+from latentprep.prepare.model_set import open_made_vae
+from latentprep.prepare.single_file import VaeFile
 from latentprep.prepare.source import hash_images, list_folder
 from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.vae_folder import VaeFolder
 from latentprep.records import Item, Placement, Problem, Skip
 
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
@@ -71,10 +73,10 @@ def reencode(
 
     Raises UserError where the model is not the one that the cache was made with.
     """
-    vae_folder = find_vae(manifest, model)
+    source = find_vae(manifest, model)
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
-    vae = VaeEncoder(vae_folder, torch.device(device), TORCH_DTYPES[recipe["dtype"]])
+    vae = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]])
     options = LoadOptions.from_recipe(folder, manifest.latent["factor"], find_masks(manifest), recipe)
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
     chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])
@@ -97,10 +99,10 @@ def reencode(
     return problems, worst
 
 
-def find_vae(manifest: Manifest, model: str | None) -> VaeFolder:
+def find_vae(manifest: Manifest, model: str | None) -> VaeFolder | VaeFile:
     """The VAE that a cache was made with, by its hash."""
     name = model or manifest.made_with.get("vae") or manifest.made_with["model"]
-    vae = open_vae(find_model(name))
+    vae = open_made_vae(manifest.made_with, name)
     wanted = manifest.recipe["latents"]["vae"]
     if vae.digest != wanted:
         raise UserError(f"--model {name}: its VAE is {vae.digest}, this cache was made with {wanted}. Give that one.")

@@ -21,9 +21,9 @@ from latentprep.prepare.devices import choose_device, default_shard_bytes
 from latentprep.prepare.load import LoadOptions
 from latentprep.prepare.masks import Masks, add_masks, list_masks, paths_of
 from latentprep.prepare.model_set import Models, open_models
-from latentprep.prepare.models import VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
 from latentprep.prepare.source import hash_images, limit_pixels, list_folder
+from latentprep.prepare.vae_folder import VaeFacts
 from latentprep.records import Item, Skip
 from latentprep.units import counted, human_bytes
 
@@ -102,7 +102,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     vae, text = models.vae, models.text
     place = make_place(options.geometry, vae.factor * models.patch)
     device, dtype, reason = choose_device(options.device, options.dtype)
-    say(f"model    {options.model}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
+    at = f" at {models.commit}" if models.commit else ""
+    say(f"model    {options.model}{at}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
     say(f"device   {device}, {dtype} ({reason})")
 
     recipe = {

@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentprep.prepare.devices import BatchLimit
-from latentprep.prepare.models import VaeFolder
+from latentprep.prepare.vae_folder import VaeSource
 
 # k/127.5 - 1 for every byte k, rounded once from double: the same floats as numpy's in the ancestor
 LEVELS = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).float()
@@ -28,8 +28,8 @@ class Posterior:
 class VaeEncoder:
     """The encoder half of a VAE, on its device in its dtype."""
 
-    def __init__(self, folder: VaeFolder, device: torch.device, dtype: torch.dtype) -> None:
-        self.folder = folder
+    def __init__(self, source: VaeSource, device: torch.device, dtype: torch.dtype) -> None:
+        self.source = source
         self.device = device
         self.dtype = dtype
         self.num_retried = 0  # images encoded again in float32, because half precision overflowed
@@ -39,7 +39,7 @@ class VaeEncoder:
         self.vae_float32: AutoencoderKL | None = self.vae if dtype == torch.float32 else None
 
     def _load(self, dtype: torch.dtype) -> AutoencoderKL:
-        vae = AutoencoderKL.from_pretrained(self.folder.path, use_safetensors=True)
+        vae = self.source.load(dtype)
         del vae.decoder, vae.post_quant_conv
         # channels_last: 1.05 (256x256) to 1.13 times (512x512) as fast as NCHW on 2 CPU cores: benchmarks/encode.py
         return vae.eval().requires_grad_(False).to(self.device, dtype, memory_format=torch.channels_last)

@@ -265,7 +265,9 @@ class LatentDataset(Dataset[LatentBatch]):
         cond = {key: (value.dtype, value.shape[1:]) for key, value in group.cond.items()}
         if self._cond is None and bool(cond) == (self.manifest.uncond_file is not None):
             self._cond = cond
-        if found == promised and not cond and self.manifest.uncond_file is not None:
+        if not self.include_cond:
+            cond = self._cond = {}
+        elif found == promised and not cond and self.manifest.uncond_file is not None:
             raise UserError(
                 f"{self.storage.locate(name)}: its images have no cond yet, as encode --only latents leaves them. "
                 "Run the same latentprep encode with --only text."

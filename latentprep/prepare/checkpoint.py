@@ -1,0 +1,145 @@
+"""A .safetensors file of weights: its tensors' names and shapes, what it seems to be, and its tensors.
+
+Everything is read through safe_open: the header first, then no tensor but those that are asked for.
+"""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentprep.errors import UserError
+from latentprep.units import printable
+
+if TYPE_CHECKING:
+    import torch
+
+Shapes = Mapping[str, tuple[int, ...]]  # name of a tensor -> its shape
+
+SD1, SD2, SDXL = "sd1", "sd2", "sdxl"  # folders of architectures/
+TITLES = {SD1: "Stable Diffusion 1.x", SD2: "Stable Diffusion 2.x", SDXL: "Stable Diffusion XL"}
+# Width of the cond that a UNet's cross-attention takes -> its architecture.
+COND_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}
+CROSS_ATTENTION = re.compile(r"^model\.diffusion_model\..*\.attn2\.to_k\.weight$")
+VAE_PREFIXES = ("first_stage_model.", "vae.", "")
+VAE_PARTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
+
+# What the names of a text encoder's tensors begin with -> the part of a pipeline that it becomes.
+TEXT_PREFIXES = {
+    "cond_stage_model.transformer.": "text_encoder",  # Stable Diffusion 1.x
+    "cond_stage_model.model.": "text_encoder",  # 2.x
+    "conditioner.embedders.0.transformer.": "text_encoder",  # XL
+    "conditioner.embedders.1.model.": "text_encoder_2",
+}
+PENULTIMATE = "cond_stage_model.model."  # 2.x takes what the last layer but one gives: the last is left out
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file seems to be; architecture is one of TITLES where its configs are built in."""
+
+    what: str
+    architecture: str | None = None
+
+
+# What a tensor's name gives away; the first row counts that fits any name in the file.
+KINDS = {
+    r"^edm_mean$": Kind("a Playground v2.5 checkpoint"),  # SDXL's names, and latents that are scaled otherwise
+    r"^conditioner\.embedders\.1\.model\.": Kind("a Stable Diffusion XL checkpoint", SDXL),
+    r"^conditioner\.embedders\.0\.model\.": Kind("a refiner of Stable Diffusion XL"),
+    r"^cond_stage_model\.model\.": Kind("a Stable Diffusion 2.x checkpoint", SD2),
+    r"^cond_stage_model\.transformer\.": Kind("a Stable Diffusion 1.x checkpoint", SD1),
+    r"(^|\.)joint_blocks\.": Kind("a Stable Diffusion 3 checkpoint"),
+    r"(^|\.)double_blocks\.|^single_transformer_blocks\.": Kind("a FLUX checkpoint"),
+    r"(^|[._])lora_|\.(hada|lokr)_w": Kind("a LoRA"),
+    r"^control_model\.|^controlnet_|^input_hint_block\.": Kind("a ControlNet"),
+    r"^(emb_params|clip_[lg])$|^string_to_param": Kind("a textual inversion"),
+    r"^(input_blocks|down_blocks\.\d+\.(resnets|attentions))\.": Kind("a UNet alone"),
+    r"^(text_model|transformer\.resblocks|encoder\.block)\.": Kind("a text encoder alone"),
+}
+
+
+def read_shapes(path: Path, option: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a file's tensors, from its header alone. Raises UserError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{option} {path}: cannot be read as safetensors ({error}). "
+            "Compare its size with the original's: a download may have been cut short."
+        ) from None
+
+
+def recognise(shapes: Shapes) -> Kind:
+    """What a file seems to be, by its tensors' names and shapes."""
+    for pattern, kind in KINDS.items():
+        if any(re.search(pattern, name) for name in shapes):
+            return kind
+    has_vae = vae_prefix(shapes) is not None
+    for name, shape in shapes.items():
+        if CROSS_ATTENTION.match(name) and shape and shape[-1] in COND_WIDTHS:
+            architecture = COND_WIDTHS[shape[-1]]
+            return Kind(f"a {TITLES[architecture]} UNet {'and VAE' if has_vae else 'alone'}", architecture)
+    if has_vae:
+        return Kind("a VAE alone")
+    return Kind(f"no model known here ({printable(', '.join(sorted(shapes)[:2])) or 'no tensors'})")
+
+
+def vae_prefix(shapes: Shapes) -> str | None:
+    """What the names of an AutoencoderKL's tensors begin with; None where there is none."""
+    return next((prefix for prefix in VAE_PREFIXES if f"{prefix}encoder.conv_in.weight" in shapes), None)
+
+
+def vae_names(shapes: Shapes) -> dict[str, str]:
+    """Name without its prefix -> name in the file, of the VAE's tensors."""
+    prefix = vae_prefix(shapes)
+    if prefix is None:
+        return {}
+    names = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
+    return {short: name for short, name in names.items() if VAE_PARTS.match(short)}
+
+
+def text_parts(shapes: Shapes) -> dict[str, str]:
+    """Part of a pipeline -> prefix of its tensors' names, for the text encoders that a file has."""
+    return {part: prefix for prefix, part in TEXT_PREFIXES.items() if any(name.startswith(prefix) for name in shapes)}
+
+
+def text_names(shapes: Shapes, prefix: str, config: dict[str, Any]) -> dict[str, str]:
+    """Name without its prefix -> name in the file, of the tensors that a text encoder is loaded from.
+
+    Left out are tensors that are no weights, and layers of Stable Diffusion 2.x beyond the last one that is used.
+    """
+    names = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
+    if prefix.endswith("transformer."):  # some merged checkpoints leave text_model. out
+        names = {"text_model." + short.removeprefix("text_model."): name for short, name in names.items()}
+    skipped = [r"(^|\.)(position_ids|logit_scale|attn_mask)$"]
+    if prefix == PENULTIMATE:
+        skipped += [rf"^transformer\.resblocks\.{config['num_hidden_layers']}\.", r"^text_projection$"]
+    return {short: name for short, name in names.items() if not re.search("|".join(skipped), short)}
+
+
+def read_tensors(path: Path, names: Mapping[str, str]) -> "dict[str, torch.Tensor]":
+    """The tensors that `names` lists as new name -> name in the file."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {new: file.get_tensor(name) for new, name in names.items()}
+
+
+def hash_tensors(path: Path, names: Mapping[str, str]) -> str:
+    """SHA-256 of names, dtypes, shapes and bytes, whatever the file's order and prefixes; one tensor at a time."""
+    import torch
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for new in sorted(names):
+            tensor = file.get_tensor(names[new])
+            digest.update(f"{new} {tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,146 @@
+"""What a plan must know of text encoders, and the pipeline folder they are loaded from. Loads no weights by itself."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+from latentprep.config import TextOptions
+from latentprep.errors import UserError
+from latentprep.prepare.families import FAMILIES, Family, find_family, tokenizer_of
+from latentprep.prepare.model_files import TEXT_WEIGHTS, digest_model, find_weights, hash_files, read_json
+
+if TYPE_CHECKING:
+    import torch
+
+# Of a pipeline these are not needed to encode prompts.
+PARTS_LEFT_OUT = (
+    "unet", "transformer", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TextFacts:
+    """What a plan must know of the text encoders of a model."""
+
+    digest: str  # of weights, configs and tokenizers
+    family: Family
+    window: int  # tokens that its CLIP takes at once, start and end included
+    num_layers: int  # of its CLIP
+    width: int  # values of a token in prompt_embeds
+    pooled: int  # values of pooled_prompt_embeds; 0: there is none
+
+    def settings(self, options: TextOptions) -> dict[str, Any]:
+        """What the options change about cond. Raises UserError for what these encoders cannot do."""
+        return self.family.settings(options, self.window, self.num_layers)
+
+    def num_values(self, options: TextOptions) -> int:
+        """Numbers that are stored of one prompt, all tensors together."""
+        num_tokens = self.family.num_tokens(options.max_tokens, self.window)
+        per_token = self.width + (3 if "text_ids" in self.family.returns else 0)
+        return self.family.stored_tokens(num_tokens, self.window) * per_token + self.pooled
+
+
+@dataclass(frozen=True)
+class TextFolder(TextFacts):
+    """A pipeline folder whose text encoders and tokenizers are to be used."""
+
+    path: Path
+    left_out: tuple[str, ...]  # encoders that the family has, and this model does without
+
+    def load_pipeline(self, dtype: "torch.dtype") -> Any:
+        """The base pipeline of its family, on the CPU, with nothing but text encoders and tokenizers.
+
+        The weights are read in `dtype`, and not cast later: so transformers keeps the layers in float32 that
+        overflow in float16 (T5's wo), and a large encoder is in memory once.
+        """
+        import diffusers
+
+        parts = [*PARTS_LEFT_OUT, *self.left_out, *map(tokenizer_of, self.left_out)]
+        pipeline = getattr(diffusers, self.family.pipeline).from_pretrained(
+            self.path, torch_dtype=dtype, use_safetensors=True, **dict.fromkeys(parts)
+        )
+        if self.family.t5 in self.left_out:  # then encode_prompt asks the transformer how many zeros stand for its T5
+            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=self.width))
+        return pipeline
+
+
+def family_of(folder: Path) -> Family | None:
+    """The family of a pipeline folder; None where it is of no known one, or a VAE alone."""
+    if not (folder / "model_index.json").is_file():
+        return None
+    return find_family(read_json(folder / "model_index.json", "--model").get("_class_name"))
+
+
+def open_text(folder: Path, option: str = "--model") -> TextFolder:
+    """The text encoders of a pipeline folder. Raises UserError."""
+    if not (folder / "model_index.json").is_file():
+        raise UserError(
+            f"{option} {folder}: has no model_index.json, so no text encoder. Give a pipeline folder, or --no-cond."
+        )
+    index = read_json(folder / "model_index.json", option)
+    family = family_of(folder)
+    if family is None:
+        names = ", ".join(family.name for family in FAMILIES)
+        raise UserError(
+            f"{option} {folder}: a {index.get('_class_name')}, expected a pipeline of {names}. "
+            "Or encode with --no-cond."
+        )
+    left_out = tuple(part for part in family.encoders if _is_left_out(folder, part, index, family))
+    encoders = [part for part in family.encoders if part not in left_out]
+    for part in encoders:
+        if not (folder / part).is_dir() or not (folder / tokenizer_of(part)).is_dir():
+            raise UserError(
+                f"{option} {folder}: has no {part} and {tokenizer_of(part)} folders. Complete it, or --no-cond."
+            )
+    configs = {part: read_json(folder / part / "config.json", option) for part in encoders}
+    numbers = text_numbers(family, configs, folder, option)
+    hashed: list[Any] = [family.pipeline, *configs.values()]
+    if family.t5 in left_out:
+        numbers["width"] = _joint_attention_dim(folder, option)
+        hashed.append(numbers["width"])
+    weights = [file for part in encoders for file in find_weights(folder / part, TEXT_WEIGHTS, option)]
+    vocabularies = [
+        file for part in encoders for file in sorted((folder / tokenizer_of(part)).iterdir()) if file.is_file()
+    ]
+    digest = digest_model(hashed, hash_files(weights + vocabularies))
+    return TextFolder(digest, family, **numbers, path=folder, left_out=left_out)
+
+
+def text_numbers(family: Family, configs: dict[str, dict[str, Any]], folder: Path, option: str) -> dict[str, int]:
+    """window, num_layers, width and pooled of TextFacts, from the configs of the encoders that are there."""
+    clip = configs[next(part for part in configs if part != family.t5)]
+    return {
+        "window": clip.get("max_position_embeddings", 77),
+        "num_layers": clip.get("num_hidden_layers", 12),
+        "width": _add_up(family.width, configs, folder, option),
+        "pooled": _add_up(family.pooled, configs, folder, option),
+    }
+
+
+def _is_left_out(folder: Path, part: str, index: dict[str, Any], family: Family) -> bool:
+    """Whether a model does without an encoder: it says so, or nobody has downloaded its T5, the largest part of all."""
+    if part not in family.optional:
+        return False
+    says_so = not any(index.get(part) or [])  # not named, or [null, null]
+    return says_so or (part == family.t5 and not (folder / part).is_dir())
+
+
+def _joint_attention_dim(folder: Path, option: str) -> int:
+    """Values of a token where there is no T5 that tells."""
+    path = folder / "transformer" / "config.json"
+    found = read_json(path, option).get("joint_attention_dim") if path.is_file() else None
+    if not isinstance(found, int):
+        raise UserError(
+            f"{option} {folder}: has no T5, so {path} must say joint_attention_dim. Add that file, or --no-cond."
+        )
+    return found
+
+
+def _add_up(fields: Mapping[str, str], configs: dict[str, dict[str, Any]], folder: Path, option: str) -> int:
+    """The sum of a field of each encoder's config, of those that are there."""
+    for part, name in fields.items():
+        if part in configs and not isinstance(configs[part].get(name), int):
+            raise UserError(f"{option}: {folder / part / 'config.json'} says no {name}, expected a text encoder's.")
+    return sum(configs[part][name] for part, name in fields.items() if part in configs)

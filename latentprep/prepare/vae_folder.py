@@ -1,0 +1,69 @@
+"""What a plan must know of a VAE, and the folder it is loaded from."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from latentprep.errors import UserError
+from latentprep.prepare.model_files import VAE_WEIGHTS, check_keys, digest_model, find_weights, hash_files, read_json
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
+
+
+@dataclass(frozen=True)
+class VaeFacts:
+    """What a plan must know of a VAE."""
+
+    digest: str  # of weights and config
+    factor: int  # pixels per latent, each way
+    latent_channels: int
+    scaling_factor: float
+    shift_factor: float
+
+
+class VaeSource(Protocol):
+    """Where a VAE's weights are: a folder or a single file."""
+
+    def load(self, dtype: "torch.dtype") -> "AutoencoderKL": ...
+
+
+@dataclass(frozen=True)
+class VaeFolder(VaeFacts):
+    """A folder with an AutoencoderKL's config.json and weights."""
+
+    path: Path
+
+    def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(self.path, use_safetensors=True, torch_dtype=dtype)
+
+
+def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
+    """The VAE of a pipeline folder or of a VAE-only folder. Raises UserError."""
+    path, config = read_vae_config(folder, option)
+    digest = digest_model(config, hash_files(find_weights(path, VAE_WEIGHTS, option)))
+    return VaeFolder(digest, *vae_numbers(config), path)
+
+
+def read_vae_config(folder: Path, option: str) -> tuple[Path, dict[str, Any]]:
+    """Where in a pipeline folder or VAE-only folder the VAE is, and its config. Raises UserError."""
+    path = folder / "vae" if (folder / "vae").is_dir() else folder
+    config = read_json(path / "config.json", option)
+    kind = config.get("_class_name")
+    if kind != "AutoencoderKL":
+        raise UserError(f"{option} {path}: its VAE is {kind}, expected AutoencoderKL.")
+    check_keys(config, ("block_out_channels", "latent_channels"), path, option)
+    return path, config
+
+
+def vae_numbers(config: dict[str, Any]) -> tuple[int, int, float, float]:
+    """factor, latent_channels, scaling_factor, shift_factor of VaeFacts, from an AutoencoderKL's config."""
+    return (
+        2 ** (len(config["block_out_channels"]) - 1),
+        config["latent_channels"],
+        float(config.get("scaling_factor") or 1.0),
+        float(config.get("shift_factor") or 0.0),
+    )
