@@ -89,6 +89,8 @@ def encode(
     word_regex: Annotated[str, typer.Option(metavar="REGEX", help="Words of a file name that make its caption.", show_default="the whole name", rich_help_panel=CAPTIONS)] = "",
     joiner: Annotated[str, typer.Option(metavar="TEXT", help="Between the words that --word-regex finds.", show_default="a space", rich_help_panel=CAPTIONS)] = " ",
     no_cond: Annotated[bool, typer.Option("--no-cond", help="Store captions and prompts, but no text embeddings.", rich_help_panel=CAPTIONS)] = False,
+    tiling: Annotated[int | None, typer.Option(metavar="PIXELS", help="Encode larger images in overlapping tiles of this side: less memory, other numbers at the seams.", show_default="no tiles", rich_help_panel=PERFORMANCE)] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the VAE's encoder (torch.compile): starts minutes later, needs a C++ compiler.", rich_help_panel=PERFORMANCE)] = False,  # noqa: A002
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
     workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,
 ) -> None:
@@ -109,7 +111,7 @@ def encode(
         ),
         text=TextOptions(load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond),
         model=model, vae=vae or None, flip=flip, store=store, store_dtype=store_dtype, device=device, dtype=dtype,
-        batch_size=batch_size, workers=workers, seed=seed,
+        tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,
         max_pixels=int(max_megapixels * 1e6), overwrite=overwrite, strict=strict,
     )  # fmt: skip

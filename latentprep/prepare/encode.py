@@ -161,4 +161,5 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
         "vae": options.vae,
         "device": prepared.device,
         "batch_size": job.batch_size,
+        "compile": options.compile,
     }

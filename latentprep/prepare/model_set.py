@@ -28,12 +28,13 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     """The models that the options name; their configs are read and their files hashed. Raises UserError."""
     model = find_model(options.model, say=say)
     vae = open_vae(find_model(options.vae, "--vae", say), "--vae") if options.vae else open_vae(model)
+    options.check_tiling(vae.factor)
     text = open_text(model) if options.text.include_cond else None
 
     def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
         from latentprep.prepare.vae import VaeEncoder
 
-        return VaeEncoder(vae, device, dtype)
+        return VaeEncoder(vae, device, dtype, tiling=options.tiling, compile=options.compile)
 
     def make_text(device: "torch.device", dtype: "torch.dtype") -> "TextEncoder":
         from latentprep.prepare.text import TextEncoder

@@ -7,10 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from latentprep.config import digest_of
 from latentprep.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import AutoencoderKL
 
 TINY = "tiny"
 VAE_WEIGHTS = "diffusion_pytorch_model"
@@ -55,6 +59,12 @@ class VaeFolder(VaeFacts):
     """A folder with an AutoencoderKL's config.json and weights."""
 
     path: Path
+
+    def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
+        """The whole VAE, on the CPU."""
+        from diffusers import AutoencoderKL
+
+        return AutoencoderKL.from_pretrained(self.path, use_safetensors=True, torch_dtype=dtype)
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     recipe = {
         "latents": latents_recipe(
             vae=vae.digest, geometry=options.geometry, flip=options.flip,
-            dtype=dtype, store=options.store, store_dtype=options.store_dtype,
+            dtype=dtype, store=options.store, store_dtype=options.store_dtype, tiling=options.tiling,
         ),
         "text": text_recipe(
             text_encoder=text.digest if text else None, options=options.text, seed=options.seed,
