@@ -24,6 +24,7 @@ bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py
 	$(PYTHON) benchmarks/scale.py
 	$(PYTHON) benchmarks/encode.py
+	$(PYTHON) benchmarks/precision.py
 	$(PYTHON) benchmarks/memory.py
 
 clean:

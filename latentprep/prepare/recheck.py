@@ -64,9 +64,7 @@ def reencode(
     vae_folder = find_vae(manifest, model)
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
-    vae = VaeEncoder(
-        vae_folder, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling")
-    )
+    vae = VaeEncoder(vae_folder, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
     chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])
     problems, worst = [], 0.0

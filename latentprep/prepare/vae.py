@@ -102,8 +102,7 @@ class CompiledEncoder(torch.nn.Module):
     the programs, and with them the last digits, hardly depend on which images come first.
     """
 
-    # sides that differ, since torch takes equal ones for always equal
-    SHAPE = (3, 192, 256)
+    SHAPE = (3, 192, 256)  # of unequal sides: torch would make equal ones a condition of the program
 
     def __init__(self, encoder: torch.nn.Module) -> None:
         super().__init__()
