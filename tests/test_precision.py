@@ -238,10 +238,11 @@ def test_without_a_compiler_there_is_one_line(run, images, tmp_path, monkeypatch
     from torch._inductor import config, cpu_vec_isa
 
     torch.compiler.reset()
+    options = ("--model", save_vae(tmp_path / "vae", (8,)), "--no-cond", "--width", 96, "--height", 120)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))  # where nothing is compiled already
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     with config.patch({"cpp.cxx": (None, "/nowhere/g++"), "cpp.vec_isa_ok": None}):
-        result = run("encode", images, "--out", tmp_path / "c", "--model", "tiny", "--no-cond", "--compile")
+        result = run("encode", images, "--out", tmp_path / "c", *options, "--compile")
     torch.compiler.reset()
     cpu_vec_isa.valid_vec_isa_list.cache_clear()
     assert result.code == 1
