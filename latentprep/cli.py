@@ -89,7 +89,7 @@ def encode(
     word_regex: Annotated[str, typer.Option(metavar="REGEX", help="Words of a file name that make its caption.", show_default="the whole name", rich_help_panel=CAPTIONS)] = "",
     joiner: Annotated[str, typer.Option(metavar="TEXT", help="Between the words that --word-regex finds.", show_default="a space", rich_help_panel=CAPTIONS)] = " ",
     no_cond: Annotated[bool, typer.Option("--no-cond", help="Store captions and prompts, but no text embeddings.", rich_help_panel=CAPTIONS)] = False,
-    tiling: Annotated[int | None, typer.Option(metavar="PIXELS", help="Encode larger images in overlapping tiles of this side: less memory, other numbers at the seams.", show_default="no tiles", rich_help_panel=PERFORMANCE)] = None,
+    tiling: Annotated[int | None, typer.Option(metavar="PIXELS", help="Encode larger images in overlapping tiles of this side: less memory, but other numbers.", show_default="no tiles", rich_help_panel=PERFORMANCE)] = None,
     compile: Annotated[bool, typer.Option("--compile", help="Compile the VAE's encoder (torch.compile): starts minutes later, needs a C++ compiler.", rich_help_panel=PERFORMANCE)] = False,  # noqa: A002
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
     workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,

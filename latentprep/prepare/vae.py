@@ -88,8 +88,11 @@ class VaeEncoder:
 
 
 def set_tiling(vae: AutoencoderKL, side: int, factor: int) -> None:
-    """Have diffusers encode what is larger than `side` pixels in tiles: a quarter overlaps, and mean and log variance
-    are blended there. `side` is a multiple of 4 * factor; of others diffusers' tiles would not join exactly.
+    """Have diffusers encode what is larger than `side` pixels in tiles: a quarter overlaps, where mean and log variance
+    are blended. Numbers differ all over the image, since group norm and attention see a tile of it.
+
+    `side` is a multiple of 4 * factor: tiles of other sides would not join exactly. diffusers' own choice is the
+    sample_size of the VAE's config: 512 for SD 1.5, 1024 for SDXL and FLUX.
     """
     vae.enable_tiling()
     vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // factor
