@@ -58,8 +58,8 @@ def median_seconds(contenders: dict[str, Callable[[], object]], rounds: int) -> 
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def measure_vae(side: int, rounds: int, folder: Path) -> None:
-    """Seconds an image, of SD 1.5's encoder (34 M parameters)."""
+def save_vae(folder: Path) -> None:
+    """A VAE of SD 1.5's architecture, with random weights that are always the same."""
     torch.manual_seed(0)
     AutoencoderKL(
         block_out_channels=(128, 256, 512, 512),
@@ -68,6 +68,11 @@ def measure_vae(side: int, rounds: int, folder: Path) -> None:
         layers_per_block=2,
         latent_channels=4,
     ).save_pretrained(folder)
+
+
+def measure_vae(side: int, rounds: int, folder: Path) -> None:
+    """Seconds an image, of SD 1.5's encoder (34 M parameters)."""
+    save_vae(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (4, side, side, 3), np.uint8)
     ours = VaeEncoder(open_vae(folder), device, torch.float32)

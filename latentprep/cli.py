@@ -108,6 +108,8 @@ def encode(
     max_tokens: Annotated[int | None, typer.Option(metavar="TOKENS", help="Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", show_default="75; SD 3: 256; FLUX: 512", rich_help_panel=CAPTIONS)] = None,
     clip_skip: Annotated[int, typer.Option(metavar="LAYER", help="Layer of CLIP to take, from the end; 2 is the penultimate. Stable Diffusion 1 and 2.", rich_help_panel=CAPTIONS)] = 1,
     emphasis: Annotated[bool, typer.Option("--emphasis", help="Weigh (words), [words] and (words:1.3) as stable-diffusion-webui does. CLIP alone.", rich_help_panel=CAPTIONS)] = False,
+    tiling: Annotated[int | None, typer.Option(metavar="PIXELS", help="Encode larger images in overlapping tiles of this side: less memory, but other numbers.", show_default="no tiles", rich_help_panel=PERFORMANCE)] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Compile the VAE's encoder (torch.compile): starts minutes later, needs a C++ compiler.", rich_help_panel=PERFORMANCE)] = False,  # noqa: A002
     batch_size: Annotated[int | None, typer.Option(metavar="IMAGES", help="Images the VAE sees at once.", show_default="8 at 512x512 on a GPU, 1 on a CPU", rich_help_panel=PERFORMANCE)] = None,
     workers: Annotated[int | None, typer.Option(metavar="THREADS", help="Threads that decode images.", show_default="CPU cores, at most 8", rich_help_panel=PERFORMANCE)] = None,
 ) -> None:
@@ -138,7 +140,7 @@ def encode(
         ),
         model=model, vae=vae or None, config=config or None, revision=revision or None, flip=flip, store=store,
         store_dtype=store_dtype, device=device, dtype=dtype,
-        batch_size=batch_size, workers=workers, seed=seed,
+        tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,
         max_pixels=int(max_megapixels * 1e6), only=only or None, overwrite=overwrite, strict=strict,
     )  # fmt: skip

@@ -111,6 +111,11 @@ class Geometry:
             **cropping,
         )
 
+    @property
+    def longest_side(self) -> int | None:
+        """Longest side of a bucket in pixels; None: as long as the images."""
+        return max(self.size) if self.size is not None else self.max_side
+
     def check_factor(self, factor: int) -> None:
         """Raise UserError where this VAE's spatial factor does not divide the sides."""
         sides: list[tuple[str, int]] = []
@@ -208,6 +213,8 @@ class EncodeOptions:
     store_dtype: str = "float16"
     device: str = "auto"
     dtype: str = "auto"
+    tiling: int | None = None  # larger images are encoded in tiles of this side in pixels; None: none are
+    compile: bool = False  # torch.compile the VAE's encoder
     batch_size: int | None = None
     workers: int | None = None
     shard_bytes: int | None = None  # None: devices.default_shard_bytes
@@ -240,6 +247,23 @@ class EncodeOptions:
     def needs_text_encoder(self) -> bool:
         return self.text.include_cond and self.only != "latents"
 
+    def check_tiling(self, factor: int) -> None:
+        """Raise UserError where tiles of a VAE of this factor cannot have that side, or no image would be cut."""
+        if self.tiling is None:
+            return
+        step = 4 * factor  # tiles overlap by a quarter (diffusers' tile_overlap_factor), which is to be whole latents
+        if self.tiling < step or self.tiling % step:
+            raise UserError(
+                f"--tiling {self.tiling}: not a multiple of {step}, four of this VAE's latents, of which tiles share "
+                f"one. Try {max(1, self.tiling // step + 1) * step}."
+            )
+        longest = self.geometry.longest_side
+        if longest is not None and longest <= self.tiling:
+            raise UserError(
+                f"--tiling {self.tiling}: no bucket is larger, their sides are at most {longest} pixels. "
+                "Give fewer, or leave it out."
+            )
+
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
@@ -253,7 +277,15 @@ def digest_of(value: Any) -> str:
 
 
 def latents_recipe(
-    *, vae: str, geometry: Geometry, images: ImageOptions, flip: bool, dtype: str, store: str, store_dtype: str
+    *,
+    vae: str,
+    geometry: Geometry,
+    images: ImageOptions,
+    flip: bool,
+    dtype: str,
+    store: str,
+    store_dtype: str,
+    tiling: int | None = None,
 ) -> dict[str, Any]:
     """What decides the numbers in the latents files; `vae` is the hash of its weights and config."""
     used = {name: value for name, value in asdict(geometry).items() if value is not None}
@@ -267,6 +299,7 @@ def latents_recipe(
         "dtype": dtype,
         "store": store,
         "store_dtype": store_dtype,
+        **({"tiling": tiling} if tiling is not None else {}),
     }
 
 

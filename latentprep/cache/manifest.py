@@ -21,7 +21,7 @@ class Manifest:
     recipe: dict[str, Any]
     # what a reader must know: scaling_factor, shift_factor, factor, channels, views, pixel_range
     latent: dict[str, Any]
-    made_with: dict[str, Any]  # for people, of the last run: model, VAE, device, batch size
+    made_with: dict[str, Any]  # for people, of the last run: model, VAE, device, batch size, compile
     shards: list[ShardEntry] = field(default_factory=list)
     skipped_file: Stamp | None = None
     uncond_file: Stamp | None = None

@@ -33,7 +33,9 @@ def facts_table(summary: dict[str, Any]) -> Table:
     table.add_row("model", _plain(made["model"]) + (f", VAE {_plain(made['vae'])}" if made.get("vae") else ""))
     table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
     table.add_row("pixels", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["images"].items()))
-    table.add_row("precision", f"encoded in {recipe['dtype']}, {recipe['store']} stored as {recipe['store_dtype']}")
+    tiles = f" in tiles of {_plain(recipe['tiling'])} pixels" if "tiling" in recipe else ""
+    precision = f"encoded in {recipe['dtype']}{tiles}, {recipe['store']} stored as {recipe['store_dtype']}"
+    table.add_row("precision", precision)
     latent = summary["latent"]
     table.add_row("scaling", f"scaling_factor {latent['scaling_factor']:g}, shift_factor {latent['shift_factor']:g}")
     table.add_row("weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}")

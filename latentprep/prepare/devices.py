@@ -79,7 +79,8 @@ class BatchLimit:
             # here, and not above: the exception holds the tensors that did not fit
             empty_cache()
             if count == 1:
-                raise OutOfMemoryError(f"one image of {width}x{height} does not fit into the device's memory")
+                image = f"one image of {width}x{height}"
+                raise OutOfMemoryError(f"{image} does not fit into the device's memory; --tiling takes less")
             self.pixels = count // 2 * height * width
             self.said = f"out of memory with {count} images of {width}x{height} at once: went on with {count // 2}"
         return results

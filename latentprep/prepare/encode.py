@@ -196,4 +196,5 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
         "masks": str(options.masks) if options.masks is not None else None,
         "device": prepared.device,
         "batch_size": job.batch_size,
+        "compile": options.compile,
     }

@@ -42,6 +42,7 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     if configs is None and model.is_file() and (built_in := find_configs(model, "--model")) is not None:
         say(f"config   {TITLES[built_in.name]}, by the tensors of {options.model}")
     vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
+    options.check_tiling(vae.factor)
     text = open_text_at(model, configs) if options.needs_text_encoder else None
     if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
@@ -49,7 +50,7 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
         from latentprep.prepare.vae import VaeEncoder
 
-        return VaeEncoder(vae, device, dtype)
+        return VaeEncoder(vae, device, dtype, tiling=options.tiling, compile=options.compile)
 
     def make_text(device: "torch.device", dtype: "torch.dtype") -> "TextEncoder":
         from latentprep.prepare.text import TextEncoder

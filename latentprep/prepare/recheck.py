@@ -76,7 +76,7 @@ def reencode(
     source = find_vae(manifest, model)
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
-    vae = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]])
+    vae = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
     options = LoadOptions.from_recipe(folder, manifest.latent["factor"], find_masks(manifest), recipe)
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
     chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])

@@ -109,7 +109,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     recipe = {
         "latents": latents_recipe(
             vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
-            dtype=dtype, store=options.store, store_dtype=options.store_dtype,
+            dtype=dtype, store=options.store, store_dtype=options.store_dtype, tiling=options.tiling,
         ),
         "text": text_recipe(
             text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},

@@ -26,6 +26,8 @@ class VaeFacts:
 class VaeSource(Protocol):
     """Where a VAE's weights are: a folder or a single file."""
 
+    @property
+    def factor(self) -> int: ...
     def load(self, dtype: "torch.dtype") -> "AutoencoderKL": ...
 
 
@@ -36,6 +38,7 @@ class VaeFolder(VaeFacts):
     path: Path
 
     def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
+        """The whole VAE, on the CPU."""
         from diffusers import AutoencoderKL
 
         return AutoencoderKL.from_pretrained(self.path, use_safetensors=True, torch_dtype=dtype)
