@@ -81,6 +81,15 @@ def test_every_dtype_is_near_to_float32(folder, dtype):
     assert float(((found.std - std) / std).square().mean().sqrt()) <= BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_an_image_that_is_one_latent_wide_is_encoded_in_float32(folder, dtype):
+    images = pixels(8, 64, 2)
+    mean, std = reference(AutoencoderKL.from_pretrained(folder).float().eval(), images)
+    found = VaeEncoder(open_vae(folder), CPU, dtype).encode(images)
+    assert relative(found.mean, mean, mean) <= BOUNDS[torch.float32]
+    assert float(((found.std - std) / std).square().mean().sqrt()) <= BOUNDS[torch.float32]
+
+
 def test_only_the_encoder_is_kept(folder):
     kept = VaeEncoder(open_vae(folder), CPU, torch.float32).vae
     assert {name.split(".")[0] for name, _ in kept.named_parameters()} <= {"encoder", "quant_conv"}

@@ -40,6 +40,7 @@ def desk(photos, tmp_path, monkeypatch):
         norm_num_groups=8,
     ).save_pretrained(folder / "unet")
     DDPMScheduler().save_pretrained(folder / "scheduler")
+    shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae-ft-mse.safetensors")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -64,7 +64,8 @@ class VaeEncoder:
 
         pixels [N,H,W,3] uint8 sRGB; H, W multiples of the VAE's factor
         => mean, std, each [N,C,H/f,W/f] float32; unscaled (no scaling_factor, no shift).
-        Images whose numbers overflow in half precision are encoded again in float32.
+        Images whose numbers overflow in half precision are encoded again in float32, and on a CPU those that are one
+        latent wide.
         Where memory does not suffice, the batch is halved. Raises OutOfMemoryError where it does not for one image.
         """
         parts = self.limit.run(self._encode, pixels)
@@ -75,6 +76,8 @@ class VaeEncoder:
         images = levels.permute(0, 3, 1, 2)  # NHWC in memory already is channels_last
         mean, std = self._posterior(self.vae, images)
         again = ~(_is_finite(mean) & _is_finite(std))
+        if self.device.type == "cpu" and 1 in mean.shape[2:]:
+            again[:] = True  # torch 2.13 convolves 16-bit numbers to one row or column wrongly (pytorch#163347)
         if self.dtype != torch.float32 and bool(again.any()):
             self.num_retried += int(again.sum())
             if self.vae_float32 is None:
