@@ -72,7 +72,7 @@ def text_table(text: dict[str, Any]) -> Table:
     table = _table("Text")
     empty = f", {text['empty_captions']:,} empty" if text["empty_captions"] else ""
     table.add_row("captions", f"{text['captions']:,}{empty}")
-    table.add_row("prompts", f"{text['distinct_prompts']:,}, such as {text['example_prompt']!r}")
+    table.add_row("prompts", f"{text['distinct_prompts']:,}, such as {shortened(text['example_prompt'])}")
     table.add_row("cond", ", ".join(f"{name} {shape}" for name, shape in text["cond"].items()) or "none")
     if text["tokens"] is not None:
         tokens, cut = text["tokens"], text["truncated_prompts"]
