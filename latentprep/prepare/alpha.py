@@ -1,6 +1,5 @@
 """Transparency: what of an image is its colour, what its alpha, and what stands where nothing is seen."""
 
-import numpy as np
 from PIL import Image
 
 WHITE = (255, 255, 255)
@@ -47,9 +46,9 @@ def _whiten(rgb: Image.Image, alpha: Image.Image, notes: list[str]) -> Image.Ima
 
     Then it is a filling (black mostly, or the transparent colour of a palette) and no part of a picture.
     """
-    is_hidden = np.asarray(alpha) == 0
-    hidden = np.asarray(rgb)[is_hidden]
-    if len(hidden) == 0 or (hidden != hidden[0]).any():
+    is_transparent = alpha.point(lambda level: 255 * (level == 0))
+    colors = [count for count in rgb.histogram(is_transparent) if count]  # one for each band where all are the same
+    if len(colors) != 3:
         return rgb
     notes.append("whitened")
-    return Image.composite(Image.new("RGB", rgb.size, WHITE), rgb, Image.fromarray(is_hidden))
+    return Image.composite(Image.new("RGB", rgb.size, WHITE), rgb, is_transparent)
