@@ -65,7 +65,7 @@ def write_cache(
         entries.append(ShardEntry(f"u{n}", "t", (("h512w512", rows, shape),), *stamps))
     uncond = write_uncond(storage, {"prompt_embeds": noise(1, 77, width)}, {})
     latents_recipe = {
-        "vae": "", "geometry": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
+        "vae": "", "geometry": {}, "images": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
         "store_dtype": "float16",
     }  # fmt: skip
     recipe = {"latents": latents_recipe, "text": {}, "libraries": {}}

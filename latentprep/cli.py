@@ -232,6 +232,7 @@ def inspect(
 def verify(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder.", show_default=False)],
     source: Annotated[Path | None, typer.Option(metavar="DIR", help="Compare with the images too: changed, gone and new ones.", show_default=False)] = None,
+    masks: Annotated[Path | None, typer.Option(metavar="DIR", help="Masks of encode --weights DIR, if they are elsewhere now.", show_default=False)] = None,
     re_encode: Annotated[int, typer.Option(metavar="N", min=0, help="Encode N random images of --source again, and compare.")] = 0,
     seed: Annotated[int, typer.Option(help="Which images --re-encode takes.")] = 0,
     model: Annotated[str, typer.Option(metavar="ID|DIR|FILE|tiny", help="Model of --re-encode.", show_default="the cache's own")] = "",
@@ -262,14 +263,15 @@ def verify(
     elif manifest is not None and source is not None:
         _quiet()
         from latentprep.prepare.devices import quiet_libraries
-        from latentprep.prepare.recheck import compare_source, reencode
+        from latentprep.prepare.recheck import compare_source, find_masks, reencode
 
+        own_masks = find_masks(manifest, masks)
         with tqdm(unit="img", desc="source", dynamic_ncols=True, disable=as_json or None) as bar:
-            problems += compare_source(storage, manifest, source, bar.update)
+            problems += compare_source(storage, manifest, source, own_masks, bar.update)
         if re_encode:
             quiet_libraries()
             more, found["largest_difference"] = reencode(
-                storage, manifest, source, re_encode, seed=seed, model=model or None, device=device
+                storage, manifest, source, own_masks, re_encode, seed=seed, model=model or None, device=device
             )
             problems += more
     found["problems"] = [asdict(problem) for problem in problems]

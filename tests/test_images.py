@@ -282,6 +282,11 @@ def test_a_changed_mask_is_a_changed_image(run, images, masks, tmp_path):
     assert "changed  tall0.png\nchanged  tall1.png\n" in result.out
     assert run(*command).code == 0
     assert run("verify", tmp_path / "c", "--source", images, "--re-encode", "8").code == 0
+    masks.rename(tmp_path / "elsewhere")
+    result = run("verify", tmp_path / "c", "--source", images)
+    assert result.err == f"error: --masks {masks}: no such folder. Give that of this cache's masks.\n"
+    assert run("verify", tmp_path / "c", "--source", images, "--masks", tmp_path / "elsewhere").code == 0
+    (tmp_path / "elsewhere").rename(masks)
     (masks / "tall1.png").unlink()
     assert run("verify", tmp_path / "c", "--source", images).code == 1
     assert "2 changed" not in run(*command).out

@@ -26,17 +26,17 @@ def stem(key: str) -> str:
     return PurePosixPath(key).with_suffix("").as_posix()
 
 
-def list_masks(folder: Path) -> Masks:
+def list_masks(folder: Path, option: str = "--weights") -> Masks:
     """Every image under a folder, as the mask of the image of the same stem. Raises UserError."""
     if not folder.is_dir():
-        raise UserError(f"--weights {folder}: expected alpha, none or a folder of masks, and there is no such folder.")
+        raise UserError(f"{option} {folder}: expected alpha, none or a folder of masks, and there is no such folder.")
     by_stem: dict[str, str] = {}
     for path in sorted(walk(folder, ())):
         name = path.relative_to(folder).as_posix()
         if is_image_name(name) and (other := by_stem.setdefault(stem(name), name)) != name:
-            raise UserError(f"--weights {folder}: {other} and {name} are two masks of one image. Remove one.")
+            raise UserError(f"{option} {folder}: {other} and {name} are two masks of one image. Remove one.")
     if not by_stem:
-        raise UserError(f"--weights {folder}: no masks in it. Expected images with the stems of those in SOURCE.")
+        raise UserError(f"{option} {folder}: no masks in it. Expected images with the stems of those in SOURCE.")
     return Masks(folder, by_stem)
 
 

@@ -27,13 +27,12 @@ TOLERANCES = {"float32": 0.003, "float16": 0.01, "bfloat16": 0.05}
 
 
 def compare_source(
-    storage: Storage, manifest: Manifest, folder: Path, progress: Callable[[int], object]
+    storage: Storage, manifest: Manifest, folder: Path, masks: Masks | None, progress: Callable[[int], object]
 ) -> list[Problem]:
     """Whether every cached image is still in its folder with the same content, and every image there is in the cache.
 
     Reads every image, whatever its time says. Raises UserError where there is no such folder.
     """
-    masks = find_masks(manifest)
     without = [Path(storage.path)] if storage.is_local else []
     source = list_folder(folder, without=without if masks is None else [*without, masks.folder])
     rows = list(live_rows(storage, manifest))
@@ -50,10 +49,14 @@ def compare_source(
     return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
 
 
-def find_masks(manifest: Manifest) -> Masks | None:
+def find_masks(manifest: Manifest, folder: Path | None) -> Masks | None:
     """The masks that a cache's weights came from; None where they did not come from masks. Raises UserError."""
-    folder = manifest.made_with.get("masks")
-    return list_masks(Path(folder)) if folder is not None else None
+    if manifest.recipe["latents"]["images"].get("weights") != "masks":
+        return None
+    folder = folder or Path(manifest.made_with["masks"])
+    if not folder.is_dir():
+        raise UserError(f"--masks {folder}: no such folder. Give that of this cache's masks.")
+    return list_masks(folder, "--masks")
 
 
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
@@ -67,7 +70,15 @@ def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes
 
 
 def reencode(
-    storage: Storage, manifest: Manifest, folder: Path, count: int, *, seed: int, model: str | None, device: str
+    storage: Storage,
+    manifest: Manifest,
+    folder: Path,
+    masks: Masks | None,
+    count: int,
+    *,
+    seed: int,
+    model: str | None,
+    device: str,
 ) -> tuple[list[Problem], float]:
     """Encode `count` random images again and compare; also the largest difference, in the latent's standard deviations.
 
@@ -77,7 +88,7 @@ def reencode(
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
     vae = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
-    options = LoadOptions.from_recipe(folder, manifest.latent["factor"], find_masks(manifest), recipe)
+    options = LoadOptions.from_recipe(folder, manifest.latent["factor"], masks, recipe)
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
     chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])
     problems, worst = [], 0.0
