@@ -19,7 +19,7 @@ from PIL import Image
 
 from latentprep.config import Geometry, ImageOptions, latents_recipe
 from latentprep.prepare.buckets import make_place
-from latentprep.prepare.load import LoadOptions, load_pixels
+from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.source import read_item
 from latentprep.records import Item, Pixels
 

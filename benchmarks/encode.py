@@ -23,9 +23,9 @@ from PIL import Image
 from latentprep.config import EncodeOptions, Geometry, TextOptions
 from latentprep.prepare.devices import quiet_libraries
 from latentprep.prepare.encode import encode
+from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.survey import prepare
 from latentprep.prepare.vae import VaeEncoder
-from latentprep.prepare.vae_folder import open_vae
 
 
 class NoBar:

@@ -10,7 +10,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from latentprep.demo import draw_scene
-from latentprep.prepare.alpha import fill_background, split_alpha
+from latentprep.prepare.images.alpha import fill_background, split_alpha
 
 PICTURE = Path(__file__).with_suffix(".png")
 SIDE, GAP, HEAD = 192, 12, 26  # pixels

@@ -24,13 +24,13 @@ from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, Geometry, ImageOptions, TextOptions, digest_of
 from latentprep.errors import UserError
 from latentprep.prepare.encode import encode
-from latentprep.prepare.families import FAMILIES
-from latentprep.prepare.model_set import Models
+from latentprep.prepare.models.families import FAMILIES
+from latentprep.prepare.models.model_set import Models
+from latentprep.prepare.models.text_folder import TextFacts
+from latentprep.prepare.models.vae_folder import VaeFacts
 from latentprep.prepare.survey import prepare
 from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.text_folder import TextFacts
 from latentprep.prepare.vae import VaeEncoder
-from latentprep.prepare.vae_folder import VaeFacts
 from latentprep.prompts import load_template
 from latentprep.read.dataset import LatentDataset
 from latentprep.read.sampler import BucketBatchSampler

@@ -28,11 +28,11 @@ from latentprep.cache.shard import open_text as open_text_file
 from latentprep.cache.storage import Storage
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.families import FAMILIES, find_family
 from latentprep.prepare.job import Truncated
+from latentprep.prepare.models.families import FAMILIES, find_family
+from latentprep.prepare.models.text_folder import family_of, open_text
+from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.text_folder import family_of, open_text
-from latentprep.prepare.vae_folder import open_vae
 from tests.conftest import TINY
 
 CPU, PROMPTS = torch.device("cpu"), ["a red house, snow", "", "x" * 90 + " end"]

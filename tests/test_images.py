@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from latentprep import LatentDataset
-from latentprep.prepare.crops import choose_crops, saliency_map
+from latentprep.prepare.images.crops import choose_crops, saliency_map
 from latentprep.prepare.source import formats
 from latentprep.records import Placement
 from tests.conftest import PHOTOS, SMALL, find_photo, gradient

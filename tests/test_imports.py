@@ -45,27 +45,26 @@ def test_cache_knows_none_of_the_wings():
 def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
-        # works on what list_folder found, and asks the metadata files in it
-        "captions.py": {"latentprep.prepare.source", "latentprep.prepare.metadata"},
-        # reads orientation and errors in the same way as source; the others are its own parts
-        "load.py": {f"latentprep.prepare.{name}" for name in ("source", "alpha", "color", "crops", "masks")},
-        "masks.py": {"latentprep.prepare.source"},
-        "vae.py": {"latentprep.prepare.vae_folder", "latentprep.prepare.devices"},  # halves its batches
-        "models.py": {"latentprep.prepare.model_files"},
-        "vae_folder.py": {"latentprep.prepare.model_files"},
-        "text_folder.py": {"latentprep.prepare.model_files", "latentprep.prepare.families"},
-        # what a folder has in files, a checkpoint has in tensors
-        "single_file.py": {
-            f"latentprep.prepare.{name}"
-            for name in ("checkpoint", "clip_tokenizer", "families", "model_files", "text_folder", "vae_folder")
+        "captions.py": {"source", "metadata"},  # works on what list_folder found, and asks the metadata files in it
+        "images/load.py": {"source", "images.alpha", "images.color", "images.crops", "images.masks"},
+        "images/masks.py": {"source"},  # lists a folder, as source does
+        "vae.py": {"models.vae_folder", "devices"},  # halves its batches
+        "text.py": {"models.families", "windows"},
+        "models/find.py": {"models.files"},
+        "models/vae_folder.py": {"models.files"},
+        "models/text_folder.py": {"models.files", "models.families"},
+        "models/single_file.py": {  # what a folder has in files, a checkpoint has in tensors
+            "models.checkpoint", "models.clip_tokenizer", "models.families", "models.files", "models.text_folder",
+            "models.vae_folder",
         },
-        "text.py": {"latentprep.prepare.families", "latentprep.prepare.windows"},
-    }
-    stages = "source captions metadata buckets load alpha color crops masks vae windows text"
-    models = "models model_files families vae_folder text_folder checkpoint clip_tokenizer single_file"
-    for name in (f"{stage}.py" for stage in f"{stages} {models}".split()):
-        modules = {m for m in imported(PACKAGE / "prepare" / name) if m.startswith("latentprep.prepare")}
-        assert modules <= allowed.get(name, set()), name
+    }  # fmt: skip
+    stages = ["source.py", "captions.py", "metadata.py", "buckets.py", "vae.py", "text.py", "windows.py"]
+    parts = [path for folder in ("images", "models") for path in (PACKAGE / "prepare" / folder).glob("*.py")]
+    for path in [*(PACKAGE / "prepare" / name for name in stages), *parts]:
+        name = path.relative_to(PACKAGE / "prepare").as_posix()
+        known = {m for m in imported(path) if m.startswith("latentprep.prepare")}
+        if name != "models/model_set.py":  # puts the models of a run together
+            assert known <= {f"latentprep.prepare.{module}" for module in allowed.get(name, set())}, name
 
 
 def loaded_after(code: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""prepare/load.py: pixels and weight maps, against Pillow's own results."""
+"""prepare/images/load.py: pixels and weight maps, against Pillow's own results."""
 
 import hashlib
 import io
@@ -12,8 +12,8 @@ from PIL import Image, ImageCms, ImageOps
 
 from latentprep.config import FILTERS, Geometry, ImageOptions, latents_recipe
 from latentprep.prepare.buckets import make_place
-from latentprep.prepare.load import LoadOptions, load_pixels
-from latentprep.prepare.masks import add_masks, list_masks
+from latentprep.prepare.images.load import LoadOptions, load_pixels
+from latentprep.prepare.images.masks import add_masks, list_masks
 from latentprep.prepare.source import read_item
 from latentprep.prepare.vae import LEVELS
 from latentprep.records import Pixels, Skip

@@ -1,4 +1,4 @@
-"""prepare/models.py and the built-in model: what is found, what is hashed, and what is said where there is nothing."""
+"""prepare/models/ and the built-in model: what is found, what is hashed, and what is said where there is nothing."""
 
 import json
 import math
@@ -12,9 +12,9 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentprep.errors import UserError
-from latentprep.prepare.models import HUB_FILES, commit_of, find_model
-from latentprep.prepare.text_folder import open_text
-from latentprep.prepare.vae_folder import open_vae
+from latentprep.prepare.models.find import HUB_FILES, commit_of, find_model
+from latentprep.prepare.models.text_folder import open_text
+from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import HELD_OUT, TINY, find_photo, make_model
 
 

@@ -1,4 +1,4 @@
-"""prepare/single_file.py: a checkpoint in one file gives the numbers of its diffusers folder, and says what it lacks.
+"""prepare/models/single_file.py: a checkpoint in one file gives the numbers of its folder, and says what it lacks.
 
 The files are written here, by a mapping of names from diffusers to the original code that is the tests' own.
 """
@@ -15,11 +15,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentprep.config import EncodeOptions, Geometry, TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.checkpoint import KINDS
-from latentprep.prepare.clip_tokenizer import load_tokenizer, make_vocabulary
-from latentprep.prepare.model_set import open_models
-from latentprep.prepare.single_file import ARCHITECTURES
-from latentprep.prepare.text_folder import PARTS_LEFT_OUT
+from latentprep.prepare.models.checkpoint import KINDS
+from latentprep.prepare.models.clip_tokenizer import load_tokenizer, make_vocabulary
+from latentprep.prepare.models.model_set import open_models
+from latentprep.prepare.models.single_file import ARCHITECTURES
+from latentprep.prepare.models.text_folder import PARTS_LEFT_OUT
 from tests.conftest import TINY
 
 PROMPTS = [

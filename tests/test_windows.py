@@ -9,8 +9,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from latentprep.config import TextOptions
+from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.text_folder import open_text
 from latentprep.prepare.windows import join, parse_emphasis, split_windows
 from tests.conftest import TINY
 from tests.test_families import make_mini

@@ -55,7 +55,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     Raises UserError, and KeyboardInterrupt once every finished file is safe on disk.
     """
     from latentprep.prepare.engine.local import run
-    from latentprep.prepare.load import LARGE_PIXELS, load_pixels
+    from latentprep.prepare.images.load import LARGE_PIXELS, load_pixels
     from latentprep.prepare.textfile import write_empty_prompt
 
     options, storage, plan, load_options = prepared.options, prepared.storage, prepared.plan, prepared.load_options

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentprep.prepare.encode import make_job
-from latentprep.prepare.load import load_pixels
+from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.survey import Prepared
 from latentprep.prompts import make_prompts
 from latentprep.records import Row

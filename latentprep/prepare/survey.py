@@ -18,12 +18,12 @@ from latentprep.errors import UserError
 from latentprep.prepare.buckets import make_place
 from latentprep.prepare.captions import Captioned, add_captions
 from latentprep.prepare.devices import choose_device, default_shard_bytes
-from latentprep.prepare.load import LoadOptions
-from latentprep.prepare.masks import Masks, add_masks, list_masks, paths_of
-from latentprep.prepare.model_set import Models, open_models
+from latentprep.prepare.images.load import LoadOptions
+from latentprep.prepare.images.masks import Masks, add_masks, list_masks, paths_of
+from latentprep.prepare.models.model_set import Models, open_models
+from latentprep.prepare.models.vae_folder import VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
 from latentprep.prepare.source import hash_images, limit_pixels, list_folder
-from latentprep.prepare.vae_folder import VaeFacts
 from latentprep.records import Item, Skip
 from latentprep.units import counted, human_bytes
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from latentprep.errors import UserError
 from latentprep.prepare.devices import BatchLimit
-from latentprep.prepare.vae_folder import VaeSource
+from latentprep.prepare.models.vae_folder import VaeSource
 
 # k/127.5 - 1 for every byte k, rounded once from double: the same floats as numpy's in the ancestor
 LEVELS = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).float()

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from latentprep.errors import UserError
-from latentprep.prepare.model_files import VAE_WEIGHTS, check_keys, digest_model, find_weights, hash_files, read_json
+from latentprep.prepare.models.files import VAE_WEIGHTS, check_keys, digest_model, find_weights, hash_files, read_json
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from latentprep.errors import UserError
-from latentprep.prepare.model_files import TEXT_WEIGHTS, VAE_WEIGHTS, read_json
+from latentprep.prepare.models.files import TEXT_WEIGHTS, VAE_WEIGHTS, read_json
 
 TINY = "tiny"
 WEIGHTS = {"vae": VAE_WEIGHTS, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), TEXT_WEIGHTS)}

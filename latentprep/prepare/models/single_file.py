@@ -12,7 +12,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from latentprep.errors import UserError
-from latentprep.prepare.checkpoint import (
+from latentprep.prepare.models.checkpoint import (
     TITLES,
     Shapes,
     hash_tensors,
@@ -24,11 +24,11 @@ from latentprep.prepare.checkpoint import (
     vae_names,
     vae_prefix,
 )
-from latentprep.prepare.clip_tokenizer import MERGES, load_tokenizer
-from latentprep.prepare.families import find_family
-from latentprep.prepare.model_files import check_keys, digest_model, hash_files, read_json
-from latentprep.prepare.text_folder import PARTS_LEFT_OUT, TextFacts, text_numbers
-from latentprep.prepare.vae_folder import VaeFacts, read_vae_config, vae_numbers
+from latentprep.prepare.models.clip_tokenizer import MERGES, load_tokenizer
+from latentprep.prepare.models.families import find_family
+from latentprep.prepare.models.files import check_keys, digest_model, hash_files, read_json
+from latentprep.prepare.models.text_folder import PARTS_LEFT_OUT, TextFacts, text_numbers
+from latentprep.prepare.models.vae_folder import VaeFacts, read_vae_config, vae_numbers
 from latentprep.units import printable
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, DiffusionPipeline
     from transformers import CLIPTextModel
 
-ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "architectures"
+ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "models" / "architectures"
 EXPECTED = "Expected a Stable Diffusion 1.x, 2.x or XL checkpoint, or a VAE"
 PIPELINES_OF_PARTS = {
     ("text_encoder",): "StableDiffusionPipeline",

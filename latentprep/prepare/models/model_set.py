@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from latentprep.config import EncodeOptions
 from latentprep.errors import UserError
-from latentprep.prepare.checkpoint import TITLES
-from latentprep.prepare.models import commit_of, find_model
-from latentprep.prepare.single_file import TextFile, VaeFile, find_configs, open_text_file, open_vae_file
-from latentprep.prepare.text_folder import TextFacts, TextFolder, family_of, open_text
-from latentprep.prepare.vae_folder import VaeFacts, VaeFolder, open_vae
+from latentprep.prepare.models.checkpoint import TITLES
+from latentprep.prepare.models.find import commit_of, find_model
+from latentprep.prepare.models.single_file import TextFile, VaeFile, find_configs, open_text_file, open_vae_file
+from latentprep.prepare.models.text_folder import TextFacts, TextFolder, family_of, open_text
+from latentprep.prepare.models.vae_folder import VaeFacts, VaeFolder, open_vae
 
 if TYPE_CHECKING:
     import torch

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.families import FAMILIES, Family, find_family, tokenizer_of
-from latentprep.prepare.model_files import TEXT_WEIGHTS, digest_model, find_weights, hash_files, read_json
+from latentprep.prepare.models.families import FAMILIES, Family, find_family, tokenizer_of
+from latentprep.prepare.models.files import TEXT_WEIGHTS, digest_model, find_weights, hash_files, read_json
 
 if TYPE_CHECKING:
     import torch

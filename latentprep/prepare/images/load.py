@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from latentprep.prepare.alpha import fill_background, split_alpha
-from latentprep.prepare.color import UnknownRangeError, to_srgb
-from latentprep.prepare.crops import choose_crops
-from latentprep.prepare.masks import Masks
+from latentprep.prepare.images.alpha import fill_background, split_alpha
+from latentprep.prepare.images.color import UnknownRangeError, to_srgb
+from latentprep.prepare.images.crops import choose_crops
+from latentprep.prepare.images.masks import Masks
 from latentprep.prepare.source import (
     DECODER_ERRORS,
     describe,
