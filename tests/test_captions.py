@@ -36,6 +36,14 @@ def captions(folder, **options):
     return add_captions(list_folder(folder), TextOptions(**options))
 
 
+def test_files_that_are_neither_images_nor_captions_are_counted(folder, run):
+    for name in ("clip.mp4", "other.MP4", "raw.cr2", "LICENCE"):
+        (folder / name).write_bytes(b"x")
+    assert captions(folder).ignored == {".mp4": 2, ".cr2": 1, "LICENCE": 1}
+    result = run("encode", folder, "--model", "tiny", "--dry-run")
+    assert "         4 files of other kinds left out: .mp4, " in result.err
+
+
 def test_sidecar_then_metadata_then_file_name(folder):
     found = captions(folder)
     assert {item.key: (item.captions, item.caption_origin) for item in found.items} == {

@@ -7,7 +7,7 @@ from pathlib import Path, PurePosixPath
 
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.metadata import read_metadata, read_text
+from latentprep.prepare.metadata import READERS, read_metadata, read_text
 from latentprep.prepare.source import Source
 from latentprep.records import Item
 
@@ -24,6 +24,7 @@ class Captioned:
     without_image: list[str]  # sidecars that belong to no image, and images that only metadata knows
     shared: list[str]  # stems that several images share, so that one sidecar captions them all
     num_long: int  # sidecars of several lines that are taken as one caption
+    ignored: Counter[str]  # suffix -> how many files that are neither images nor captions
 
 
 def add_captions(source: Source, options: TextOptions) -> Captioned:
@@ -58,6 +59,11 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
         + [key for key in metadata if key not in keys],
         shared=sorted(stem for stem, count in stems.items() if count > 1 and stem in with_sidecar),
         num_long=len({_stem(i.key) for i in items if f".{i.caption_origin}" in SIDECARS and "\n" in i.captions[0]}),
+        ignored=Counter(
+            _suffix(key) or PurePosixPath(key).name
+            for key in source.others
+            if _suffix(key) not in SIDECARS and PurePosixPath(key).name not in READERS
+        ),
     )
 
 

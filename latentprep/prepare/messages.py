@@ -65,6 +65,11 @@ def source_text(prepared: Prepared) -> str:
         )
     if captioned.without_image:
         lines.append(f"         captions without an image: {_name(captioned.without_image)}")
+    if captioned.ignored:
+        suffixes = [suffix for suffix, _ in captioned.ignored.most_common()]
+        lines.append(
+            f"         {counted(captioned.ignored.total(), 'file')} of other kinds left out: {_name(suffixes)}"
+        )
     if captioned.shared:
         lines.append(f"         one caption file for several images of one stem: {_name(captioned.shared)}")
     return "\n".join(lines)
