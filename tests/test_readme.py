@@ -91,7 +91,7 @@ def test_options_and_files_that_it_names_exist(run):
 def test_reasons_that_it_lists_are_those_of_the_code():
     listed = set(re.findall(r"`(\w+)`", README.split("with its reason")[1].split("\n\n")[0]))
     assert listed == set(REASONS)
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "latentprep" / "prepare").glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "latentprep" / "prepare").rglob("*.py"))
     for reason in REASONS:
         assert f'"{reason}"' in source
     assert set(re.findall(r'(?:Skip\([\w.]+, |skip\(|return )"([a-z_]+)", ', source)) <= set(REASONS)
