@@ -32,7 +32,8 @@ import json, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
 from latentprep import cli
-from latentprep.prepare import encode, messages, worker, load, vae, text, estimate
+from latentprep.prepare import encode, messages, worker, vae, text, estimate
+from latentprep.prepare.images import load
 from latentprep.prepare.engine import local
 from latentprep.prepare.devices import quiet_libraries
 quiet_libraries()

@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from latentprep.cache import manifest as manifests
 from latentprep.cache.shard import METADATA_KEY
 from latentprep.cache.storage import Stamp, Storage
+from latentprep.errors import UserError
 from latentprep.look.verify import verify
+from latentprep.prepare.recheck import reencode
 from tests.conftest import SMALL, gradient, make_model
 from tests.test_encode import files
 
@@ -225,6 +227,15 @@ def test_reencode_with_another_model_is_refused(run, cache, images, tmp_path):
     assert result.code == 1
     assert "this cache was made with" in result.err
     assert "give their folder with --source" in run("verify", cache, "--re-encode", 1).err
+
+
+@pytest.mark.parametrize("images_part", [{}, {"draft": True}, {"background": "auto", "unheard": 1}])
+def test_reencode_of_a_recipe_that_nobody_understands(cache, images, images_part):
+    storage = Storage(cache)
+    manifest = manifests.open_manifest(storage)
+    manifest.recipe["latents"]["images"] = images_part
+    with pytest.raises(UserError, match="its recipe does not say how images are decoded"):
+        reencode(storage, manifest, images, None, 1, seed=0, model="tiny", device="cpu")
 
 
 def test_what_is_no_cache(run, tmp_path):

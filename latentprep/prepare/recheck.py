@@ -88,7 +88,10 @@ def reencode(
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
     vae = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
-    options = LoadOptions.from_recipe(folder, manifest.latent["factor"], masks, recipe)
+    try:
+        options = LoadOptions.from_recipe(folder, manifest.latent["factor"], masks, recipe)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{storage.root}: its recipe does not say how images are decoded ({error}).") from None
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
     chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])
     problems, worst = [], 0.0

@@ -86,6 +86,40 @@ def load_pixels(
     if len(data) + len(mask_data) != item.nbytes:
         return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data) + len(mask_data)}: run again")
     notes: list[str] = []
+    decoded = decode(data, item, placement, options, notes)
+    if isinstance(decoded, Skip):
+        return decoded
+    rgb, alpha = decoded
+    weight = alpha if options.weights == "alpha" else None
+    if mask_path is not None:
+        mask = load_mask(mask_data, item.size)
+        if isinstance(mask, str):
+            return item.skip("bad_mask", f"{mask_path}: {mask}")
+        weight = mask
+        notes.append("mask")
+    if placement.enlarges(item.size):
+        notes.append("enlarged")
+    if rgb.size != placement.resized_size[::-1]:
+        rgb = rgb.resize(placement.resized_size[::-1], options.filter)
+    if crops is None:
+        crops = choose_crops(rgb, weight, placement, options.crop, options.crops, options.seed, item.key)
+    pixels = np.asarray(rgb)
+    return Pixels(
+        np.stack([cut(pixels, box, mode="edge") for box in crops]),
+        place_weight(weight, placement.resized_size, crops, options.factor),
+        tuple(crops),
+        new_hash(data + mask_data).digest(),
+        tuple(notes),
+    )
+
+
+def decode(
+    data: bytes, item: Item, placement: Placement, options: LoadOptions, notes: list[str]
+) -> tuple[Image.Image, Image.Image | None] | Skip:
+    """An image file as upright sRGB, and its alpha as "L" where it has transparency; or the Skip that says why not.
+
+    At its own size, but for a JPEG that was reduced: that has its placement's.
+    """
     try:
         if data.startswith(PNG_MAGIC):
             Image.open(
@@ -94,7 +128,7 @@ def load_pixels(
         if data.startswith(JPEG_MAGIC) and data.count(JPEG_SCAN) > MAX_SCANS:
             return item.skip("too_large", f"a JPEG of {data.count(JPEG_SCAN):,} scans, expected at most {MAX_SCANS}")
         with Image.open(io.BytesIO(data), formats=formats()) as image:
-            size, full, orientation = oriented_size(image), image.size, read_orientation(image)
+            size, (width, height), orientation = oriented_size(image), image.size, read_orientation(image)
             if size != item.size:
                 return item.skip(
                     "changed", f"was {item.size[1]}x{item.size[0]} when listed, now {size[1]}x{size[0]}: run again"
@@ -105,9 +139,7 @@ def load_pixels(
                 notes.append("first_frame")
             image.seek(0)
             lying = placement.resized_size if orientation < 5 else placement.resized_size[::-1]  # as the file has it
-            shrunk_by = draft(image, lying, options)
-            if shrunk_by > 1:
-                notes.append("draft")
+            divisor = draft(image, lying, options)
             image.load()
             color, alpha = split_alpha(image)
             rgb = to_srgb(color, image.info.get("icc_profile"), notes)
@@ -119,34 +151,14 @@ def load_pixels(
         return item.skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
     if alpha is not None:
         rgb = fill_background(rgb, alpha, options.background, options.weights == "alpha", notes)
-    if shrunk_by > 1:  # before it is turned: the picture ends within the last row and column of a reduced JPEG
-        rgb = rgb.resize(lying[::-1], options.filter, box=(0, 0, full[0] / shrunk_by, full[1] / shrunk_by))
+    if divisor > 1:  # before it is turned: the picture ends within the last row and column of a reduced JPEG
+        notes.append("draft")
+        rgb = rgb.resize(lying[::-1], options.filter, box=(0, 0, width / divisor, height / divisor))
     if orientation in TRANSPOSE:
         notes.append("oriented")
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None
-    weight = alpha if options.weights == "alpha" else None
-    if mask_path is not None:
-        mask = load_mask(mask_data, size)
-        if isinstance(mask, str):
-            return item.skip("bad_mask", f"{mask_path}: {mask}")
-        weight = mask
-        notes.append("mask")
-    if placement.enlarges(size):
-        notes.append("enlarged")
-    resized = rgb
-    if rgb.size != placement.resized_size[::-1]:
-        resized = rgb.resize(placement.resized_size[::-1], options.filter)
-    if crops is None:
-        crops = choose_crops(resized, weight, placement, options.crop, options.crops, options.seed, item.key)
-    pixels = np.asarray(resized)
-    return Pixels(
-        np.stack([cut(pixels, box, mode="edge") for box in crops]),
-        place_weight(weight, placement.resized_size, crops, options.factor),
-        tuple(crops),
-        new_hash(data + mask_data).digest(),
-        tuple(notes),
-    )
+    return rgb, alpha
 
 
 def draft(image: Image.Image, size: Size, options: LoadOptions) -> int:
