@@ -12,7 +12,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentprep.errors import UserError
-from latentprep.prepare.models.find import HUB_FILES, commit_of, find_model
+from latentprep.prepare.models.find import TEXT_FILES, VAE_FILES, commit_of, find_model
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import HELD_OUT, TINY, find_photo, make_model
@@ -281,7 +281,23 @@ def test_what_is_downloaded_of_a_hub_model():
         "safety_checker/model.safetensors", "text_encoder/pytorch_model.bin", "text_encoder_3/model.fp16.safetensors",
         "transformer/diffusion_pytorch_model-00001-of-00002.safetensors", "sd3_medium.safetensors",
     ]  # fmt: skip
-    assert list(filter_repo_objects([*wanted, *others], allow_patterns=HUB_FILES)) == wanted
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=[*VAE_FILES, *TEXT_FILES])) == wanted
+    without_text = [name for name in wanted if not name.startswith(("text_encoder", "tokenizer", "transformer"))]
+    assert list(filter_repo_objects([*wanted, *others], allow_patterns=VAE_FILES)) == without_text
+
+
+def test_where_a_vae_is_all_that_is_wanted_no_text_encoder_is_waited_for(hub, model, run, images, tmp_path):
+    folder = hub("some/model", model)
+    shutil.rmtree(folder / "text_encoder")
+    assert wants_download("some/model")
+    said = []
+    assert find_model("some/model", say=said.append, with_text=False) == folder
+    size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
+    for number, options in enumerate((("--no-cond",), ("--only", "latents"))):
+        result = run("encode", images, "--out", tmp_path / str(number), "--model", "some/model", *size, *options)
+        assert result.code == 0
+        assert "download" not in result.err
+    assert not said
 
 
 def damage_nothing(folder):

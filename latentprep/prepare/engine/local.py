@@ -108,7 +108,7 @@ def run(
                 progress(len(unit.items), False)
         for retext in retexts:
             attempt(retext.entry.unit, partial(retext_unit, retext, job, writer.submit))
-            progress(retext.entry.num_images, False)
+            progress(retext.entry.num_images, True)
         writer.wait()
     finally:
         decoders.shutdown(wait=True, cancel_futures=True)

@@ -12,23 +12,17 @@ TINY = "tiny"
 WEIGHTS = {"vae": VAE_WEIGHTS, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), TEXT_WEIGHTS)}
 SINGLE_FILE = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
-# Of a hub repository only these are downloaded: no UNet, no pickles, no second precision. A transformer's config alone
-# says how wide the cond of a text encoder is that was left out (Stable Diffusion 3 without T5).
-HUB_FILES = [
-    "model_index.json",
-    "transformer/config.json",
-    "tokenizer*/*",
-    *(
-        folder + name
-        for folder, weights in (("", VAE_WEIGHTS), ("vae/", VAE_WEIGHTS), ("text_encoder*/", TEXT_WEIGHTS))
-        for name in (
-            "config.json",
-            f"{weights}.safetensors",
-            f"{weights}.safetensors.index.json",
-            f"{weights}-*-of-*.safetensors",
-        )
-    ),
-]
+
+
+def _weights(folder: str, stem: str) -> list[str]:
+    names = ("config.json", f"{stem}.safetensors", f"{stem}.safetensors.index.json", f"{stem}-*-of-*.safetensors")
+    return [folder + name for name in names]
+
+
+# Of a hub repository only these are downloaded: no UNet, no pickles, no second precision.
+VAE_FILES = ["model_index.json", *_weights("", VAE_WEIGHTS), *_weights("vae/", VAE_WEIGHTS)]
+# A transformer's config says how wide the cond of a text encoder is that was left out (Stable Diffusion 3 without T5).
+TEXT_FILES = ["tokenizer*/*", *_weights("text_encoder*/", TEXT_WEIGHTS), "transformer/config.json"]
 
 
 def find_model(
@@ -36,10 +30,12 @@ def find_model(
     option: str = "--model",
     say: Callable[[str], None] = lambda line: None,
     revision: str | None = None,
+    with_text: bool = True,
 ) -> Path:
     """The local folder or single file of a model. Raises UserError.
 
-    Downloads a hub id that is not here yet, and says so; `revision` is its branch, tag or commit.
+    Downloads of a hub id what is not here yet, and says so; `revision` is its branch, tag or commit. Without text
+    encoders, which may be 10 GB, where only a VAE is wanted.
     """
     path = Path(str(files("latentprep"))) / "tiny" if name == TINY else Path(name).expanduser()
     if revision is not None and path.exists():
@@ -54,7 +50,7 @@ def find_model(
             f"{option} {name}: no such folder or file. "
             "Give a diffusers folder, a .safetensors checkpoint, a hub id such as owner/name, or tiny."
         )
-    return _find_on_hub(name, option, say, revision)
+    return _find_on_hub(name, option, say, revision, with_text)
 
 
 def _check_single_file(path: Path, name: str, option: str) -> None:
@@ -77,7 +73,7 @@ def commit_of(path: Path) -> str | None:
     return path.name if path.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", path.name) else None
 
 
-def _find_on_hub(name: str, option: str, say: Callable[[str], None], revision: str | None) -> Path:
+def _find_on_hub(name: str, option: str, say: Callable[[str], None], revision: str | None, with_text: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -88,15 +84,16 @@ def _find_on_hub(name: str, option: str, say: Callable[[str], None], revision: s
     )
 
     asked = f" --revision {revision}" if revision is not None else ""
+    wanted = [*VAE_FILES, *(TEXT_FILES if with_text else [])]
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES, local_files_only=True))
-        if _is_complete(folder):
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted, local_files_only=True))
+        if _is_complete(folder, with_text):
             return folder
     except (LocalEntryNotFoundError, OSError):
         pass  # nothing of it is here
     try:
-        say(f"download {name}{asked} from the hub: VAE, text encoder and tokenizer")
-        return Path(snapshot_download(name, revision=revision, allow_patterns=HUB_FILES))
+        say(f"download {name}{asked} from the hub: VAE{', text encoder and tokenizer' if with_text else ' alone'}")
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except GatedRepoError:
         reason = (
             f"access is gated. Accept its terms on the hub and run: hf auth login; or point {option} at a local folder."
@@ -113,12 +110,14 @@ def _find_on_hub(name: str, option: str, say: Callable[[str], None], revision: s
     raise UserError(f"{option} {name}{asked}: {reason}")
 
 
-def _is_complete(folder: Path) -> bool:
-    """Whether a download of HUB_FILES came to its end: a folder of the hub's cache may hold a part of them."""
+def _is_complete(folder: Path, with_text: bool) -> bool:
+    """Whether a download came to its end: a folder of the hub's cache may hold a part of what is wanted."""
     if not (folder / "model_index.json").is_file():
         return _has_weights(folder, VAE_WEIGHTS)
     index = read_json(folder / "model_index.json", "--model")
     parts = {name for name, kind in index.items() if isinstance(kind, list) and kind != [None, None]}
+    if not with_text:
+        parts &= {"vae"}
     return all(_has_weights(folder / part, WEIGHTS[part]) for part in WEIGHTS.keys() & parts) and (
         "transformer" not in parts or (folder / "transformer" / "config.json").is_file()
     )

@@ -34,8 +34,8 @@ class Models:
 
 def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     """The models that the options name; their configs are read and their weights hashed. Raises UserError."""
-    model = find_model(options.model, say=say, revision=options.revision)
-    vae_path = find_model(options.vae, "--vae", say) if options.vae else model
+    model = find_model(options.model, "--model", say, options.revision, options.needs_text_encoder)
+    vae_path = find_model(options.vae, "--vae", say, with_text=False) if options.vae else model
     if options.config and model.is_dir() and vae_path.is_dir():
         raise UserError(f"--config {options.config}: is for a model in a single file, and {options.model} is a folder.")
     configs = find_config(options.config)
@@ -67,7 +67,8 @@ def open_made_vae(made_with: dict[str, Any], name: str) -> VaeFolder | VaeFile:
     """The VAE that a cache was made with: `name`, with what its manifest says of it. Raises UserError."""
 
     def find(model: str) -> Path:
-        return find_model(model, revision=made_with.get("commit") if model == made_with["model"] else None)
+        commit = made_with.get("commit") if model == made_with["model"] else None
+        return find_model(model, revision=commit, with_text=False)
 
     return open_vae_at(find(name), "--model", find_config(made_with.get("config")), lambda: find(made_with["model"]))
 
