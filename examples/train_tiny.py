@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import typer
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -198,6 +199,14 @@ def make_text_encoder(seed: int) -> tuple[CLIPTokenizer, CLIPTextModel]:
     return tokenizer, text_encoder.eval()
 
 
+def save_text_encoder(text_encoder: CLIPTextModel, out: Path) -> None:
+    """With the names of transformers 4, which 5 reads too; 4 finds none of the names of 5, and says nothing."""
+    text_encoder.half().save_pretrained(out)
+    weights = load_file(out / "model.safetensors")
+    names = {name: f"text_model.{name.removeprefix('text_model.')}" for name in weights}
+    save_file({names[name]: tensor for name, tensor in weights.items()}, out / "model.safetensors", {"format": "pt"})
+
+
 def save_tokenizer(tokenizer: CLIPTokenizer, out: Path) -> None:
     """tokenizer.json, and the files that transformers 4 reads in its place."""
     tokenizer.save_pretrained(out)
@@ -216,7 +225,7 @@ def main(
     torch.manual_seed(seed)
     train_vae(make_vae(), steps, batch_size, seed, out / "vae")
     tokenizer, text_encoder = make_text_encoder(seed)
-    text_encoder.half().save_pretrained(out / "text_encoder")
+    save_text_encoder(text_encoder, out / "text_encoder")
     save_tokenizer(tokenizer, out / "tokenizer")
     index = {
         "_class_name": "StableDiffusionPipeline",

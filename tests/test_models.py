@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentprep.errors import UserError
@@ -298,6 +300,18 @@ def test_where_a_vae_is_all_that_is_wanted_no_text_encoder_is_waited_for(hub, mo
         assert result.code == 0
         assert "download" not in result.err
     assert not said
+
+
+@pytest.mark.parametrize("part", ["vae/diffusion_pytorch_model", "text_encoder/model"])
+def test_weights_of_unknown_names_are_never_replaced_by_random_ones(model, tmp_path, part, run, images):
+    folder = copy(model, tmp_path)
+    path = folder / f"{part}.safetensors"
+    save_file({f"other.{name}": tensor for name, tensor in load_file(path).items()}, path, {"format": "pt"})
+    size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
+    result = run("encode", images, "--out", tmp_path / "c", "--model", folder, *size)
+    assert result.code == 1
+    assert re.search(rf"error: {path.parent}: \d+ of its weights were not found, such as .*upgrade it, or", result.err)
+    assert not (tmp_path / "c" / "cache.json").exists()
 
 
 def damage_nothing(folder):

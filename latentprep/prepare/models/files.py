@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+from collections.abc import Collection
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,19 @@ def find_weights(path: Path, stem: str, option: str) -> list[Path]:
             "Save the model again with save_pretrained; pickled weights are not loaded."
         )
     return found
+
+
+def check_whole(path: Path, library: str, missing: Collection[str]) -> None:
+    """Raise UserError where a model was loaded without some of its weights: these are random, and nobody says so.
+
+    So transformers 4 loads a CLIPTextModel that transformers 5 has saved, since the names of its weights differ.
+    """
+    if missing:
+        raise UserError(
+            f"{path}: {len(missing)} of its weights were not found, such as {min(missing)}. {library} "
+            f"{version(library)} may not know the names that another version gave them: upgrade it, or save the model "
+            "again with this one."
+        )
 
 
 def hash_files(paths: list[Path]) -> list[list[str]]:

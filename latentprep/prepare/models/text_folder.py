@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
 from latentprep.prepare.models.families import FAMILIES, Family, find_family, tokenizer_of
-from latentprep.prepare.models.files import TEXT_WEIGHTS, digest_model, find_weights, hash_files, read_json
+from latentprep.prepare.models.files import TEXT_WEIGHTS, check_whole, digest_model, find_weights, hash_files, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -53,17 +53,33 @@ class TextFolder(TextFacts):
         """The base pipeline of its family, on the CPU, with nothing but text encoders and tokenizers.
 
         The weights are read in `dtype`, and not cast later: so transformers keeps the layers in float32 that
-        overflow in float16 (T5's wo), and a large encoder is in memory once.
+        overflow in float16 (T5's wo), and a large encoder is in memory once. Raises UserError where some are missing.
         """
         import diffusers
 
-        parts = [*PARTS_LEFT_OUT, *self.left_out, *map(tokenizer_of, self.left_out)]
-        pipeline = getattr(diffusers, self.family.pipeline).from_pretrained(
-            self.path, torch_dtype=dtype, use_safetensors=True, **dict.fromkeys(parts)
-        )
+        parts: dict[str, Any] = dict.fromkeys(PARTS_LEFT_OUT)
+        for part in self.family.encoders:
+            if part in self.left_out:
+                parts |= {part: None, tokenizer_of(part): None}
+            else:
+                parts[part] = self._load_encoder(part, dtype)
+        pipeline = getattr(diffusers, self.family.pipeline).from_pretrained(self.path, **parts)
         if self.family.t5 in self.left_out:  # then encode_prompt asks the transformer how many zeros stand for its T5
             pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=self.width))
         return pipeline
+
+    def _load_encoder(self, part: str, dtype: "torch.dtype") -> Any:
+        import transformers
+
+        index = read_json(self.path / "model_index.json", "--model")
+        kind = getattr(transformers, str((index.get(part) or [""])[-1]), None)
+        if kind is None:
+            raise UserError(f"--model {self.path}: its {part} is {index.get(part)}, which transformers does not know.")
+        model, info = kind.from_pretrained(
+            self.path / part, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+        check_whole(self.path / part, "transformers", info["missing_keys"])
+        return model
 
 
 def family_of(folder: Path) -> Family | None:

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from latentprep.errors import UserError
-from latentprep.prepare.models.files import VAE_WEIGHTS, check_keys, digest_model, find_weights, hash_files, read_json
+from latentprep.prepare.models.files import (
+    VAE_WEIGHTS,
+    check_keys,
+    check_whole,
+    digest_model,
+    find_weights,
+    hash_files,
+    read_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -38,10 +46,14 @@ class VaeFolder(VaeFacts):
     path: Path
 
     def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
-        """The whole VAE, on the CPU."""
+        """The whole VAE, on the CPU. Raises UserError where weights are missing."""
         from diffusers import AutoencoderKL
 
-        return AutoencoderKL.from_pretrained(self.path, use_safetensors=True, torch_dtype=dtype)
+        vae, info = AutoencoderKL.from_pretrained(
+            self.path, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+        )
+        check_whole(self.path, "diffusers", info["missing_keys"])
+        return vae
 
 
 def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
