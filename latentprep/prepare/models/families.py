@@ -141,6 +141,7 @@ FAMILIES = (
         t5="text_encoder_2",
         t5_tokens=512,
         has_clip_tokens=False,
+        arguments={"prompt_2": None},  # has no default in diffusers 0.33
         patch=2,
     ),
 )
