@@ -80,6 +80,22 @@ REASONS = {
 }
 
 
+# What had to be done to an image, other than resizing and cropping it; said as "12 images <words>".
+NOTES = {
+    "enlarged": "enlarged to fill their bucket (--no-upscale keeps their pixels)",
+    "oriented": "turned upright by their EXIF orientation",
+    "icc_to_srgb": "converted to sRGB from an embedded colour profile",
+    "icc_unusable": "with a colour profile that cannot be used, taken as if it were not there",
+    "cmyk_without_profile": "in CMYK without a profile, converted by Pillow's plain formula",
+    "scaled_to_8_bits": "of 16-bit or float grey, scaled to 8 bits",
+    "first_frame": "with several frames, of which the first was taken (--animated skip leaves them out)",
+    "whitened": "with white in place of a filling below full transparency (--background keep leaves it)",
+    "laid_over_background": "with transparency, laid over the background",
+    "draft": "decoded at a fraction of their size (--no-draft decodes in full)",
+    "mask": "weighted by a mask",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Skip:
     """An item that is not in the cache, and why. `reason` is one of REASONS, for machines; `detail` is for people."""
@@ -144,4 +160,4 @@ class Pixels:
     weight: "np.ndarray | None"  # [K,H/f,W/f] float32 in 0..1; None: all of it weighs 1
     crops: tuple[Box, ...]  # K boxes in the resized image
     digest: bytes  # 16 bytes: content hash of the source file, and its mask
-    notes: tuple[str, ...] = ()  # what had to be done to it: oriented, icc_to_srgb, ...
+    notes: tuple[str, ...] = ()  # what had to be done to it: some of NOTES

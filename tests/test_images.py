@@ -231,6 +231,8 @@ def test_where_alpha_is_no_weight_images_are_laid_over_white(tmp_path, run, imag
     result = run("encode", images, "--out", tmp_path / "c", *SMALL, "--weights", "none")
     assert result.code == 0
     assert "2 images with transparency, laid over the background" in result.out
+    assert json.loads(run("inspect", tmp_path / "c", "--json").out)["notes"]["laid_over_background"] == 2
+    assert "2  with transparency, laid over the background" in run("inspect", tmp_path / "c").out
     assert json.loads(run("inspect", tmp_path / "c", "--json").out)["latents"]["rows_with_weight"] == 0
 
 

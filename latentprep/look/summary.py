@@ -11,7 +11,7 @@ from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.shard import LatentGroup, ShardEntry, latents_name, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.look.cropped import crop_losses
+from latentprep.look.images import image_statistics
 
 STATISTICS_ROWS = 4096  # rows whose latents are read for the statistics; more change no digit that is shown
 
@@ -28,6 +28,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
     for shard in manifest.shards:
         for (_, _, (_, height, width)), live in zip(shard.groups, shard.live_rows(), strict=True):
             buckets[height * factor, width * factor] += len(live)
+    notes, cropped = image_statistics(storage, manifest, num_cropped)
     return {
         "cache": storage.root,
         "images": manifest.num_images,
@@ -42,7 +43,8 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "recipe": manifest.recipe,
         "latent": manifest.latent,
         "buckets": {f"{width}x{height}": count for (height, width), count in sorted(buckets.items()) if count},
-        "cropped": crop_losses(storage, manifest, num_cropped),
+        "notes": notes,
+        "cropped": cropped,
         "latents": latent_statistics(storage, manifest),
         "text": text_statistics(storage, manifest),
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),

@@ -5,12 +5,16 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from latentprep.records import NOTES
 from latentprep.units import counted, human_bytes, printable, shortened
 
 
 def render_summary(summary: dict[str, Any]) -> Group:
     """Everything that summarize() found, a table for each part."""
-    parts = [facts_table(summary), buckets_table(summary)]
+    parts = [facts_table(summary)]
+    if summary["notes"]:
+        parts.append(notes_table(summary))
+    parts.append(buckets_table(summary))
     if summary["cropped"]["images"]:
         parts.append(cropped_table(summary))
     parts += [latents_table(summary), text_table(summary["text"])]
@@ -40,6 +44,13 @@ def facts_table(summary: dict[str, Any]) -> Table:
     table.add_row("scaling", f"scaling_factor {latent['scaling_factor']:g}, shift_factor {latent['shift_factor']:g}")
     table.add_row("weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}")
     table.add_row("made by", _plain(summary["recipe"]["libraries"]))
+    return table
+
+
+def notes_table(summary: dict[str, Any]) -> Table:
+    table = _table("Images, when they were encoded")
+    for note, count in summary["notes"].items():
+        table.add_row(f"{count:,}", NOTES[note])
     return table
 
 

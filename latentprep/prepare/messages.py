@@ -11,25 +11,12 @@ from latentprep.prepare.buckets import cropped_away
 from latentprep.prepare.encode import Outcome
 from latentprep.prepare.estimate import Estimate
 from latentprep.prepare.survey import Prepared
-from latentprep.records import CHANGES, Change, Size, Skip
+from latentprep.records import CHANGES, NOTES, Change, Size, Skip
 from latentprep.units import counted, human_bytes, human_seconds, printable, shortened
 
 if TYPE_CHECKING:
     from latentprep.prepare.job import Truncated
 
-NOTES = {
-    "enlarged": "enlarged to fill their bucket (--no-upscale keeps their pixels)",
-    "oriented": "turned upright by their EXIF orientation",
-    "icc_to_srgb": "converted to sRGB from an embedded colour profile",
-    "icc_unusable": "with a colour profile that cannot be used, taken as if it were not there",
-    "cmyk_without_profile": "in CMYK without a profile, converted by Pillow's plain formula",
-    "scaled_to_8_bits": "of 16-bit or float grey, scaled to 8 bits",
-    "first_frame": "with several frames, of which the first was taken (--animated skip leaves them out)",
-    "whitened": "with white in place of a filling below full transparency (--background keep leaves it)",
-    "laid_over_background": "with transparency, laid over the background",
-    "draft": "decoded at a fraction of their size (--no-draft decodes in full)",
-    "mask": "weighted by a mask",
-}
 NUM_CROPPED = 20  # images whose crop a dry run shows
 NAMED = 5  # how many keys a line names before it says "and N more"
 
