@@ -218,6 +218,7 @@ def update_cache(options: EncodeOptions, vae: "LiveVae", cond_model: Any) -> Non
             facts,
             live_facts(cond_model) if text is not None else None,
             1,
+            False,
             lambda device, dtype: vae,
             (lambda device, dtype: text) if text is not None else None,
         )
@@ -253,15 +254,21 @@ class LiveVae(VaeEncoder):
                 latent_channels=config.latent_channels,
                 scaling_factor=float(config.scaling_factor or 1.0),
                 shift_factor=float(getattr(config, "shift_factor", None) or 0.0),
+                force_upcast=False,
             )
         if latent is not None:
             return VaeFacts(
-                digest, latent["factor"], latent["channels"], latent["scaling_factor"], latent["shift_factor"]
+                digest,
+                latent["factor"],
+                latent["channels"],
+                latent["scaling_factor"],
+                latent["shift_factor"],
+                force_upcast=False,
             )
         mean = self.encode(np.zeros((1, 64, 64, 3), np.uint8)).mean
         ones = torch.ones_like(mean).to(self.device)
         scale = float(self.model.get_first_stage_encoding(ones).mean())
-        return VaeFacts(digest, 64 // mean.shape[2], mean.shape[1], scale, 0.0)
+        return VaeFacts(digest, 64 // mean.shape[2], mean.shape[1], scale, 0.0, force_upcast=False)
 
 
 class FirstStage:

@@ -28,6 +28,7 @@ from latentprep.cache.shard import open_text as open_text_file
 from latentprep.cache.storage import Storage
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
+from latentprep.prepare import survey
 from latentprep.prepare.job import Truncated
 from latentprep.prepare.models.families import FAMILIES, find_family
 from latentprep.prepare.models.text_folder import family_of, open_text
@@ -472,3 +473,25 @@ def test_other_settings_rewrite_the_text_alone(model, images, tmp_path, run):
     refused = run("encode", images, *options, "--max-tokens", 80)
     assert refused.code == 1
     assert "--max-tokens 80: Stable Diffusion 1 and 2 takes windows of 75" in refused.err
+
+
+@pytest.mark.parametrize(
+    ("name", "force_upcast", "asked", "vae_dtype"),
+    [
+        ("sdxl", True, "auto", "float32"), ("sdxl", False, "auto", "float16"), ("sdxl", True, "float16", "float16"),
+        ("flux", True, "auto", "float16"),  # says so too, but its pipeline does not heed it
+    ],
+)  # fmt: skip
+def test_sdxls_vae_is_in_float32_where_float16_is_only_the_default(
+    minis, images, tmp_path, run, monkeypatch, name, force_upcast, asked, vae_dtype
+):
+    # as on CUDA, where "auto" is float16
+    monkeypatch.setattr(survey, "choose_device", lambda device, dtype: ("cpu", "float16", "auto: pretended"))
+    folder = copy(minis[name], tmp_path)
+    edit(folder / "vae" / "config.json", force_upcast=force_upcast)
+    size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
+    result = run("encode", images, "--model", folder, "--out", tmp_path / "c", *size, "--dtype", asked)
+    assert result.code == 0
+    assert ("the VAE in float32, since it overflows in float16" in result.err) == (vae_dtype == "float32")
+    recipe = json.loads((tmp_path / "c" / "cache.json").read_text())["recipe"]
+    assert (recipe["latents"]["dtype"], recipe["text"]["dtype"]) == (vae_dtype, "float16")

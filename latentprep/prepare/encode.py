@@ -163,7 +163,7 @@ def make_job(prepared: Prepared) -> "Job":
 
     options, recipe, models, vae = prepared.options, prepared.recipe, prepared.models, prepared.models.vae
     make_text = models.make_text
-    device, dtype = torch.device(prepared.device), TORCH_DTYPES[recipe["latents"]["dtype"]]
+    device = torch.device(prepared.device)
     latent = {
         "scaling_factor": vae.scaling_factor,
         "shift_factor": vae.shift_factor,
@@ -179,8 +179,8 @@ def make_job(prepared: Prepared) -> "Job":
         batch_size=options.batch_size or default_batch_size(prepared.device, prepared.plan.buckets()),
         text_options=options.text,
         seed=options.seed,
-        vae=Lazy(lambda: models.make_vae(device, dtype)),
-        text=Lazy(lambda: make_text(device, dtype)) if make_text is not None else None,
+        vae=Lazy(lambda: models.make_vae(device, TORCH_DTYPES[recipe["latents"]["dtype"]])),
+        text=Lazy(lambda: make_text(device, TORCH_DTYPES[recipe["text"]["dtype"]])) if make_text is not None else None,
     )
 
 

@@ -104,12 +104,14 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     device, dtype, reason = choose_device(options.device, options.dtype)
     at = f" at {models.commit}" if models.commit else ""
     say(f"model    {options.model}{at}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
-    say(f"device   {device}, {dtype} ({reason})")
+    vae_dtype = "float32" if models.is_upcast and (options.dtype, dtype) == ("auto", "float16") else dtype
+    upcast = "; the VAE in float32, since it overflows in float16" if vae_dtype != dtype else ""
+    say(f"device   {device}, {dtype} ({reason}){upcast}")
 
     recipe = {
         "latents": latents_recipe(
             vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
-            dtype=dtype, store=options.store, store_dtype=options.store_dtype, tiling=options.tiling,
+            dtype=vae_dtype, store=options.store, store_dtype=options.store_dtype, tiling=options.tiling,
         ),
         "text": text_recipe(
             text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},

@@ -32,6 +32,7 @@ class Family:
     has_clip_tokens: bool = True  # in prompt_embeds: those of FLUX are T5's alone
     takes_clip_skip: bool = False
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of encode_prompt, that have no default or a wrong one
+    heeds_force_upcast: bool = False  # whether its pipelines take the VAE in float32 where its config says so
     patch: int = 1  # latent pixels that the denoiser takes as one, each way
 
     @property
@@ -118,6 +119,7 @@ FAMILIES = (
         width={"text_encoder": "hidden_size", "text_encoder_2": "hidden_size"},
         pooled={"text_encoder_2": "projection_dim"},
         optional=("text_encoder",),  # the refiner has but the second
+        heeds_force_upcast=True,
         arguments={"do_classifier_free_guidance": False},
     ),
     Family(

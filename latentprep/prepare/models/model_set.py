@@ -27,6 +27,7 @@ class Models:
     vae: VaeFacts
     text: TextFacts | None  # None: no conditioning
     patch: int  # latent pixels, each way, that the denoiser takes as one
+    is_upcast: bool  # whether the VAE is to be in float32 where float16 is only the default
     make_vae: "Callable[[torch.device, torch.dtype], VaeEncoder]"
     make_text: "Callable[[torch.device, torch.dtype], TextEncoder] | None"
     commit: str | None = None  # of a hub model
@@ -39,8 +40,9 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     if options.config and model.is_dir() and vae_path.is_dir():
         raise UserError(f"--config {options.config}: is for a model in a single file, and {options.model} is a folder.")
     configs = find_config(options.config)
-    if configs is None and model.is_file() and (built_in := find_configs(model, "--model")) is not None:
-        say(f"config   {TITLES[built_in.name]}, by the tensors of {options.model}")
+    layout = model if model.is_dir() else configs or find_configs(model, "--model")
+    if layout is not None and layout not in (model, configs):
+        say(f"config   {TITLES[layout.name]}, by the tensors of {options.model}")
     vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
     options.check_tiling(vae.factor)
     text = open_text_at(model, configs) if options.needs_text_encoder else None
@@ -58,9 +60,10 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         assert text is not None
         return TextEncoder(text, device, dtype, options.text)
 
-    family = family_of(model)  # of a folder; single files are all of families with a UNet
+    family = family_of(layout) if layout is not None else None
     patch = family.patch if family is not None else 1
-    return Models(vae, text, patch, make_vae, make_text if text is not None else None, commit_of(model))
+    is_upcast = vae.force_upcast and family is not None and family.heeds_force_upcast
+    return Models(vae, text, patch, is_upcast, make_vae, make_text if text is not None else None, commit_of(model))
 
 
 def open_made_vae(made_with: dict[str, Any], name: str) -> VaeFolder | VaeFile:

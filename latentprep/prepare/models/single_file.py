@@ -129,7 +129,7 @@ def open_vae_file(path: Path, option: str, configs: Path | None) -> VaeFile:
             "Give the folder that it goes with as --config."
         )
     hashes = [["tensors", hash_tensors(path, vae_names(shapes))]]
-    return VaeFile(digest_model(config, hashes), *vae_numbers(config), path, config)
+    return VaeFile(digest_model(config, hashes), **vae_numbers(config), path=path, config=config)
 
 
 def describe_vae(shapes: Shapes) -> str:

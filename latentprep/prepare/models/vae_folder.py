@@ -29,6 +29,7 @@ class VaeFacts:
     latent_channels: int
     scaling_factor: float
     shift_factor: float
+    force_upcast: bool  # its config says that it overflows in float16; in some families pipelines heed that
 
 
 class VaeSource(Protocol):
@@ -60,7 +61,7 @@ def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
     """The VAE of a pipeline folder or of a VAE-only folder. Raises UserError."""
     path, config = read_vae_config(folder, option)
     digest = digest_model(config, hash_files(find_weights(path, VAE_WEIGHTS, option)))
-    return VaeFolder(digest, *vae_numbers(config), path)
+    return VaeFolder(digest, **vae_numbers(config), path=path)
 
 
 def read_vae_config(folder: Path, option: str) -> tuple[Path, dict[str, Any]]:
@@ -74,11 +75,12 @@ def read_vae_config(folder: Path, option: str) -> tuple[Path, dict[str, Any]]:
     return path, config
 
 
-def vae_numbers(config: dict[str, Any]) -> tuple[int, int, float, float]:
-    """factor, latent_channels, scaling_factor, shift_factor of VaeFacts, from an AutoencoderKL's config."""
-    return (
-        2 ** (len(config["block_out_channels"]) - 1),
-        config["latent_channels"],
-        float(config.get("scaling_factor") or 1.0),
-        float(config.get("shift_factor") or 0.0),
-    )
+def vae_numbers(config: dict[str, Any]) -> dict[str, Any]:
+    """All of VaeFacts but the digest, from an AutoencoderKL's config."""
+    return {
+        "factor": 2 ** (len(config["block_out_channels"]) - 1),
+        "latent_channels": config["latent_channels"],
+        "scaling_factor": float(config.get("scaling_factor") or 1.0),
+        "shift_factor": float(config.get("shift_factor") or 0.0),
+        "force_upcast": bool(config.get("force_upcast", False)),
+    }
