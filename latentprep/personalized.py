@@ -217,10 +217,10 @@ def update_cache(options: EncodeOptions, vae: "LiveVae", cond_model: Any) -> Non
         models = Models(
             facts,
             live_facts(cond_model) if text is not None else None,
-            1,
-            False,
-            lambda device, dtype: vae,
-            (lambda device, dtype: text) if text is not None else None,
+            patch=1,
+            is_upcast=False,
+            make_vae=lambda device, dtype: vae,
+            make_text=(lambda device, dtype: text) if text is not None else None,
         )
         prepared = prepare(options, lambda line: None, models)
         if prepared.is_done:

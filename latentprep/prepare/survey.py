@@ -23,7 +23,7 @@ from latentprep.prepare.images.masks import Masks, add_masks, list_masks, paths_
 from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.models.vae_folder import VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, make_plan
-from latentprep.prepare.source import hash_images, limit_pixels, list_folder
+from latentprep.prepare.source import Source, hash_images, limit_pixels, list_folder
 from latentprep.records import Item, Skip
 from latentprep.units import counted, human_bytes
 
@@ -80,9 +80,17 @@ def check_paths(options: EncodeOptions) -> None:
         raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
 
 
-def own_folders(options: EncodeOptions) -> list[Path]:
-    """Folders that hold no images to encode, though they may lie in SOURCE."""
-    return [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
+def list_source(options: EncodeOptions, say: Say) -> tuple[Source, Masks | None]:
+    """The image folder, and the masks of its images where there are such. Raises UserError."""
+    own = [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
+    source = list_folder(options.source, without=own)  # which hold no images to encode, though they may lie in it
+    if options.masks is None:
+        return source, None
+    masks = list_masks(options.masks)
+    source = replace(source, items=add_masks(source.items, masks))
+    with_mask = sum(masks.path_of(item.key) is not None for item in source.items)
+    say(f"masks    {masks.folder}: {with_mask:,} of {counted(len(source.items), 'image')} have one")
+    return source, masks
 
 
 def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> Prepared:
@@ -91,12 +99,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     `models` are those of the options, or others that are in memory already.
     """
     limit_pixels(options.max_pixels)
-    masks = list_masks(options.masks) if options.masks is not None else None
-    source = list_folder(options.source, without=own_folders(options))
-    if masks is not None:
-        source = replace(source, items=add_masks(source.items, masks))
-        with_mask = sum(masks.path_of(item.key) is not None for item in source.items)
-        say(f"masks    {masks.folder}: {with_mask:,} of {counted(len(source.items), 'image')} have one")
+    source, masks = list_source(options, say)
     captioned = add_captions(source, options.text)
     models = models or open_models(options, say)
     vae, text = models.vae, models.text
@@ -104,25 +107,9 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     device, dtype, reason = choose_device(options.device, options.dtype)
     at = f" at {models.commit}" if models.commit else ""
     say(f"model    {options.model}{at}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
-    vae_dtype = "float32" if models.is_upcast and (options.dtype, dtype) == ("auto", "float16") else dtype
-    upcast = "; the VAE in float32, since it overflows in float16" if vae_dtype != dtype else ""
+    recipe, bare_recipe = (make_recipe(options, models, dtype, with_cond) for with_cond in (True, False))
+    upcast = "; the VAE in float32, since it overflows in float16" if recipe["latents"]["dtype"] != dtype else ""
     say(f"device   {device}, {dtype} ({reason}){upcast}")
-
-    recipe = {
-        "latents": latents_recipe(
-            vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
-            dtype=vae_dtype, store=options.store, store_dtype=options.store_dtype, tiling=options.tiling,
-        ),
-        "text": text_recipe(
-            text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
-            options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype,
-        ),
-        "libraries": versions(),
-    }  # fmt: skip
-    bare_text = text_recipe(
-        text_encoder=None, settings={}, options=options.text, seed=options.seed, dtype=dtype,
-        store_dtype=options.store_dtype,
-    )  # fmt: skip
     storage = Storage(options.out)
     manifest = None if options.overwrite else find_manifest(storage)
     leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
@@ -157,10 +144,27 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
             f"SOURCE {options.source}: none of its {len(plan.skips):,} images can be used "
             f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
         )
-    bare_recipe = {**recipe, "text": bare_text}
     return Prepared(
         options, storage, models, device, recipe, bare_recipe, manifest, found, captioned, masks, row_bytes, plan
     )
+
+
+def make_recipe(options: EncodeOptions, models: Models, dtype: str, with_cond: bool) -> dict[str, Any]:
+    """Everything that decides the numbers in the cache. Without cond it is that of the first pass."""
+    vae, text = models.vae, models.text if with_cond else None
+    is_upcast = models.is_upcast and (options.dtype, dtype) == ("auto", "float16")
+    return {
+        "latents": latents_recipe(
+            vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
+            dtype="float32" if is_upcast else dtype, store=options.store, store_dtype=options.store_dtype,
+            tiling=options.tiling,
+        ),
+        "text": text_recipe(
+            text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
+            options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype,
+        ),
+        "libraries": versions(),
+    }  # fmt: skip
 
 
 def check_recipe(
