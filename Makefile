@@ -18,7 +18,7 @@ lint: $(VENV)/.installed-lint
 
 # the tests that kill and mutate at random, at greater length: a quarter of an hour
 faults: $(VENV)/.installed-test
-	LATENTPREP_KILLS=200 LATENTPREP_FUZZ=10 $(PYTHON) -m pytest -n 2 tests/test_faults.py tests/test_fuzz.py
+	LATENTPREP_KILLS=200 LATENTPREP_FUZZ=10 $(PYTHON) -m pytest -n 2 tests/test_faults.py tests/test_fuzz.py tests/test_combinations.py
 
 bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py

@@ -428,6 +428,23 @@ def test_crops_are_views_and_an_epoch_takes_one_of_them(run, images, tmp_path):
     assert {left for _, left, _, _ in sample["crop"]} == {left for left, _ in seen}
 
 
+def test_repetitions_of_an_image_take_its_crops_and_prompts_in_turn(run, images, tmp_path):
+    for path in images.glob("*.png"):
+        path.with_suffix(".txt").write_text("one\ntwo\nthree", encoding="utf-8")
+    crops = ("--crop", "random", "--crops", "3", "--prompts-per-image", "3", "--caption-lines")
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL, *crops).code == 0
+    data = LatentDataset(tmp_path / "c", repeats=3)
+    key = next(n for n in range(8) if data.key(n) == "wide1.png")
+    pairs = set()
+    for epoch in range(12):
+        data.set_epoch(epoch)
+        batches = [data[key + 8 * repeat] for repeat in range(3)]
+        assert len({int(batch.crop[0, 1]) for batch in batches}) == 3
+        assert {batch.cond_text[0] for batch in batches} == {"one", "two", "three"}
+        pairs |= {(int(batch.crop[0, 1]), batch.cond_text[0]) for batch in batches}
+    assert len(pairs) == 9  # and in another pairing in other epochs
+
+
 def test_crops_equal_the_vae_on_pillows_crops(run, images, tmp_path):
     import torch
     from diffusers import AutoencoderKL

@@ -68,7 +68,7 @@ class LatentDataset(Dataset[LatentBatch]):
     cache: folder or URL.
     latent_sampling_method: "once": one draw for each image, the same in every epoch and process; "deterministic": the
         mean; "random": a fresh draw every epoch, which the seed decides.
-    repeats: how often each image stands in an epoch.
+    repeats: how often each image stands in an epoch. Of several crops or prompts its repetitions take others, in turn.
     flip_p: how often the mirrored view is taken, 0..1; the cache needs `encode --flip`.
     include_cond: whether batches hold text embeddings.
     use_weight: True rescales each weight map to a minimum of 0 and a mean of 1, so that losses stay comparable, as the
@@ -317,13 +317,20 @@ class LatentDataset(Dataset[LatentBatch]):
             flipped=self._flipped[torch.from_numpy(view)],
         )
 
+    def _choose(self, what: int, count: int, epoch: int, counters: np.ndarray) -> np.ndarray:
+        """[B] int64 below count: a crop or a prompt for each sample; repetitions of an image take them in turn."""
+        repeat, image = np.divmod(counters, self.num_images)
+        start = (mix(self.seed, what, epoch, image) % np.uint64(count)).astype(np.int64)
+        found: np.ndarray = (start + repeat) % count
+        return found
+
     def _choose_views(self, epoch: int, counters: np.ndarray) -> np.ndarray:
         """[B] int64: of each sample one of its crops, as it is or mirrored. Views stand crop after crop."""
         mirrors = 2 if self._flipped.any() else 1
         crops = len(self._flipped) // mirrors
         view = np.zeros(len(counters), np.int64)
         if crops > 1:
-            view = (mix(self.seed, CROP, epoch, counters) % np.uint64(crops)).astype(np.int64) * mirrors
+            view = self._choose(CROP, crops, epoch, counters) * mirrors
         if self.flip_p:
             view += fractions(mix(self.seed, FLIP, epoch, counters)) < self.flip_p
         return view
@@ -360,7 +367,7 @@ class LatentDataset(Dataset[LatentBatch]):
             count = run.group.prompt_of.shape[1]
             variant: np.ndarray | int = 0
             if count > 1:
-                variant = mix(self.seed, PROMPT, epoch, counters[run.span]) % np.uint64(count)
+                variant = self._choose(PROMPT, count, epoch, counters[run.span])
             chosen.append(run.group.prompt_of[run.images, variant])
         prompts = [run.group.prompt[n] for run, own in zip(runs, chosen, strict=True) for n in own.tolist()]
         if not self.include_cond or not runs[0].group.cond:
