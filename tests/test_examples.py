@@ -1,11 +1,13 @@
-"""examples/: both trainings run on a CPU with small models, and resume in the middle of an epoch."""
+"""examples/: both trainings run on a CPU with small models and resume in mid-epoch; the README's picture is drawn."""
 
 import importlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -13,6 +15,7 @@ from latentprep import LatentDataset
 from tests.conftest import SMALL, TINY
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
+PICTURE = EXAMPLES / "backgrounds.png"
 
 pytestmark = pytest.mark.slow
 
@@ -82,3 +85,10 @@ def test_a_lora_for_sdxl_gets_pooled_embeddings_and_time_ids(run, train, images,
     for name, model in (("real", str(tmp_path / "xl")), ("random", None)):
         train("lora", tmp_path / "c", out=tmp_path / name, steps=3, rank=2, model=model)
         assert (tmp_path / name / "pytorch_lora_weights.safetensors").exists()
+
+
+def test_the_picture_in_the_readme_is_what_its_script_draws(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    importlib.import_module("backgrounds").main(tmp_path / "drawn.png")
+    drawn, shown = (np.array(Image.open(path).convert("RGB"), int) for path in (tmp_path / "drawn.png", PICTURE))
+    assert np.abs(drawn - shown).mean() < 2  # letters may differ from one Pillow to the next
