@@ -108,9 +108,10 @@ def measure_whole(count: int, folder: Path) -> None:
         folder / "images", str(folder / "cache"), Geometry.from_options(resolution="256"), TextOptions(), model="tiny"
     )
     outcome = encode(prepare(options, lambda line: None), NoBar)
-    waits = ", ".join(f"{stage} {seconds / outcome.encode_seconds:.0%}" for stage, seconds in outcome.waits.items())
+    total = sum(outcome.waits.values())
+    waits = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in outcome.waits.items())
     print(f"\nlatentprep encode, {count} JPEG files of 1600x1200, tiny, --resolution 256")
-    print(f"{outcome.num_encoded / outcome.encode_seconds:.1f} images/s; the loop's time: {waits}")
+    print(f"{outcome.num_encoded / outcome.encode_seconds:.1f} images/s; of what its two passes wait for: {waits}")
 
 
 def main(
