@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL, SD3Transformer2DModel
+from PIL import Image
 from safetensors import safe_open
 from transformers import (
     CLIPTextConfig,
@@ -495,3 +496,16 @@ def test_sdxls_vae_is_in_float32_where_float16_is_only_the_default(
     assert ("the VAE in float32, since it overflows in float16" in result.err) == (vae_dtype == "float32")
     recipe = json.loads((tmp_path / "c" / "cache.json").read_text())["recipe"]
     assert (recipe["latents"]["dtype"], recipe["text"]["dtype"]) == (vae_dtype, "float16")
+
+
+@pytest.mark.parametrize(("name", "step"), [("sdxl", 8), ("sd3", 16), ("flux", 16)])
+def test_native_sizes_are_cut_to_what_the_denoiser_takes(minis, images, tmp_path, run, name, step):
+    Image.new("RGB", (120, 72), "red").save(images / "odd.png")
+    options = ("--model", minis[name].folder, "--out", tmp_path / "c", "--resolution", "native", "--no-cond")
+    assert run("encode", images, *options).code == 0
+    sizes = json.loads(run("inspect", tmp_path / "c", "--json").out)["buckets"]
+    assert f"{120 // step * step}x{72 // step * step}" in sizes
+    result = run("encode", images, "--model", minis[name].folder, "--width", 72, "--height", 64, "--no-cond")
+    assert result.code == (0 if step == 8 else 1)
+    if step == 16:
+        assert "--width 72: not a multiple of 16, this model's factor. Try 80." in result.err
