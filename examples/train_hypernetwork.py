@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from latentprep import LatentDataset, LatentLoader
+from latentprep.records import is_flipped
 
 
 class HypernetworkModule(nn.Module):
@@ -93,7 +94,7 @@ def main(
 ) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = LatentDataset(cache)
-    flip_p = 0.5 if "flipped" in probe.manifest.latent["views"] else 0.0
+    flip_p = 0.5 if any(map(is_flipped, probe.manifest.latent["views"])) else 0.0
     data = LatentDataset(cache, latent_sampling_method="random", flip_p=flip_p, use_weight=True, seed=seed)
     loader = LatentLoader(data, batch_size, gradient_step=gradient_step, seed=seed)
     if model is None:
