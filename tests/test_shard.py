@@ -286,7 +286,9 @@ def sealed(tmp_path, change):
         (["tombstones", "u1"], [1, 1]), (["tombstones"], []), (["latent", "scaling_factor"], "x"),
         (["latent", "factor"], 0), (["latent", "views"], ["plain", "inside out"]), (["recipe"], None),
         (["recipe", "latents", "store_dtype"], "int8"), (["recipe", "latents", "geometry"], []),
-        (["made_with"], {}), (["counts"], None), (["skipped"], 5), (["uncond"], {}),
+        (["made_with", "config"], 5), (["made_with", "masks"], []), (["recipe", "latents", "tiling"], "x"),
+        (["recipe", "latents", "tiling"], 1), (["made_with"], {}), (["counts"], None), (["skipped"], 5),
+        (["uncond"], {}),
     ],
 )  # fmt: skip
 def test_crafted_manifests_are_refused_with_the_name_of_the_file(tmp_path, path, value):

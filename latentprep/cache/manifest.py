@@ -133,6 +133,9 @@ SPEC: dict[str, Any] = {
 }  # fmt: skip
 
 
+MADE_WITH_NAMES = ("vae", "config", "revision", "commit", "masks")  # of made_with: texts, or there is no such thing
+
+
 def possible_views(count: int) -> list[list[str]]:
     """What `count` views may be called."""
     return [list_views(count // (1 + flip), flip) for flip in (False, True) if count >= 1 + flip]
@@ -155,7 +158,14 @@ def check_spec(value: Any, spec: Any, name: str = "cache") -> None:
 
 def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     check_spec(data, SPEC)
-    latent = data["latent"]
+    latent, tiling = data["latent"], data["recipe"]["latents"].get("tiling")
+    if tiling is not None:
+        check_spec(tiling, int, "recipe.latents.tiling")
+        if tiling < 4 * latent["factor"]:
+            raise ValueError(f"recipe.latents.tiling is {tiling}, which is no tile")
+    for name in MADE_WITH_NAMES:
+        if data["made_with"].get(name) is not None:
+            check_spec(data["made_with"][name], str, f"made_with.{name}")
     for name, low, high in (
         ("factor", 1, 2**10),
         ("channels", 1, 2**16),

@@ -53,10 +53,10 @@ def find_masks(manifest: Manifest, folder: Path | None) -> Masks | None:
     """The masks that a cache's weights came from; None where they did not come from masks. Raises UserError."""
     if manifest.recipe["latents"]["images"].get("weights") != "masks":
         return None
-    folder = folder or Path(manifest.made_with["masks"])
-    if not folder.is_dir():
-        raise UserError(f"--masks {folder}: no such folder. Give that of this cache's masks.")
-    return list_masks(folder, "--masks")
+    name = str(folder or manifest.made_with.get("masks") or "")
+    if not name or not Path(name).is_dir():
+        raise UserError(f"--masks {name}: no such folder. Give that of this cache's masks.")
+    return list_masks(Path(name), "--masks")
 
 
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
