@@ -121,6 +121,7 @@ def encode(
     from latentprep.prompts import load_template
     from latentprep.units import parse_bytes
 
+    images = ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft)
     options = EncodeOptions(
         source=source,
         out=out or f"{str(source).rstrip('/')}.latents",
@@ -129,8 +130,8 @@ def encode(
             max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter, crop=crop,
             crops=crops, seed=seed,
         ),
-        images=ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft),
-        masks=None if weights in ("alpha", "none") else Path(weights),
+        images=images,
+        masks=Path(weights) if images.weights == "masks" else None,
         text=TextOptions(
             load_template(template) if template else None, placeholder, word_regex, joiner, not no_cond,
             prompts_per_image=prompts_per_image, shuffle_tags=shuffle_tags, tag_drop_out=tag_drop_out,

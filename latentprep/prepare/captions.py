@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
 from latentprep.prepare.metadata import READERS, read_metadata, read_text
-from latentprep.prepare.source import Source
+from latentprep.prepare.source import Source, stem
 from latentprep.records import Item
 
 SIDECARS = (".txt", ".caption")
@@ -36,7 +36,7 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
         word = re.compile(options.word_regex) if options.word_regex else None
     except re.error as error:
         raise UserError(f"--word-regex {options.word_regex}: not a regular expression ({error}).") from None
-    sidecars = {(_stem(key), suffix): key for key in source.others if (suffix := _suffix(key)) in SIDECARS}
+    sidecars = {(stem(key), suffix): key for key in source.others if (suffix := _suffix(key)) in SIDECARS}
     metadata = read_metadata(source.folder, source.others, options.caption_columns)
     items: list[Item] = []
     bad: list[str] = []
@@ -50,25 +50,21 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
     if bad:
         raise UserError(bad[0] + (f" ({len(bad) - 1} more such files.)" if len(bad) > 1 else ""))
     keys = {item.key for item in source.items} | {skip.key for skip in source.skips}
-    stems = Counter(map(_stem, keys))
-    with_sidecar = {stem for stem, _ in sidecars}
+    stems = Counter(map(stem, keys))
+    with_sidecar = {name for name, _ in sidecars}
     return Captioned(
         items,
         Counter(item.caption_origin for item in items),
-        without_image=[key for (stem, _), key in sidecars.items() if stem not in stems]
+        without_image=[key for (name, _), key in sidecars.items() if name not in stems]
         + [key for key in metadata if key not in keys],
-        shared=sorted(stem for stem, count in stems.items() if count > 1 and stem in with_sidecar),
-        num_long=len({_stem(i.key) for i in items if f".{i.caption_origin}" in SIDECARS and "\n" in i.captions[0]}),
+        shared=sorted(name for name, count in stems.items() if count > 1 and name in with_sidecar),
+        num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in SIDECARS and "\n" in i.captions[0]}),
         ignored=Counter(
             _suffix(key) or PurePosixPath(key).name
             for key in source.others
             if _suffix(key) not in SIDECARS and PurePosixPath(key).name not in READERS
         ),
     )
-
-
-def _stem(key: str) -> str:
-    return PurePosixPath(key).with_suffix("").as_posix()
 
 
 def _suffix(key: str) -> str:
@@ -85,7 +81,7 @@ def _find_texts(
 ) -> tuple[list[str], str]:
     """What stands somewhere as the captions of an image, and where. Raises UserError."""
     for suffix in SIDECARS:
-        if (sidecar := sidecars.get((_stem(key), suffix))) is not None:
+        if (sidecar := sidecars.get((stem(key), suffix))) is not None:
             text = read_text(folder, sidecar)
             return text.splitlines() if options.caption_lines else [text], suffix[1:]
     if key in metadata:

@@ -89,6 +89,11 @@ def is_image_name(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in image_suffixes()
 
 
+def stem(key: str) -> str:
+    """A key without its suffix: what an image, its caption file and its mask have in common."""
+    return PurePosixPath(key).with_suffix("").as_posix()
+
+
 def walk(folder: Path, without: Iterable[Path]) -> Iterator[Path]:
     """Files under a folder, following links to folders but never in a circle; hidden files and caches are left out."""
     seen: set[tuple[int, int]] = set()

@@ -121,7 +121,9 @@ class LatentDataset(Dataset[LatentBatch]):
         self.scaling_factor: float = self.manifest.latent["scaling_factor"]
         self.shift_factor: float = self.manifest.latent["shift_factor"]
         self._check()
-        self._flipped = torch.tensor([is_flipped(view) for view in self.manifest.latent["views"]])  # [V] bool
+        views = self.manifest.latent["views"]
+        self._flipped = torch.tensor([is_flipped(view) for view in views])  # [V] bool
+        self._mirrors = 2 if self._flipped.any() else 1  # views of each crop
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are kept between epochs
         # the groups of all shards in a row: group g holds the images _starts[g] to _starts[g + 1]
         self._groups = [(s, n) for s, shard in enumerate(self.manifest.shards) for n in range(len(shard.groups))]
@@ -263,11 +265,12 @@ class LatentDataset(Dataset[LatentBatch]):
         promised = (len(self.manifest.latent["views"]), recipe["store_dtype"], recipe["store"] != "mean")
         found = (group.num_views, str(group.mean.dtype).removeprefix("torch."), group.std is not None)
         cond = {key: (value.dtype, value.shape[1:]) for key, value in group.cond.items()}
-        if self._cond is None and bool(cond) == (self.manifest.uncond_file is not None):
-            self._cond = cond
         if not self.include_cond:
-            cond = self._cond = {}
-        elif found == promised and not cond and self.manifest.uncond_file is not None:
+            cond = self._cond = {}  # what there is of it does not matter
+        has_cond = self.manifest.uncond_file is not None
+        if self._cond is None and bool(cond) == has_cond:
+            self._cond = cond
+        if self.include_cond and found == promised and has_cond and not cond:
             raise UserError(
                 f"{self.storage.locate(name)}: its images have no cond yet, as encode --only latents leaves them. "
                 "Run the same latentprep encode with --only text."
@@ -326,11 +329,10 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def _choose_views(self, epoch: int, counters: np.ndarray) -> np.ndarray:
         """[B] int64: of each sample one of its crops, as it is or mirrored. Views stand crop after crop."""
-        mirrors = 2 if self._flipped.any() else 1
-        crops = len(self._flipped) // mirrors
+        crops = len(self._flipped) // self._mirrors
         view = np.zeros(len(counters), np.int64)
         if crops > 1:
-            view = self._choose(CROP, crops, epoch, counters) * mirrors
+            view = self._choose(CROP, crops, epoch, counters) * self._mirrors
         if self.flip_p:
             view += fractions(mix(self.seed, FLIP, epoch, counters)) < self.flip_p
         return view

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from latentprep.errors import UserError
-from latentprep.prepare.source import is_image_name, walk
+from latentprep.prepare.source import is_image_name, stem, walk
 from latentprep.records import Item
 
 
@@ -20,10 +20,6 @@ class Masks:
         """The mask of an image; None where it has none."""
         name = self.by_stem.get(stem(key))
         return self.folder / name if name is not None else None
-
-
-def stem(key: str) -> str:
-    return PurePosixPath(key).with_suffix("").as_posix()
 
 
 def list_masks(folder: Path, option: str = "--weights") -> Masks:

@@ -45,7 +45,9 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         say(f"config   {TITLES[layout.name]}, by the tensors of {options.model}")
     vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
     options.check_tiling(vae.factor)
-    text = open_text_at(model, configs) if options.needs_text_encoder else None
+    text: TextFolder | TextFile | None = None
+    if options.needs_text_encoder:
+        text = open_text(model) if model.is_dir() else open_text_file(model, "--model", layout)
     if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
@@ -84,13 +86,6 @@ def open_vae_at(path: Path, option: str, configs: Path | None, beside: Callable[
     if configs is None and (model := beside()) != path:
         configs = model if model.is_dir() else find_configs(model, "--model")
     return open_vae_file(path, option, configs)
-
-
-def open_text_at(path: Path, configs: Path | None) -> TextFolder | TextFile:
-    """The text encoders of a folder or file."""
-    if path.is_dir():
-        return open_text(path)
-    return open_text_file(path, "--model", configs or find_configs(path, "--model"))
 
 
 def find_config(name: str | None) -> Path | None:
