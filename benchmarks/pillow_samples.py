@@ -21,7 +21,7 @@ from typing import Annotated
 import PIL
 import typer
 
-from latentprep.prepare.source import is_image_name
+from latentprep.prepare.images.pillow import is_image_name
 
 
 def fetch_samples(folder: Path) -> Path:

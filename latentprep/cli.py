@@ -65,6 +65,8 @@ def encode(
     background: Annotated[str, typer.Option(metavar="auto|keep|COLOR", help="Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", rich_help_panel=INPUT)] = "auto",
     weights: Annotated[str, typer.Option(metavar="alpha|none|DIR", help="Loss weights from transparency, or from a folder of masks with the images' paths and stems.", rich_help_panel=INPUT)] = "alpha",
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode large JPEGs in full, and not at a fraction that is still twice what is needed.", rich_help_panel=INPUT)] = False,
+    strict_images: Annotated[bool, typer.Option("--strict-images", help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", rich_help_panel=INPUT)] = False,
+    retry_skipped: Annotated[bool, typer.Option("--retry-skipped", help="Try again all that was skipped; else only that for which something has changed.", rich_help_panel=INPUT)] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=INPUT)] = 0,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where the cache goes.", show_default="SOURCE.latents", rich_help_panel=OUTPUT)] = "",
     store: Annotated[str, typer.Option(metavar="mean+std|mean", help="What to keep of the VAE posterior.", rich_help_panel=OUTPUT)] = "mean+std",
@@ -144,6 +146,7 @@ def encode(
         tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,
         max_pixels=int(max_megapixels * 1e6), only=only or None, overwrite=overwrite, strict=strict,
+        strict_images=strict_images, retry_skipped=retry_skipped,
     )  # fmt: skip
     run_encode(options, dry_run=dry_run)
 

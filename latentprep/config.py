@@ -223,6 +223,8 @@ class EncodeOptions:
     only: str | None = None  # latents, text; None: both
     overwrite: bool = False
     strict: bool = False
+    strict_images: bool = False  # JPEGs that decode with a warning are skipped
+    retry_skipped: bool = False  # try again what was skipped, whatever the reason
 
     def __post_init__(self) -> None:
         check_choice("--store", self.store, STORES)

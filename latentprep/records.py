@@ -1,6 +1,7 @@
 """The frozen records that flow between the stages. Sizes are (height, width) everywhere."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -65,19 +66,26 @@ class Change:
     detail: str = ""
 
 
+# Why an item is not in the cache, and what that depends on: one of CONDITIONS.
 REASONS = {
-    "not_an_image": "Pillow knows no such format",
-    "unreadable": "the file or its header cannot be read, or its pixels cannot be decoded",
-    "truncated": "the file ends before its pixels do",
-    "unsupported_mode": "its numbers have no known range (floats beyond 0 to 1, 32-bit integers)",
-    "animated": "it has several frames, and --animated skip says to leave such out",
-    "bad_mask": "its mask cannot be read, or has another shape",
-    "too_small": "no bucket can be filled without enlarging it, or --min-side says so",
-    "too_large": "more pixels than --max-megapixels, or beyond --max-side",
-    "non_finite": "the VAE overflows on it even in float32",
-    "changed": "the file changed between listing and encoding",
-    "out_of_memory": "the device cannot hold this one image; the next run tries again",
+    "not_an_image": ("decoder", "Pillow knows no such format"),
+    "unreadable": ("decoder", "its header cannot be read, or its pixels cannot be decoded"),
+    "truncated": ("decoder", "the file ends before its pixels do"),
+    "damaged": ("limits", "a JPEG that was decoded with a warning, and --strict-images"),
+    "unsupported_mode": ("decoder", "its numbers have no known range (floats beyond 0 to 1, 32-bit integers)"),
+    "animated": ("decoder", "it has several frames, and --animated skip says to leave such out"),
+    "bad_mask": ("decoder", "its mask cannot be read, or has another shape"),
+    "too_small": ("decoder", "no bucket can be filled without enlarging it, or --min-side says so"),
+    "too_large": ("limits", "more pixels than --max-megapixels, or beyond --max-side"),
+    "extreme_aspect": ("decoder", "its bucket would keep less than a fiftieth of it"),
+    "non_finite": ("encoder", "the VAE overflows on it even in float32"),
+    "io_error": ("machine", "the file cannot be read; the next run tries again"),
+    "changed": ("machine", "the file changed between listing and encoding; the next run tries again"),
+    "out_of_memory": ("machine", "the device, or this machine, cannot hold this one image; the next run tries again"),
 }
+
+# A skip counts while its condition is the same as when it was skipped; that of "machine" never is.
+CONDITIONS = ("machine", "decoder", "limits", "encoder")
 
 
 # What had to be done to an image, other than resizing and cropping it; said as "12 images <words>".
@@ -88,6 +96,10 @@ NOTES = {
     "icc_unusable": "with a colour profile that cannot be used, taken as if it were not there",
     "cmyk_without_profile": "in CMYK without a profile, converted by Pillow's plain formula",
     "scaled_to_8_bits": "of 16-bit or float grey, scaled to 8 bits",
+    "high_byte": "of more than 8 bits a channel, of which Pillow keeps the upper 8",
+    "cicp_to_srgb": "converted to sRGB from the colour space that a PNG's cICP names",
+    "cicp_unusable": "with a cICP colour space that is not converted (HDR, and rare ones), taken as sRGB",
+    "damaged": "of damaged JPEGs, parts of which may be wrong (--strict-images leaves them out)",
     "first_frame": "with several frames, of which the first was taken (--animated skip leaves them out)",
     "whitened": "with white in place of a filling below full transparency (--background keep leaves it)",
     "laid_over_background": "with transparency, laid over the background",
@@ -105,6 +117,11 @@ class Skip:
     detail: str
     nbytes: int = -1
     mtime_ns: int = -1
+    condition: str = ""  # under which it was skipped while encoding; empty: it is looked at in every run
+
+    def under(self, conditions: Mapping[str, str]) -> "Skip":
+        """The skip with its condition, of those of a run: name -> value, for each of CONDITIONS."""
+        return replace(self, condition=conditions[REASONS[self.reason][0]])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms, ImageDraw, ImageOps
 
 from latentprep import LatentDataset
 from latentprep.prepare.images.crops import choose_crops, saliency_map
-from latentprep.prepare.source import formats
+from latentprep.prepare.images.pillow import formats
 from latentprep.records import Placement
 from tests.conftest import PHOTOS, SMALL, find_photo, gradient
 from tests.test_encode import rows
@@ -137,7 +137,7 @@ def test_modern_formats(tmp_path, name):
 
 
 def test_heic_without_the_plugin_says_what_to_install(tmp_path, monkeypatch):
-    monkeypatch.setattr("latentprep.prepare.source.formats", lambda: ("JPEG", "PNG"))
+    monkeypatch.setattr("latentprep.prepare.images.pillow.formats", lambda: ("JPEG", "PNG"))
     (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     skip = load(tmp_path / "x.heic")
     assert skip.reason == "not_an_image"

@@ -46,8 +46,15 @@ def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
         "captions.py": {"source", "metadata"},  # works on what list_folder found, and asks the metadata files in it
-        "images/load.py": {"source", "images.alpha", "images.color", "images.crops", "images.masks"},
-        "images/masks.py": {"source"},  # lists a folder, as source does
+        "source.py": {"images.pillow"},  # reads headers
+        "images/alpha.py": {"images.pillow"},
+        "images/color.py": {"images.cicp", "images.pillow"},
+        "images/jpeg.py": {"images.pillow"},
+        "images/load.py": {
+            "source", "images.alpha", "images.cicp", "images.color", "images.crops", "images.jpeg", "images.masks",
+            "images.pillow",
+        },
+        "images/masks.py": {"source", "images.pillow"},  # lists a folder, as source does
         "vae.py": {"models.vae_folder", "devices"},  # halves its batches
         "text.py": {"models.families", "windows"},
         "models/find.py": {"models.files"},

@@ -378,7 +378,7 @@ def test_a_file_that_changed_since_it_was_listed_is_a_skip(tmp_path):
     save(tmp_path, gradient(128, 64))
     assert load_item(tmp_path, item).reason == "changed"
     path.unlink()
-    assert load_item(tmp_path, item).reason == "unreadable"
+    assert load_item(tmp_path, item).reason == "io_error"
 
 
 def test_a_jpeg_of_endless_scans_is_not_decoded(tmp_path):

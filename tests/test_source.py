@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from latentprep.errors import UserError
-from latentprep.prepare.source import limit_pixels, list_folder, read_item
+from latentprep.prepare.images.pillow import limit_pixels
+from latentprep.prepare.source import list_folder, read_item
 from latentprep.records import Item
 from tests.conftest import gradient
 
@@ -41,7 +42,7 @@ def test_links_to_folders_are_followed_and_circles_end(tmp_path):
     os.symlink(tmp_path / "nowhere.png", tmp_path / "photos" / "dangling.png")
     found = list_folder(tmp_path / "photos")
     assert [item.key for item in found.items] == ["link/a.png"]
-    assert [(skip.key, skip.reason) for skip in found.skips] == [("dangling.png", "unreadable")]
+    assert [(skip.key, skip.reason) for skip in found.skips] == [("dangling.png", "io_error")]
 
 
 def test_caches_are_not_images(tmp_path):

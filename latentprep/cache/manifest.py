@@ -240,5 +240,6 @@ def read_skips(storage: Storage) -> list[Skip]:
 
 def skip_from_json(data: Any) -> Skip:
     """A Skip as asdict() gave it. Raises ValueError, TypeError."""
-    check_spec(data, {"key": str, "reason": str, "detail": str, "nbytes": int, "mtime_ns": int}, "skip")
+    types = {"key": str, "reason": str, "detail": str, "nbytes": int, "mtime_ns": int, "condition": str}
+    check_spec(data, types, "skip")
     return Skip(**data)

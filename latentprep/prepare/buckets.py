@@ -8,6 +8,7 @@ from latentprep.errors import UserError
 from latentprep.records import Placement, Size
 
 Verdict = tuple[str, str]  # reason, detail of a Skip
+SMALLEST_PART = 0.02  # of an image, that its crop must keep
 Place = Callable[[Size], Placement | Verdict]
 
 
@@ -52,9 +53,9 @@ def make_place(geometry: Geometry, factor: int) -> Place:
     if geometry.mode == "fixed":
         assert geometry.size is not None
         bucket = geometry.size
-        return lambda size: _check_sides(size, geometry) or _place_fixed(size, bucket, geometry)
+        return lambda size: _check_sides(size, geometry) or _check_kept(size, _place_fixed(size, bucket, geometry))
     buckets = list_buckets(geometry)
-    return lambda size: _place_bucket(size, nearest_bucket(size, buckets), geometry)
+    return lambda size: _check_kept(size, _place_bucket(size, nearest_bucket(size, buckets), geometry))
 
 
 def _check_sides(size: Size, geometry: Geometry) -> Verdict | None:
@@ -64,6 +65,14 @@ def _check_sides(size: Size, geometry: Geometry) -> Verdict | None:
     if geometry.max_side and max(size) > geometry.max_side:
         return "too_large", f"{width}x{height} > --max-side {geometry.max_side}"
     return None
+
+
+def _check_kept(size: Size, found: Placement | Verdict) -> Placement | Verdict:
+    """The placement, unless nearly all of the image would be cropped away: a strip shows nothing of what it was."""
+    if isinstance(found, Placement) and (kept := 1 - cropped_away(found)) < SMALLEST_PART:
+        (height, width), bucket = size, found.bucket
+        return "extreme_aspect", f"of {width}x{height} its bucket {bucket[1]}x{bucket[0]} would keep {kept:.2%}"
+    return found
 
 
 def _place_native(size: Size, factor: int) -> Placement | Verdict:

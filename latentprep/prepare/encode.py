@@ -179,6 +179,7 @@ def make_job(prepared: Prepared) -> "Job":
         batch_size=options.batch_size or default_batch_size(prepared.device, prepared.plan.buckets()),
         text_options=options.text,
         seed=options.seed,
+        conditions=prepared.conditions,
         vae=Lazy(lambda: models.make_vae(device, TORCH_DTYPES[recipe["latents"]["dtype"]])),
         text=Lazy(lambda: make_text(device, TORCH_DTYPES[recipe["text"]["dtype"]])) if make_text is not None else None,
     )

@@ -2,7 +2,7 @@
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from heapq import nlargest
@@ -76,6 +76,7 @@ class Job:
     batch_size: int
     text_options: TextOptions
     seed: int
+    conditions: Mapping[str, str]  # that skips depend on (survey.skip_conditions)
     vae: Lazy[VaeEncoder]  # a run that only rewrites text needs none
     text: Lazy[TextEncoder] | None  # None: no conditioning
     watch: Stopwatch = field(default_factory=Stopwatch)

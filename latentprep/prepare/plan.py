@@ -1,6 +1,6 @@
 """Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from latentprep.cache.storage import Storage
 from latentprep.config import recipe_changes
 from latentprep.prepare.buckets import Place
 from latentprep.prepare.changes import HashFiles, Matching, ShardRows
-from latentprep.records import Change, Item, Placement, Row, Size, Skip, Unit
+from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,13 @@ def make_plan(
     storage: Storage,
     shards: list[ShardEntry],
     known_skips: list[Skip],
+    conditions: Mapping[str, str],
     hash_files: HashFiles,
 ) -> Plan:
     """The plan for a folder's items, given the shards of a cache of the same recipe, or none.
 
-    An image is kept if a shard holds its content, or if skipped.jsonl knows it and it has not changed since.
+    An image is kept if a shard holds its content, or if it was skipped before, and neither it has changed since nor
+    what the skip depends on (`conditions`: those of this run).
     """
     matching = Matching(items, shards, storage, hash_files)
     kept: list[ShardEntry] = []
@@ -95,7 +97,7 @@ def make_plan(
             retext.append(Retext(entry, rows, text))
             changes += [change for change in explain_text(shard, recipe["text"]) if change.key not in explained]
 
-    known = {skip.key: skip for skip in known_skips if skip.reason != "out_of_memory"}
+    known = {skip.key: skip for skip in known_skips}
     planned: list[tuple[Item, Placement]] = []
     left_out = list(skips)
     for item in items:
@@ -105,7 +107,11 @@ def make_plan(
         before = known.get(item.key)
         if not isinstance(verdict, Placement):
             left_out.append(item.skip(*verdict))
-        elif before is not None and (before.nbytes, before.mtime_ns) == (item.nbytes, item.mtime_ns):
+        elif (
+            before is not None
+            and (before.nbytes, before.mtime_ns) == (item.nbytes, item.mtime_ns)
+            and is_current(before, conditions)
+        ):
             left_out.append(before)
         else:
             planned.append((item, verdict))
@@ -118,6 +124,11 @@ def make_plan(
     ]
     changes.sort(key=lambda change: (change.key, change.what))
     return Plan(new, retext, kept, left_out, changes, len(matching.held), matching.lost)
+
+
+def is_current(skip: Skip, conditions: Mapping[str, str]) -> bool:
+    """Whether what a skip depends on is as it was, so that the same file would be skipped again."""
+    return skip.reason in REASONS and skip.condition != "" and skip == skip.under(conditions)
 
 
 def explain_text(shard: ShardRows, recipe: dict[str, Any]) -> Iterator[Change]:

@@ -2,27 +2,28 @@
 
 import hashlib
 import os
-import stat
-import struct
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePosixPath
 
-from PIL import ExifTags, Image, UnidentifiedImageError
-
 from latentprep.errors import UserError
-from latentprep.records import Item, Size, Skip
+from latentprep.prepare.images.pillow import (
+    WITH_A_PLUGIN,
+    DecodeError,
+    NotRegularError,
+    describe,
+    is_image_name,
+    max_pixels,
+    open_image,
+    open_regular,
+    oriented_size,
+)
+from latentprep.records import Item, Skip
 from latentprep.units import human_bytes
 
-# Formats that Pillow only recognises, or would hand to another program (EPS, WMF).
-NOT_OPENED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
-WITH_A_PLUGIN = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": ""}  # suffix -> our extra that reads it
 HASHERS = 4  # threads that read files; a disk has no use for more
 MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA, stored as it is
-# Pillow and the libraries below it raise whatever comes to them: over a dozen kinds were seen on damaged files.
-DECODER_ERRORS = Exception
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,38 +56,6 @@ def list_folder(folder: Path, *, without: Iterable[Path] = ()) -> Source:
         found = f"{len(others)} other files" if others else "it is empty"
         raise UserError(f"SOURCE {folder}: no images ({found}). Expected files such as .jpg, .png or .webp.")
     return Source(folder, sorted(items, key=lambda i: i.key), sorted(skips, key=lambda s: s.key), sorted(others))
-
-
-def limit_pixels(max_pixels: int) -> None:
-    """Have Pillow refuse larger images, wherever in a file they stand (an .ico may hold a PNG of any size)."""
-    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # it warns beyond this, and refuses beyond twice this
-
-
-@cache
-def formats() -> tuple[str, ...]:
-    """The formats that Pillow may open: its own, and HEIF where pillow-heif is installed."""
-    Image.preinit()
-    Image.init()
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        pass
-    else:
-        register_heif_opener()
-    return tuple(name for name in Image.ID if name not in NOT_OPENED)
-
-
-@cache
-def image_suffixes() -> frozenset[str]:
-    """Lower-case suffixes of the files that are taken for images."""
-    known = formats()
-    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known) | set(
-        WITH_A_PLUGIN
-    )
-
-
-def is_image_name(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in image_suffixes()
 
 
 def stem(key: str) -> str:
@@ -122,31 +91,32 @@ def walk(folder: Path, without: Iterable[Path]) -> Iterator[Path]:
 def read_item(path: Path, key: str) -> Item | Skip:
     """The item of a file, or the Skip that says why it is none."""
     nbytes = mtime_ns = -1
+
+    def skip(reason: str, detail: str) -> Skip:
+        return Skip(key, reason, detail, nbytes, mtime_ns)
+
     try:
-        status = path.stat()
-        nbytes, mtime_ns = status.st_size, status.st_mtime_ns
-        if not stat.S_ISREG(status.st_mode):
-            return Skip(key, "unreadable", "not a regular file", nbytes, mtime_ns)
-        if Image.MAX_IMAGE_PIXELS is not None and nbytes > 2 * Image.MAX_IMAGE_PIXELS * MAX_BYTES_PER_PIXEL:
-            return Skip(
-                key,
-                "too_large",
-                f"{human_bytes(nbytes)} is more than any image of --max-megapixels has",
-                nbytes,
-                mtime_ns,
-            )
-        with Image.open(path, formats=formats()) as image:
-            return Item(key, oriented_size(image), nbytes, mtime_ns)
-    except UnidentifiedImageError:
-        extra = WITH_A_PLUGIN.get(path.suffix.lower())
-        detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({path.suffix})"
-        if extra:
-            detail += f"; pip install 'latentprep[{extra}]'"
-        return Skip(key, "not_an_image", detail, nbytes, mtime_ns)
-    except Image.DecompressionBombError as error:
-        return Skip(key, "too_large", too_large(error), nbytes, mtime_ns)
-    except DECODER_ERRORS as error:
-        return Skip(key, "unreadable", describe(error), nbytes, mtime_ns)
+        with open_regular(path) as file:
+            status = os.fstat(file.fileno())
+            nbytes, mtime_ns = status.st_size, status.st_mtime_ns
+            if nbytes > max_pixels() * MAX_BYTES_PER_PIXEL:
+                return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
+            with open_image(file) as image:
+                return Item(key, oriented_size(image), nbytes, mtime_ns)
+    except NotRegularError as error:
+        return skip("unreadable", str(error))
+    except OSError as error:
+        return skip("io_error", describe(error))
+    except MemoryError as error:
+        return skip("out_of_memory", describe(error))
+    except DecodeError as error:
+        if error.reason != "not_an_image":  # it is the header that was read, and not the pixels
+            return skip("unreadable" if error.reason == "truncated" else error.reason, error.detail)
+    extra = WITH_A_PLUGIN.get(path.suffix.lower())
+    detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({path.suffix})"
+    if extra and nbytes:
+        detail += f"; pip install 'latentprep[{extra}]'"
+    return skip("not_an_image", detail)
 
 
 def hash_image(image: Path, mask: Path | None = None) -> bytes | None:
@@ -154,7 +124,7 @@ def hash_image(image: Path, mask: Path | None = None) -> bytes | None:
     made = new_hash()
     try:
         for path in (image, mask) if mask is not None else (image,):
-            with path.open("rb") as file:
+            with open_regular(path) as file:
                 while block := file.read(1 << 20):
                     made.update(block)
     except OSError:
@@ -171,53 +141,3 @@ def hash_images(files: Iterable[tuple[Path, Path | None]]) -> Iterator[bytes | N
 def new_hash(data: bytes = b"") -> "hashlib.blake2b":
     """BLAKE2b of 16 bytes, of everything in an image file and its mask."""
     return hashlib.blake2b(data, digest_size=16)
-
-
-def oriented_size(image: Image.Image) -> Size:
-    """(height, width) of an opened image once its EXIF orientation is applied; nothing is decoded."""
-    if read_orientation(image) >= 5:  # 5 to 8 swap rows and columns
-        return image.width, image.height
-    return image.height, image.width
-
-
-def read_orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8, of an opened image; 1 where there is nothing left to turn."""
-    if image.format == "TIFF":
-        return 1  # Pillow gives the size of the upright image, and turns it when it loads it
-    if image.format == "PNG" and "exif" not in image.info and not _has_late_exif(image):
-        return 1  # Pillow's getexif would decode the whole PNG to look for it
-    try:
-        value = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except DECODER_ERRORS:
-        return 1
-    return value if value in range(1, 9) else 1
-
-
-def _has_late_exif(image: Image.Image) -> bool:
-    """Whether a PNG has its eXIf chunk behind the pixels, where the standard allows it; skips from chunk to chunk."""
-    file = getattr(image, "fp", None)
-    if file is None:
-        return False
-    here = file.tell()
-    try:
-        file.seek(8)
-        while len(head := file.read(8)) == 8:
-            length, name = struct.unpack(">I4s", head)
-            if name == b"eXIf":
-                return True
-            if name == b"IEND":
-                return False
-            file.seek(length + 4, os.SEEK_CUR)
-        return False
-    finally:
-        file.seek(here)
-
-
-def too_large(error: Image.DecompressionBombError) -> str:
-    """What Pillow says of an image beyond limit_pixels, and the option that decides it."""
-    return f"{str(error).partition(',')[0]} (--max-megapixels)"
-
-
-def describe(error: BaseException) -> str:
-    """One line about an exception."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

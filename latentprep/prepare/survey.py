@@ -20,10 +20,11 @@ from latentprep.prepare.captions import Captioned, add_captions
 from latentprep.prepare.devices import choose_device, default_shard_bytes
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.masks import Masks, add_masks, list_masks, paths_of
+from latentprep.prepare.images.pillow import decoder_versions, limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.models.vae_folder import VaeFacts
-from latentprep.prepare.plan import Plan, RowBytes, make_plan
-from latentprep.prepare.source import Source, hash_images, limit_pixels, list_folder
+from latentprep.prepare.plan import Plan, RowBytes, is_current, make_plan
+from latentprep.prepare.source import Source, hash_images, list_folder
 from latentprep.records import Item, Skip
 from latentprep.units import counted, human_bytes
 
@@ -50,7 +51,13 @@ class Prepared:
 
     @property
     def load_options(self) -> LoadOptions:
-        return LoadOptions.from_recipe(self.options.source, self.models.vae.factor, self.masks, self.recipe["latents"])
+        return LoadOptions.from_recipe(
+            self.options.source, self.models.vae.factor, self.masks, self.recipe["latents"], self.options.strict_images
+        )
+
+    @property
+    def conditions(self) -> dict[str, str]:
+        return skip_conditions(self.options)
 
     @property
     def workers(self) -> int:
@@ -67,6 +74,17 @@ class Prepared:
             and (self.options.only == "latents" or has_uncond(self.storage, self.manifest))
             and not (self.storage.is_local and list_orphans(self.storage, self.manifest))
         )
+
+
+def skip_conditions(options: EncodeOptions) -> dict[str, str]:
+    """What a skip depends on, for each of records.CONDITIONS; "" keeps no skip."""
+    libraries = versions()
+    return {
+        "machine": "",
+        "decoder": decoder_versions(),
+        "limits": f"--max-megapixels {options.max_pixels / 1e6:g}" + " --strict-images" * options.strict_images,
+        "encoder": f"torch {libraries['torch']}, diffusers {libraries['diffusers']}",
+    }
 
 
 def check_paths(options: EncodeOptions) -> None:
@@ -121,6 +139,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     cond_values = options.text.prompts_per_image * text.num_values(options.text) if text else 0
     row_bytes = estimate_row_bytes(recipe, vae, cond_values)
     shard_bytes = options.shard_bytes or default_shard_bytes(device)
+    conditions = skip_conditions(options)
 
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
@@ -130,10 +149,11 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     def make(shards: list[ShardEntry], known_skips: list[Skip]) -> Plan:
         return make_plan(
             captioned.items, source.skips, place, row_bytes, recipe=recipe, shard_bytes=shard_bytes,
-            storage=storage, shards=shards, known_skips=known_skips, hash_files=hash_items,
+            storage=storage, shards=shards, known_skips=[] if options.retry_skipped else known_skips,
+            conditions=conditions, hash_files=hash_items,
         )  # fmt: skip
 
-    plan = plan_with_leftovers(make, storage, manifest, leftovers)
+    plan = plan_with_leftovers(make, storage, manifest, leftovers, conditions)
     found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
     plan = narrow(plan, options, found, say)
     for line in plan.lost:
@@ -187,20 +207,22 @@ def plan_with_leftovers(
     storage: Storage,
     manifest: Manifest | None,
     leftovers: dict[str, Leftover],
+    conditions: dict[str, str],
 ) -> Plan:
     """The plan, where what an unfinished run has left counts as done.
 
-    Where the folder has not changed since, its units are those of the plan, and are known by their names. Where it
-    has, every whole shard is taken into the cache as it is, and only what is left is cut into units.
+    If the folder has not changed since, its units are those of the plan, and are known by their names. If it has, or
+    if one of their skips is to be tried again, every whole shard is taken into the cache as it is, and only what is
+    left is cut into units.
     """
     missing = find_missing(storage, manifest.shards) if manifest is not None else {}
     shards = [shard for shard in manifest.shards if shard.unit not in missing] if manifest is not None else []
     skips = read_skips(storage) if manifest is not None else []
     plan = make(shards, skips)
-    if leftovers.keys() - {unit.id for unit in plan.new}:
+    left_skips = [skip for leftover in leftovers.values() for skip in leftover.skips]
+    if leftovers.keys() - {unit.id for unit in plan.new} or not all(is_current(s, conditions) for s in left_skips):
         recovered = [entry for leftover in leftovers.values() if (entry := recover(storage, leftover)) is not None]
-        known = [skip for leftover in leftovers.values() for skip in leftover.skips]
-        plan = make([*shards, *recovered], [*skips, *known])
+        plan = make([*shards, *recovered], [*skips, *left_skips])
         of_no_use = {entry.unit for entry in plan.kept if not entry.num_images} - {shard.unit for shard in shards}
         plan = replace(plan, kept=[entry for entry in plan.kept if entry.unit not in of_no_use])
     return replace(plan, lost=[*missing.values(), *plan.lost])

@@ -82,6 +82,7 @@ def run_unit(
                 skips += [item.skip("out_of_memory", str(error)) for item, _, _ in batch]
             else:
                 keep_rows(batch, encoded, builders, job, skips)
+        skips = [skip.under(job.conditions) for skip in skips]
         made = [builder.build() for builder in builders.values() if builder.digest]
         groups = table_of(made)
         if not made:

@@ -2,6 +2,8 @@
 
 from PIL import Image
 
+from latentprep.prepare.images.pillow import decoding
+
 WHITE = (255, 255, 255)
 
 
@@ -9,17 +11,18 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """The image without its transparency, and that as an "L" image; None where every pixel is opaque.
 
     Transparency is an alpha band, or a transparent colour (palette, grey and RGB images keep it in `info`).
-    The colour below it is as it is stored.
+    The colour below it is as it is stored. Raises DecodeError.
     """
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image, None
-    if image.mode == "La":
-        image = image.convert("LA")  # Pillow turns premultiplied grey into nothing else
-    rgba = image.convert("RGBA")
-    alpha = rgba.getchannel("A")
-    color = rgba.convert("RGB")
-    if image.mode in ("L", "LA"):
-        color = image.convert("L")  # stays grey, for a grey ICC profile
+    with decoding():
+        if image.mode == "La":
+            image = image.convert("LA")  # Pillow turns premultiplied grey into nothing else
+        rgba = image.convert("RGBA")
+        alpha = rgba.getchannel("A")
+        color = rgba.convert("RGB")
+        if image.mode in ("L", "LA"):
+            color = image.convert("L")  # stays grey, for a grey ICC profile
     return color, None if alpha.getextrema() == (255, 255) else alpha
 
 

@@ -5,35 +5,39 @@ import io
 import numpy as np
 from PIL import Image, ImageCms
 
+from latentprep.prepare.images.cicp import Cicp, apply_cicp
+from latentprep.prepare.images.pillow import DecodeError, decoding
+
 PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}  # mode -> colour space in an ICC header
 SIXTEEN_BITS_AS_I = ("PPM", "PNG")  # formats that give their 16-bit grey as 32-bit integers, 0..65535
 
 
-class UnknownRangeError(ValueError):
-    """The numbers of an image could mean anything."""
-
-
-def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str]) -> Image.Image:
-    """The image as RGB in sRGB; an embedded ICC profile is honoured, with its perceptual intent.
+def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str], cicp: Cicp | None = None) -> Image.Image:
+    """The image as RGB in sRGB; an embedded ICC profile is honoured, with its perceptual intent, cICP before it.
 
     16-bit grey is scaled to 8 bits (Pillow's convert clips it), and so are floats, where they lie in 0..1. LAB without
     a profile is D50, as TIFF has it. A profile that cannot be used is noted and passed over.
-    Raises UnknownRangeError for floats and 32-bit integers of another range.
+    Raises DecodeError, also for floats and 32-bit integers of another range.
     """
     image = _to_8_bits(image, notes)
+    if cicp is not None:
+        with decoding():
+            image = image.convert("RGB")
+        return apply_cicp(image, cicp, notes)
     if profile:
         try:
             return _apply_profile(image, profile, notes)
-        except (ImageCms.PyCMSError, OSError, ValueError):
+        except DecodeError:
             notes.append("icc_unusable")
-    if image.mode == "LAB":
-        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
-        assert converted is not None
-        return converted
     if image.mode == "CMYK":
         notes.append("cmyk_without_profile")
-    return image.convert("RGB")
+    with decoding():
+        if image.mode != "LAB":
+            return image.convert("RGB")
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    assert converted is not None
+    return converted
 
 
 def _to_8_bits(image: Image.Image, notes: list[str]) -> Image.Image:
@@ -42,12 +46,12 @@ def _to_8_bits(image: Image.Image, notes: list[str]) -> Image.Image:
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
         if not (low >= 0 and high <= 1):  # also where there are NaNs
-            raise UnknownRangeError(f"float numbers from {low:g} to {high:g}, expected 0 to 1")
+            raise DecodeError("unsupported_mode", f"float numbers from {low:g} to {high:g}, expected 0 to 1")
         notes.append("scaled_to_8_bits")
         return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
     if image.mode == "I" and image.format not in SIXTEEN_BITS_AS_I:
         lowest, highest = image.getextrema()
-        raise UnknownRangeError(f"32-bit integers from {lowest} to {highest}, which have no known range")
+        raise DecodeError("unsupported_mode", f"32-bit integers from {lowest} to {highest}, which have no known range")
     if image.mode == "I" or image.mode.startswith("I;16"):
         notes.append("scaled_to_8_bits")
         return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
@@ -55,16 +59,20 @@ def _to_8_bits(image: Image.Image, notes: list[str]) -> Image.Image:
 
 
 def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:
-    opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-    space = opened.profile.xcolor_space.strip()
-    if image.mode not in PROFILE_SPACES or (image.mode == "L" and space == "RGB"):
-        image = image.convert("RGB")  # palettes, and grey images with the profile of a screen
+    """The image in sRGB. Raises DecodeError for a profile that is damaged, or for another kind of image."""
+    with decoding():
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        space = opened.profile.xcolor_space.strip()
+        if image.mode not in PROFILE_SPACES or (image.mode == "L" and space == "RGB"):
+            image = image.convert("RGB")  # palettes, and grey images with the profile of a screen
     if space != PROFILE_SPACES[image.mode]:
-        raise ValueError(f"a profile for {space}, of an image that is {image.mode}")
-    transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), image.mode, "RGB")
+        raise DecodeError("unreadable", f"a profile for {space}, of an image that is {image.mode}")
+    with decoding():
+        transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), image.mode, "RGB")
     if image.mode == "RGB" and leaves_colors(transform):
         return image
-    converted = ImageCms.applyTransform(image, transform)
+    with decoding():
+        converted = ImageCms.applyTransform(image, transform)
     assert converted is not None
     notes.append("icc_to_srgb")
     return converted

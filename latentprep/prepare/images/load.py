@@ -10,18 +10,24 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from latentprep.prepare.images.alpha import fill_background, split_alpha
-from latentprep.prepare.images.color import UnknownRangeError, to_srgb
+from latentprep.prepare.images.cicp import read_cicp
+from latentprep.prepare.images.color import to_srgb
 from latentprep.prepare.images.crops import choose_crops
+from latentprep.prepare.images.jpeg import MAGIC as JPEG_MAGIC
+from latentprep.prepare.images.jpeg import check_jpeg
 from latentprep.prepare.images.masks import Masks
-from latentprep.prepare.source import (
-    DECODER_ERRORS,
+from latentprep.prepare.images.pillow import (
+    DecodeError,
+    NotRegularError,
+    decoding,
     describe,
-    formats,
-    new_hash,
+    find_chunk,
+    open_image,
     oriented_size,
     read_orientation,
-    too_large,
+    read_regular,
 )
+from latentprep.prepare.source import new_hash
 from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
 
 TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
@@ -33,9 +39,6 @@ TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
-JPEG_MAGIC, JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
-MAX_SCANS = 100  # a progressive JPEG has about ten; each costs a pass over all pixels, and a few bytes make one
 LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
 DRAFT_MARGIN = 2  # a reduced JPEG still has this many times the pixels that are asked for, each way
 ONE_PICTURE = ("MPO", "PSD", "HEIF", "ICO", "ICNS")  # their further frames are previews, depth maps and layers
@@ -57,17 +60,24 @@ class LoadOptions:
     weights: str
     animated: str
     draft: bool
+    strict: bool  # damaged JPEGs are skips
 
     @classmethod
-    def from_recipe(cls, folder: Path, factor: int, masks: Masks | None, recipe: dict[str, Any]) -> "LoadOptions":
-        """The options that the latents part of a recipe says."""
+    def from_recipe(
+        cls, folder: Path, factor: int, masks: Masks | None, recipe: dict[str, Any], strict: bool = False
+    ) -> "LoadOptions":
+        """The options that the latents part of a recipe says; `strict` is --strict-images, which decides no numbers."""
         geometry, images = recipe["geometry"], recipe["images"]
         return cls(
-            folder, factor, masks,
+            folder, factor, masks, strict=strict,
             filter=Image.Resampling[geometry["filter"].upper()],
             crop=geometry["crop"], crops=geometry["crops"], seed=geometry.get("crop_seed", 0),
             **images,
         )  # fmt: skip
+
+
+class ImageError(Exception):
+    """Our own code failed on an image, which is named: a fault of this program, and no skip."""
 
 
 def load_pixels(
@@ -75,80 +85,121 @@ def load_pixels(
 ) -> Pixels | Skip:
     """The pixels of an item as the VAE is to see them, or the Skip that says why not.
 
-    `crops` are boxes that are known already: those of a row in a cache.
+    `crops` are boxes that are known already: those of a row in a cache. Raises ImageError.
     """
     mask_path = options.masks.path_of(item.key) if options.masks is not None else None
     try:
-        data = (options.folder / item.key).read_bytes()
-        mask_data = mask_path.read_bytes() if mask_path is not None else b""
+        data = read_regular(options.folder / item.key)
+        mask_data = read_regular(mask_path) if mask_path is not None else b""
+    except NotRegularError as error:
+        return item.skip("unreadable", str(error))
     except OSError as error:
-        return item.skip("unreadable", describe(error))
+        return item.skip("io_error", describe(error))
     if len(data) + len(mask_data) != item.nbytes:
         return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data) + len(mask_data)}: run again")
+    try:
+        return make_pixels(data, mask_data if mask_path is not None else None, item, placement, options, crops)
+    except DecodeError as error:
+        if error.reason == "not_an_image":  # it was one when it was listed
+            return item.skip("unreadable", error.detail)
+        where = f"{mask_path}: " if error.reason == "bad_mask" else ""
+        return item.skip(error.reason, where + error.detail)
+    except MemoryError as error:
+        return item.skip("out_of_memory", describe(error))
+    except Exception as error:  # whatever it is, it is to say which image it was
+        raise ImageError(f"{item.key}: {describe(error)}") from error
+
+
+def make_pixels(
+    data: bytes,
+    mask_data: bytes | None,
+    item: Item,
+    placement: Placement,
+    options: LoadOptions,
+    crops: Sequence[Box] | None,
+) -> Pixels:
+    """The pixels of an image file and its mask. Raises DecodeError."""
     notes: list[str] = []
-    decoded = decode(data, item, placement, options, notes)
-    if isinstance(decoded, Skip):
-        return decoded
-    rgb, alpha = decoded
+    rgb, alpha = decode(data, item, placement, options, notes)
     weight = alpha if options.weights == "alpha" else None
-    if mask_path is not None:
-        mask = load_mask(mask_data, item.size)
-        if isinstance(mask, str):
-            return item.skip("bad_mask", f"{mask_path}: {mask}")
-        weight = mask
+    if mask_data is not None:
+        weight = load_mask(mask_data, item.size)
         notes.append("mask")
-    if placement.enlarges(item.size):
-        notes.append("enlarged")
-    if rgb.size != placement.resized_size[::-1]:
-        rgb = rgb.resize(placement.resized_size[::-1], options.filter)
+    size = placement.resized_size
+    part: Box = (0, 0, *size)
+    if not placement.enlarges(item.size):
+        rgb = resize_part(rgb, size, part, options.filter)
     if crops is None:
         crops = choose_crops(rgb, weight, placement, options.crop, options.crops, options.seed, item.key)
+    if placement.enlarges(item.size):  # no more than what is kept: a strip of 30000x1 would be 7,680,000x256
+        notes.append("enlarged")
+        part = kept_part(crops, size)
+        rgb = resize_part(rgb, size, part, options.filter)
+    boxes = [(top - part[0], left - part[1], height, width) for top, left, height, width in crops]
     pixels = np.asarray(rgb)
     return Pixels(
-        np.stack([cut(pixels, box, mode="edge") for box in crops]),
-        place_weight(weight, placement.resized_size, crops, options.factor),
+        np.stack([cut(pixels, box, mode="edge") for box in boxes]),
+        place_weight(weight, size, part, boxes, options.factor),
         tuple(crops),
-        new_hash(data + mask_data).digest(),
+        new_hash(data + (mask_data or b"")).digest(),
         tuple(notes),
     )
 
 
+def kept_part(crops: Sequence[Box], size: Size) -> Box:
+    """The smallest box of an image of this size that holds all that lies in crops."""
+    top, left = (max(0, min(box[n] for box in crops)) for n in (0, 1))
+    bottom, right = (min(size[n], max(box[n] + box[n + 2] for box in crops)) for n in (0, 1))
+    return top, left, bottom - top, right - left
+
+
+def resize_part(image: Image.Image, size: Size, part: Box, resample: Image.Resampling) -> Image.Image:
+    """A part of the image at `size`; what lies outside of it is not computed."""
+    top, left, height, width = part
+    if image.size == size[::-1] and part == (0, 0, *size):
+        return image
+    down, right = image.height / size[0], image.width / size[1]
+    box = (left * right, top * down, min((left + width) * right, image.width), min((top + height) * down, image.height))
+    return image.resize((width, height), resample, box=box)
+
+
 def decode(
     data: bytes, item: Item, placement: Placement, options: LoadOptions, notes: list[str]
-) -> tuple[Image.Image, Image.Image | None] | Skip:
-    """An image file as upright sRGB, and its alpha as "L" where it has transparency; or the Skip that says why not.
+) -> tuple[Image.Image, Image.Image | None]:
+    """An image file as upright sRGB, and its alpha as "L" if it has transparency. Raises DecodeError.
 
     At its own size, but for a JPEG that was reduced: that has its placement's.
     """
-    try:
-        if data.startswith(PNG_MAGIC):
-            Image.open(
-                io.BytesIO(data), formats=("PNG",)
-            ).verify()  # checksums: Pillow decodes a damaged PNG to black rows, silently
-        if data.startswith(JPEG_MAGIC) and data.count(JPEG_SCAN) > MAX_SCANS:
-            return item.skip("too_large", f"a JPEG of {data.count(JPEG_SCAN):,} scans, expected at most {MAX_SCANS}")
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
-            size, (width, height), orientation = oriented_size(image), image.size, read_orientation(image)
-            if size != item.size:
-                return item.skip(
-                    "changed", f"was {item.size[1]}x{item.size[0]} when listed, now {size[1]}x{size[0]}: run again"
-                )
-            if image.format not in ONE_PICTURE and getattr(image, "is_animated", False):
-                if options.animated == "skip":
-                    return item.skip("animated", f"a {image.format} of several frames, and --animated skip")
-                notes.append("first_frame")
+    if data.startswith(JPEG_MAGIC):
+        data, warning = check_jpeg(data)
+        if warning and options.strict:
+            raise DecodeError("damaged", warning)
+        notes += ["damaged"] if warning else []
+    with open_image(io.BytesIO(data)) as image:
+        if image.format == "PNG":  # checksums: Pillow decodes a damaged PNG to black rows, silently
+            with decoding():
+                Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+        size, (width, height), orientation = oriented_size(image), image.size, read_orientation(image)
+        if size != item.size:
+            raise DecodeError(
+                "changed", f"was {item.size[1]}x{item.size[0]} when listed, now {size[1]}x{size[0]}: run again"
+            )
+        with decoding():
+            is_animated = image.format not in ONE_PICTURE and getattr(image, "is_animated", False)
+        if is_animated:
+            if options.animated == "skip":
+                raise DecodeError("animated", f"a {image.format} of several frames, and --animated skip")
+            notes.append("first_frame")
+        lying = placement.resized_size if orientation < 5 else placement.resized_size[::-1]  # as the file has it
+        with decoding():
             image.seek(0)
-            lying = placement.resized_size if orientation < 5 else placement.resized_size[::-1]  # as the file has it
+            has_more_bits = keeps_high_byte(image)
             divisor = draft(image, lying, options)
             image.load()
-            color, alpha = split_alpha(image)
-            rgb = to_srgb(color, image.info.get("icc_profile"), notes)
-    except Image.DecompressionBombError as error:
-        return item.skip("too_large", too_large(error))
-    except UnknownRangeError as error:
-        return item.skip("unsupported_mode", str(error))
-    except DECODER_ERRORS as error:
-        return item.skip("truncated" if "truncated" in str(error).lower() else "unreadable", describe(error))
+        notes += ["high_byte"] if has_more_bits else []
+        color, alpha = split_alpha(image)
+        cicp = read_cicp(find_chunk(data, b"cICP")) if image.format == "PNG" else None
+        rgb = to_srgb(color, image.info.get("icc_profile"), notes, cicp)
     if alpha is not None:
         rgb = fill_background(rgb, alpha, options.background, options.weights == "alpha", notes)
     if divisor > 1:  # before it is turned: the picture ends within the last row and column of a reduced JPEG
@@ -159,6 +210,13 @@ def decode(
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None
     return rgb, alpha
+
+
+def keeps_high_byte(image: Image.Image) -> bool:
+    """Whether an image that is not loaded has more than 8 bits a channel in its file, and 8 in Pillow."""
+    raw_modes = [str(tile[3]) for tile in getattr(image, "tile", ())]
+    has_16 = any(";16" in mode for mode in raw_modes) and not image.mode.startswith(("I", "F"))
+    return has_16 or (image.format == "HEIF" and int(image.info.get("bit_depth") or 8) > 8)
 
 
 def draft(image: Image.Image, size: Size, options: LoadOptions) -> int:
@@ -175,35 +233,40 @@ def draft(image: Image.Image, size: Size, options: LoadOptions) -> int:
     return next(divisor for divisor in (1, 2, 4, 8) if -(-full // divisor) == image.width)
 
 
-def load_mask(data: bytes, size: Size) -> Image.Image | str:
-    """A mask as an upright "L" image, or what is wrong with it: its alpha where it has some, else its brightness."""
+def load_mask(data: bytes, size: Size) -> Image.Image:
+    """A mask as an upright "L" image: its alpha if it has some, else its brightness. Raises DecodeError "bad_mask"."""
     try:
-        with Image.open(io.BytesIO(data), formats=formats()) as image:
+        with open_image(io.BytesIO(data)) as image:
             found, orientation = oriented_size(image), read_orientation(image)
-            image.load()
+            with decoding():
+                image.load()
             color, alpha = split_alpha(image)
             mask = alpha if alpha is not None else to_srgb(color, None, []).convert("L")
-    except DECODER_ERRORS as error:
-        return describe(error)
+    except DecodeError as error:
+        raise DecodeError("bad_mask", error.detail) from error
     if abs(found[0] * size[1] / (found[1] * size[0]) - 1) > ASPECT_TOLERANCE:
-        return f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}: not the same shape"
+        shapes = f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}"
+        raise DecodeError("bad_mask", f"{shapes}: not the same shape")
     return mask.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else mask
 
 
-def place_weight(alpha: Image.Image | None, size: Size, crops: Sequence[Box], factor: int) -> np.ndarray | None:
-    """[K,H/f,W/f] float32: alpha in 0..1, area-averaged to latent resolution; padding weighs 0. None: all ones."""
-    _, _, box_height, box_width = crops[0]
-    height, width = size
-    is_padded = box_height > height or box_width > width
+def place_weight(
+    alpha: Image.Image | None, size: Size, part: Box, boxes: Sequence[Box], factor: int
+) -> np.ndarray | None:
+    """[K,H/f,W/f] float32: alpha in 0..1, area-averaged to latent resolution; padding weighs 0. None: all ones.
+
+    `boxes` lie in the `part` of the image at `size`.
+    """
+    _, _, box_height, box_width = boxes[0]
+    is_padded = box_height > size[0] or box_width > size[1]
     if alpha is None and not is_padded:
         return None
     if alpha is None:
-        plane: np.ndarray = np.full((height, width), 255, np.uint8)
+        plane: np.ndarray = np.full(part[2:], 255, np.uint8)
     else:
         # BOX averages areas when it shrinks, and has no overshoot as lanczos has
-        same = alpha.size == (width, height)
-        plane = np.asarray(alpha if same else alpha.resize((width, height), Image.Resampling.BOX))
-    planes = np.stack([cut(plane, box, mode="constant") for box in crops]).astype(np.float32) / 255
+        plane = np.asarray(resize_part(alpha, size, part, Image.Resampling.BOX))
+    planes = np.stack([cut(plane, box, mode="constant") for box in boxes]).astype(np.float32) / 255
     return planes.reshape(-1, box_height // factor, factor, box_width // factor, factor).mean(axis=(2, 4))
 
 

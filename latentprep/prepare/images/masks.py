@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentprep.errors import UserError
-from latentprep.prepare.source import is_image_name, stem, walk
+from latentprep.prepare.images.pillow import is_image_name
+from latentprep.prepare.source import stem, walk
 from latentprep.records import Item
 
 

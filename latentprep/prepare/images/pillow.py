@@ -1,0 +1,223 @@
+"""What Pillow may open, how files are opened for it, and what it raises. No pixel is decoded here.
+
+Only what Pillow raises is the fault of an image: its calls stand inside `decoding()`, and our own code outside.
+"""
+
+import os
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from latentprep.records import Size
+
+# Formats that Pillow only recognises, or would hand to another program (EPS, WMF).
+NOT_OPENED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+WITH_A_PLUGIN = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": ""}  # suffix -> our extra that reads it
+DECODERS = ("pillow", "pillow-heif", "simplejpeg")  # packages that decide whether a file can be decoded
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+MAX_CHUNKS = 100_000  # of a PNG: Pillow takes 30 seconds for a million; 12,000 are usual in one of 100 MB
+MAX_QOI_PIXELS = 4_000_000  # Pillow decodes QOI in Python: 6 million pixels a second
+
+
+class DecodeError(Exception):
+    """Pillow cannot open, load or convert an image. `reason` is one of records.REASONS."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason, self.detail = reason, detail
+
+
+@contextmanager
+def decoding() -> Iterator[None]:
+    """Turn whatever Pillow and the libraries below it raise into a DecodeError: over a dozen kinds were seen.
+
+    A MemoryError passes: it says something about this machine, and not about the image.
+    """
+    try:
+        yield
+    except (DecodeError, MemoryError):
+        raise
+    except UnidentifiedImageError as error:
+        raise DecodeError("not_an_image", describe(error)) from error
+    except Image.DecompressionBombError as error:
+        raise DecodeError("too_large", f"{str(error).partition(',')[0]} (--max-megapixels)") from error
+    except Exception as error:
+        reason = "truncated" if "truncated" in str(error).lower() else "unreadable"
+        raise DecodeError(reason, describe(error)) from error
+
+
+def describe(error: BaseException) -> str:
+    """One line about an exception."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
+def limit_pixels(max_pixels: int) -> None:
+    """Have Pillow refuse larger images, wherever in a file they stand (an .ico may hold a PNG of any size)."""
+    Image.MAX_IMAGE_PIXELS = max_pixels // 2  # it warns beyond this, and refuses beyond twice this
+
+
+def max_pixels() -> int:
+    """The limit that limit_pixels has set."""
+    return 2 * (Image.MAX_IMAGE_PIXELS or 2**62)
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """The formats that Pillow may open: its own, and HEIF if pillow-heif is installed."""
+    Image.preinit()
+    Image.init()
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        pass
+    else:
+        register_heif_opener()
+    return tuple(name for name in Image.ID if name not in NOT_OPENED)
+
+
+@cache
+def image_suffixes() -> frozenset[str]:
+    """Lower-case suffixes of the files that are taken for images."""
+    known = formats()
+    return frozenset(suffix for suffix, name in Image.registered_extensions().items() if name in known) | set(
+        WITH_A_PLUGIN
+    )
+
+
+def is_image_name(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in image_suffixes()
+
+
+def decoder_versions() -> str:
+    """Names and versions of the packages that decode: whether a file can be decoded depends on them."""
+    found = []
+    for name in DECODERS:
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+class NotRegularError(OSError):
+    """A pipe, a socket, a device or a folder in the place of a file."""
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A regular file, open for reading. Raises OSError; NotRegularError at once for a pipe, which may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotRegularError("not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Path) -> bytes:
+    """All bytes of a regular file. Raises OSError like open_regular."""
+    with open_regular(path) as file:
+        return file.read()
+
+
+def open_image(file: IO[bytes]) -> Image.Image:
+    """An image by its header; nothing is decoded. Raises DecodeError, also for one that takes no end of time or memory.
+
+    Bounds beyond --max-megapixels: the chunks of a PNG, the pixels of a QOI, and those of a TIFF's tiles and strips.
+    """
+    if file.read(len(PNG_MAGIC)) == PNG_MAGIC:
+        check_chunks(file)
+    file.seek(0)
+    with decoding():
+        image = Image.open(file, formats=formats())
+    pixels, limit = image.width * image.height, max_pixels()
+    if image.format == "QOI":
+        limit = min(limit, MAX_QOI_PIXELS)
+    elif image.format == "TIFF":
+        with decoding():
+            pixels = max(pixels, largest_tile(image))
+    if pixels > limit:
+        what = "a tile or strip of " if pixels > image.width * image.height else ""
+        raise DecodeError("too_large", f"{what}{pixels:,} pixels, {image.format} may have {limit:,} (--max-megapixels)")
+    return image
+
+
+def largest_tile(image: Image.Image) -> int:
+    """Pixels of a TIFF's largest tile or strip, which libtiff decodes whole, whatever part of it is in the image."""
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    sides = [int(tags.get(tag) or 0) for tag in (ExifTags.Base.TileWidth, ExifTags.Base.TileLength)]
+    rows = min(int(tags.get(ExifTags.Base.RowsPerStrip) or 0), image.height)
+    return max(sides[0] * sides[1], image.width * rows)
+
+
+def list_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
+    """Name and length of a PNG's chunks, in their order; the file then stands at the chunk's content."""
+    here = len(PNG_MAGIC)
+    while True:
+        file.seek(here)
+        head = file.read(8)
+        if len(head) < 8:
+            return
+        length, name = struct.unpack(">I4s", head)
+        yield name, length
+        here += length + 12  # length, name and checksum
+
+
+def check_chunks(file: IO[bytes]) -> None:
+    """Raise DecodeError for a PNG of too many chunks: Pillow keeps a Python object for each."""
+    for number, _ in enumerate(list_chunks(file)):
+        if number >= MAX_CHUNKS:
+            raise DecodeError("too_large", f"a PNG of more than {MAX_CHUNKS:,} chunks")
+
+
+def find_chunk(data: bytes, wanted: bytes) -> bytes | None:
+    """The content of a PNG's first chunk of a name that stands before its pixels."""
+    file = BytesIO(data)
+    for name, length in list_chunks(file):
+        if name == wanted:
+            return file.read(length)
+        if name == b"IDAT":
+            break
+    return None
+
+
+def oriented_size(image: Image.Image) -> Size:
+    """(height, width) of an opened image once its EXIF orientation is applied; nothing is decoded."""
+    if read_orientation(image) >= 5:  # 5 to 8 swap rows and columns
+        return image.width, image.height
+    return image.height, image.width
+
+
+def read_orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8, of an opened image; 1 if there is nothing left to turn, or EXIF is damaged."""
+    if image.format == "TIFF":
+        return 1  # Pillow gives the size of the upright image, and turns it when it loads it
+    if image.format == "PNG" and "exif" not in image.info and not _has_late_exif(image):
+        return 1  # Pillow's getexif would decode the whole PNG to look for it
+    try:
+        with decoding():
+            value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except DecodeError:
+        return 1
+    return value if value in range(1, 9) else 1
+
+
+def _has_late_exif(image: Image.Image) -> bool:
+    """Whether a PNG has its eXIf chunk behind the pixels, as the standard allows."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return False
+    here = file.tell()
+    try:
+        return any(name == b"eXIf" for name, _ in list_chunks(file))
+    finally:
+        file.seek(here)

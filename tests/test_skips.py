@@ -1,0 +1,126 @@
+"""A skip heals: it is tried again when what it depends on has changed. A fault of ours is no skip."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from latentprep.prepare.images import load as loading
+from tests.conftest import gradient
+
+OPTIONS = ("--model", "tiny", "--resolution", 64, "--device", "cpu")
+
+
+@pytest.fixture
+def encode(run, images, tmp_path):
+    def encode_images(*options):
+        return run("encode", images, "--out", tmp_path / "c", *OPTIONS, *options)
+
+    return encode_images
+
+
+def skips(tmp_path):
+    lines = (tmp_path / "c" / "skipped.jsonl").read_text(encoding="utf-8").splitlines()
+    return {skip["key"]: skip for skip in map(json.loads, lines)}
+
+
+def break_png(path):
+    data = path.read_bytes()
+    at = data.index(b"IDAT") + 10
+    path.write_bytes(data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :])
+
+
+def test_a_skip_stays_while_nothing_has_changed(encode, images, tmp_path, monkeypatch):
+    break_png(images / "wide0.png")
+    assert "skipped  1 unreadable" in encode().out
+    monkeypatch.setattr(loading, "read_regular", None)  # nothing is read for that
+    result = encode()
+    assert "nothing to do" in result.out
+    assert "skipped  1 unreadable" in result.out
+    assert skips(tmp_path)["wide0.png"]["condition"].startswith("pillow ")
+
+
+def test_another_decoder_tries_again(encode, images, monkeypatch):
+    break_png(images / "wide0.png")
+    encode()
+    monkeypatch.setattr("latentprep.prepare.survey.decoder_versions", lambda: "pillow 99")
+    result = encode()
+    assert "1 new" in result.out
+    assert "skipped  1 unreadable" in result.out
+    assert "nothing to do" in encode().out
+
+
+def test_what_this_machine_caused_is_tried_again(encode, tmp_path, monkeypatch):
+    read = loading.read_regular
+
+    def fails(path):
+        if path.name == "wide0.png":
+            raise OSError(5, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(loading, "read_regular", fails)
+    assert "skipped  1 io_error (wide0.png: OSError: [Errno 5] Input/output error)" in encode().out
+    assert skips(tmp_path)["wide0.png"]["condition"] == ""
+    assert "skipped  1 io_error" in encode().out
+    monkeypatch.undo()
+    assert "1 new" in encode().out
+    assert skips(tmp_path) == {}
+
+
+def test_a_larger_limit_tries_again(encode, images, tmp_path):
+    Image.new("RGB", (256, 256)).save(images / "icon.ico", sizes=[(256, 256)])
+    Image.new("RGB", (1200, 1000)).save(tmp_path / "large.png")
+    icon = (images / "icon.ico").read_bytes()
+    icon = icon[: icon.index(b"\x89PNG")] + (tmp_path / "large.png").read_bytes()
+    (images / "icon.ico").write_bytes(icon)  # that it is large is seen once it is decoded
+    encode("--max-megapixels", 1)
+    assert skips(tmp_path)["icon.ico"]["reason"] == "too_large"
+    assert skips(tmp_path)["icon.ico"]["condition"] == "--max-megapixels 1"
+    assert "nothing to do" in encode("--max-megapixels", 1).out
+    assert "1 new" in encode("--max-megapixels", 3).out
+    assert skips(tmp_path).get("icon.ico", {}).get("reason") != "too_large"
+
+
+def test_retry_skipped_tries_all(encode, images, tmp_path):
+    break_png(images / "wide0.png")
+    encode()
+    before = skips(tmp_path)
+    assert "1 new" in encode("--retry-skipped").out
+    assert skips(tmp_path) == before
+    assert "nothing to do" in encode().out
+
+
+def test_skips_of_a_run_that_did_not_finish_heal_too(encode, images, tmp_path, monkeypatch):
+    break_png(images / "wide0.png")
+    encode()
+    (tmp_path / "c" / "cache.json").unlink()  # as a run that is killed leaves it
+    (tmp_path / "c" / "skipped.jsonl").unlink()
+    monkeypatch.setattr("latentprep.prepare.survey.decoder_versions", lambda: "pillow 99")
+    encode()
+    assert skips(tmp_path)["wide0.png"]["condition"] == "pillow 99"
+    assert "nothing to do" in encode().out
+
+
+@pytest.mark.parametrize(
+    "part", ["split_alpha", "to_srgb", "resize_part", "choose_crops", "place_weight", "cut", "check_jpeg", "new_hash"]
+)
+def test_our_own_fault_is_named_and_no_skip(encode, images, tmp_path, monkeypatch, part):
+    gradient(64, 80).save(images / "photo.jpg")
+    encode()
+    before = (tmp_path / "c" / "cache.json").read_bytes()
+    gradient(64, 82).save(images / "tall0.png")
+    gradient(64, 82).save(images / "photo.jpg")
+
+    def fails(*_args, **_options):
+        raise KeyError("a fault of ours")
+
+    monkeypatch.setattr(loading, part, fails)
+    result = encode()
+    assert result.code == 1
+    assert "FAILED" in result.out
+    assert "photo.jpg: KeyError: 'a fault of ours'" in result.out or "tall0.png: KeyError" in result.out
+    assert skips(tmp_path) == {}
+    monkeypatch.undo()
+    result = encode()
+    assert (result.code, skips(tmp_path)) == (0, {})
+    assert before != (tmp_path / "c" / "cache.json").read_bytes()
