@@ -63,14 +63,14 @@ def write_cache(
         text = Text([group], names, {"prompt_embeds": noise(rows, 77, width)})
         stamps = write_latents(storage, f"u{n}", [latents], {}), write_text(storage, f"u{n}", "t", text, {})
         entries.append(ShardEntry(f"u{n}", "t", (("h512w512", rows, shape),), *stamps))
-    uncond = write_uncond(storage, {"prompt_embeds": noise(1, 77, width)}, {})
+    uncond = write_uncond(storage, "empty", {"prompt_embeds": noise(1, 77, width)}, {})
     latents_recipe = {
         "vae": "", "geometry": {}, "images": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
         "store_dtype": "float16",
     }  # fmt: skip
     recipe = {"latents": latents_recipe, "text": {}, "libraries": {}}
     latent = {"scaling_factor": 0.18215, "shift_factor": 0.0, "factor": 8, "channels": 4, "views": ["plain"]}
-    commit(storage, Manifest(recipe, latent, {"model": ""}, entries, uncond_file=uncond), [])
+    commit(storage, Manifest(recipe, latent, {"model": ""}, entries, uncond="empty", uncond_file=uncond), [])
 
 
 Ram = dict[str, torch.Tensor]  # latent_mean, latent_std, cond: [count,...] float16

@@ -189,14 +189,16 @@ def encode_prepared(prepared: "Prepared") -> int:
     """Encode what there is to do, and report; returns the exit code."""
     from tqdm import tqdm
 
+    from latentprep.cache.leftovers import clear_orphans, clear_temporaries
     from latentprep.prepare import messages
     from latentprep.prepare.devices import quiet_libraries
     from latentprep.prepare.encode import encode
 
     _say(messages.source_text(prepared))
     is_strict = prepared.options.strict
-    if prepared.is_done:
-        typer.echo(messages.done_text(prepared))
+    if prepared.is_done and prepared.manifest is not None:
+        clear_temporaries(prepared.storage)
+        typer.echo(messages.done_text(prepared, clear_orphans(prepared.storage, prepared.manifest)))
         return messages.exit_code(prepared.plan.skips, [], is_strict)
     quiet_libraries()
 
@@ -304,6 +306,15 @@ def compact(
         f"{cache}: {counted(done.num_shards, 'shard')} rewritten or removed, {counted(done.num_rows, 'row')} "
         f"and {human_bytes(max(0, done.nbytes))} freed{left}"
     )
+    if done.num_read:
+        typer.echo(
+            f"{counted(done.num_read, 'old file')} stay while a training loop may read them; the next latentprep encode "
+            "or compact deletes them"
+        )
+    for line in done.damaged:
+        typer.echo(f"damaged  {line} The shard was left alone: delete this file and run latentprep encode again.")
+    if done.damaged:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -59,7 +59,8 @@ def test_header_and_bytes_of_format_1_are_pinned(tmp_path):
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert header.pop("__metadata__") == {
-        "latentprep": '{"format":1,"groups":[["h16w8",4]],"kind":"latents","recipe":"r","scaling_factor":0.5}'
+        "latentprep": '{"format":1,"groups":[["h16w8",4]],"kind":"latents","recipe":"r","scaling_factor":0.5,'
+        '"seal":"1d579934c8f94b03d648c6cb04ef2973"}'
     }
     assert {name.removeprefix("h16w8/"): (t["dtype"], t["shape"]) for name, t in header.items()} == {
         "latent_mean": ("F16", [4, 1, 4, 2, 2]),
@@ -73,7 +74,7 @@ def test_header_and_bytes_of_format_1_are_pinned(tmp_path):
     }
     write_text(storage, "u", "t", text(), {})
     data += (tmp_path / "shards" / "u.t.text.safetensors").read_bytes()
-    assert hashlib.sha256(data).hexdigest() == "6d442bf143d950e87fdf35b177cea330fbf956bb429b0b42b49bb2bb10fb2ae7"
+    assert hashlib.sha256(data).hexdigest() == "c34076b785f33867ec52aa9a83e34635321e5980c7205cbf4d4840ac42b23931"
 
 
 def test_round_trip_of_both_files(tmp_path):

@@ -56,6 +56,8 @@ def test_every_flipped_byte_is_found(cache):
 @pytest.mark.parametrize("change", ["append", "truncate", "delete"])
 def test_every_other_damage_to_a_file_is_found(cache, change):
     for name, data in files(cache).items():
+        if name == ".readers":  # it holds nothing, and a lock
+            continue
         if change == "delete":
             (cache / name).unlink()
         else:

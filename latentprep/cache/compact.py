@@ -8,6 +8,8 @@ import torch
 
 from latentprep.cache.leftovers import clear_orphans
 from latentprep.cache.manifest import commit, open_manifest, read_skips
+from latentprep.cache.readers import free
+from latentprep.cache.seal import FIELD, check_stamp
 from latentprep.cache.shard import (
     LatentGroup,
     ShardEntry,
@@ -22,6 +24,7 @@ from latentprep.cache.shard import (
 )
 from latentprep.cache.storage import Storage
 from latentprep.config import digest_of
+from latentprep.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -31,32 +34,42 @@ class Compacted:
     num_shards: int  # rewritten or removed
     num_rows: int  # tombstones that are gone
     num_left: int  # tombstones that stay, in shards that have few
-    nbytes: int  # freed
+    nbytes: int  # freed, once the files that are still read have gone
+    num_read: int  # files of the old shards that somebody still reads: a later encode or compact deletes them
+    damaged: list[str]  # what is wrong with the shards that were left alone
 
 
 def compact(storage: Storage, min_share: float) -> Compacted:
     """Rewrite every shard whose share of tombstones is at least `min_share`, and no less than one of them.
 
-    The new shards are written first, then the manifest, and only then the old ones go. Raises UserError.
+    A shard whose bytes are not those that were written is left alone, and named. The new shards are written first, then
+    the manifest, and only then the old ones go. Raises UserError.
     """
     manifest = open_manifest(storage)
     skips = read_skips(storage)
-    shards = [
-        _rewrite(storage, shard) if shard.tombstones and _share(shard) >= min_share else shard
-        for shard in manifest.shards
-    ]
+    damaged: list[str] = []
+    shards: list[ShardEntry | None] = []
+    for shard in manifest.shards:
+        found: ShardEntry | None = shard
+        if shard.tombstones and _share(shard) >= min_share:
+            try:
+                found = _rewrite(storage, shard)
+            except UserError as error:
+                damaged.append(str(error))
+        shards.append(found)
     kept = [shard for shard in shards if shard is not None]
     result = replace(manifest, shards=kept)
     if kept != manifest.shards:
         commit(storage, result, skips)
+    superseded = manifest.files().keys() - result.files().keys()
     clear_orphans(storage, result)
     if not storage.is_local:
-        for name in manifest.files().keys() - result.files().keys():
-            storage.delete(name)
+        free(storage, superseded, result.files())
+    kept_files = [name for name in superseded if storage.exists(name)]
     before, after = sum(shard.nbytes for shard in manifest.shards), sum(shard.nbytes for shard in kept)
     num_changed = sum(old is not new for old, new in zip(manifest.shards, shards, strict=True))
     removed = manifest.num_tombstones - result.num_tombstones
-    return Compacted(num_changed, removed, result.num_tombstones, before - after)
+    return Compacted(num_changed, removed, result.num_tombstones, before - after, len(kept_files), damaged)
 
 
 def _share(shard: ShardEntry) -> float:
@@ -64,9 +77,11 @@ def _share(shard: ShardEntry) -> float:
 
 
 def _rewrite(storage: Storage, shard: ShardEntry) -> ShardEntry | None:
-    """The shard without its tombstones; None where nothing else is in it."""
+    """The shard without its tombstones; None if nothing else is in it. Raises UserError if a file is damaged."""
     if not shard.num_images:
         return None
+    for name, stamp in shard.files().items():
+        check_stamp(storage, name, stamp)
     latents = open_latents(storage, shard.unit, shard.groups)
     text = open_text(storage, shard.unit, shard.text, shard.groups)
     live = shard.live_rows()
@@ -81,7 +96,9 @@ def _rewrite(storage: Storage, shard: ShardEntry) -> ShardEntry | None:
 
 
 def _metadata(metadata: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metadata.items() if name not in ("format", "kind", "groups", "max_tokens")}
+    return {
+        name: value for name, value in metadata.items() if name not in ("format", "kind", "groups", "max_tokens", FIELD)
+    }
 
 
 def _take_latents(group: LatentGroup, rows: np.ndarray) -> LatentGroup:

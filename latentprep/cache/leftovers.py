@@ -6,6 +6,8 @@ from typing import Any
 
 from latentprep.cache.manifest import NAME as MANIFEST_NAME
 from latentprep.cache.manifest import SKIPPED_NAME, Manifest, skip_from_json
+from latentprep.cache.readers import free
+from latentprep.cache.seal import check_seal
 from latentprep.cache.shard import (
     FOLDER,
     SHARD_NAME,
@@ -17,7 +19,7 @@ from latentprep.cache.shard import (
     open_text,
     text_name,
 )
-from latentprep.cache.storage import Storage, is_temporary
+from latentprep.cache.storage import Stamp, Storage, is_temporary
 from latentprep.errors import UserError
 from latentprep.records import Skip
 
@@ -31,10 +33,14 @@ class Leftover:
     groups: Groups
     skips: tuple[Skip, ...]
     texts: tuple[str, ...]
+    latents_file: Stamp
 
 
 def find_leftovers(storage: Storage, manifest: Manifest | None) -> dict[str, Leftover]:
-    """unit -> every whole latents file that the manifest does not name; damaged ones are as if they were not there."""
+    """unit -> every whole latents file that the manifest does not name; damaged ones are as if they were not there.
+
+    Each is read whole, to be checked by its own seal.
+    """
     named = {shard.unit for shard in manifest.shards} if manifest else set()
     texts: defaultdict[str, list[str]] = defaultdict(list)
     units = []
@@ -49,10 +55,12 @@ def find_leftovers(storage: Storage, manifest: Manifest | None) -> dict[str, Lef
     found = {}
     for unit in units:
         try:
+            latents_file = check_seal(storage, latents_name(unit))
             latents = open_latents(storage, unit)
             skips = tuple(skip_from_json(skip) for skip in latents.metadata["skipped"])
-            found[unit] = Leftover(unit, latents.metadata["recipe"], latents.table(), skips, tuple(texts[unit]))
-        except (UserError, KeyError, TypeError, ValueError):
+            table, recipe = latents.table(), latents.metadata["recipe"]
+            found[unit] = Leftover(unit, recipe, table, skips, tuple(texts[unit]), latents_file)
+        except (UserError, KeyError, TypeError, ValueError, OSError):
             continue
     return found
 
@@ -61,14 +69,11 @@ def recover(storage: Storage, leftover: Leftover) -> ShardEntry | None:
     """The manifest entry of a leftover; None where it has no whole text file, so that its rows have no names."""
     for text in leftover.texts:
         try:
+            text_file = check_seal(storage, text_name(leftover.unit, text))
             open_text(storage, leftover.unit, text, leftover.groups)
-        except UserError:
+        except (UserError, OSError):
             continue
-        latents_file, text_file = (
-            storage.stamp(latents_name(leftover.unit)),
-            storage.stamp(text_name(leftover.unit, text)),
-        )
-        return ShardEntry(leftover.unit, text, leftover.groups, latents_file, text_file)
+        return ShardEntry(leftover.unit, text, leftover.groups, leftover.latents_file, text_file)
     return None
 
 
@@ -82,34 +87,31 @@ def clear_temporaries(storage: Storage) -> None:
 def list_orphans(storage: Storage, manifest: Manifest) -> list[str]:
     """Files of ours that the manifest does not name."""
     files = manifest.files()
-    return [
-        name
-        for name in (*storage.names(), *storage.names(FOLDER))
-        if name not in files and (is_temporary(name) or SHARD_NAME.fullmatch(name) or name == UNCOND_NAME)
-    ]
+    return [name for name in (*storage.names(), *storage.names(FOLDER)) if name not in files and is_ours(name)]
+
+
+def is_ours(name: str) -> bool:
+    """Whether a name is one that latentprep gives: of a shard's file, the empty prompt's, or one being written."""
+    return is_temporary(name) or bool(SHARD_NAME.fullmatch(name) or UNCOND_NAME.fullmatch(name))
 
 
 def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:
-    """Delete our files that the manifest does not name; returns how many they were, and their bytes.
+    """Delete our files that the manifest does not name and no reader needs; returns how many went, and their bytes.
 
     Not on a remote: without a lock, another run may be at work there.
     """
     if not storage.is_local:
         return 0, 0
-    orphans = list_orphans(storage, manifest)
-    nbytes = sum(storage.size(name) for name in orphans)
-    for name in orphans:
-        storage.delete(name)
-    return len(orphans), nbytes
+    sizes = {name: storage.size(name) for name in list_orphans(storage, manifest)}
+    gone = free(storage, sizes, manifest.files())
+    return len(gone), sum(sizes[name] for name in gone)
 
 
 def clear_cache(storage: Storage) -> None:
-    """Delete a cache's own files and nothing else, the manifest first."""
-    for name in (MANIFEST_NAME, SKIPPED_NAME, UNCOND_NAME):
+    """Delete a cache's own files and nothing else, the manifest first; files that somebody reads stay."""
+    for name in (MANIFEST_NAME, SKIPPED_NAME):
         storage.delete(name)
-    for name in storage.names(FOLDER):
-        if SHARD_NAME.fullmatch(name) or is_temporary(name):
-            storage.delete(name)
+    free(storage, [name for name in (*storage.names(), *storage.names(FOLDER)) if is_ours(name)])
 
 
 def find_missing(storage: Storage, shards: list[ShardEntry]) -> dict[str, str]:

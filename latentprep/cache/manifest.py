@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from latentprep.cache.schema import FORMAT, check_format
-from latentprep.cache.shard import FOLDER, UNCOND_NAME, Groups, ShardEntry
+from latentprep.cache.shard import FOLDER, Groups, ShardEntry, uncond_name
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import DTYPES, STORES
 from latentprep.errors import UserError
@@ -24,6 +24,7 @@ class Manifest:
     made_with: dict[str, Any]  # for people, of the last run: model, VAE, device, batch size, compile
     shards: list[ShardEntry] = field(default_factory=list)
     skipped_file: Stamp | None = None
+    uncond: str = ""  # what the file of the empty prompt's cond is called by; "" without cond
     uncond_file: Stamp | None = None
     num_skipped: int = 0
 
@@ -37,7 +38,7 @@ class Manifest:
 
     def root_files(self) -> dict[str, Stamp]:
         """The files that belong to the cache and to no shard, but cache.json."""
-        files = {SKIPPED_NAME: self.skipped_file, UNCOND_NAME: self.uncond_file}
+        files = {SKIPPED_NAME: self.skipped_file, uncond_name(self.uncond): self.uncond_file}
         return {name: stamp for name, stamp in files.items() if stamp is not None}
 
     def files(self) -> dict[str, Stamp]:
@@ -56,7 +57,7 @@ def commit(storage: Storage, manifest: Manifest, skips: list[Skip]) -> None:
         "made_with": manifest.made_with,
         "counts": {"images": manifest.num_images, "skipped": len(skips)},
         "skipped": asdict(skipped_file),
-        "uncond": asdict(manifest.uncond_file) if manifest.uncond_file else None,
+        "uncond": {"id": manifest.uncond, **asdict(manifest.uncond_file)} if manifest.uncond_file else None,
         "tombstones": {shard.unit: list(shard.tombstones) for shard in manifest.shards if shard.tombstones},
     }
     shards = ",\n".join("  " + json.dumps(_shard_to_json(shard)) for shard in manifest.shards)
@@ -190,15 +191,14 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
         data["made_with"],
         shards,
         skipped_file=_stamp_from_json(data["skipped"]),
+        uncond=_check_name(data["uncond"]["id"]) if data["uncond"] is not None else "",
         uncond_file=_stamp_from_json(data["uncond"]) if data["uncond"] is not None else None,
         num_skipped=data["counts"]["skipped"],
     )
 
 
 def _shard_from_json(data: dict[str, Any], tombstones: dict[str, Any]) -> ShardEntry:
-    unit, text = data["unit"], data["text"]
-    if not all(isinstance(name, str) and name.isascii() and name.isalnum() for name in (unit, text)):
-        raise ValueError(f"shard {unit!r:.80}, text {text!r:.80}: not names of shard files")
+    unit, text = _check_name(data["unit"]), _check_name(data["text"])
     groups: Groups = tuple((label, rows, tuple(shape)) for label, rows, shape in data["groups"])
     latents_file, text_file = (Stamp(*pair) for pair in zip(data["bytes"], data["blake2b"], strict=True))
     for label, rows, shape in groups:
@@ -212,6 +212,13 @@ def _shard_from_json(data: dict[str, Any], tombstones: dict[str, Any]) -> ShardE
     if not all(type(row) is int and 0 <= row < entry.num_rows for row in dead) or dead != sorted(set(dead)):
         raise ValueError(f"shard {unit}: tombstones that are no rows")
     return replace(entry, tombstones=tuple(dead))
+
+
+def _check_name(name: Any) -> str:
+    """A part of the name of one of our files. Raises ValueError: it is not to lead anywhere else."""
+    if not (isinstance(name, str) and name.isascii() and name.isalnum()):
+        raise ValueError(f"{name!r:.80}: not a part of a file's name")
+    return name
 
 
 def _stamp_from_json(data: dict[str, Any]) -> Stamp:

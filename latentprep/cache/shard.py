@@ -29,6 +29,7 @@ from latentprep.cache.schema import (
     check_num_tokens,
     check_table,
 )
+from latentprep.cache.seal import EMPTY, FIELD, seal
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
 from latentprep.config import digest_of
@@ -37,7 +38,7 @@ from latentprep.records import Row
 
 METADATA_KEY = "latentprep"
 FOLDER = "shards"
-UNCOND_NAME = "uncond.safetensors"
+UNCOND_NAME = re.compile(r"uncond\.(\w+)\.safetensors")
 SHARD_NAME = re.compile(rf"{FOLDER}/(\w+)\.(?:latents|(\w+)\.text)\.safetensors")
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]  # label, rows, and the [C,h,w] of a latent
@@ -49,6 +50,10 @@ def latents_name(unit: str) -> str:
 
 def text_name(unit: str, text: str) -> str:
     return f"{FOLDER}/{unit}.{text}.text.safetensors"
+
+
+def uncond_name(uncond: str) -> str:
+    return f"uncond.{uncond}.safetensors"
 
 
 def unit_id(rows: Iterable[Row], recipe: dict[str, Any]) -> str:
@@ -199,15 +204,16 @@ def write_text(storage: Storage, unit: str, text_id: str, text: Text, metadata: 
     return _write(storage, text_name(unit, text_id), tensors, metadata)
 
 
-def write_uncond(storage: Storage, cond: Tensors, metadata: dict[str, Any]) -> Stamp:
-    """Write the cond of the empty prompt, name -> [1,...]."""
+def write_uncond(storage: Storage, uncond: str, cond: Tensors, metadata: dict[str, Any]) -> Stamp:
+    """Write the cond of the empty prompt, name -> [1,...]; `uncond` is the digest of what it is made by."""
     tensors = {f"cond/{name}": value.contiguous() for name, value in cond.items()}
-    return _write(storage, UNCOND_NAME, tensors, {**metadata, "kind": "uncond"})
+    return _write(storage, uncond_name(uncond), tensors, {**metadata, "kind": "uncond"})
 
 
 def _write(storage: Storage, name: str, tensors: Tensors, metadata: dict[str, Any]) -> Stamp:
-    header = json.dumps({"format": FORMAT, **metadata}, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-    return storage.write_atomic(name, to_bytes(tensors, {METADATA_KEY: header}))
+    fields = {**metadata, "format": FORMAT, FIELD: EMPTY}
+    header = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return storage.write_atomic(name, seal(to_bytes(tensors, {METADATA_KEY: header})))
 
 
 def open_latents(storage: Storage, unit: str, groups: Groups | None = None) -> Latents:
@@ -250,13 +256,14 @@ def open_text(storage: Storage, unit: str, text: str, groups: Groups | None = No
     return found
 
 
-def open_uncond(storage: Storage) -> tuple[dict[str, Any], Tensors]:
+def open_uncond(storage: Storage, uncond: str) -> tuple[dict[str, Any], Tensors]:
     """Metadata, and cond of the empty prompt, name -> [1,...]. Raises UserError like open_latents."""
-    metadata, tensors = _open(storage, UNCOND_NAME, "uncond")
+    name = uncond_name(uncond)
+    metadata, tensors = _open(storage, name, "uncond")
     try:
         return metadata, check_cond(tensors, 1)
     except ValueError as error:
-        raise _damaged(storage, UNCOND_NAME, error) from None
+        raise _damaged(storage, name, error) from None
 
 
 def _latent_group(tensors: Tensors, label: str, rows: int) -> LatentGroup:

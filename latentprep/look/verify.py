@@ -9,7 +9,8 @@ import torch
 
 from latentprep.cache.leftovers import list_orphans
 from latentprep.cache.manifest import NAME, SKIPPED_NAME, Manifest, open_manifest, read_skips
-from latentprep.cache.shard import UNCOND_NAME, Latents, ShardEntry, Text, open_latents, open_text, open_uncond
+from latentprep.cache.readers import list_waiting
+from latentprep.cache.shard import Latents, ShardEntry, Text, open_latents, open_text, open_uncond, uncond_name
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
 from latentprep.records import Problem, is_flipped
@@ -41,9 +42,12 @@ def verify(storage: Storage, progress: Callable[[int], object]) -> tuple[Manifes
     problems += [Problem("", "duplicate", f"{key} stands in {n} rows") for key, n in keys.items() if n > 1]
     problems += check_skips(storage, manifest, keys)
     problems += check_uncond(storage, manifest)
+    orphans = list_orphans(storage, manifest)
+    waiting = set(list_waiting(storage, orphans))
     problems += [
         Problem(name, "orphan", "a file that cache.json does not name; the next latentprep encode clears it away")
-        for name in list_orphans(storage, manifest)
+        for name in orphans
+        if name not in waiting
     ]
     return manifest, problems
 
@@ -152,11 +156,12 @@ def check_uncond(storage: Storage, manifest: Manifest) -> list[Problem]:
     """Whether the cond of the empty prompt can be opened, and is finite."""
     if manifest.uncond_file is None:
         return []
+    name = uncond_name(manifest.uncond)
     try:
-        _, cond = open_uncond(storage)
+        _, tensors = open_uncond(storage, manifest.uncond)
     except UserError as error:
-        return [Problem(UNCOND_NAME, "structure", str(error))]
-    return [Problem(UNCOND_NAME, "non_finite", name) for name, value in cond.items() if _not_finite(value)]
+        return [Problem(name, "structure", str(error))]
+    return [Problem(name, "non_finite", cond) for cond, value in tensors.items() if _not_finite(value)]
 
 
 def _not_finite(values: torch.Tensor | None) -> int:

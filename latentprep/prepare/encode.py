@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentprep.cache.leftovers import clear_cache, clear_orphans, clear_temporaries
 from latentprep.cache.manifest import Manifest, commit
+from latentprep.cache.readers import free, invite_readers
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import ShardEntry, open_text, text_id, text_name
 from latentprep.prepare.devices import default_batch_size, empty_cache
@@ -32,6 +33,7 @@ class Outcome:
     num_retexted: int  # images whose text alone was made anew
     num_prompts: int  # prompts that the text encoder saw, the empty one included
     truncated: "Truncated"
+    damaged: list[str]  # text files of the cache whose bytes had changed, made anew
     num_cached: int  # images in the cache now
     num_tombstones: int  # rows of images that are gone or changed
     num_bytes: int
@@ -56,7 +58,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     """
     from latentprep.prepare.engine.local import run
     from latentprep.prepare.images.load import LARGE_PIXELS, load_pixels
-    from latentprep.prepare.textfile import write_empty_prompt
+    from latentprep.prepare.textfile import uncond_id, write_empty_prompt
 
     options, storage, plan, load_options = prepared.options, prepared.storage, prepared.plan, prepared.load_options
     started = time.perf_counter()
@@ -64,7 +66,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
         clear_cache(storage)
     clear_temporaries(storage)
     job = make_job(prepared)
-    to_encode = {unit.id for unit in plan.new} - prepared.found
+    to_encode = {unit.id for unit in plan.new} - prepared.found.keys()
     if to_encode:
         job.vae()  # loaded now, and not in the middle of the first unit: loading is no part of the images' speed
 
@@ -94,21 +96,26 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     with make_progress(total, "text") as bar:
         again = run([], retexts, set(), load, job, prepared.workers, partial(show_progress, bar, job))
     uncond_file, text_recipe = write_empty_prompt(job), prepared.recipe["text"]
+    uncond = uncond_id(text_recipe)
     if options.only == "latents" and prepared.manifest is not None:  # its shards may have cond
-        uncond_file, text_recipe = prepared.manifest.uncond_file, prepared.manifest.recipe["text"]
+        before_it = prepared.manifest
+        uncond, uncond_file, text_recipe = before_it.uncond, before_it.uncond_file, before_it.recipe["text"]
 
     # where making a new text failed, the shard stays with what it has
     entries = {**first, **before, **{unit.unit: unit.entry() for unit in again.units}}
     shards = sorted([*plan.kept, *entries.values()], key=shard_order)
     skips = [*plan.skips, *(skip for unit in result.units for skip in unit.skips)]
     recipe = {**prepared.recipe, "text": text_recipe}
-    manifest = Manifest(recipe, job.latent, made_with(prepared, job), shards, uncond_file=uncond_file)
+    manifest = Manifest(recipe, job.latent, made_with(prepared, job), shards, uncond=uncond, uncond_file=uncond_file)
     commit(storage, manifest, skips)
+    invite_readers(storage)
     failures = {**result.failures, **again.failures}
     for unit, entry in first.items():
         if entries[unit].text != entry.text:
             storage.delete(text_name(unit, entry.text))
     cleared = clear_orphans(storage, manifest) if not failures else (0, 0)
+    if not storage.is_local and prepared.manifest is not None:
+        free(storage, prepared.manifest.files().keys() - manifest.files().keys(), manifest.files())
 
     def count(units: Iterable[str]) -> int:
         return sum(entries[unit].num_images for unit in units if unit in entries)
@@ -119,6 +126,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
         num_retexted=count(before),
         num_prompts=job.counts["prompts"],
         truncated=job.truncated,
+        damaged=job.damaged,
         num_cached=manifest.num_images,
         num_tombstones=manifest.num_tombstones,
         num_bytes=sum(shard.nbytes for shard in shards),
@@ -179,6 +187,7 @@ def make_job(prepared: Prepared) -> "Job":
         batch_size=options.batch_size or default_batch_size(prepared.device, prepared.plan.buckets()),
         text_options=options.text,
         seed=options.seed,
+        found=prepared.found,
         conditions=prepared.conditions,
         vae=Lazy(lambda: models.make_vae(device, TORCH_DTYPES[recipe["latents"]["dtype"]])),
         text=Lazy(lambda: make_text(device, TORCH_DTYPES[recipe["text"]["dtype"]])) if make_text is not None else None,

@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
-from latentprep.cache.storage import Storage
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import TextOptions
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.vae import VaeEncoder
@@ -76,11 +76,13 @@ class Job:
     batch_size: int
     text_options: TextOptions
     seed: int
+    found: Mapping[str, Stamp]  # unit -> its latents file, which an unfinished run has left
     conditions: Mapping[str, str]  # that skips depend on (survey.skip_conditions)
     vae: Lazy[VaeEncoder]  # a run that only rewrites text needs none
     text: Lazy[TextEncoder] | None  # None: no conditioning
     watch: Stopwatch = field(default_factory=Stopwatch)
     counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
+    damaged: list[str] = field(default_factory=list)  # text files that were made anew
     truncated: Truncated = field(default_factory=Truncated)
 
     def latents_metadata(self) -> dict[str, Any]:

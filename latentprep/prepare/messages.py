@@ -122,10 +122,13 @@ def summary_of_changes(prepared: Prepared) -> str:
     return ", ".join(parts)
 
 
-def done_text(prepared: Prepared) -> str:
-    """Where a cache is complete already."""
+def done_text(prepared: Prepared, cleared: tuple[int, int]) -> str:
+    """Of a cache that is complete already; `cleared` are files and bytes that nothing referred to."""
     cached = sum(entry.num_images for entry in prepared.plan.kept)
-    lines = [f"{prepared.options.out} is complete with {counted(cached, 'image')}; nothing to do."]
+    lines = [
+        f"{prepared.options.out} is complete with {counted(cached, 'image')}; nothing to do.",
+        *cleared_lines(cleared),
+    ]
     return "\n".join([*lines, *skip_lines(prepared.plan.skips), _next(prepared.options)])
 
 
@@ -152,12 +155,11 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
         lines.append(f"         {counted(outcome.num_retried, 'encoding')} done again in float32, after an overflow")
     if outcome.batch_limit:
         lines.append(f"         {outcome.batch_limit}")
-    if outcome.cleared[0]:
-        files, nbytes = outcome.cleared
-        lines.append(f"cleared  {counted(files, 'file')} that nothing refers to ({human_bytes(nbytes)})")
+    lines += cleared_lines(outcome.cleared)
     lines += skip_lines(outcome.skips)
     if outcome.truncated.count:
         lines.append(truncated_line(prepared, outcome.truncated))
+    lines += [f"damaged  {line} It was made anew." for line in outcome.damaged]
     for failure in outcome.failures:
         lines.append(f"FAILED   {failure}")
     if outcome.failures:
@@ -171,6 +173,11 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
             f"{shlex.join(['latentprep', 'compact', prepared.options.out])} frees their space"
         )
     return "\n".join([*lines, _next(prepared.options)])
+
+
+def cleared_lines(cleared: tuple[int, int]) -> list[str]:
+    files, nbytes = cleared
+    return [f"cleared  {counted(files, 'file')} that nothing refers to ({human_bytes(nbytes)})"] if files else []
 
 
 def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:

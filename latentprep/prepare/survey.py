@@ -1,18 +1,18 @@
 """What there is to do, before anything is written: source, captions, models and cache -> a plan."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from latentprep import __version__
-from latentprep.cache.leftovers import Leftover, find_leftovers, find_missing, list_orphans, recover
+from latentprep.cache.leftovers import Leftover, find_leftovers, find_missing, recover
 from latentprep.cache.manifest import Manifest, find_manifest, read_skips
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.shard import UNCOND_NAME, ShardEntry
-from latentprep.cache.storage import Storage
+from latentprep.cache.shard import ShardEntry, uncond_name
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, text_recipe
 from latentprep.errors import UserError
 from latentprep.prepare.buckets import make_place
@@ -43,7 +43,7 @@ class Prepared:
     recipe: dict[str, Any]
     bare_recipe: dict[str, Any]  # the same without cond: what the first pass writes
     manifest: Manifest | None
-    found: frozenset[str]  # units of the plan whose latents an unfinished run has left
+    found: dict[str, Stamp]  # units of the plan whose latents an unfinished run has left, and those files
     captioned: Captioned
     masks: Masks | None
     row_bytes: RowBytes
@@ -72,7 +72,6 @@ class Prepared:
             and self.manifest.shards == self.plan.kept
             and read_skips(self.storage) == sorted(self.plan.skips, key=lambda skip: skip.key)
             and (self.options.only == "latents" or has_uncond(self.storage, self.manifest))
-            and not (self.storage.is_local and list_orphans(self.storage, self.manifest))
         )
 
 
@@ -154,7 +153,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
         )  # fmt: skip
 
     plan = plan_with_leftovers(make, storage, manifest, leftovers, conditions)
-    found = frozenset(unit.id for unit in plan.new if unit.id in leftovers)
+    found = {unit.id: leftovers[unit.id].latents_file for unit in plan.new if unit.id in leftovers}
     plan = narrow(plan, options, found, say)
     for line in plan.lost:
         say(f"lost     {line}: its images are encoded again")
@@ -228,7 +227,7 @@ def plan_with_leftovers(
     return replace(plan, lost=[*missing.values(), *plan.lost])
 
 
-def narrow(plan: Plan, options: EncodeOptions, found: frozenset[str], say: Say) -> Plan:
+def narrow(plan: Plan, options: EncodeOptions, found: Collection[str], say: Say) -> Plan:
     """The part of a plan that --only asks for. Raises UserError where text is to be made for no latents."""
     if options.only == "latents":
         say("only     latents: cond, and captions that changed, are left for later")
@@ -247,8 +246,9 @@ def narrow(plan: Plan, options: EncodeOptions, found: frozenset[str], say: Say) 
 
 def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     """Whether the cond of the empty prompt is there, if it should be."""
-    size = storage.sizes().get(UNCOND_NAME)
-    return size == (manifest.uncond_file.nbytes if manifest.uncond_file is not None else None)
+    if manifest.uncond_file is None:
+        return True
+    return storage.sizes().get(uncond_name(manifest.uncond)) == manifest.uncond_file.nbytes
 
 
 def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, cond_values: int) -> RowBytes:

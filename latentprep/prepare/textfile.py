@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.shard import UNCOND_NAME, Groups, Text, TextGroup, open_uncond, write_uncond
+from latentprep.cache.seal import check_seal
+from latentprep.cache.shard import Groups, Text, TextGroup, open_uncond, uncond_name, write_uncond
 from latentprep.cache.storage import Stamp
+from latentprep.config import digest_of
 from latentprep.errors import UserError
 from latentprep.prepare.job import Job
 from latentprep.prompts import make_prompts
@@ -113,17 +115,25 @@ def check_finite(
         )
 
 
+def uncond_id(recipe: dict[str, Any]) -> str:
+    """What the file of the empty prompt's cond is called by, of a text recipe; "" without cond."""
+    if recipe["text_encoder"] is None:
+        return ""
+    return digest_of({name: recipe[name] for name in COND_FIELDS if name in recipe})[:16]
+
+
 def write_empty_prompt(job: Job) -> Stamp | None:
-    """The cond of the empty prompt, which training drops captions to; None where there is no conditioning."""
+    """The cond of the empty prompt, which training drops captions to; None if there is no conditioning."""
     if job.text is None:
         return None
-    if job.storage.exists(UNCOND_NAME):
-        try:
-            if is_same_encoder(open_uncond(job.storage)[0]["recipe"], job.recipe["text"]):
-                return job.storage.stamp(UNCOND_NAME)
-        except (UserError, KeyError, AttributeError):
-            pass  # damaged: make it anew
+    uncond = uncond_id(job.recipe["text"])
+    try:
+        stamp = check_seal(job.storage, uncond_name(uncond))
+        open_uncond(job.storage, uncond)
+        return stamp
+    except (UserError, OSError):
+        pass  # not there, or damaged: make it anew
     metadata = job.text_metadata()
     metadata["recipe"] = {name: metadata["recipe"][name] for name in COND_FIELDS if name in metadata["recipe"]}
     cond, _, _ = make_cond([""], job)
-    return write_uncond(job.storage, cond, metadata)
+    return write_uncond(job.storage, uncond, cond, metadata)

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from latentprep.cache.manifest import skip_from_json
 from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.seal import check_seal, check_stamp
 from latentprep.cache.shard import (
     Groups,
     ShardEntry,
     Text,
-    latents_name,
     open_latents,
     open_text,
     table_of,
@@ -70,7 +70,8 @@ def run_unit(
         skips = [skip_from_json(skip) for skip in latents.metadata["skipped"]]
         notes = Counter(latents.metadata["notes"])
         groups = latents.table()
-        latents_file: Stamped = partial(job.storage.stamp, latents_name(unit.id))
+        found = job.found[unit.id]
+        latents_file: Stamped = lambda: found  # noqa: E731
     else:
         skips, notes = [], Counter()
         builders: dict[Size, GroupBuilder] = {}
@@ -103,15 +104,23 @@ def run_unit(
 
 
 def retext_unit(retext: Retext, job: Job, submit: Submit) -> UnitResult:
-    """Make a new text file for a shard whose latents stay; prompts whose cond is there are not encoded again."""
-    entry = retext.entry
+    """Make a new text file for a shard whose latents stay; prompts whose cond is there are not encoded again.
+
+    A text file that is damaged gives no cond: all of its prompts are encoded again.
+    """
+    entry, rows, text, old = retext.entry, retext.rows, retext.text, None
+    dead = frozenset(entry.tombstones)
     with job.watch.on("text"):
-        old = open_text(job.storage, entry.unit, entry.text, entry.groups)
-    text_file = hand_over_text(
-        entry.unit, retext.text, retext.rows, entry.groups, job, submit, old, frozenset(entry.tombstones)
-    )
+        try:
+            check_stamp(job.storage, text_name(entry.unit, entry.text), entry.text_file)
+            old = open_text(job.storage, entry.unit, entry.text, entry.groups)
+        except UserError as error:  # nothing of it is taken over: what dead rows said is not known any more
+            job.damaged.append(str(error))
+            rows = [Row(f"unknown/{n}", -1, -1, ("",)) if n in dead else row for n, row in enumerate(rows)]
+            text = text_id(entry.unit, rows, job.recipe)
+    text_file = hand_over_text(entry.unit, text, rows, entry.groups, job, submit, old, dead)
     return UnitResult(
-        entry.unit, retext.text, entry.groups, lambda: entry.latents_file, text_file, tombstones=entry.tombstones
+        entry.unit, text, entry.groups, lambda: entry.latents_file, text_file, tombstones=entry.tombstones
     )
 
 
@@ -126,13 +135,12 @@ def hand_over_text(
     tombstones: frozenset[int] = frozenset(),
 ) -> Stamped:
     """Make the text file of a unit and hand it to the writer, if it is not there from a run that was stopped."""
-    name = text_name(unit, text)
-    if job.storage.exists(name):
-        try:
-            open_text(job.storage, unit, text, groups)
-            return partial(job.storage.stamp, name)
-        except UserError:
-            pass  # damaged: make it anew
+    try:
+        stamp = check_seal(job.storage, text_name(unit, text))
+        open_text(job.storage, unit, text, groups)
+        return lambda: stamp
+    except (UserError, OSError):
+        pass  # not there, or damaged: make it anew
     with job.watch.on("text"):
         made = make_text(rows, groups, job, old, tombstones)
     return submit(partial(write_text, job.storage, unit, text, made, job.text_metadata())).result

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.shard import UNCOND_NAME, Latents, Text, open_latents, open_text, open_uncond
+from latentprep.cache.readers import Reading
+from latentprep.cache.shard import Latents, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prompts import expand_wildcards, load_template, make_prompt, vary_tags
@@ -110,6 +111,7 @@ class LatentDataset(Dataset[LatentBatch]):
         seed: int = 0,
     ) -> None:
         self.storage = Storage(cache)
+        self._reading = Reading(self.storage)  # held from before the manifest is read: what it names stays
         self.manifest = open_manifest(self.storage)
         self.latent_sampling_method, self.repeats, self.flip_p = latent_sampling_method, repeats, flip_p
         self.include_cond, self.use_weight, self.seed = include_cond, use_weight, seed
@@ -223,9 +225,9 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def uncond(self) -> dict[str, Tensor] | None:
         """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond."""
-        if not self.storage.exists(UNCOND_NAME):
+        if self.manifest.uncond_file is None:
             return None
-        return {name: value.float() for name, value in open_uncond(self.storage)[1].items()}
+        return {name: value.float() for name, value in self._empty_cond().items()}
 
     def _locate(self, indices: np.ndarray) -> list[Run]:
         """The images of a batch, cut into runs that stand in one group."""
@@ -399,7 +401,7 @@ class LatentDataset(Dataset[LatentBatch]):
     def _empty_cond(self) -> dict[str, Tensor]:
         """Cond of the empty prompt, as stored; read once."""
         if self._uncond is None:
-            self._uncond = open_uncond(self.storage)[1]
+            self._uncond = open_uncond(self.storage, self.manifest.uncond)[1]
         return self._uncond
 
     def _gather_weight(self, runs: list[Run], rows: list[np.ndarray]) -> Tensor:

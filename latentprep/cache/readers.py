@@ -1,0 +1,152 @@
+"""Who reads a cache: readers hold a shared lock, and files that nobody needs any more go once nobody holds it.
+
+So what a reader has opened it can read to its end, whatever encode and compact do meanwhile. If locks cannot be had, on
+a remote and on some network disks, such files stay for a day.
+"""
+
+import errno
+import json
+import os
+import time
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+
+NAME = ".readers"  # the file that is locked; it is empty
+SUPERSEDED_NAME = ".superseded.json"  # name of a file -> when nobody needed it any more, in seconds since 1970
+GRACE = 24 * 3600  # seconds
+
+
+class Reading:
+    """A reader of a cache, from before it reads the manifest until it is closed, or forgotten."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._descriptor = _open(storage, os.O_RDONLY)
+        if self._descriptor is not None and not _lock(self._descriptor, exclusive=False):
+            self.close()
+
+    def close(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_descriptor", None) is not None:
+            self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Reading, (self.storage,)  # in a process that is spawned; its parent holds the lock meanwhile
+
+
+def free(storage: Storage, names: Iterable[str], named: Collection[str] = ()) -> list[str]:
+    """Delete files that the manifest does not name, as far as no reader can need them; returns those that went.
+
+    `named` are those that it names: a file of theirs may have waited to be deleted, and be needed again.
+    """
+    names = list(names)
+    if not names and storage.is_local:
+        return []
+    with _alone(storage) as is_alone:
+        if is_alone is False:
+            return []
+        if is_alone is None:
+            names = _those_of_yesterday(storage, names, named)
+        for name in names:
+            storage.delete(name)
+    return names
+
+
+def invite_readers(storage: Storage) -> None:
+    """Make the file that readers lock: they may not be allowed to make one."""
+    descriptor = _open(storage, os.O_RDWR)
+    if descriptor is not None:
+        os.close(descriptor)
+
+
+def list_waiting(storage: Storage, names: list[str]) -> list[str]:
+    """Of files that the manifest does not name those that stay because somebody may read them. Writes nothing."""
+    descriptor = _open(storage, os.O_RDONLY, may_make=False)
+    try:
+        if descriptor is not None and _lock(descriptor, exclusive=True) is False:
+            return names
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+    return [name for name in names if name in _superseded(storage)]
+
+
+@contextmanager
+def _alone(storage: Storage) -> Iterator[bool | None]:
+    """Whether nobody reads, for as long as the context lasts; None if that cannot be known."""
+    descriptor = _open(storage, os.O_RDWR)
+    try:
+        yield None if descriptor is None else _lock(descriptor, exclusive=True)
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _open(storage: Storage, flags: int, may_make: bool = True) -> int | None:
+    """The file to lock, made if it is not there and may be; None if there can be none."""
+    if not storage.is_local or not os.path.isdir(storage.path):
+        return None
+    path = storage.locate(NAME)
+    if may_make:
+        try:
+            return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        except OSError:
+            pass  # read-only: it may be there all the same
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+def _lock(descriptor: int, *, exclusive: bool) -> bool | None:
+    """Whether the lock could be had; None if this system or disk has no locks. A shared one is waited for."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB if exclusive else fcntl.LOCK_SH)
+    except OSError as error:
+        return False if error.errno in (errno.EWOULDBLOCK, errno.EACCES) else None
+    return True
+
+
+def _those_of_yesterday(storage: Storage, names: list[str], named: Collection[str]) -> list[str]:
+    """Of these files, and of those written down before, the ones that nobody has needed for a day.
+
+    The others are written down with the time.
+    """
+    now, known = time.time(), _superseded(storage)
+    since = {name: min(known.get(name, now), now) for name in {*names, *known} if name not in named}
+    gone = sorted(name for name in since if now - since[name] >= GRACE)
+    left = {name: since[name] for name in since if name not in gone}
+    if left == known:
+        return gone
+    try:
+        storage.write_atomic(SUPERSEDED_NAME, json.dumps(left, indent=1, sort_keys=True).encode())
+    except UserError:
+        return []
+    return gone
+
+
+def _superseded(storage: Storage) -> dict[str, float]:
+    """What SUPERSEDED_NAME says; nothing if it is not there, or damaged: then a day begins anew."""
+    try:
+        found = json.loads(storage.read_json(SUPERSEDED_NAME))
+        return {str(name): float(since) for name, since in found.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        return {}
