@@ -116,7 +116,9 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
     if family.t5 in left_out:
         numbers["width"] = _joint_attention_dim(folder, option)
         hashed.append(numbers["width"])
-    weights = [file for part in encoders for file in find_weights(folder / part, TEXT_WEIGHTS, option)]
+    weights = [
+        file for part in encoders for file in find_weights(folder / part, TEXT_WEIGHTS, option, index_first=False)
+    ]
     vocabularies = [
         file for part in encoders for file in sorted((folder / tokenizer_of(part)).iterdir()) if file.is_file()
     ]
