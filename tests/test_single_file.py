@@ -19,9 +19,11 @@ from latentprep.prepare.models.checkpoint import KINDS
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer, make_vocabulary
 from latentprep.prepare.models.model_set import open_models
 from latentprep.prepare.models.single_file import ARCHITECTURES
-from latentprep.prepare.models.text_folder import PARTS_LEFT_OUT
 from tests.conftest import TINY, scaled_by
 
+PARTS_LEFT_OUT = (
+    "unet", "transformer", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder",
+)  # fmt: skip
 PROMPTS = [
     "a photo of a cat",
     "",

@@ -26,15 +26,24 @@ from latentprep.prepare.models.checkpoint import (
     vae_prefix,
 )
 from latentprep.prepare.models.clip_tokenizer import MERGES, load_tokenizer
-from latentprep.prepare.models.families import find_family
+from latentprep.prepare.models.families import find_family, tokenizer_of
 from latentprep.prepare.models.files import blame, check_sizes, digest_model, hash_files, read_json, rename_attention
-from latentprep.prepare.models.text_folder import PARTS_LEFT_OUT, TextFacts, text_numbers
+from latentprep.prepare.models.load_text import (
+    KINDS,
+    check_class,
+    check_text_config,
+    check_tokenizer,
+    load_encoder,
+    load_tokenizer_of,
+    make_pipeline,
+)
+from latentprep.prepare.models.text_folder import TextFacts, text_numbers
 from latentprep.prepare.models.vae_folder import VaeFacts, build_encoder, fill, read_vae_config, vae_numbers
 from latentprep.units import printable, shortened
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
 ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "models" / "architectures"
@@ -79,19 +88,21 @@ class TextFile(TextFacts):
     path: Path
     configs: Path
 
-    def load_pipeline(self, dtype: "torch.dtype") -> "DiffusionPipeline":
+    def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """A pipeline on the CPU of which there is what encode_prompt needs. Raises UserError like VaeFile.load."""
-        import diffusers
-
         shapes = read_shapes(self.path, "text encoder")
-        parts: dict[str, Any] = {
-            part: load_text_encoder(self.path, shapes, prefix, self.configs / part, dtype)
-            for part, prefix in text_parts(shapes).items()
-        }
-        if is_built_in(self.configs):
-            parts |= {folder.name: load_tokenizer(folder) for folder in self.configs.glob("tokenizer*")}
-        left_out = dict.fromkeys(PARTS_LEFT_OUT)
-        return getattr(diffusers, self.family.pipeline).from_pretrained(self.configs, **left_out, **parts)
+        index = read_json(self.configs / "model_index.json", "--config")
+        parts: dict[str, Any] = {}
+        for part, prefix in text_parts(shapes).items():
+            parts[part] = load_text_encoder(self.path, shapes, prefix, self.configs / part, dtype)
+            folder, name = self.configs / tokenizer_of(part), tokenizer_of(part)
+            if is_built_in(self.configs):
+                parts[name] = load_tokenizer(folder)
+            else:
+                kind = check_class(index, name, KINDS[TEXT_CLASSES[0]][1], f"--config {self.configs}")
+                check_tokenizer(folder, TEXT_CLASSES[0], "--config")
+                parts[name] = load_tokenizer_of(folder, kind, parts[part].config.vocab_size)
+        return make_pipeline(self.family, parts)
 
 
 def find_configs(path: Path, option: str) -> Path | None:
@@ -221,25 +232,24 @@ def read_text_config(folder: Path) -> dict[str, Any]:
     if kind not in [[name] for name in TEXT_CLASSES]:
         raise UserError(f"--config {folder}: is {kind}, expected {' or '.join(TEXT_CLASSES)}.")
     check_sizes(config, ("vocab_size", "hidden_size", "num_hidden_layers"), folder, "--config")
+    check_text_config(config, folder, "--config")
     return config
 
 
 def load_text_encoder(path: Path, shapes: Shapes, prefix: str, configs: Path, dtype: "torch.dtype") -> "CLIPTextModel":
     """A text encoder of a checkpoint, on the CPU. Raises UserError like VaeFile.load."""
-    import transformers
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    config = transformers.CLIPTextConfig.from_pretrained(configs)
-    tensors = read_tensors(path, text_names(shapes, prefix, config.to_dict()))
-    (kind,) = config.architectures
-    try:
+    config = read_text_config(configs)
+    tensors = read_tensors(path, text_names(shapes, prefix, config))
+    (kind,) = config["architectures"]
+    with blame(f"{path}: the tensors of its {configs.name} are not those of its config"):
         if prefix.endswith("model."):  # OpenCLIP's names; of the first argument only config.hidden_size is read
-            tensors = convert_open_clip_checkpoint(SimpleNamespace(config=config), tensors, prefix="")
-        model, info = getattr(transformers, kind).from_pretrained(
-            None, config=config, state_dict=tensors, torch_dtype=dtype, output_loading_info=True
-        )
-    except (RuntimeError, IndexError) as error:  # of sizes and of dimensions
-        _refuse_weights(path, configs.name, str(error))
+            sizes = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+            tensors = convert_open_clip_checkpoint(sizes, tensors, prefix="")
+    model, info = load_encoder(
+        kind, config, tensors, dtype, f"{path}: the tensors of its {configs.name} are not those of its config"
+    )
     _check_loaded(path, configs.name, info["missing_keys"], info["unexpected_keys"])
     return model
 
