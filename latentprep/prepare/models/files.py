@@ -151,15 +151,15 @@ def rename_attention(name: str) -> str:
 
 
 def check_shapes(
-    wanted: "Mapping[str, torch.Tensor]", found: "Mapping[str, torch.Tensor]", where: str, part: str
+    wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]], where: str, part: str
 ) -> None:
     """Raise UserError where weights have other shapes than a model's config asks for."""
-    wrong = [name for name, tensor in wanted.items() if name in found and found[name].shape != tensor.shape]
+    wrong = [name for name, shape in wanted.items() if name in found and found[name] != shape]
     if wrong:
         name = wrong[0]
         raise UserError(
             f"{where}: the tensors of its {part} are not those of its config ({len(wrong)} of another shape, such as "
-            f"{printable(name)}: {list(found[name].shape)}, expected {list(wanted[name].shape)}). "
+            f"{printable(name)}: {list(found[name])}, expected {list(wanted[name])}). "
             "Download the model again."
         )
 

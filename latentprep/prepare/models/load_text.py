@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
 from latentprep.prepare.models.families import Family
-from latentprep.prepare.models.files import blame, check_sizes, read_json
+from latentprep.prepare.models.files import blame, check_shapes, check_sizes, read_json
 from latentprep.units import shortened
 
 if TYPE_CHECKING:
@@ -66,6 +66,28 @@ def check_class(index: Mapping[str, Any], part: str, allowed: tuple[str, ...], w
     )
 
 
+def check_encoder(
+    kind: str, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path, part: str
+) -> None:
+    """Raise UserError, before a weight is read, where a config makes no model or weights have other shapes."""
+    import torch
+    import transformers
+
+    with blame(f"{folder}: its config.json makes no {kind}"), torch.device("meta"):
+        model = getattr(transformers, kind)(make_config(kind, config))
+    # transformers 5 leaves text_model. out of names
+    wanted = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(wanted, {name.removeprefix("text_model."): shape for name, shape in shapes.items()}, str(folder), part)
+
+
+def make_config(kind: str, config: dict[str, Any]) -> Any:
+    """transformers' config object of a text encoder; whatever a library raises about it is the caller's to blame."""
+    import transformers
+
+    fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
+    return getattr(transformers, KINDS[kind][0]).from_dict(fields)
+
+
 def load_encoder(
     kind: str, config: dict[str, Any], tensors: "Mapping[str, torch.Tensor]", dtype: "torch.dtype", what: str
 ) -> tuple[Any, dict[str, Any]]:
@@ -78,9 +100,8 @@ def load_encoder(
     """
     import transformers
 
-    fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
     with blame(what):
-        made = getattr(transformers, KINDS[kind][0]).from_dict(fields)
+        made = make_config(kind, config)
         model, info = getattr(transformers, kind).from_pretrained(
             None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
         )

@@ -31,6 +31,7 @@ from latentprep.prepare.models.files import blame, check_sizes, digest_model, ha
 from latentprep.prepare.models.load_text import (
     KINDS,
     check_class,
+    check_encoder,
     check_text_config,
     check_tokenizer,
     load_encoder,
@@ -91,18 +92,27 @@ class TextFile(TextFacts):
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """A pipeline on the CPU of which there is what encode_prompt needs. Raises UserError like VaeFile.load."""
         shapes = read_shapes(self.path, "text encoder")
-        index = read_json(self.configs / "model_index.json", "--config")
         parts: dict[str, Any] = {}
         for part, prefix in text_parts(shapes).items():
             parts[part] = load_text_encoder(self.path, shapes, prefix, self.configs / part, dtype)
-            folder, name = self.configs / tokenizer_of(part), tokenizer_of(part)
-            if is_built_in(self.configs):
-                parts[name] = load_tokenizer(folder)
-            else:
-                kind = check_class(index, name, KINDS[TEXT_CLASSES[0]][1], f"--config {self.configs}")
-                check_tokenizer(folder, TEXT_CLASSES[0], "--config")
-                parts[name] = load_tokenizer_of(folder, kind, parts[part].config.vocab_size)
+            parts[tokenizer_of(part)] = self._load_tokenizer(part)
         return make_pipeline(self.family, parts)
+
+    def check(self) -> None:
+        """Raise UserError for configs and tokenizers that would fail when they are loaded."""
+        for part in text_parts(read_shapes(self.path, "text encoder")):
+            config = read_text_config(self.configs / part)
+            check_encoder(config["architectures"][0], config, {}, self.configs / part, part)
+            self._load_tokenizer(part)
+
+    def _load_tokenizer(self, part: str) -> Any:
+        folder = self.configs / tokenizer_of(part)
+        if is_built_in(self.configs):
+            return load_tokenizer(folder)
+        index = read_json(self.configs / "model_index.json", "--config")
+        kind = check_class(index, folder.name, KINDS[TEXT_CLASSES[0]][1], f"--config {self.configs}")
+        check_tokenizer(folder, TEXT_CLASSES[0], "--config")
+        return load_tokenizer_of(folder, kind, read_text_config(self.configs / part)["vocab_size"])
 
 
 def find_configs(path: Path, option: str) -> Path | None:

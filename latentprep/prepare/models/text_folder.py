@@ -15,12 +15,14 @@ from latentprep.prepare.models.files import (
     digest_model,
     find_weights,
     hash_files,
+    read_header,
     read_json,
     read_weights,
 )
 from latentprep.prepare.models.load_text import (
     KINDS,
     check_class,
+    check_encoder,
     check_text_config,
     check_tokenizer,
     load_encoder,
@@ -79,17 +81,28 @@ class TextFolder(TextFacts):
             pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=self.width))
         return pipeline
 
+    def check(self) -> None:
+        """Raise UserError for what would fail when it is loaded, as far as headers and configs tell."""
+        for part in self.tokenizers:
+            folder, kind = self.path / part, self.family.class_of(part)
+            config = read_json(folder / "config.json", "--model")
+            shapes = read_header(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), "--model")
+            check_encoder(kind, config, shapes, folder, part)
+            load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size"))
+
     def _load_part(self, part: str, dtype: "torch.dtype") -> dict[str, Any]:
         """An encoder and its tokenizer."""
         folder, kind = self.path / part, self.family.class_of(part)
         config = read_json(folder / "config.json", "--model")
         tokenizer = load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size"))
         tensors = read_weights(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), ("",), "--model")
-        model, info = load_encoder(
-            kind, config, tensors, dtype, f"{folder}: the weights and config.json make no {kind}"
-        )
+        model, info = load_encoder(kind, config, tensors, dtype, _no_model(folder, kind))
         check_whole(folder, "transformers", info["missing_keys"])
         return {part: model, tokenizer_of(part): tokenizer}
+
+
+def _no_model(folder: Path, kind: str) -> str:
+    return f"{folder}: the weights and config.json make no {kind}"
 
 
 def family_of(folder: Path) -> Family | None:

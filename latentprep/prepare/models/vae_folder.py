@@ -16,6 +16,7 @@ from latentprep.prepare.models.files import (
     digest_model,
     find_weights,
     hash_files,
+    read_header,
     read_json,
     read_weights,
     rename_attention,
@@ -82,6 +83,10 @@ def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
     path, config = read_vae_config(folder, option)
     numbers = vae_numbers(config, f"{option} {path}")
     weights = find_weights(path, VAE_WEIGHTS, option, index_first=True)
+    shapes = {rename_attention(name): shape for name, shape in read_header(weights, option).items()}
+    wanted = shapes_of(build_encoder(config, str(path)).state_dict())
+    check_whole(path, "diffusers", wanted.keys() - shapes.keys())
+    check_shapes(wanted, shapes, str(path), "VAE")
     return VaeFolder(
         digest_model(config, hash_files(weights)), **numbers, path=path, config=config, weights=tuple(weights)
     )
@@ -140,9 +145,13 @@ def build_encoder(config: dict[str, Any], where: str) -> "AutoencoderKL":
 
 def fill(vae: "AutoencoderKL", tensors: "Mapping[str, torch.Tensor]", dtype: "torch.dtype", where: str) -> None:
     """Give a VAE on the meta device its weights. Raises UserError for other shapes, and numbers that are not finite."""
-    check_shapes(vae.state_dict(), tensors, where, "VAE")
+    check_shapes(shapes_of(vae.state_dict()), shapes_of(tensors), where, "VAE")
     check_numbers(tensors, where)
     vae.load_state_dict({name: tensor.to(dtype) for name, tensor in tensors.items()}, assign=True)
+
+
+def shapes_of(tensors: "Mapping[str, torch.Tensor]") -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _check_config(config: dict[str, Any], where: str) -> None:
