@@ -79,6 +79,12 @@ def device(path):
     return damage
 
 
+def only_json(folder):
+    """What transformers 4 saves beside tokenizer.json would do without it."""
+    for name in ("vocab.json", "merges.txt"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+
+
 def both(*damages):
     def damage(folder):
         for one in damages:
@@ -181,7 +187,7 @@ DAMAGES = {
     "text activation unknown": (config("text_encoder", hidden_act="evil"), "makes no CLIPTextModel"),
     "text is quantized": (config("text_encoder", quantization_config={"quant_method": "x"}), "are quantized"),
     "text config deep": (text("text_encoder/config.json", "[" * 10**5), "nested too deep"),
-    "tokenizer.json is empty": (text("tokenizer/tokenizer.json", "{}"), "tokenizer"),
+    "tokenizer.json is empty": (both(only_json, text("tokenizer/tokenizer.json", "{}")), "its files make no"),
     "tokenizer.json is no JSON": (text("tokenizer/tokenizer.json", "{"), "tokenizer.json cannot be read"),
     "tokenizer without files": (
         lambda f: [path.unlink() for path in (f / "tokenizer").iterdir()], "tokenizer: has no vocabulary",
