@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test lint faults bench clean
+.PHONY: demo test lint faults lowest bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/latentprep demo demo
@@ -20,6 +20,15 @@ lint: $(VENV)/.installed-lint
 faults: $(VENV)/.installed-test
 	LATENTPREP_KILLS=200 LATENTPREP_FUZZ=10 $(PYTHON) -m pytest -n 2 tests/test_faults.py tests/test_fuzz.py tests/test_combinations.py
 
+# model folders under the lowest versions that pyproject.toml allows of what reads them; torch as in constraints.txt
+lowest:
+	python3 -m venv .venv-lowest
+	.venv-lowest/bin/pip install --disable-pip-version-check -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)" \
+		diffusers==0.33.0 transformers==4.44.0 safetensors==0.4.3 huggingface-hub==0.34.0 numpy==1.26.4 pillow==11.0.0 \
+		typer==0.16.0 rich==13.0.0 tqdm==4.66.0 filelock==3.13.0 fsspec==2024.2.0 pytest scikit-image scikit-learn
+	.venv-lowest/bin/python -m pytest -m "not slow" tests/test_hostile_models.py tests/test_normalization.py \
+		tests/test_single_file.py tests/test_models.py
+
 bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py
 	$(PYTHON) benchmarks/scale.py
@@ -30,7 +39,7 @@ bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/pillow_samples.py
 
 clean:
-	rm -rf $(VENV) demo dist build
+	rm -rf $(VENV) .venv-lowest demo dist build
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)

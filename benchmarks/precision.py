@@ -19,6 +19,7 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from diffusers import AutoencoderKL
 from encode import save_vae
 from PIL import Image
 from torch import Tensor
@@ -111,7 +112,7 @@ def measure_modes(
     title: str, folder: VaeFolder, photos: list[np.ndarray], *, compiles: bool, trained: bool
 ) -> list[Latent]:
     """Print the table of one VAE; returns the reference. Only of a trained one the photo itself says anything."""
-    vae = folder.load(torch.float32).eval()
+    vae = AutoencoderKL.from_pretrained(folder.path).eval()  # the decoder too
     exact = []
     for photo in photos:
         posterior = vae.encode(to_images(photo)).latent_dist

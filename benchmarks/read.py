@@ -69,7 +69,7 @@ def write_cache(
         "store_dtype": "float16",
     }  # fmt: skip
     recipe = {"latents": latents_recipe, "text": {}, "libraries": {}}
-    latent = {"scaling_factor": 0.18215, "shift_factor": 0.0, "factor": 8, "channels": 4, "views": ["plain"]}
+    latent = {"normalization": {"shift": [0.0], "scale": [0.18215]}, "factor": 8, "channels": 4, "views": ["plain"]}
     commit(storage, Manifest(recipe, latent, {"model": ""}, entries, uncond="empty", uncond_file=uncond), [])
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from latentprep.cache.lock import hold
 from latentprep.cache.manifest import find_manifest
+from latentprep.cache.normalization import Normalization, normalization_from_json
 from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, Geometry, ImageOptions, TextOptions, digest_of
 from latentprep.errors import UserError
@@ -27,7 +28,7 @@ from latentprep.prepare.encode import encode
 from latentprep.prepare.models.families import FAMILIES
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.models.text_folder import TextFacts
-from latentprep.prepare.models.vae_folder import VaeFacts
+from latentprep.prepare.models.vae_folder import VaeFacts, read_numbers
 from latentprep.prepare.survey import prepare
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.vae import VaeEncoder
@@ -248,27 +249,23 @@ class LiveVae(VaeEncoder):
         config = getattr(self.live, "config", None)
         digest = digest_of_model(self.live if config is not None else self.model)
         if config is not None:
-            return VaeFacts(
-                digest,
-                factor=2 ** (len(config.block_out_channels) - 1),
-                latent_channels=config.latent_channels,
-                scaling_factor=float(config.scaling_factor or 1.0),
-                shift_factor=float(getattr(config, "shift_factor", None) or 0.0),
-                force_upcast=False,
-            )
+            return VaeFacts(digest, **{**read_numbers(config, "VAE"), "force_upcast": False})
         if latent is not None:
             return VaeFacts(
                 digest,
                 latent["factor"],
                 latent["channels"],
-                latent["scaling_factor"],
-                latent["shift_factor"],
+                normalization_from_json(latent["normalization"], latent["channels"]),
                 force_upcast=False,
             )
         mean = self.encode(np.zeros((1, 64, 64, 3), np.uint8)).mean
         ones = torch.ones_like(mean).to(self.device)
         scale = float(self.model.get_first_stage_encoding(ones).mean())
-        return VaeFacts(digest, 64 // mean.shape[2], mean.shape[1], scale, 0.0, force_upcast=False)
+        try:
+            normalization = Normalization((0.0,), (scale,))
+        except ValueError as error:
+            raise UserError(f"model: get_first_stage_encoding of ones gives a {error}.") from None
+        return VaeFacts(digest, 64 // mean.shape[2], mean.shape[1], normalization, force_upcast=False)
 
 
 class FirstStage:

@@ -12,6 +12,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from latentprep import cli
+from latentprep.cache.normalization import Normalization
 from latentprep.prepare.devices import quiet_libraries
 
 quiet_libraries()
@@ -116,6 +117,11 @@ def images(tmp_path) -> Path:
         image.save(folder / f"tall{n}.png")
         (folder / f"tall{n}.txt").write_text(f"picture number {n}\n", encoding="utf-8")
     return folder
+
+
+def scaled_by(factor: float, shift: float = 0.0) -> Normalization:
+    """What a config with this scaling_factor and shift_factor asks for."""
+    return Normalization((shift,), (factor,))
 
 
 SMALL = ("--model", "tiny", "--resolution", "64", "--bucket-step", "32", "--min-side", "32")

@@ -35,7 +35,7 @@ def test_a_sample_is_what_was_encoded(cache):
     batch = data[by_key(data)["tall2.png"]]
     assert batch.latent_sample.shape == (1, 4, 8, 8)
     assert batch.latent_sample.dtype == torch.float32
-    assert torch.equal(batch.latent_sample, batch.latent_mean.float() * data.scaling_factor)
+    assert torch.equal(batch.latent_sample, data.normalization.apply(batch.latent_mean.float()))
     assert batch.cond_text == ["picture number 2"]
     assert batch.cond["prompt_embeds"].shape == (1, 77, 64)
     assert batch.cond["prompt_embeds"].dtype == torch.float32
@@ -70,7 +70,7 @@ def test_draws_have_the_posteriors_mean_and_std(cache):
     draws = []
     for epoch in range(400):
         data.set_epoch(epoch)
-        draws.append(data[4].latent_sample[0] / data.scaling_factor)
+        draws.append(data[4].latent_sample[0] / data.normalization.scale[0])
     draws = torch.stack(draws)
     batch = data[4]
     mean, std = batch.latent_mean[0].float(), batch.latent_std[0].float()

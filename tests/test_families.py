@@ -432,7 +432,7 @@ def test_from_images_to_batches(minis, images, tmp_path, run, name):
 
     vae = open_vae(mini.folder)
     channels = 16 if name in ("sd3", "flux") else 4
-    assert (vae.latent_channels, vae.shift_factor) == (channels, mini.pipeline.vae.config.shift_factor or 0.0)
+    assert (vae.latent_channels, vae.normalization.shift) == (channels, (mini.pipeline.vae.config.shift_factor or 0.0,))
     data = LatentDataset(cache, latent_sampling_method="deterministic")
     index = next(n for n in range(len(data)) if data.key(n) == "tall2.png")
     batch = data.__getitems__([index])

@@ -59,9 +59,12 @@ def test_stages_of_prepare_do_not_call_each_other():
         "text.py": {"models.families", "windows"},
         "models/find.py": {"models.files"},
         "models/vae_folder.py": {"models.files"},
-        "models/text_folder.py": {"models.files", "models.families"},
+        "models/load_text.py": {"models.families", "models.files"},
+        "models/text_folder.py": {"models.files", "models.families", "models.load_text"},
+        "models/checkpoint.py": {"models.files"},
         "models/single_file.py": {  # what a folder has in files, a checkpoint has in tensors
-            "models.checkpoint", "models.clip_tokenizer", "models.families", "models.files", "models.text_folder",
+            "models.checkpoint", "models.clip_tokenizer", "models.families", "models.files", "models.load_text",
+            "models.text_folder",
             "models.vae_folder",
         },
     }  # fmt: skip

@@ -17,7 +17,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.models.find import TEXT_FILES, VAE_FILES, commit_of, find_model
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.models.vae_folder import open_vae
-from tests.conftest import HELD_OUT, TINY, find_photo, make_model
+from tests.conftest import HELD_OUT, TINY, find_photo, make_model, scaled_by
 
 
 def test_tiny_is_a_diffusers_folder_of_at_most_4_mb():
@@ -27,7 +27,7 @@ def test_tiny_is_a_diffusers_folder_of_at_most_4_mb():
     assert 2 ** (len(vae.config.block_out_channels) - 1) == 8
     assert isinstance(CLIPTextModel.from_pretrained(TINY / "text_encoder"), CLIPTextModel)
     folder = open_vae(find_model("tiny"))
-    assert (folder.factor, folder.latent_channels, folder.scaling_factor) == (8, 4, vae.config.scaling_factor)
+    assert (folder.factor, folder.latent_channels, folder.normalization) == (8, 4, scaled_by(vae.config.scaling_factor))
     assert open_text(find_model("tiny")).window == 77
 
 

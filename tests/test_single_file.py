@@ -19,9 +19,11 @@ from latentprep.prepare.models.checkpoint import KINDS
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer, make_vocabulary
 from latentprep.prepare.models.model_set import open_models
 from latentprep.prepare.models.single_file import ARCHITECTURES
-from latentprep.prepare.models.text_folder import PARTS_LEFT_OUT
-from tests.conftest import TINY
+from tests.conftest import TINY, scaled_by
 
+PARTS_LEFT_OUT = (
+    "unet", "transformer", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder",
+)  # fmt: skip
 PROMPTS = [
     "a photo of a cat",
     "",
@@ -202,7 +204,7 @@ def test_a_checkpoint_gives_the_numbers_of_its_folder(checkpoint):
     of_folder = opened(folder)
     vae = AutoencoderKL.from_pretrained(folder / "vae")
     assert torch.equal(posterior(models.vae.load(torch.float32)), posterior(vae))
-    for part in ("factor", "latent_channels", "scaling_factor", "shift_factor"):
+    for part in ("factor", "latent_channels", "normalization"):
         assert getattr(models.vae, part) == getattr(of_folder.vae, part)
     for name in ("family", "window", "num_layers", "width", "pooled"):
         assert getattr(models.text, name) == getattr(of_folder.text, name)
@@ -260,7 +262,7 @@ def test_only_the_tensors_that_are_used_are_hashed(checkpoint, tmp_path):
         return other.vae.digest == models.vae.digest, other.text.digest == models.text.digest
 
     assert digests(lambda tensors: tensors.pop(next(name for name in tensors if "diffusion_model" in name))) == (1, 1)
-    for part, same in (("first_stage_model.", (False, True)), ("token_embedding", (True, False))):
+    for part, same in (("first_stage_model.encoder.", (False, True)), ("token_embedding", (True, False))):
         name = next(name for name in load_file(file) if name.startswith(part) or name.endswith(f"{part}.weight"))
         assert digests(lambda tensors, name=name: tensors[name].flatten()[0].add_(1)) == same
         assert digests(lambda tensors, name=name: tensors.update({name: tensors[name].half()})) == same
@@ -279,14 +281,14 @@ def test_a_vae_alone_goes_with_any_model(layout, tmp_path, model):
         save_file({**ldm_vae(vae, layout), "loss.logvar": torch.zeros(1)}, file)
     of_folder = opened(model, vae=file)
     assert torch.equal(posterior(of_folder.vae.load(torch.float32)), posterior(vae))
-    assert of_folder.vae.scaling_factor == 0.18215
+    assert of_folder.vae.normalization == scaled_by(0.18215)
     assert of_folder.text == opened(model).text
 
     config = AutoencoderKL.load_config(model / "vae")
     other = configs_of(model, tmp_path / "other")
     (other / "vae" / "config.json").write_text(json.dumps({**config, "scaling_factor": 0.5, "shift_factor": 0.1}))
     with_config = opened(file, config=other, cond=False)
-    assert (with_config.vae.scaling_factor, with_config.vae.shift_factor) == (0.5, 0.1)
+    assert with_config.vae.normalization == scaled_by(0.5, 0.1)
     assert with_config.vae.digest != of_folder.vae.digest
 
 
@@ -371,7 +373,7 @@ def test_what_a_file_seems_to_be_is_said(tmp_path, model, name):
     file, kind = tmp_path / "x.safetensors", GIVE_AWAY[name]
     save_file({name: torch.zeros(4, 2048)}, file)
     expected = "Expected a Stable Diffusion 1.x, 2.x or XL checkpoint, or a VAE."
-    advice = "Give one with --vae." if "XL UNet" in kind or "2.x" in kind else expected
+    advice = "Give one with --vae." if re.search(r"XL UNet|2\.x|Playground", kind) else expected
     assert refusal(file) == f"--model {file}: has no VAE, it seems to be {kind}. {advice}"
     assert refusal(model, vae=file) == f"--vae {file}: has no VAE, it seems to be {kind}. {expected}"
     if "2.x" not in kind:
@@ -392,7 +394,7 @@ def test_a_checkpoint_without_a_text_encoder_is_one_for_no_cond(tmp_path, model)
     file = tmp_path / "x.safetensors"
     save_file({**ldm_vae(vae.to_empty(device="cpu"), "first_stage_model."), **unet(2048)}, file)
     said = []
-    assert opened(file, cond=False, said=said).vae.scaling_factor == 0.13025
+    assert opened(file, cond=False, said=said).vae.normalization == scaled_by(0.13025)
     assert said == [f"config   Stable Diffusion XL, by the tensors of {file}"]
     assert refusal(file) == (
         f"--model {file}: has no text encoder, it seems to be a Stable Diffusion XL UNet and VAE. "
@@ -553,7 +555,7 @@ def test_stable_diffusion_1_of_true_size_needs_no_config(tmp_path):
     said = []
     models = opened(file, said=said)
     assert said == [f"config   Stable Diffusion 1.x, by the tensors of {file}"]
-    assert (models.vae.factor, models.vae.latent_channels, models.vae.scaling_factor) == (8, 4, 0.18215)
+    assert (models.vae.factor, models.vae.latent_channels, models.vae.normalization) == (8, 4, scaled_by(0.18215))
     assert (models.text.window, models.text.num_layers, models.text.width, models.text.pooled) == (77, 12, 768, 0)
     assert torch.equal(posterior(models.vae.load(torch.float32)), posterior(vae.float()))
     tokenizer = load_tokenizer(ARCHITECTURES / "sd1" / "tokenizer")

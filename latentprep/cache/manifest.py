@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from latentprep.cache.normalization import Normalization, normalization_from_json
 from latentprep.cache.schema import FORMAT, check_format
 from latentprep.cache.shard import FOLDER, Groups, ShardEntry, uncond_name
 from latentprep.cache.storage import Stamp, Storage
@@ -19,7 +20,7 @@ SKIPPED_NAME = "skipped.jsonl"
 class Manifest:
     # "latents" and "text" (config.latents_recipe, config.text_recipe), and "libraries", which is not compared
     recipe: dict[str, Any]
-    # what a reader must know: scaling_factor, shift_factor, factor, channels, views, pixel_range
+    # what a reader must know: normalization, factor, channels, views, pixel_range
     latent: dict[str, Any]
     made_with: dict[str, Any]  # for people, of the last run: model, VAE, device, batch size, compile
     shards: list[ShardEntry] = field(default_factory=list)
@@ -27,6 +28,11 @@ class Manifest:
     uncond: str = ""  # what the file of the empty prompt's cond is called by; "" without cond
     uncond_file: Stamp | None = None
     num_skipped: int = 0
+
+    @property
+    def normalization(self) -> Normalization:
+        """How latents become what the denoiser sees."""
+        return normalization_from_json(self.latent["normalization"], self.latent["channels"])
 
     @property
     def num_images(self) -> int:
@@ -127,7 +133,7 @@ SPEC: dict[str, Any] = {
         "text": dict,
         "libraries": dict,
     },
-    "latent": {"scaling_factor": float, "shift_factor": float, "factor": int, "channels": int, "views": list},
+    "latent": {"normalization": dict, "factor": int, "channels": int, "views": list},
     "made_with": {"model": str},
     "shards": list,
     "tombstones": dict,
@@ -170,11 +176,10 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     for name, low, high in (
         ("factor", 1, 2**10),
         ("channels", 1, 2**16),
-        ("scaling_factor", 1e-6, 1e6),
-        ("shift_factor", -1e6, 1e6),
     ):
         if not low <= latent[name] <= high:
             raise ValueError(f"latent.{name} is {latent[name]}, expected {low:g} to {high:g}")
+    normalization_from_json(latent["normalization"], latent["channels"])
     views = latent["views"]
     if views not in possible_views(len(views)) or views != data["recipe"]["latents"]["views"]:
         raise ValueError(f"views {latent['views']!r:.80}")

@@ -41,7 +41,10 @@ def facts_table(summary: dict[str, Any]) -> Table:
     precision = f"encoded in {recipe['dtype']}{tiles}, {recipe['store']} stored as {recipe['store_dtype']}"
     table.add_row("precision", precision)
     latent = summary["latent"]
-    table.add_row("scaling", f"scaling_factor {latent['scaling_factor']:g}, shift_factor {latent['shift_factor']:g}")
+    shift, scale = (", ".join(f"{n:g}" for n in latent["normalization"][name]) for name in ("shift", "scale"))
+    table.add_row(
+        "scaling", f"(latent - {shift}) * {scale}" if "," not in shift + scale else f"shift {shift}; scale {scale}"
+    )
     table.add_row("weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}")
     table.add_row("made by", _plain(summary["recipe"]["libraries"]))
     return table

@@ -16,7 +16,7 @@ from latentprep.errors import UserError
 from latentprep.records import Problem, is_flipped
 
 THREADS = 4  # hashing one file a thread; more gain nothing on a disk
-HEADER_PARTS = ("scaling_factor", "shift_factor", "factor", "channels", "pixel_range", "views")
+HEADER_PARTS = ("normalization", "factor", "channels", "pixel_range", "views")
 
 
 def verify(storage: Storage, progress: Callable[[int], object]) -> tuple[Manifest | None, list[Problem]]:

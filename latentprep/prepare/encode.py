@@ -173,8 +173,7 @@ def make_job(prepared: Prepared) -> "Job":
     make_text = models.make_text
     device = torch.device(prepared.device)
     latent = {
-        "scaling_factor": vae.scaling_factor,
-        "shift_factor": vae.shift_factor,
+        "normalization": vae.normalization.to_json(),
         "factor": vae.factor,
         "channels": vae.latent_channels,
         "pixel_range": [-1, 1],

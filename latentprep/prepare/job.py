@@ -72,7 +72,7 @@ class Job:
 
     storage: Storage
     recipe: dict[str, Any]
-    latent: dict[str, Any]  # what a reader must know: scaling_factor, shift_factor, ...
+    latent: dict[str, Any]  # what a reader must know: normalization, factor, ...
     batch_size: int
     text_options: TextOptions
     seed: int

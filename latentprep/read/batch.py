@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from latentprep.cache.normalization import Normalization
+
 CondModel = Callable[[list[str]], "Tensor | dict[str, Tensor]"]  # B prompts -> [B,T,D], or name -> [B,...]
 
 
@@ -18,8 +20,7 @@ class LatentBatch:
     latent_mean: Tensor  # [B,C,h,w] in the store dtype; unscaled
     latent_std: Tensor | None  # the same; None: the mean is the sample
     noise_seed: Tensor | None  # [B] int64, on the CPU: what each sample's draw starts from
-    scaling_factor: float
-    shift_factor: float
+    normalization: Normalization
     stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
     cond_text: list[str]  # B prompts
     weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
@@ -36,7 +37,7 @@ class LatentBatch:
 
     @property
     def latent_sample(self) -> Tensor:
-        """[B,C,h,w] float32, scaled for the UNet: (mean + std * noise - shift_factor) * scaling_factor.
+        """[B,C,h,w] float32, as the denoiser sees it: (mean + std * noise - shift) * scale.
 
         Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample there. (From
         one seed a GPU draws other numbers than a CPU.)
@@ -45,7 +46,7 @@ class LatentBatch:
             sample = self.latent_mean.float()
             if self.latent_std is not None and self.noise_seed is not None:
                 sample = sample + self.latent_std.float() * draw_noise(self.noise_seed, sample)
-            self._drawn = (sample - self.shift_factor) * self.scaling_factor
+            self._drawn = self.normalization.apply(sample)
         return self._drawn
 
     @property

@@ -120,8 +120,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.template = load_template(str(template)) if template is not None else None
         self.wildcards = wildcards
         self.makes_prompts = template is not None or shuffle_tags or tag_drop_out > 0 or wildcards
-        self.scaling_factor: float = self.manifest.latent["scaling_factor"]
-        self.shift_factor: float = self.manifest.latent["shift_factor"]
+        self.normalization = self.manifest.normalization
         self._check()
         views = self.manifest.latent["views"]
         self._flipped = torch.tensor([is_flipped(view) for view in views])  # [V] bool
@@ -310,8 +309,7 @@ class LatentDataset(Dataset[LatentBatch]):
             if is_drawn
             else None,
             noise_seed=self._noise_seeds(runs, epoch, counters) if is_drawn else None,
-            scaling_factor=self.scaling_factor,
-            shift_factor=self.shift_factor,
+            normalization=self.normalization,
             stored_cond=stored_cond,
             cond_text=cond_text,
             cond_model=self.cond_model if self.include_cond else None,

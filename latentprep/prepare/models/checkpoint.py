@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentprep.errors import UserError
+from latentprep.prepare.models.files import read_header
 from latentprep.units import printable
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ TITLES = {SD1: "Stable Diffusion 1.x", SD2: "Stable Diffusion 2.x", SDXL: "Stabl
 COND_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}
 CROSS_ATTENTION = re.compile(r"^model\.diffusion_model\..*\.attn2\.to_k\.weight$")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
-VAE_PARTS = re.compile(r"(encoder|decoder|quant_conv|post_quant_conv)\.")
+VAE_PARTS = re.compile(r"(encoder|quant_conv)\.")  # the decoder is never run
 
 # What the names of a text encoder's tensors begin with -> the part of a pipeline that it becomes.
 TEXT_PREFIXES = {
@@ -46,7 +46,7 @@ class Kind:
 
 # What a tensor's name gives away; the first row counts that fits any name in the file.
 KINDS = {
-    r"^edm_mean$": Kind("a Playground v2.5 checkpoint"),  # SDXL's names, and latents that are scaled otherwise
+    r"^edm_mean$": Kind("a Playground v2.5 checkpoint", SDXL),  # SDXL's names, and latents that are scaled otherwise
     r"^conditioner\.embedders\.1\.model\.": Kind("a Stable Diffusion XL checkpoint", SDXL),
     r"^conditioner\.embedders\.0\.model\.": Kind("a refiner of Stable Diffusion XL"),
     r"^cond_stage_model\.model\.": Kind("a Stable Diffusion 2.x checkpoint", SD2),
@@ -63,16 +63,7 @@ KINDS = {
 
 def read_shapes(path: Path, option: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a file's tensors, from its header alone. Raises UserError."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{option} {path}: cannot be read as safetensors ({error}). "
-            "Compare its size with the original's: a download may have been cut short."
-        ) from None
+    return read_header([path], option)
 
 
 def recognise(shapes: Shapes) -> Kind:

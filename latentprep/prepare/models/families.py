@@ -26,6 +26,8 @@ class Family:
     # encoder -> the field of its config that tells its share of a token's values in prompt_embeds; so too of pooled
     width: Mapping[str, str]
     pooled: Mapping[str, str] = field(default_factory=dict)
+    # encoder -> its class in transformers, if it is no CLIPTextModel; a model that names another is refused
+    classes: Mapping[str, str] = field(default_factory=dict)
     optional: tuple[str, ...] = ()  # encoders that a model may do without
     t5: str | None = None  # which of the encoders is a T5; None: they are CLIPs
     t5_tokens: int = 0  # max_sequence_length unless asked for otherwise
@@ -39,6 +41,10 @@ class Family:
     def pipeline(self) -> str:
         """Name of the diffusers class that encodes its prompts."""
         return f"{self.stem}Pipeline"
+
+    def class_of(self, encoder: str) -> str:
+        """Name of the transformers class that an encoder is loaded by, whatever the model's files say."""
+        return self.classes.get(encoder, "CLIPTextModel")
 
     @property
     def encoders(self) -> list[str]:
@@ -118,6 +124,7 @@ FAMILIES = (
         returns=("prompt_embeds", None, "pooled_prompt_embeds", None),
         width={"text_encoder": "hidden_size", "text_encoder_2": "hidden_size"},
         pooled={"text_encoder_2": "projection_dim"},
+        classes={"text_encoder_2": "CLIPTextModelWithProjection"},
         optional=("text_encoder",),  # the refiner has but the second
         heeds_force_upcast=True,
         arguments={"do_classifier_free_guidance": False},
@@ -128,6 +135,11 @@ FAMILIES = (
         returns=("prompt_embeds", None, "pooled_prompt_embeds", None),
         width={"text_encoder_3": "d_model"},  # CLIP's tokens are filled up with zeros
         pooled={"text_encoder": "projection_dim", "text_encoder_2": "projection_dim"},
+        classes={
+            "text_encoder": "CLIPTextModelWithProjection",
+            "text_encoder_2": "CLIPTextModelWithProjection",
+            "text_encoder_3": "T5EncoderModel",
+        },
         optional=("text_encoder_3",),
         t5="text_encoder_3",
         t5_tokens=256,
@@ -140,6 +152,7 @@ FAMILIES = (
         returns=("prompt_embeds", "pooled_prompt_embeds", "text_ids"),
         width={"text_encoder_2": "d_model"},
         pooled={"text_encoder": "hidden_size"},
+        classes={"text_encoder_2": "T5EncoderModel"},
         t5="text_encoder_2",
         t5_tokens=512,
         has_clip_tokens=False,

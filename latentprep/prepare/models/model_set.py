@@ -48,6 +48,8 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     text: TextFolder | TextFile | None = None
     if options.needs_text_encoder:
         text = open_text(model) if model.is_dir() else open_text_file(model, "--model", layout)
+    if text is not None:
+        text.check()
     if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 

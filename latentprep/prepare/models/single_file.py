@@ -4,6 +4,7 @@ A file has weights and no configs: these come from architectures/, which the ten
 Only the tensors of the VAE and of the text encoders are ever read: never the UNet's. The conversion is diffusers' own.
 """
 
+import math
 import re
 from dataclasses import dataclass
 from importlib.resources import files
@@ -25,15 +26,25 @@ from latentprep.prepare.models.checkpoint import (
     vae_prefix,
 )
 from latentprep.prepare.models.clip_tokenizer import MERGES, load_tokenizer
-from latentprep.prepare.models.families import find_family
-from latentprep.prepare.models.files import check_keys, digest_model, hash_files, read_json
-from latentprep.prepare.models.text_folder import PARTS_LEFT_OUT, TextFacts, text_numbers
-from latentprep.prepare.models.vae_folder import VaeFacts, read_vae_config, vae_numbers
-from latentprep.units import printable
+from latentprep.prepare.models.families import find_family, tokenizer_of
+from latentprep.prepare.models.files import blame, check_sizes, digest_model, hash_files, read_json, rename_attention
+from latentprep.prepare.models.load_text import (
+    KINDS,
+    check_class,
+    check_encoder,
+    check_text_config,
+    check_tokenizer,
+    load_encoder,
+    load_tokenizer_of,
+    make_pipeline,
+)
+from latentprep.prepare.models.text_folder import TextFacts, text_numbers
+from latentprep.prepare.models.vae_folder import VaeFacts, build_encoder, fill, read_vae_config, vae_numbers
+from latentprep.units import printable, shortened
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL, DiffusionPipeline
+    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
 ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "models" / "architectures"
@@ -43,8 +54,6 @@ PIPELINES_OF_PARTS = {
     ("text_encoder", "text_encoder_2"): "StableDiffusionXLPipeline",
 }
 TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
-# Names of attention in VAE files that diffusers saved before its version 0.15.
-OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 @dataclass(frozen=True)
@@ -56,24 +65,20 @@ class VaeFile(VaeFacts):
 
     def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
         """The VAE on the CPU. Raises UserError where its tensors are not those that its config asks for."""
-        import torch
-        from diffusers import AutoencoderKL
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
         tensors = read_tensors(self.path, vae_names(read_shapes(self.path, "VAE")))
         if any(name.startswith("encoder.down.") for name in tensors):
-            converted = convert_ldm_vae_checkpoint(tensors, self.config)
+            with blame(f"{self.path}: the tensors of its VAE are not those of its config"):
+                converted = convert_ldm_vae_checkpoint(tensors, self.config)
             if len(converted) < len(tensors):
                 _refuse_weights(self.path, "VAE", f"{len(tensors) - len(converted)} of no layer that diffusers knows")
             tensors = converted
-        tensors = {_rename_attention(name): tensor.to(dtype) for name, tensor in tensors.items()}
-        with torch.device("meta"):  # no numbers are drawn for weights that are there already
-            vae = AutoencoderKL.from_config(self.config)
-        try:
-            missing, unexpected = vae.load_state_dict(tensors, strict=False, assign=True)
-        except RuntimeError as error:
-            _refuse_weights(self.path, "VAE", str(error))
-        _check_loaded(self.path, "VAE", missing, unexpected)
+        tensors = {rename_attention(name): tensor for name, tensor in tensors.items()}
+        vae = build_encoder(self.config, str(self.path))
+        names = vae.state_dict().keys()
+        _check_loaded(self.path, "VAE", names - tensors.keys(), tensors.keys() - names)
+        fill(vae, tensors, dtype, str(self.path))
         return vae
 
 
@@ -84,19 +89,30 @@ class TextFile(TextFacts):
     path: Path
     configs: Path
 
-    def load_pipeline(self, dtype: "torch.dtype") -> "DiffusionPipeline":
+    def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """A pipeline on the CPU of which there is what encode_prompt needs. Raises UserError like VaeFile.load."""
-        import diffusers
-
         shapes = read_shapes(self.path, "text encoder")
-        parts: dict[str, Any] = {
-            part: load_text_encoder(self.path, shapes, prefix, self.configs / part, dtype)
-            for part, prefix in text_parts(shapes).items()
-        }
+        parts: dict[str, Any] = {}
+        for part, prefix in text_parts(shapes).items():
+            parts[part] = load_text_encoder(self.path, shapes, prefix, self.configs / part, dtype)
+            parts[tokenizer_of(part)] = self._load_tokenizer(part)
+        return make_pipeline(self.family, parts)
+
+    def check(self) -> None:
+        """Raise UserError for configs and tokenizers that would fail when they are loaded."""
+        for part in text_parts(read_shapes(self.path, "text encoder")):
+            config = read_text_config(self.configs / part)
+            check_encoder(config["architectures"][0], config, {}, self.configs / part, part)
+            self._load_tokenizer(part)
+
+    def _load_tokenizer(self, part: str) -> Any:
+        folder = self.configs / tokenizer_of(part)
         if is_built_in(self.configs):
-            parts |= {folder.name: load_tokenizer(folder) for folder in self.configs.glob("tokenizer*")}
-        left_out = dict.fromkeys(PARTS_LEFT_OUT)
-        return getattr(diffusers, self.family.pipeline).from_pretrained(self.configs, **left_out, **parts)
+            return load_tokenizer(folder)
+        index = read_json(self.configs / "model_index.json", "--config")
+        kind = check_class(index, folder.name, KINDS[TEXT_CLASSES[0]][1], f"--config {self.configs}")
+        check_tokenizer(folder, TEXT_CLASSES[0], "--config")
+        return load_tokenizer_of(folder, kind, read_text_config(self.configs / part)["vocab_size"])
 
 
 def find_configs(path: Path, option: str) -> Path | None:
@@ -121,7 +137,9 @@ def open_vae_file(path: Path, option: str, configs: Path | None) -> VaeFile:
             f"{option} {path}: seems to be {kind.what}, whose tensors do not tell its config and scaling_factor. "
             "Give a diffusers folder that has them with --config, or give it as --vae of a --model that has them."
         )
-    _, config = read_vae_config(configs, "--config")
+    where, config = read_vae_config(configs, "--config")
+    config = add_edm(config, path, shapes, option)
+    numbers = vae_numbers(config, f"--config {where}")
     found, expected = describe_vae(shapes), describe_config(config)
     if found != expected:
         raise UserError(
@@ -129,7 +147,28 @@ def open_vae_file(path: Path, option: str, configs: Path | None) -> VaeFile:
             "Give the folder that it goes with as --config."
         )
     hashes = [["tensors", hash_tensors(path, vae_names(shapes))]]
-    return VaeFile(digest_model(config, hashes), **vae_numbers(config), path=path, config=config)
+    return VaeFile(digest_model(config, hashes), **numbers, path=path, config=config)
+
+
+def add_edm(config: dict[str, Any], path: Path, shapes: Shapes, option: str) -> dict[str, Any]:
+    """A VAE's config with what a file of Playground v2.5 says itself: mean and std of each latent channel.
+
+    The scaling_factor is then 0.5, as diffusers has it (create_vae_diffusers_config_from_ldm). Raises UserError.
+    """
+    there = [name for name in ("edm_mean", "edm_std") if name in shapes]
+    if not there:
+        return config
+    if len(there) < 2:
+        raise UserError(f"{option} {path}: has {there[0]} alone, expected edm_mean and edm_std. Download it again.")
+    for name in there:
+        if math.prod(shapes[name]) != config.get("latent_channels"):
+            raise UserError(
+                f"{option} {path}: its {name} is {list(shapes[name])}, expected one number for each of "
+                f"{shortened(str(config.get('latent_channels')))} latent channels. Download it again."
+            )
+    tensors = read_tensors(path, {name: name for name in there})
+    mean, std = (tensors[name].double().flatten().tolist() for name in there)
+    return {**config, "latents_mean": mean, "latents_std": std, "scaling_factor": 0.5}
 
 
 def describe_vae(shapes: Shapes) -> str:
@@ -202,32 +241,27 @@ def read_text_config(folder: Path) -> dict[str, Any]:
     kind = config.get("architectures")
     if kind not in [[name] for name in TEXT_CLASSES]:
         raise UserError(f"--config {folder}: is {kind}, expected {' or '.join(TEXT_CLASSES)}.")
-    check_keys(config, ("vocab_size", "hidden_size", "num_hidden_layers"), folder, "--config")
+    check_sizes(config, ("vocab_size", "hidden_size", "num_hidden_layers"), folder, "--config")
+    check_text_config(config, folder, "--config")
     return config
 
 
 def load_text_encoder(path: Path, shapes: Shapes, prefix: str, configs: Path, dtype: "torch.dtype") -> "CLIPTextModel":
     """A text encoder of a checkpoint, on the CPU. Raises UserError like VaeFile.load."""
-    import transformers
     from diffusers.loaders.single_file_utils import convert_open_clip_checkpoint
 
-    config = transformers.CLIPTextConfig.from_pretrained(configs)
-    tensors = read_tensors(path, text_names(shapes, prefix, config.to_dict()))
-    (kind,) = config.architectures
-    try:
+    config = read_text_config(configs)
+    tensors = read_tensors(path, text_names(shapes, prefix, config))
+    (kind,) = config["architectures"]
+    with blame(f"{path}: the tensors of its {configs.name} are not those of its config"):
         if prefix.endswith("model."):  # OpenCLIP's names; of the first argument only config.hidden_size is read
-            tensors = convert_open_clip_checkpoint(SimpleNamespace(config=config), tensors, prefix="")
-        model, info = getattr(transformers, kind).from_pretrained(
-            None, config=config, state_dict=tensors, torch_dtype=dtype, output_loading_info=True
-        )
-    except (RuntimeError, IndexError) as error:  # of sizes and of dimensions
-        _refuse_weights(path, configs.name, str(error))
+            sizes = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
+            tensors = convert_open_clip_checkpoint(sizes, tensors, prefix="")
+    model, info = load_encoder(
+        kind, config, tensors, dtype, f"{path}: the tensors of its {configs.name} are not those of its config"
+    )
     _check_loaded(path, configs.name, info["missing_keys"], info["unexpected_keys"])
     return model
-
-
-def _rename_attention(name: str) -> str:
-    return re.sub(r"(?<=\.)(query|key|value|proj_attn)(?=\.(weight|bias)$)", lambda m: OLD_ATTENTION[m[1]], name)
 
 
 def _check_loaded(path: Path, part: str, missing: Any, unexpected: Any) -> None:

@@ -9,15 +9,30 @@ from typing import TYPE_CHECKING, Any
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
 from latentprep.prepare.models.families import FAMILIES, Family, find_family, tokenizer_of
-from latentprep.prepare.models.files import TEXT_WEIGHTS, check_whole, digest_model, find_weights, hash_files, read_json
+from latentprep.prepare.models.files import (
+    TEXT_WEIGHTS,
+    check_whole,
+    digest_model,
+    find_weights,
+    hash_files,
+    read_header,
+    read_json,
+    read_weights,
+)
+from latentprep.prepare.models.load_text import (
+    KINDS,
+    check_class,
+    check_encoder,
+    check_text_config,
+    check_tokenizer,
+    load_encoder,
+    load_tokenizer_of,
+    make_pipeline,
+)
+from latentprep.units import shortened
 
 if TYPE_CHECKING:
     import torch
-
-# Of a pipeline these are not needed to encode prompts.
-PARTS_LEFT_OUT = (
-    "unet", "transformer", "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,38 +63,46 @@ class TextFolder(TextFacts):
 
     path: Path
     left_out: tuple[str, ...]  # encoders that the family has, and this model does without
+    tokenizers: Mapping[str, str]  # encoder -> class of its tokenizer
 
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """The base pipeline of its family, on the CPU, with nothing but text encoders and tokenizers.
 
-        The weights are read in `dtype`, and not cast later: so transformers keeps the layers in float32 that
-        overflow in float16 (T5's wo), and a large encoder is in memory once. Raises UserError where some are missing.
+        Raises UserError where weights are missing, or files do not make a model.
         """
-        import diffusers
-
-        parts: dict[str, Any] = dict.fromkeys(PARTS_LEFT_OUT)
+        parts: dict[str, Any] = {}
         for part in self.family.encoders:
             if part in self.left_out:
                 parts |= {part: None, tokenizer_of(part): None}
             else:
-                parts[part] = self._load_encoder(part, dtype)
-        pipeline = getattr(diffusers, self.family.pipeline).from_pretrained(self.path, **parts)
+                parts |= self._load_part(part, dtype)
+        pipeline = make_pipeline(self.family, parts)
         if self.family.t5 in self.left_out:  # then encode_prompt asks the transformer how many zeros stand for its T5
             pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=self.width))
         return pipeline
 
-    def _load_encoder(self, part: str, dtype: "torch.dtype") -> Any:
-        import transformers
+    def check(self) -> None:
+        """Raise UserError for what would fail when it is loaded, as far as headers and configs tell."""
+        for part in self.tokenizers:
+            folder, kind = self.path / part, self.family.class_of(part)
+            config = read_json(folder / "config.json", "--model")
+            shapes = read_header(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), "--model")
+            check_encoder(kind, config, shapes, folder, part)
+            load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size"))
 
-        index = read_json(self.path / "model_index.json", "--model")
-        kind = getattr(transformers, str((index.get(part) or [""])[-1]), None)
-        if kind is None:
-            raise UserError(f"--model {self.path}: its {part} is {index.get(part)}, which transformers does not know.")
-        model, info = kind.from_pretrained(
-            self.path / part, torch_dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-        check_whole(self.path / part, "transformers", info["missing_keys"])
-        return model
+    def _load_part(self, part: str, dtype: "torch.dtype") -> dict[str, Any]:
+        """An encoder and its tokenizer."""
+        folder, kind = self.path / part, self.family.class_of(part)
+        config = read_json(folder / "config.json", "--model")
+        tokenizer = load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size"))
+        tensors = read_weights(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), ("",), "--model")
+        model, info = load_encoder(kind, config, tensors, dtype, _no_model(folder, kind))
+        check_whole(folder, "transformers", info["missing_keys"])
+        return {part: model, tokenizer_of(part): tokenizer}
+
+
+def _no_model(folder: Path, kind: str) -> str:
+    return f"{folder}: the weights and config.json make no {kind}"
 
 
 def family_of(folder: Path) -> Family | None:
@@ -100,7 +123,7 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
     if family is None:
         names = ", ".join(family.name for family in FAMILIES)
         raise UserError(
-            f"{option} {folder}: a {index.get('_class_name')}, expected a pipeline of {names}. "
+            f"{option} {folder}: a {shortened(str(index.get('_class_name')))}, expected a pipeline of {names}. "
             "Or encode with --no-cond."
         )
     left_out = tuple(part for part in family.encoders if _is_left_out(folder, part, index, family))
@@ -111,17 +134,26 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
                 f"{option} {folder}: has no {part} and {tokenizer_of(part)} folders. Complete it, or --no-cond."
             )
     configs = {part: read_json(folder / part / "config.json", option) for part in encoders}
+    tokenizers = {}
+    for part, config in configs.items():
+        kind = family.class_of(part)
+        check_class(index, part, (kind,), f"{option} {folder}")
+        tokenizers[part] = check_class(index, tokenizer_of(part), KINDS[kind][1], f"{option} {folder}")
+        check_text_config(config, folder / part, option)
+        check_tokenizer(folder / tokenizer_of(part), kind, option)
     numbers = text_numbers(family, configs, folder, option)
     hashed: list[Any] = [family.pipeline, *configs.values()]
     if family.t5 in left_out:
         numbers["width"] = _joint_attention_dim(folder, option)
         hashed.append(numbers["width"])
-    weights = [file for part in encoders for file in find_weights(folder / part, TEXT_WEIGHTS, option)]
+    weights = [
+        file for part in encoders for file in find_weights(folder / part, TEXT_WEIGHTS, option, index_first=False)
+    ]
     vocabularies = [
         file for part in encoders for file in sorted((folder / tokenizer_of(part)).iterdir()) if file.is_file()
     ]
     digest = digest_model(hashed, hash_files(weights + vocabularies))
-    return TextFolder(digest, family, **numbers, path=folder, left_out=left_out)
+    return TextFolder(digest, family, **numbers, path=folder, left_out=left_out, tokenizers=tokenizers)
 
 
 def text_numbers(family: Family, configs: dict[str, dict[str, Any]], folder: Path, option: str) -> dict[str, int]:
@@ -139,7 +171,7 @@ def _is_left_out(folder: Path, part: str, index: dict[str, Any], family: Family)
     """Whether a model does without an encoder: it says so, or nobody has downloaded its T5, the largest part of all."""
     if part not in family.optional:
         return False
-    says_so = not any(index.get(part) or [])  # not named, or [null, null]
+    says_so = index.get(part) in (None, [], [None, None])
     return says_so or (part == family.t5 and not (folder / part).is_dir())
 
 

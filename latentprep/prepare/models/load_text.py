@@ -1,0 +1,158 @@
+"""Text encoders, tokenizers and the pipeline around them, each by a class that is known here.
+
+Nothing in a model's folder decides which code runs: no name of a class in it is looked up, and no file but weights,
+configs and vocabularies is handed to a library.
+"""
+
+import inspect
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any
+
+from latentprep.errors import UserError
+from latentprep.prepare.models.families import Family
+from latentprep.prepare.models.files import blame, check_shapes, check_sizes, read_json
+from latentprep.units import shortened
+
+if TYPE_CHECKING:
+    import torch
+
+# Class of a text encoder -> class of its config, classes of its tokenizer (the first one is loaded if a model names
+# none), and sets of files of which one must be there: without its vocabulary a tokenizer may start empty.
+KINDS = {
+    "CLIPTextModel": ("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "CLIPTextModelWithProjection": ("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast")),
+    "T5EncoderModel": ("T5Config", ("T5Tokenizer", "T5TokenizerFast")),
+}
+VOCABULARIES = {
+    "CLIP": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
+    "T5": ({"tokenizer.json"}, {"spiece.model"}),
+}
+TOKENIZER_CONFIG = "tokenizer_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "special_tokens_map.json", "added_tokens.json",
+)  # fmt: skip
+SIZES = (
+    "hidden_size", "d_model", "num_attention_heads", "num_heads", "intermediate_size", "d_ff", "d_kv", "vocab_size",
+    "max_position_embeddings", "projection_dim", "num_hidden_layers", "num_layers",
+)  # fmt: skip
+MAX_LAYERS = 1000
+# Of a config, what would have transformers fetch or run something, or says what the caller decides.
+UNUSED = ("auto_map", "torch_dtype", "dtype", "attn_implementation", "experts_implementation")
+
+
+def check_text_config(config: dict[str, Any], folder: Path, option: str) -> None:
+    """Raise UserError for sizes that no text encoder has, and for weights that need another library."""
+    check_sizes(config, [name for name in SIZES if name in config], folder, option)
+    for name in ("num_hidden_layers", "num_layers"):
+        if config.get(name, 0) > MAX_LAYERS:
+            raise UserError(f"{option} {folder}: its config's {name} is {config[name]}, expected 1 to {MAX_LAYERS}.")
+    if config.get("quantization_config") is not None:
+        raise UserError(f"{option} {folder}: its weights are quantized, which is not supported. Give the full model.")
+
+
+def check_class(index: Mapping[str, Any], part: str, allowed: tuple[str, ...], where: str) -> str:
+    """The class that model_index.json names for a part. Raises UserError unless it is one of those allowed."""
+    named = index.get(part)
+    for name in allowed:
+        if named == ["transformers", name]:
+            return name
+    raise UserError(
+        f"{where}: its model_index.json says that {part} is {shortened(str(named))}, expected transformers' "
+        f"{' or '.join(allowed)}. Other classes are never loaded."
+    )
+
+
+def check_encoder(
+    kind: str, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path, part: str
+) -> None:
+    """Raise UserError, before a weight is read, where a config makes no model or weights have other shapes."""
+    import torch
+    import transformers
+
+    with blame(f"{folder}: its config.json makes no {kind}"), torch.device("meta"):
+        model = getattr(transformers, kind)(make_config(kind, config))
+    # transformers 5 leaves text_model. out of names
+    wanted = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(wanted, {name.removeprefix("text_model."): shape for name, shape in shapes.items()}, str(folder), part)
+
+
+def make_config(kind: str, config: dict[str, Any]) -> Any:
+    """transformers' config object of a text encoder; whatever a library raises about it is the caller's to blame."""
+    import transformers
+
+    fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
+    return getattr(transformers, KINDS[kind][0]).from_dict(fields)
+
+
+def load_encoder(
+    kind: str, config: dict[str, Any], tensors: "Mapping[str, torch.Tensor]", dtype: "torch.dtype", what: str
+) -> tuple[Any, dict[str, Any]]:
+    """A text encoder on the CPU, and what transformers says of names it did not find.
+
+    Raises UserError, which begins with `what`, for weights that do not fit.
+
+    The weights are given in `dtype`, and not cast later: so transformers keeps the layers in float32 that overflow in
+    float16 (T5's wo).
+    """
+    import transformers
+
+    with blame(what):
+        made = make_config(kind, config)
+        model, info = getattr(transformers, kind).from_pretrained(
+            None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
+        )
+    return model, info
+
+
+def check_tokenizer(folder: Path, kind: str, option: str) -> None:
+    """Raise UserError where the vocabulary of a text encoder's tokenizer is missing."""
+    there = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
+    wanted = VOCABULARIES["T5" if kind.startswith("T5") else "CLIP"]
+    if not any(names <= there for names in wanted):
+        expected = " or ".join(" and ".join(sorted(names)) for names in wanted)
+        raise UserError(f"{option} {folder}: has no vocabulary, expected {expected}. Download the model again.")
+    for name in there:
+        if name.endswith(".json"):
+            read_json(folder / name, option)
+
+
+def load_tokenizer_of(folder: Path, kind: str, vocab_size: int | None) -> Any:
+    """A tokenizer by its class, from its known files alone. Raises UserError.
+
+    It sees a copy of these, since from_pretrained would also look at a config.json and the auto_map in it.
+    """
+    import transformers
+
+    with TemporaryDirectory() as copy:
+        for name in TOKENIZER_FILES:
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, Path(copy) / name)
+        if (folder / TOKENIZER_CONFIG).exists():
+            config = read_json(folder / TOKENIZER_CONFIG, "--model")
+            kept = {key: value for key, value in config.items() if key not in UNUSED and not key.endswith("_file")}
+            (Path(copy) / TOKENIZER_CONFIG).write_text(json.dumps(kept), encoding="utf-8")
+        with blame(f"{folder}: its files make no {kind}"):
+            tokenizer = getattr(transformers, kind).from_pretrained(copy, local_files_only=True)
+            tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
+            size = len(tokenizer)
+    if vocab_size is not None and size > vocab_size:
+        raise UserError(f"{folder}: has {size:,} tokens, but its text encoder knows {vocab_size:,}. Download it again.")
+    return tokenizer
+
+
+def make_pipeline(family: Family, parts: dict[str, Any]) -> Any:
+    """The base pipeline of a family, with these parts and nothing else."""
+    import diffusers
+
+    kind = getattr(diffusers, family.pipeline)
+    parameters = inspect.signature(kind.__init__).parameters
+    arguments: dict[str, Any] = {
+        name: None for name, p in parameters.items() if p.default is p.empty and name != "self"
+    }
+    if "requires_safety_checker" in parameters:
+        arguments["requires_safety_checker"] = False
+    return kind(**{**arguments, **parts})
