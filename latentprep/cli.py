@@ -66,6 +66,8 @@ def encode(
     weights: Annotated[str, typer.Option(metavar="alpha|none|DIR", help="Loss weights from transparency, or from a folder of masks with the images' paths and stems.", rich_help_panel=INPUT)] = "alpha",
     no_draft: Annotated[bool, typer.Option("--no-draft", help="Decode large JPEGs in full, and not at a fraction that is still twice what is needed.", rich_help_panel=INPUT)] = False,
     strict_images: Annotated[bool, typer.Option("--strict-images", help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", rich_help_panel=INPUT)] = False,
+    check_content: Annotated[bool, typer.Option("--check-content", help="Read and compare every image, also those whose size and time are as they were.", rich_help_panel=INPUT)] = False,
+    allow_gone: Annotated[bool, typer.Option("--allow-gone", help="Go on though most of the images in the cache are not in SOURCE.", rich_help_panel=INPUT)] = False,
     retry_skipped: Annotated[bool, typer.Option("--retry-skipped", help="Try again all that was skipped; else only that for which something has changed.", rich_help_panel=INPUT)] = False,
     seed: Annotated[int, typer.Option(help="Seed of every random choice.", rich_help_panel=INPUT)] = 0,
     out: Annotated[str, typer.Option(metavar="DIR", help="Where the cache goes.", show_default="SOURCE.latents", rich_help_panel=OUTPUT)] = "",
@@ -146,7 +148,7 @@ def encode(
         tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,
         max_pixels=int(max_megapixels * 1e6), only=only or None, overwrite=overwrite, strict=strict,
-        strict_images=strict_images, retry_skipped=retry_skipped,
+        strict_images=strict_images, check_content=check_content, allow_gone=allow_gone, retry_skipped=retry_skipped,
     )  # fmt: skip
     run_encode(options, dry_run=dry_run)
 
@@ -288,7 +290,7 @@ def verify(
 @app.command()
 def compact(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder.", show_default=False)],
-    min_share: Annotated[float, typer.Option(metavar="SHARE", min=0, max=1, help="Rewrite shards of which at least this share is tombstones.")] = 0.2,
+    min_share: Annotated[float, typer.Option(metavar="SHARE", min=0, max=1, help="Rewrite shards of which at least this share is tombstones.")] = 0.2,  # compact.MIN_SHARE
 ) -> None:
     """Free the space of images that changed or were removed: rewrite the shards that hold many of them."""
     from latentprep.cache.compact import compact as compact_cache

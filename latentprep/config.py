@@ -224,6 +224,8 @@ class EncodeOptions:
     overwrite: bool = False
     strict: bool = False
     strict_images: bool = False  # JPEGs that decode with a warning are skipped
+    check_content: bool = False  # compare the content of every image, whatever its size and time say
+    allow_gone: bool = False  # most of what the cache holds may be gone from the source
     retry_skipped: bool = False  # try again what was skipped, whatever the reason
 
     def __post_init__(self) -> None:

@@ -6,11 +6,14 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFilter
 
+from latentprep.errors import UserError
+
 SIZES = ((384, 256), (256, 384), (320, 320), (512, 256))  # (width, height), as Pillow counts
 SKIES = {"a morning": ((255, 214, 170), (120, 170, 220)), "a noon": ((190, 225, 250), (60, 130, 210)),
          "an evening": ((250, 150, 90), (90, 50, 110)), "a night": ((40, 50, 90), (10, 12, 35))}  # fmt: skip
 HILLS = {"green": (70, 130, 60), "brown": (120, 90, 60), "snowy": (225, 230, 240)}
 THINGS = {"red house": (190, 50, 40), "white tower": (235, 230, 215), "blue tent": (50, 90, 190)}
+MARK = ".latentprep-demo"  # an empty file: the images of this folder are the demo's
 SCALE = 2  # drawn larger and shrunk, so that edges are smooth
 
 
@@ -63,8 +66,15 @@ def with_alpha(image: Image.Image, seed: int) -> Image.Image:
 def draw_folder(folder: Path, count: int = 24) -> None:
     """Fill a folder with scenes and what real folders have: sidecars, subfolders, alpha, EXIF turns, a broken file.
 
-    Files that are there already are left alone.
+    Files of an earlier demo are left as they are. Raises UserError if the folder holds other files.
     """
+    if folder.exists() and not (folder / MARK).is_file() and any(folder.iterdir()):
+        raise UserError(f"demo: {folder} holds files that are not the demo's. Give another DIR.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / MARK).touch()
+    except OSError as error:
+        raise UserError(f"demo: {folder} cannot be written ({error.strerror or error}). Give another folder.") from None
     (folder / "turned").mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         image, caption = draw_scene(seed)
@@ -82,7 +92,8 @@ def draw_folder(folder: Path, count: int = 24) -> None:
         else:
             path = folder / f"{seed:03d}.jpg"
             _save(image, path, quality=92)
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        if not path.with_suffix(".txt").exists():
+            path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
     whole = (folder / "000.jpg").read_bytes()
     if not (folder / "broken.jpg").exists():
         (folder / "broken.jpg").write_bytes(whole[: len(whole) // 2])

@@ -3,3 +3,7 @@
 
 class UserError(Exception):
     """One line that says what is wrong, where, what was got, what was expected, and what to do."""
+
+
+class UnreadableError(UserError):
+    """A file of a cache that is there and cannot be read: this machine's trouble, so nothing is made anew for it."""

@@ -359,4 +359,5 @@ def test_another_runtime_error_is_no_lack_of_memory(run, images, tmp_path, monke
     monkeypatch.setattr(VaeEncoder, "_posterior", posterior)
     result = run("encode", images, "--out", tmp_path / "c", *SMALL)
     assert result.code == 1
-    assert re.search(r"FAILED   unit [0-9a-f]+: RuntimeError: shapes cannot be multiplied", result.out)
+    assert "no cache was made, since 1 unit failed (RuntimeError: shapes cannot be multiplied)" in result.err
+    assert not (tmp_path / "c").exists()

@@ -162,7 +162,11 @@ def test_every_image_gone_and_another_there(run, images, tmp_path):
     for path in images.glob("*.png"):
         path.unlink()
     edit(images / "only.png")
-    assert "1 new, 8 gone" in run("encode", images, *options).out
+    before = files(tmp_path / "c")
+    result = run("encode", images, *options)
+    assert (result.code, "8 of its 8 images are not in SOURCE" in result.err) == (1, True)
+    assert files(tmp_path / "c") == before
+    assert "1 new, 8 gone" in run("encode", images, *options, "--allow-gone").out
     assert len(LatentDataset(tmp_path / "c")) == 1
     # a template does not make new text for shards that nobody reads
     result = run("encode", images, *options, "--template", "none")

@@ -26,6 +26,8 @@ from latentprep.cache.storage import Storage
 from latentprep.config import digest_of
 from latentprep.errors import UserError
 
+MIN_SHARE = 0.2  # of a shard's rows that are to be dead before it is rewritten, unless asked for otherwise
+
 
 @dataclass(frozen=True)
 class Compacted:
@@ -51,7 +53,7 @@ def compact(storage: Storage, min_share: float) -> Compacted:
     shards: list[ShardEntry | None] = []
     for shard in manifest.shards:
         found: ShardEntry | None = shard
-        if shard.tombstones and _share(shard) >= min_share:
+        if would_rewrite(shard, min_share):
             try:
                 found = _rewrite(storage, shard)
             except UserError as error:
@@ -72,8 +74,9 @@ def compact(storage: Storage, min_share: float) -> Compacted:
     return Compacted(num_changed, removed, result.num_tombstones, before - after, len(kept_files), damaged)
 
 
-def _share(shard: ShardEntry) -> float:
-    return len(shard.tombstones) / shard.num_rows
+def would_rewrite(shard: ShardEntry, min_share: float = MIN_SHARE) -> bool:
+    """Whether a compact rewrites a shard, or removes it."""
+    return bool(shard.tombstones) and len(shard.tombstones) >= min_share * shard.num_rows
 
 
 def _rewrite(storage: Storage, shard: ShardEntry) -> ShardEntry | None:

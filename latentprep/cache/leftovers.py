@@ -20,7 +20,7 @@ from latentprep.cache.shard import (
     text_name,
 )
 from latentprep.cache.storage import Stamp, Storage, is_temporary
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.records import Skip
 
 
@@ -60,7 +60,9 @@ def find_leftovers(storage: Storage, manifest: Manifest | None) -> dict[str, Lef
             skips = tuple(skip_from_json(skip) for skip in latents.metadata["skipped"])
             table, recipe = latents.table(), latents.metadata["recipe"]
             found[unit] = Leftover(unit, recipe, table, skips, tuple(texts[unit]), latents_file)
-        except (UserError, KeyError, TypeError, ValueError, OSError):
+        except UnreadableError:
+            raise  # it may be whole: to encode it again would be a waste
+        except (UserError, KeyError, TypeError, ValueError, FileNotFoundError):
             continue
     return found
 
@@ -71,7 +73,9 @@ def recover(storage: Storage, leftover: Leftover) -> ShardEntry | None:
         try:
             text_file = check_seal(storage, text_name(leftover.unit, text))
             open_text(storage, leftover.unit, text, leftover.groups)
-        except (UserError, OSError):
+        except UnreadableError:
+            raise
+        except (UserError, FileNotFoundError):
             continue
         return ShardEntry(leftover.unit, text, leftover.groups, leftover.latents_file, text_file)
     return None

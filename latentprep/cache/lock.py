@@ -7,26 +7,29 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from latentprep.cache.ours import LOCK_NAME, check_ours
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
-NAME = ".lock"
+NAME = LOCK_NAME
 
 
 @contextmanager
 def hold(storage: Storage) -> Iterator[None]:
     """Keep every other latentprep from writing to this cache; the folder is made, and goes again if it stays empty.
 
-    Raises UserError that says who holds it. A remote cache has no lock: there, same work writes the same files.
+    Raises UserError that says who holds it, or that the folder holds another program's files. A remote cache has no
+    lock: there, same work writes the same files.
     """
     if not storage.is_local:
         yield
         return
+    check_ours(storage)
     folder = Path(storage.path)
     path = folder / NAME
     made = _make_folder(folder)
@@ -41,16 +44,23 @@ def hold(storage: Storage) -> Iterator[None]:
     except OSError as error:
         raise UserError(f"{storage.root}: cannot be locked ({error.strerror or error}). Is it read-only?") from None
     try:
-        path.write_text(json.dumps(_myself()), encoding="utf-8")
+        try:
+            path.write_text(json.dumps(_myself()), encoding="utf-8")
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
         yield
     finally:
-        # first unlink, then release: whoever opened the file meanwhile sees that it lost its name, and tries again
-        path.unlink(missing_ok=True)
-        lock.release()
-        for empty in made:
-            if any(empty.iterdir()):
-                break
-            empty.rmdir()
+        # Here nothing may fail: it would hide what went wrong before. What is left behind is locked anew, or empty.
+        # First unlink, then release: whoever opened the file meanwhile sees that it lost its name, and tries again.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            lock.release()
+        with suppress(OSError):
+            for empty in made:
+                if any(empty.iterdir()):
+                    break
+                empty.rmdir()
 
 
 def _make_folder(folder: Path) -> list[Path]:

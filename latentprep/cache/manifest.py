@@ -6,7 +6,7 @@ from typing import Any
 
 from latentprep.cache.normalization import Normalization, normalization_from_json
 from latentprep.cache.schema import FORMAT, check_format
-from latentprep.cache.shard import FOLDER, Groups, ShardEntry, uncond_name
+from latentprep.cache.shard import FOLDER, SHARD_NAME, Groups, ShardEntry, uncond_name
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import DTYPES, STORES
 from latentprep.errors import UserError
@@ -107,21 +107,25 @@ def open_manifest(storage: Storage) -> Manifest:
             f"{storage.root}: not a latent cache, it has no {NAME}. Make one with latentprep encode."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{where}: cannot be read ({' '.join(str(error).split())}). {_REMEDY}") from None
+        raise UserError(f"{where}: cannot be read ({' '.join(str(error).split())}). {_remedy(storage)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: not a manifest.")
     check_format(data.get("format"), where)
     body, mark, _ = text.rpartition(' "blake2b": "')
     if not mark or text != body + _seal(body):
-        raise UserError(f"{where}: changed since latentprep wrote it, its hash does not fit. {_REMEDY}")
+        raise UserError(f"{where}: changed since latentprep wrote it, its hash does not fit. {_remedy(storage)}")
     try:
         return _manifest_from_json(data)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{where}: not a complete manifest ({type(error).__name__}: {error}).") from None
 
 
-# Without a manifest the shards are taken up as those of a run that did not finish.
-_REMEDY = f"Delete {NAME} and run the same latentprep encode again: its shards are taken up, nothing is encoded twice."
+def _remedy(storage: Storage) -> str:
+    """What to do about a damaged manifest: without it the shards are taken up as those of a run that did not finish."""
+    if not any(map(SHARD_NAME.fullmatch, storage.names(FOLDER))):
+        return "There are no shards beside it, so it may be another program's."
+    return f"Delete {NAME} and run the same latentprep encode again: its shards are taken up, nothing is encoded twice."
+
 
 # What a manifest must hold; a reader may rely on it. A tuple lists what a value may be.
 SPEC: dict[str, Any] = {
@@ -140,7 +144,14 @@ SPEC: dict[str, Any] = {
 }  # fmt: skip
 
 
-MADE_WITH_NAMES = ("vae", "config", "revision", "commit", "masks")  # of made_with: texts, or there is no such thing
+MADE_WITH_NAMES = (
+    "source",
+    "vae",
+    "config",
+    "revision",
+    "commit",
+    "masks",
+)  # of made_with: texts, or there is no such thing
 
 
 def possible_views(count: int) -> list[list[str]]:

@@ -6,7 +6,7 @@ The seal is BLAKE2b of all of the file's bytes, with zeros in the place of the s
 import hashlib
 
 from latentprep.cache.storage import Stamp, Storage
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 
 FIELD, EMPTY = "seal", "0" * 32
 # in the header, where the JSON of our metadata is itself a string in JSON
@@ -30,8 +30,13 @@ def is_sealed(data: bytes) -> bool:
 
 
 def check_seal(storage: Storage, name: str) -> Stamp:
-    """Bytes and hash of a file that no manifest knows, if it is as it was written. Raises UserError, OSError."""
-    data = storage.read(name)
+    """Bytes and hash of a file that no manifest knows, if it is as it was written. Raises UserError."""
+    try:
+        data = storage.read(name)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnreadableError(f"{storage.locate(name)}: cannot be read ({error.strerror or error}).") from None
     if not is_sealed(data):
         raise UserError(f"{storage.locate(name)}: damaged, its bytes have changed since they were written.")
     return Stamp.of(data)
@@ -42,7 +47,7 @@ def check_stamp(storage: Storage, name: str, stamp: Stamp) -> None:
     try:
         found = storage.stamp(name)
     except OSError as error:
-        raise UserError(f"{storage.locate(name)}: cannot be read ({error.strerror or error}).") from None
+        raise UnreadableError(f"{storage.locate(name)}: cannot be read ({error.strerror or error}).") from None
     if found != stamp:
         raise UserError(f"{storage.locate(name)}: damaged, its bytes have changed since they were written.")
 

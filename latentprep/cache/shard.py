@@ -33,7 +33,7 @@ from latentprep.cache.seal import EMPTY, FIELD, seal
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
 from latentprep.config import digest_of
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.records import Row
 
 METADATA_KEY = "latentprep"
@@ -56,9 +56,13 @@ def uncond_name(uncond: str) -> str:
     return f"uncond.{uncond}.safetensors"
 
 
-def unit_id(rows: Iterable[Row], recipe: dict[str, Any]) -> str:
-    """Digest of what goes into a latents file: the recipe's latents part, and every row's key, size and mtime."""
-    return digest_of([FORMAT, recipe["latents"], [row.fingerprint for row in rows]])
+def unit_id(rows: Iterable[Row], recipe: dict[str, Any], contents: Sequence[str] = ()) -> str:
+    """Digest of what goes into a latents file: the recipe's latents part, and every row's key, size and mtime.
+
+    `contents` are the content hashes of rows for which those are known to tell nothing, "" for the others.
+    """
+    known = [list(contents)] if any(contents) else []
+    return digest_of([FORMAT, recipe["latents"], [row.fingerprint for row in rows], *known])
 
 
 def text_id(unit: str, rows: Iterable[Row], recipe: dict[str, Any]) -> str:
@@ -309,12 +313,23 @@ def _open(storage: Storage, name: str, kind: str) -> tuple[dict[str, Any], Tenso
             raise ValueError("its metadata is no JSON object")
     except FileNotFoundError:
         raise UserError(f"{where}: missing. Run the same latentprep encode again to make it.") from None
-    except (SafetensorError, KeyError, ValueError, OSError, RecursionError, AttributeError) as error:
+    except (OSError, RuntimeError) as error:  # torch gives a RuntimeError if a file cannot be mapped
+        if isinstance(error, RecursionError):
+            raise _damaged(storage, name, error) from None
+        raise _unreadable(where, error) from None
+    except (SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise _damaged(storage, name, error) from None
     check_format(metadata.get("format"), where)
     if metadata.get("kind") != kind:
         raise _damaged(storage, name, ValueError(f"a file of {metadata.get('kind')!r}, expected {kind}"))
     return metadata, tensors
+
+
+def _unreadable(where: str, error: Exception) -> UnreadableError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+    return UnreadableError(
+        f"{where}: is there, and cannot be read ({reason}). Mend that, and run the same command again."
+    )
 
 
 def _damaged(storage: Storage, name: str, error: Exception) -> UserError:

@@ -32,6 +32,8 @@ class Storage:
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
+        if self.root.endswith("/cache.json") and os.path.isfile(self.root):  # as a shell completes it
+            self.root = os.path.dirname(self.root)
         try:
             self.fs, path = fsspec.core.url_to_fs(self.root)
         except (ImportError, ValueError) as error:

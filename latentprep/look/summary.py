@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentprep.cache.compact import would_rewrite
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.shard import LatentGroup, ShardEntry, latents_name, open_latents, open_text
 from latentprep.cache.storage import Storage
@@ -39,6 +40,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
             "text": sum(shard.text_file.nbytes for shard in manifest.shards),
         },
         "tombstones": manifest.num_tombstones,
+        "can_compact": any(map(would_rewrite, manifest.shards)),
         "made_with": manifest.made_with,
         "recipe": manifest.recipe,
         "latent": manifest.latent,

@@ -9,7 +9,7 @@ from latentprep.config import TextOptions
 from latentprep.errors import UserError
 from latentprep.prepare.metadata import READERS, read_metadata, read_text
 from latentprep.prepare.source import Source, stem
-from latentprep.records import Item
+from latentprep.records import Item, Skip
 
 SIDECARS = (".txt", ".caption")
 NUMBERS_AT_START = re.compile(r"^[-\d]+\s*")  # stable-diffusion-webui, modules/textual_inversion/dataset.py
@@ -23,6 +23,7 @@ class Captioned:
     origins: Counter[str]
     without_image: list[str]  # sidecars that belong to no image, and images that only metadata knows
     shared: list[str]  # stems that several images share, so that one sidecar captions them all
+    skips: list[Skip]  # images whose caption cannot be read
     num_long: int  # sidecars of several lines that are taken as one caption
     ignored: Counter[str]  # suffix -> how many files that are neither images nor captions
 
@@ -30,7 +31,7 @@ class Captioned:
 def add_captions(source: Source, options: TextOptions) -> Captioned:
     """Each item's captions: a sidecar of the same stem, else a metadata file, else the file name.
 
-    Raises UserError for a bad --word-regex, a broken metadata file and a caption that is not text.
+    An image whose caption cannot be read is a skip. Raises UserError for a bad --word-regex and a broken metadata file.
     """
     try:
         word = re.compile(options.word_regex) if options.word_regex else None
@@ -39,16 +40,14 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
     sidecars = {(stem(key), suffix): key for key in source.others if (suffix := _suffix(key)) in SIDECARS}
     metadata = read_metadata(source.folder, source.others, options.caption_columns)
     items: list[Item] = []
-    bad: list[str] = []
+    skips: list[Skip] = []
     for item in source.items:
         try:
             texts, origin = _find_texts(item.key, source.folder, sidecars, metadata, word, options)
         except UserError as error:
-            bad.append(str(error))
+            skips.append(item.skip("bad_caption", str(error)))
         else:
             items.append(replace(item, captions=tidy(texts), caption_origin=origin))
-    if bad:
-        raise UserError(bad[0] + (f" ({len(bad) - 1} more such files.)" if len(bad) > 1 else ""))
     keys = {item.key for item in source.items} | {skip.key for skip in source.skips}
     stems = Counter(map(stem, keys))
     with_sidecar = {name for name, _ in sidecars}
@@ -58,6 +57,7 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
         without_image=[key for (name, _), key in sidecars.items() if name not in stems]
         + [key for key in metadata if key not in keys],
         shared=sorted(name for name, count in stems.items() if count > 1 and name in with_sidecar),
+        skips=skips,
         num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in SIDECARS and "\n" in i.captions[0]}),
         ignored=Counter(
             _suffix(key) or PurePosixPath(key).name

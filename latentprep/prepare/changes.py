@@ -4,15 +4,16 @@ By key, size and time first, by content where those differ: so a touched file is
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
 
 from latentprep.cache.shard import ShardEntry, open_latents, open_text
 from latentprep.cache.storage import Storage
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.records import Change, Item, Row
 
 HashFiles = Callable[[list[Item]], list[bytes | None]]  # 16 bytes each: content hash; None: cannot be read
@@ -39,14 +40,29 @@ class ShardRows:
 class Matching:
     """Finds an item for every row, in three passes: the same file, the same content, the same content elsewhere."""
 
-    def __init__(self, items: list[Item], shards: list[ShardEntry], storage: Storage, hash_files: HashFiles) -> None:
+    def __init__(
+        self,
+        items: list[Item],
+        shards: list[ShardEntry],
+        storage: Storage,
+        hash_files: HashFiles,
+        unread: Collection[str] = (),
+        check_content: bool = False,
+    ) -> None:
+        """`unread`: keys of images and folders that are there and cannot be read now: rows of theirs stay as they are.
+
+        With `check_content` equal names, sizes and times are no proof: the content is compared.
+        """
         self.items = {item.key: item for item in items}
+        self.check_content = check_content
         self.storage = storage
         self.shards: list[ShardRows] = []
         self.lost: list[str] = []  # what is wrong with the shards that cannot be read: as if they were not there
         for entry in shards:
             try:
                 text = open_text(storage, entry.unit, entry.text, entry.groups)
+            except UnreadableError:
+                raise  # it may be whole
             except UserError as error:
                 self.lost.append(str(error))
                 continue
@@ -62,6 +78,7 @@ class Matching:
         dead = {(s, n) for s, shard in enumerate(self.shards) for n in shard.entry.tombstones}
         self._places = sorted(places, key=lambda place: place in dead)
         self._dead = dead
+        self.unread = self._keep_unread(set(unread))  # keys of the rows that stay unread
         self._match_files()
         self._match_contents()
         self._match_elsewhere()
@@ -81,12 +98,32 @@ class Matching:
         if what:
             self.changes.append(Change(item.key, what, detail))
 
+    def _keep_unread(self, unread: set[str]) -> set[str]:
+        kept = set()
+        for place in self._places:
+            row = self._row(place)
+            above = {row.key, *map(str, PurePosixPath(row.key).parents)}
+            if place not in self._dead and row.key not in self.items and above & unread:
+                self.items[row.key] = Item(row.key, (0, 0), row.nbytes, row.mtime_ns, row.captions)
+                kept.add(row.key)
+        return kept
+
     def _match_files(self) -> None:
+        if self.check_content:
+            self._hash([item for item in self.items.values() if item.key not in self.unread])
         for place in self._places:
             row = self._row(place)
             item = self.items.get(row.key)
-            if item is not None and item.key not in self.held and item.row.fingerprint == row.fingerprint:
+            if item is None or item.key in self.held or item.row.fingerprint != row.fingerprint:
+                continue
+            is_read = self.check_content and item.key not in self.unread
+            if not is_read or self._hashed[item.key] in (None, self._digest(place)):
                 self._give(place, item)
+
+    def content_of(self, item: Item) -> str:
+        """The content hash of an item that differs from what stands under its name, size and time; "" for others."""
+        digest = self._hashed.get(item.key) if self.check_content else None
+        return digest.hex() if digest is not None and item.key in self.outdated else ""
 
     def _match_contents(self) -> None:
         pairs = [(place, item) for place in self._free() if (item := self.items.get(self._row(place).key))]

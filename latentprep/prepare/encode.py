@@ -10,14 +10,16 @@ from itertools import chain
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
+from latentprep.cache.compact import would_rewrite
 from latentprep.cache.leftovers import clear_cache, clear_orphans, clear_temporaries
 from latentprep.cache.manifest import Manifest, commit
 from latentprep.cache.readers import free, invite_readers
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import ShardEntry, open_text, text_id, text_name
+from latentprep.errors import UserError
 from latentprep.prepare.devices import default_batch_size, empty_cache
 from latentprep.prepare.plan import Retext
-from latentprep.prepare.survey import Prepared
+from latentprep.prepare.survey import Prepared, nothing_usable
 from latentprep.records import Item, Pixels, Placement, Skip
 
 if TYPE_CHECKING:
@@ -35,6 +37,7 @@ class Outcome:
     truncated: "Truncated"
     damaged: list[str]  # text files of the cache whose bytes had changed, made anew
     num_cached: int  # images in the cache now
+    can_compact: bool  # whether a compact would free some of those rows
     num_tombstones: int  # rows of images that are gone or changed
     num_bytes: int
     skips: list[Skip]
@@ -58,6 +61,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     """
     from latentprep.prepare.engine.local import run
     from latentprep.prepare.images.load import LARGE_PIXELS, load_pixels
+    from latentprep.prepare.images.pillow import describe
     from latentprep.prepare.textfile import uncond_id, write_empty_prompt
 
     options, storage, plan, load_options = prepared.options, prepared.storage, prepared.plan, prepared.load_options
@@ -87,6 +91,9 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     empty_cache()
 
     first = {unit.unit: unit.entry() for unit in result.units if unit.groups}
+    skips = [*plan.skips, *(skip for unit in result.units for skip in unit.skips)]
+    if prepared.manifest is None and not (first or plan.kept or plan.retext):
+        raise UserError(nothing_usable(options.source, skips, [describe(e) for e in result.failures.values()]))
     before = {retext.entry.unit: retext.entry for retext in plan.retext}
     retexts: Iterable[Retext] = plan.retext
     total = plan.num_retexted_items
@@ -104,7 +111,6 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     # where making a new text failed, the shard stays with what it has
     entries = {**first, **before, **{unit.unit: unit.entry() for unit in again.units}}
     shards = sorted([*plan.kept, *entries.values()], key=shard_order)
-    skips = [*plan.skips, *(skip for unit in result.units for skip in unit.skips)]
     recipe = {**prepared.recipe, "text": text_recipe}
     manifest = Manifest(recipe, job.latent, made_with(prepared, job), shards, uncond=uncond, uncond_file=uncond_file)
     commit(storage, manifest, skips)
@@ -128,6 +134,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
         truncated=job.truncated,
         damaged=job.damaged,
         num_cached=manifest.num_images,
+        can_compact=any(map(would_rewrite, shards)),
         num_tombstones=manifest.num_tombstones,
         num_bytes=sum(shard.nbytes for shard in shards),
         skips=skips,
@@ -197,6 +204,7 @@ def made_with(prepared: Prepared, job: "Job") -> dict[str, Any]:
     """How a cache was made, for people; nothing of it is compared."""
     options = prepared.options
     return {
+        "source": str(options.source.resolve()),
         "model": options.model,
         "vae": options.vae,
         "config": options.config,

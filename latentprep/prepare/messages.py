@@ -168,10 +168,9 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     images = counted(outcome.num_cached, "image") + (f" with {count} prompts each" if count > 1 else "")
     lines.append(f"cache    {prepared.options.out}: {images}, {human_bytes(outcome.num_bytes)}")
     if outcome.num_tombstones:
-        lines.append(
-            f"         and {counted(outcome.num_tombstones, 'row')} of changed or removed images; "
-            f"{shlex.join(['latentprep', 'compact', prepared.options.out])} frees their space"
-        )
+        command = shlex.join(["latentprep", "compact", prepared.options.out])
+        frees = f"; {command} frees their space" if outcome.can_compact else ", too few to compact"
+        lines.append(f"         and {counted(outcome.num_tombstones, 'row')} of changed or removed images{frees}")
     return "\n".join([*lines, _next(prepared.options)])
 
 

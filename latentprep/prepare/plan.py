@@ -1,6 +1,6 @@
 """Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,7 @@ class Plan:
     skips: list[Skip]  # items that no unit holds, and why
     changes: list[Change]  # of every image that there is something to do for, sorted by key
     num_kept_items: int
+    unread: list[str]  # keys of images that cannot be read now: what the cache has of them stays
     lost: list[str]  # shards that cannot be read, and why; their images are encoded again
 
     @property
@@ -76,13 +77,15 @@ def make_plan(
     known_skips: list[Skip],
     conditions: Mapping[str, str],
     hash_files: HashFiles,
+    unread: Collection[str] = (),
+    check_content: bool = False,
 ) -> Plan:
     """The plan for a folder's items, given the shards of a cache of the same recipe, or none.
 
     An image is kept if a shard holds its content, or if it was skipped before, and neither it has changed since nor
     what the skip depends on (`conditions`: those of this run).
     """
-    matching = Matching(items, shards, storage, hash_files)
+    matching = Matching(items, shards, storage, hash_files, unread, check_content)
     kept: list[ShardEntry] = []
     retext: list[Retext] = []
     changes = list(matching.changes)
@@ -99,7 +102,7 @@ def make_plan(
 
     known = {skip.key: skip for skip in known_skips}
     planned: list[tuple[Item, Placement]] = []
-    left_out = list(skips)
+    left_out = [skip for skip in skips if skip.key not in matching.unread]
     for item in items:
         if item.key in matching.held:
             continue
@@ -119,11 +122,14 @@ def make_plan(
             changes.append(Change(item.key, what, f"was skipped: {before.reason}" if before is not None else ""))
     planned.sort(key=lambda pair: (pair[1].bucket, pair[0].key))
     new = [
-        Unit(unit_id([item.row for item, _ in rows], recipe), *zip(*rows, strict=True))
+        Unit(
+            unit_id([item.row for item, _ in rows], recipe, [matching.content_of(item) for item, _ in rows]),
+            *zip(*rows, strict=True),
+        )
         for rows in cut_rows(planned, row_bytes, shard_bytes)
     ]
     changes.sort(key=lambda change: (change.key, change.what))
-    return Plan(new, retext, kept, left_out, changes, len(matching.held), matching.lost)
+    return Plan(new, retext, kept, left_out, changes, len(matching.held), sorted(matching.unread), matching.lost)
 
 
 def is_current(skip: Skip, conditions: Mapping[str, str]) -> bool:

@@ -45,13 +45,15 @@ def list_folder(folder: Path, *, without: Iterable[Path] = ()) -> Source:
     items: list[Item] = []
     skips: list[Skip] = []
     others: list[str] = []
-    for path in walk(folder, without):
+    for path in walk(folder, without, skips):
         key = path.relative_to(folder).as_posix()
         if not is_image_name(key):
             others.append(key)
             continue
         entry = read_item(path, key)
         (items if isinstance(entry, Item) else skips).append(entry)  # type: ignore[arg-type]
+    if not folder.is_dir():
+        raise UserError(f"SOURCE {folder}: vanished while it was listed. Mount it again, and run the same command.")
     if not items and not skips:
         found = f"{len(others)} other files" if others else "it is empty"
         raise UserError(f"SOURCE {folder}: no images ({found}). Expected files such as .jpg, .png or .webp.")
@@ -63,29 +65,43 @@ def stem(key: str) -> str:
     return PurePosixPath(key).with_suffix("").as_posix()
 
 
-def walk(folder: Path, without: Iterable[Path]) -> Iterator[Path]:
-    """Files under a folder, following links to folders but never in a circle; hidden files and caches are left out."""
+def walk(folder: Path, without: Iterable[Path], skips: list[Skip]) -> Iterator[Path]:
+    """Files under a folder, following links to folders but never in a circle; hidden files and caches are left out.
+
+    A folder below it that cannot be listed is added to `skips`. Raises UserError if `folder` itself cannot be.
+    """
     seen: set[tuple[int, int]] = set()
     pending = [folder]
     hidden = {path.resolve() for path in without}
     while pending:
         here = pending.pop()
-        status = here.stat()
-        if (status.st_dev, status.st_ino) in seen or here.resolve() in hidden:
-            continue
-        seen.add((status.st_dev, status.st_ino))
-        if here != folder and (here / "cache.json").is_file() and (here / "shards").is_dir():
-            continue  # another latent cache
         try:
+            status = here.stat()
+            if (status.st_dev, status.st_ino) in seen or here.resolve() in hidden:
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            if here != folder and (here / "cache.json").is_file() and (here / "shards").is_dir():
+                continue  # another latent cache
             with os.scandir(here) as listing:
                 entries = [entry for entry in listing if not entry.name.startswith(".")]
         except OSError as error:
-            raise UserError(f"SOURCE {here}: cannot be listed ({error.strerror}). Make it readable.") from error
+            if here == folder:
+                raise UserError(f"SOURCE {here}: cannot be listed ({error.strerror}). Make it readable.") from error
+            skips.append(Skip(here.relative_to(folder).as_posix(), "unreadable_folder", describe(error)))
+            continue
         for entry in entries:
-            if entry.is_dir():
+            if is_folder(entry):
                 pending.append(Path(entry.path))
             else:
                 yield Path(entry.path)
+
+
+def is_folder(entry: "os.DirEntry[str]") -> bool:
+    """Whether an entry is a folder, or a link to one; a link in a circle is none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def read_item(path: Path, key: str) -> Item | Skip:

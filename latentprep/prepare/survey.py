@@ -1,7 +1,8 @@
 """What there is to do, before anything is written: source, captions, models and cache -> a plan."""
 
 import os
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from latentprep import __version__
 from latentprep.cache.leftovers import Leftover, find_leftovers, find_missing, recover
 from latentprep.cache.manifest import Manifest, find_manifest, read_skips
+from latentprep.cache.ours import check_ours
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import ShardEntry, uncond_name
 from latentprep.cache.storage import Stamp, Storage
@@ -25,8 +27,8 @@ from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.models.vae_folder import VaeFacts
 from latentprep.prepare.plan import Plan, RowBytes, is_current, make_plan
 from latentprep.prepare.source import Source, hash_images, list_folder
-from latentprep.records import Item, Skip
-from latentprep.units import counted, human_bytes
+from latentprep.records import REASONS, Item, Skip
+from latentprep.units import counted, human_bytes, printable
 
 Say = Callable[[str], None]
 LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
@@ -95,6 +97,7 @@ def check_paths(options: EncodeOptions) -> None:
         raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
     if out.is_file():
         raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
+    check_ours(Storage(options.out))
 
 
 def list_source(options: EncodeOptions, say: Say) -> tuple[Source, Masks | None]:
@@ -139,6 +142,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     row_bytes = estimate_row_bytes(recipe, vae, cond_values)
     shard_bytes = options.shard_bytes or default_shard_bytes(device)
     conditions = skip_conditions(options)
+    skips = [*source.skips, *captioned.skips]
+    unread = {skip.key for skip in skips if REASONS[skip.reason][0] == "machine"}
 
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
@@ -147,25 +152,55 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
 
     def make(shards: list[ShardEntry], known_skips: list[Skip]) -> Plan:
         return make_plan(
-            captioned.items, source.skips, place, row_bytes, recipe=recipe, shard_bytes=shard_bytes,
+            captioned.items, skips, place, row_bytes, recipe=recipe, shard_bytes=shard_bytes,
             storage=storage, shards=shards, known_skips=[] if options.retry_skipped else known_skips,
-            conditions=conditions, hash_files=hash_items,
+            conditions=conditions, hash_files=hash_items, unread=unread, check_content=options.check_content,
         )  # fmt: skip
 
     plan = plan_with_leftovers(make, storage, manifest, leftovers, conditions)
     found = {unit.id: leftovers[unit.id].latents_file for unit in plan.new if unit.id in leftovers}
     plan = narrow(plan, options, found, say)
+    check_source(options, plan, manifest, leftovers)
+    if plan.unread:
+        named = ", ".join(map(printable, plan.unread[:3])) + (", ..." if len(plan.unread) > 3 else "")
+        say(f"unread   {counted(len(plan.unread), 'image')} cannot be read now, what the cache has stays: {named}")
     for line in plan.lost:
         say(f"lost     {line}: its images are encoded again")
     if manifest is None and not plan.new and not plan.kept and not plan.retext:
-        skip = plan.skips[0]
-        raise UserError(
-            f"SOURCE {options.source}: none of its {len(plan.skips):,} images can be used "
-            f"({skip.key}: {skip.reason}, {skip.detail}). Nothing was written."
-        )
+        raise UserError(nothing_usable(options.source, plan.skips))
     return Prepared(
         options, storage, models, device, recipe, bare_recipe, manifest, found, captioned, masks, row_bytes, plan
     )
+
+
+def check_source(options: EncodeOptions, plan: Plan, manifest: Manifest | None, leftovers: dict[str, Leftover]) -> None:
+    """Raise UserError if this is not the folder that the cache was made from: most images would be gone from it.
+
+    That is so if more than half of them are, or any of them and the folder has another path than it had.
+    """
+    gone = sum(change.what == "gone" for change in plan.changes)
+    held = manifest.num_images if manifest is not None else 0
+    held += sum(rows for leftover in leftovers.values() for _, rows, _ in leftover.groups)
+    before = str(manifest.made_with.get("source") or "") if manifest is not None else ""
+    now = str(options.source.resolve())
+    if options.allow_gone or not gone or (2 * gone <= held and before in ("", now)):
+        return
+    raise UserError(
+        f"{options.out}: {gone:,} of its {counted(held, 'image')} are not in SOURCE {now}"
+        + (f"; it was made from {before}" if before not in ("", now) else "")
+        + ". Nothing was written. Is that the right folder, and wholly there? Give another --out, or --allow-gone "
+        "if those images are to be left out."
+    )
+
+
+def nothing_usable(folder: Path, skips: list[Skip], failures: Sequence[str] = ()) -> str:
+    """Says that a folder gives a cache of no images at all, and an example of why; `failures` are faults of ours."""
+    if failures:
+        return f"SOURCE {folder}: no cache was made, since {counted(len(failures), 'unit')} failed ({failures[0]})."
+    why = f"{skips[0].key}: {skips[0].reason}, {skips[0].detail}"
+    reasons = Counter(skip.reason for skip in skips).most_common()
+    counts = "; " + ", ".join(f"{count:,} {reason}" for reason, count in reasons) if len(reasons) > 1 else ""
+    return f"SOURCE {folder}: none of its {len(skips):,} images can be used ({why}{counts}). Nothing was written."
 
 
 def make_recipe(options: EncodeOptions, models: Models, dtype: str, with_cond: bool) -> dict[str, Any]:

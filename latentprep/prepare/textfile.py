@@ -11,7 +11,7 @@ from latentprep.cache.seal import check_seal
 from latentprep.cache.shard import Groups, Text, TextGroup, open_uncond, uncond_name, write_uncond
 from latentprep.cache.storage import Stamp
 from latentprep.config import digest_of
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.prepare.job import Job
 from latentprep.prompts import make_prompts
 from latentprep.records import Row
@@ -131,7 +131,9 @@ def write_empty_prompt(job: Job) -> Stamp | None:
         stamp = check_seal(job.storage, uncond_name(uncond))
         open_uncond(job.storage, uncond)
         return stamp
-    except (UserError, OSError):
+    except UnreadableError:
+        raise
+    except (UserError, FileNotFoundError):
         pass  # not there, or damaged: make it anew
     metadata = job.text_metadata()
     metadata["recipe"] = {name: metadata["recipe"][name] for name in COND_FIELDS if name in metadata["recipe"]}

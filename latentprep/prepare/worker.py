@@ -27,7 +27,7 @@ from latentprep.cache.shard import (
     write_text,
 )
 from latentprep.cache.storage import Stamp
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.prepare.devices import OutOfMemoryError
 from latentprep.prepare.group import GroupBuilder
 from latentprep.prepare.job import Job
@@ -114,6 +114,8 @@ def retext_unit(retext: Retext, job: Job, submit: Submit) -> UnitResult:
         try:
             check_stamp(job.storage, text_name(entry.unit, entry.text), entry.text_file)
             old = open_text(job.storage, entry.unit, entry.text, entry.groups)
+        except UnreadableError:
+            raise
         except UserError as error:  # nothing of it is taken over: what dead rows said is not known any more
             job.damaged.append(str(error))
             rows = [Row(f"unknown/{n}", -1, -1, ("",)) if n in dead else row for n, row in enumerate(rows)]
@@ -139,7 +141,9 @@ def hand_over_text(
         stamp = check_seal(job.storage, text_name(unit, text))
         open_text(job.storage, unit, text, groups)
         return lambda: stamp
-    except (UserError, OSError):
+    except UnreadableError:
+        raise
+    except (UserError, FileNotFoundError):
         pass  # not there, or damaged: make it anew
     with job.watch.on("text"):
         made = make_text(rows, groups, job, old, tombstones)

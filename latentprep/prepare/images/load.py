@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
+from latentprep.errors import UserError
 from latentprep.prepare.images.alpha import fill_background, split_alpha
 from latentprep.prepare.images.cicp import read_cicp
 from latentprep.prepare.images.color import to_srgb
@@ -85,7 +86,8 @@ def load_pixels(
 ) -> Pixels | Skip:
     """The pixels of an item as the VAE is to see them, or the Skip that says why not.
 
-    `crops` are boxes that are known already: those of a row in a cache. Raises ImageError.
+    `crops` are boxes that are known already: those of a row in a cache. Raises ImageError; UserError if the folder of
+    the images is not there any more.
     """
     mask_path = options.masks.path_of(item.key) if options.masks is not None else None
     try:
@@ -94,6 +96,11 @@ def load_pixels(
     except NotRegularError as error:
         return item.skip("unreadable", str(error))
     except OSError as error:
+        if not options.folder.is_dir():
+            raise UserError(
+                f"SOURCE {options.folder}: vanished while its images were read. What is encoded is kept: mount it "
+                "again, and run the same command."
+            ) from None
         return item.skip("io_error", describe(error))
     if len(data) + len(mask_data) != item.nbytes:
         return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data) + len(mask_data)}: run again")

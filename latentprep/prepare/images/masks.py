@@ -7,7 +7,7 @@ from pathlib import Path
 from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import is_image_name
 from latentprep.prepare.source import stem, walk
-from latentprep.records import Item
+from latentprep.records import Item, Skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,13 @@ def list_masks(folder: Path, option: str = "--weights") -> Masks:
     if not folder.is_dir():
         raise UserError(f"{option} {folder}: expected alpha, none or a folder of masks, and there is no such folder.")
     by_stem: dict[str, str] = {}
-    for path in sorted(walk(folder, ())):
+    unlisted: list[Skip] = []
+    paths = sorted(walk(folder, (), unlisted))
+    if unlisted:
+        raise UserError(
+            f"{option} {folder / unlisted[0].key}: cannot be listed ({unlisted[0].detail}). Make it readable."
+        )
+    for path in paths:
         name = path.relative_to(folder).as_posix()
         if is_image_name(name) and (other := by_stem.setdefault(stem(name), name)) != name:
             raise UserError(f"{option} {folder}: {other} and {name} are two masks of one image. Remove one.")

@@ -1,0 +1,61 @@
+"""Whether a folder may become a cache: nothing of another program's is ever overwritten or deleted."""
+
+import json
+import os
+from pathlib import Path
+
+from latentprep.cache.manifest import NAME, SKIPPED_NAME
+from latentprep.cache.readers import NAME as READERS_NAME
+from latentprep.cache.readers import SUPERSEDED_NAME
+from latentprep.cache.shard import FOLDER, SHARD_NAME
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+
+LOCK_NAME = ".lock"
+MANIFEST_START = b'{\n "format":'  # as commit() writes it
+
+
+def check_ours(storage: Storage) -> None:
+    """Raise UserError if a folder that is no cache of ours has files under the names that a cache gives.
+
+    Other files in it are left alone, and are no obstacle.
+    """
+    folder = Path(storage.path)
+    if not storage.is_local or not folder.is_dir() or _is_cache(storage):
+        return
+    for name in (NAME, SKIPPED_NAME, FOLDER, LOCK_NAME, READERS_NAME, SUPERSEDED_NAME):
+        if os.path.lexists(folder / name) and not _may_be_ours(folder / name):
+            raise UserError(
+                f"--out {storage.root}: holds {name}, which latentprep did not write. "
+                "Give the cache a folder of its own."
+            )
+
+
+def _is_cache(storage: Storage) -> bool:
+    """Whether a folder holds a manifest or shards of ours, of a run that finished or not."""
+    try:
+        with open(storage.locate(NAME), "rb") as file:
+            if file.read(len(MANIFEST_START)) == MANIFEST_START:
+                return True
+    except OSError:
+        pass  # there is none
+    return any(map(SHARD_NAME.fullmatch, storage.names(FOLDER)))
+
+
+def _may_be_ours(path: Path) -> bool:
+    """Whether a killed run may have left this before its first shard: an empty folder, a lock, an empty file."""
+    if path.name == FOLDER:
+        return path.is_dir() and all(entry.name.endswith(".tmp") for entry in path.iterdir())
+    if path.is_symlink() or not path.is_file():
+        return False
+    try:
+        data = path.read_bytes() if path.stat().st_size < 2**20 else b"?"
+    except OSError:
+        return False
+    if path.name == LOCK_NAME and data:
+        try:
+            found = json.loads(data)
+        except ValueError:
+            return False
+        return isinstance(found, dict) and "pid" in found
+    return not data
