@@ -10,6 +10,7 @@ from latentprep.cache.readers import free
 from latentprep.cache.seal import check_seal
 from latentprep.cache.shard import (
     FOLDER,
+    PARTIAL_NAME,
     SHARD_NAME,
     UNCOND_NAME,
     Groups,
@@ -96,7 +97,8 @@ def list_orphans(storage: Storage, manifest: Manifest) -> list[str]:
 
 def is_ours(name: str) -> bool:
     """Whether a name is one that latentprep gives: of a shard's file, the empty prompt's, or one being written."""
-    return is_temporary(name) or bool(SHARD_NAME.fullmatch(name) or UNCOND_NAME.fullmatch(name))
+    patterns = (SHARD_NAME, PARTIAL_NAME, UNCOND_NAME)
+    return is_temporary(name) or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:

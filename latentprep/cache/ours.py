@@ -7,7 +7,7 @@ from pathlib import Path
 from latentprep.cache.manifest import NAME, SKIPPED_NAME
 from latentprep.cache.readers import NAME as READERS_NAME
 from latentprep.cache.readers import SUPERSEDED_NAME
-from latentprep.cache.shard import FOLDER, SHARD_NAME
+from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
@@ -39,7 +39,7 @@ def _is_cache(storage: Storage) -> bool:
                 return True
     except OSError:
         pass  # there is none
-    return any(map(SHARD_NAME.fullmatch, storage.names(FOLDER)))
+    return any(SHARD_NAME.fullmatch(name) or PARTIAL_NAME.fullmatch(name) for name in storage.names(FOLDER))
 
 
 def _may_be_ours(path: Path) -> bool:

@@ -29,7 +29,7 @@ from latentprep.cache.schema import (
     check_num_tokens,
     check_table,
 )
-from latentprep.cache.seal import EMPTY, FIELD, seal
+from latentprep.cache.seal import EMPTY, FIELD, check_seal, seal
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
 from latentprep.config import digest_of
@@ -39,6 +39,7 @@ from latentprep.records import Row
 METADATA_KEY = "latentprep"
 FOLDER = "shards"
 UNCOND_NAME = re.compile(r"uncond\.(\w+)\.safetensors")
+PARTIAL_NAME = re.compile(rf"{FOLDER}/(\w+)\.partial\.safetensors")
 SHARD_NAME = re.compile(rf"{FOLDER}/(\w+)\.(?:latents|(\w+)\.text)\.safetensors")
 
 Groups = tuple[tuple[str, int, tuple[int, ...]], ...]  # label, rows, and the [C,h,w] of a latent
@@ -50,6 +51,10 @@ def latents_name(unit: str) -> str:
 
 def text_name(unit: str, text: str) -> str:
     return f"{FOLDER}/{unit}.{text}.text.safetensors"
+
+
+def partial_name(unit: str) -> str:
+    return f"{FOLDER}/{unit}.partial.safetensors"
 
 
 def uncond_name(uncond: str) -> str:
@@ -178,14 +183,22 @@ class Text:
 
 def write_latents(storage: Storage, unit: str, groups: list[LatentGroup], metadata: dict[str, Any]) -> Stamp:
     """Write a latents file."""
+    return _write_groups(storage, latents_name(unit), groups, {**metadata, "kind": "latents"})
+
+
+def write_partial(storage: Storage, unit: str, groups: list[LatentGroup], metadata: dict[str, Any]) -> Stamp:
+    """Write the first rows of a unit that is not finished. Such a file is in no manifest."""
+    return _write_groups(storage, partial_name(unit), groups, {**metadata, "kind": "partial"})
+
+
+def _write_groups(storage: Storage, name: str, groups: list[LatentGroup], metadata: dict[str, Any]) -> Stamp:
     tensors: Tensors = {}
     for group in groups:
-        for name in LATENT_FIELDS:
-            value = getattr(group, name)
+        for field_name in LATENT_FIELDS:
+            value = getattr(group, field_name)
             if value is not None:
-                tensors[f"{group.label}/{name}"] = value.contiguous()
-    table = [[group.label, len(group)] for group in groups]
-    return _write(storage, latents_name(unit), tensors, {**metadata, "kind": "latents", "groups": table})
+                tensors[f"{group.label}/{field_name}"] = value.contiguous()
+    return _write(storage, name, tensors, {**metadata, "groups": [[group.label, len(group)] for group in groups]})
 
 
 def write_text(storage: Storage, unit: str, text_id: str, text: Text, metadata: dict[str, Any]) -> Stamp:
@@ -235,6 +248,17 @@ def open_latents(storage: Storage, unit: str, groups: Groups | None = None) -> L
     if groups is not None and latents.table() != groups:
         raise _damaged(storage, name, ValueError("holds other rows than cache.json says"))
     return latents
+
+
+def open_partial(storage: Storage, unit: str) -> tuple[dict[str, Any], list[LatentGroup]]:
+    """Metadata and groups of a unit that is not finished, if its seal fits. Raises UserError like open_latents."""
+    name = partial_name(unit)
+    check_seal(storage, name)
+    metadata, tensors = _open(storage, name, "partial")
+    try:
+        return metadata, [_latent_group(tensors, label, rows) for label, rows in check_table(metadata)]
+    except (KeyError, ValueError) as error:
+        raise _damaged(storage, name, error) from None
 
 
 def open_text(storage: Storage, unit: str, text: str, groups: Groups | None = None) -> Text:

@@ -24,6 +24,13 @@ class GroupBuilder:
     crops: list[tuple[Box, ...]] = field(default_factory=list)
     digest: list[bytes] = field(default_factory=list)
 
+    def cut(self, count: int) -> None:
+        """Leave the first `count` rows: a signal may have come in the middle of adding one."""
+        for rows in (
+            self.mean, self.std, self.weight, self.original_size, self.placement, self.crops, self.digest,
+        ):  # fmt: skip
+            del rows[count:]  # type: ignore[attr-defined]
+
     def build(self) -> LatentGroup:
         """The group; the builder is empty afterwards, so that a shard is not in memory twice."""
 

@@ -192,8 +192,11 @@ def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:
 def interrupted_text(options: EncodeOptions, arguments: list[str]) -> str:
     """What is safe, and what to type to go on; --overwrite would throw it away."""
     command = shlex.join(["latentprep", *(word for word in arguments if word != "--overwrite")])
-    finished = sum(".latents." in name for name in Storage(options.out).names(FOLDER))
-    kept = f"{counted(finished, 'finished shard')} safe in {options.out}" if finished else "no shard was finished yet"
+    names = Storage(options.out).names(FOLDER)
+    finished, started = (sum(part in name for name in names) for part in (".latents.", ".partial."))
+    parts = [counted(finished, "finished shard")] if finished else []
+    parts += ["what is encoded of the next"] if started else []
+    kept = f"{' and '.join(parts)} safe in {options.out}" if parts else "nothing was encoded yet"
     return f"\nStopped; {kept}. To go on, type:\n  {command}"
 
 

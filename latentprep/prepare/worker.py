@@ -31,6 +31,7 @@ from latentprep.errors import UnreadableError, UserError
 from latentprep.prepare.devices import OutOfMemoryError
 from latentprep.prepare.group import GroupBuilder
 from latentprep.prepare.job import Job
+from latentprep.prepare.partial import Progress, load_partial, save_partial
 from latentprep.prepare.plan import Retext
 from latentprep.prepare.textfile import make_text
 from latentprep.prepare.vae import Posterior
@@ -73,16 +74,18 @@ def run_unit(
         found = job.found[unit.id]
         latents_file: Stamped = lambda: found  # noqa: E731
     else:
-        skips, notes = [], Counter()
-        builders: dict[Size, GroupBuilder] = {}
-        for batch in make_batches(unit, loaded, job, skips, notes, progress):
-            try:
-                with job.watch.on("encode"):
-                    encoded = encode_batch(batch, job)
-            except OutOfMemoryError as error:
-                skips += [item.skip("out_of_memory", str(error)) for item, _, _ in batch]
-            else:
-                keep_rows(batch, encoded, builders, job, skips)
+        builders, done, skips = load_partial(job.storage, unit, job.recipe["latents"]["views"]) or ({}, Progress(), [])
+        progress(done.num_done)
+        try:
+            for batch, num_done in make_batches(unit, done.num_done, loaded, job, skips, progress):
+                encode_rows(batch, job, builders, skips)
+                notes = sum((Counter(pixels.notes) for _, _, pixels in batch), done.notes or Counter())
+                counts = tuple((bucket, len(builder.digest)) for bucket, builder in builders.items())
+                done = Progress(num_done, counts, len(skips), notes)
+        except KeyboardInterrupt:
+            save_partial(job.storage, unit, builders, skips, done, job.recipe["latents"])
+            raise
+        notes = done.notes or Counter()
         skips = [skip.under(job.conditions) for skip in skips]
         made = [builder.build() for builder in builders.values() if builder.digest]
         groups = table_of(made)
@@ -158,24 +161,43 @@ Image = tuple[Item, Placement, Pixels]
 
 
 def make_batches(
-    unit: Unit, loaded: Loaded, job: Job, skips: list[Skip], notes: Counter[str], progress: Callable[[int], None]
-) -> Iterator[list[Image]]:
-    """Rows of one bucket, at most batch_size, in the unit's order; what cannot be loaded goes to `skips`."""
+    unit: Unit, start: int, loaded: Loaded, job: Job, skips: list[Skip], progress: Callable[[int], None]
+) -> Iterator[tuple[list[Image], int]]:
+    """Rows of one bucket, at most batch_size, in the unit's order from item `start` on; what cannot be loaded goes to
+    `skips`. With each batch the number of items up to its end.
+    """
     batch: list[Image] = []
-    for item, placement in zip(unit.items, unit.placements, strict=True):
+    found: list[Skip] = []  # since the batch began: they count with the next one
+    end = start
+    for number in range(start, len(unit.items)):
+        item, placement = unit.items[number], unit.placements[number]
         with job.watch.on("decode"):
             result = next(loaded)
         progress(1)
         if isinstance(result, Skip):
-            skips.append(result)
+            found.append(result)
             continue
-        notes.update(result.notes)
         if batch and (len(batch) == job.batch_size or batch[0][1].bucket != placement.bucket):
-            yield batch
+            yield batch, end
             batch = []
+        skips += found
+        found = []
         batch.append((item, placement, result))
+        end = number + 1
     if batch:
-        yield batch
+        yield batch, end
+    skips += found
+
+
+def encode_rows(batch: list[Image], job: Job, builders: dict[Size, "GroupBuilder"], skips: list[Skip]) -> None:
+    """Encode a batch and add it to the group of its bucket."""
+    try:
+        with job.watch.on("encode"):
+            encoded = encode_batch(batch, job)
+    except OutOfMemoryError as error:
+        skips += [item.skip("out_of_memory", str(error)) for item, _, _ in batch]
+    else:
+        keep_rows(batch, encoded, builders, job, skips)
 
 
 @dataclass(frozen=True, eq=False)

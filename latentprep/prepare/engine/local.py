@@ -9,6 +9,7 @@ from functools import partial
 from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
 from latentprep.prepare.job import Job
+from latentprep.prepare.partial import count_partial
 from latentprep.prepare.plan import Retext
 from latentprep.prepare.worker import UnitResult, retext_unit, run_unit
 from latentprep.records import Item, Pixels, Placement, Skip, Unit
@@ -25,10 +26,15 @@ class RunResult:
 class LoadAhead:
     """Decodes the images of unit after unit in threads, at most `depth` ahead, and hands them out in order."""
 
-    def __init__(self, pool: ThreadPoolExecutor, load: Load, units: list[Unit], depth: int) -> None:
+    def __init__(
+        self, pool: ThreadPoolExecutor, load: Load, units: list[Unit], done: dict[str, int], depth: int
+    ) -> None:
+        """`done`: unit -> how many of its first items are not to be loaded."""
         self.pool, self.load, self.depth = pool, load, depth
         self.waiting = (
-            (unit.id, item, place) for unit in units for item, place in zip(unit.items, unit.placements, strict=True)
+            (unit.id, unit.items[n], unit.placements[n])
+            for unit in units
+            for n in range(done.get(unit.id, 0), len(unit.items))
         )
         self.ahead: deque[tuple[str, Future[Pixels | Skip]]] = deque()
 
@@ -88,9 +94,9 @@ def run(
     result = RunResult()
     decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     writer = Writer(job)
-    ahead = LoadAhead(
-        decoders, load, [unit for unit in units if unit.id in to_encode], depth=max(2 * job.batch_size, 2 * workers)
-    )
+    own = [unit for unit in units if unit.id in to_encode]
+    done = {unit.id: count for unit in own if (count := count_partial(job.storage, unit))}
+    ahead = LoadAhead(decoders, load, own, done, depth=max(2 * job.batch_size, 2 * workers))
 
     def attempt(unit: str, work: Callable[[], UnitResult]) -> None:
         try:

@@ -1,0 +1,111 @@
+"""prepare/partial.py: a run that is stopped keeps what is encoded of its unfinished shard, and ends as undisturbed."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+from latentprep.prepare.vae import VaeEncoder
+from tests.conftest import SMALL, gradient
+from tests.test_encode import files
+
+
+def fill(images):
+    for n in range(12):
+        image = gradient(64, 80 + n)
+        if n % 3 == 0:
+            image.putalpha(Image.linear_gradient("L").resize(image.size))
+        image.save(images / f"more{n}.png")
+    (images / "more5.png").write_bytes((images / "more5.png").read_bytes()[:-40])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(), ("--flip", "--crop", "random", "--crops", 2), ("--store", "mean"), ("--batch-size", 3), ("--weights", "none"),
+     ("--only", "latents")],
+)  # fmt: skip
+@pytest.mark.parametrize("calls", [2, 9])
+def test_stopped_in_a_shard_it_goes_on_behind_what_is_encoded(run, images, tmp_path, monkeypatch, options, calls):
+    fill(images)
+    options = (*SMALL, *options)
+    assert run("encode", images, "--out", tmp_path / "whole", *options).code == 0
+    posterior, done = VaeEncoder._posterior, []
+
+    def stops(self, vae, pixels):
+        done.append(len(pixels))
+        if len(done) == calls + 1:
+            raise KeyboardInterrupt(2)
+        return posterior(self, vae, pixels)
+
+    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    result = run("encode", images, "--out", tmp_path / "c", *options)
+    first = len(done) - 1
+    if result.code == 0:  # so few calls were needed
+        return
+    assert result.code == 130
+    total = count_calls(run, images, tmp_path, monkeypatch, posterior, options)
+    done.clear()
+    monkeypatch.setattr(VaeEncoder, "_posterior", lambda *a: done.append(1) or posterior(*a))
+    assert run("encode", images, "--out", tmp_path / "c", *options).code == 0
+    views = 4 if "--crops" in options else 1
+    assert total - first <= len(done) <= total - first + views  # what is encoded is not encoded again
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+def count_calls(run, images, tmp_path, monkeypatch, posterior, options):
+    calls = []
+    monkeypatch.setattr(VaeEncoder, "_posterior", lambda *a: calls.append(1) or posterior(*a))
+    run("encode", images, "--out", tmp_path / "count", *options)
+    return len(calls)
+
+
+def test_a_damaged_partial_file_is_as_if_it_were_not_there(run, images, tmp_path, monkeypatch):
+    assert run("encode", images, "--out", tmp_path / "whole", *SMALL).code == 0
+    posterior, done = VaeEncoder._posterior, []
+
+    def stops(self, vae, pixels):
+        done.append(len(pixels))
+        if len(done) == 5:
+            raise KeyboardInterrupt(2)
+        return posterior(self, vae, pixels)
+
+    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    result = run("encode", images, "--out", tmp_path / "c", *SMALL)
+    assert "Stopped; what is encoded of the next safe in" in result.err
+    (partial,) = (tmp_path / "c" / "shards").glob("*.partial.*")
+    data = bytearray(partial.read_bytes())
+    data[-1] ^= 1
+    partial.write_bytes(data)
+    monkeypatch.undo()
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL).code == 0
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_the_unfinished_shard(run, images, tmp_path, number):
+    for n in range(150):
+        gradient(256, 200 + n).save(images / f"more{n}.png")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    options = ("--model", "tiny", "--resolution", "256", "--device", "cpu", "--shard-size", "1GB")
+    command = [sys.executable, "-m", "latentprep.cli", "encode", images, "--out", tmp_path / "c", *options]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    assert process.stderr is not None
+    said = b""
+    while not re.search(rb" [1-9]\d*/158 ", said) and process.poll() is None:
+        said += process.stderr.read1()
+    process.send_signal(number)
+    _, err = process.communicate()
+    assert process.returncode == 128 + number
+    assert b"Stopped; what is encoded of the next safe in" in err
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    torch.set_num_threads(1)
+    whole = [str(part) for part in command]
+    whole[whole.index(str(tmp_path / "c"))] = str(tmp_path / "whole")
+    assert subprocess.run(whole, env=environment, capture_output=True).returncode == 0
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
