@@ -5,7 +5,6 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
-from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,6 +13,7 @@ import typer
 from latentprep import __version__
 from latentprep.config import CAPTION_COLUMN, DEFAULT_MODEL, EncodeOptions, Geometry, ImageOptions, TextOptions
 from latentprep.errors import UserError
+from latentprep.terminal import fail, say, show, show_json, unbreakable
 
 if TYPE_CHECKING:
     from latentprep.prepare.survey import Prepared
@@ -37,13 +37,9 @@ INPUT, OUTPUT, MODEL, GEOMETRY, CAPTIONS, PERFORMANCE = (
 )
 
 
-def _say(line: str) -> None:
-    typer.echo(line, err=True)
-
-
 def _version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"latentprep {__version__}")
+        show(f"latentprep {__version__}")
         raise typer.Exit
 
 
@@ -128,7 +124,7 @@ def encode(
     images = ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft)
     options = EncodeOptions(
         source=source,
-        out=out or f"{str(source).rstrip('/')}.latents",
+        out=out or default_out(source),
         geometry=Geometry.from_options(
             resolution=resolution, width=width, height=height, bucket_step=bucket_step, min_side=min_side,
             max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter, crop=crop,
@@ -153,6 +149,15 @@ def encode(
     run_encode(options, dry_run=dry_run)
 
 
+def default_out(source: Path) -> str:
+    """SOURCE.latents, beside it. Raises UserError for the root of a disk."""
+    if source.name in ("", ".."):  # of the folder that one is in
+        source = source.resolve()
+    if not source.name:
+        raise UserError(f"SOURCE {source}: the cache cannot lie beside it. Say where it goes: --out DIR.")
+    return f"{source}.latents"
+
+
 def _quiet() -> None:
     """Keep other libraries from talking while they are imported."""
     warnings.filterwarnings("ignore")
@@ -169,21 +174,23 @@ def run_encode(options: EncodeOptions, *, dry_run: bool = False) -> None:
     from latentprep.prepare.devices import quiet_libraries
     from latentprep.prepare.estimate import estimate_time
     from latentprep.prepare.survey import check_paths, prepare
-    from latentprep.stop import stoppable
+    from latentprep.stop import end_if_stuck, stoppable
 
-    check_paths(options)
+    check_paths(options, say)
     if dry_run:
-        prepared = prepare(options, _say)
-        _say(messages.source_text(prepared))
+        prepared = prepare(options, say)
+        say(messages.source_text(prepared))
         quiet_libraries()
-        typer.echo(messages.plan_text(prepared, estimate_time(prepared)))
+        show(messages.plan_text(prepared, estimate_time(prepared)))
         return
     try:
         with stoppable(), hold(Storage(options.out)):
-            code = encode_prepared(prepare(options, _say))
+            code = encode_prepared(prepare(options, say))
     except KeyboardInterrupt as stop:
-        _say(messages.interrupted_text(options, sys.argv[1:]))
-        raise typer.Exit(128 + (stop.args[0] if stop.args else 2)) from None
+        say(messages.interrupted_text(options, sys.argv[1:]))
+        code = 128 + (stop.args[0] if stop.args else 2)
+        end_if_stuck(code)
+        raise typer.Exit(code) from None
     raise typer.Exit(code)
 
 
@@ -196,11 +203,11 @@ def encode_prepared(prepared: "Prepared") -> int:
     from latentprep.prepare.devices import quiet_libraries
     from latentprep.prepare.encode import encode
 
-    _say(messages.source_text(prepared))
+    say(messages.source_text(prepared))
     is_strict = prepared.options.strict
     if prepared.is_done and prepared.manifest is not None:
         clear_temporaries(prepared.storage)
-        typer.echo(messages.done_text(prepared, clear_orphans(prepared.storage, prepared.manifest)))
+        show(messages.done_text(prepared, clear_orphans(prepared.storage, prepared.manifest)))
         return messages.exit_code(prepared.plan.skips, [], is_strict)
     quiet_libraries()
 
@@ -210,7 +217,7 @@ def encode_prepared(prepared: "Prepared") -> int:
         )
 
     outcome = encode(prepared, make_progress)
-    typer.echo(messages.outcome_text(prepared, outcome))
+    show(messages.outcome_text(prepared, outcome))
     return messages.exit_code(outcome.skips, outcome.failures, is_strict)
 
 
@@ -230,7 +237,7 @@ def inspect(
     storage = Storage(cache)
     found = summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped)
     if as_json:
-        typer.echo(json.dumps(found, indent=2))
+        show_json(json.dumps(found, indent=2))
     else:
         Console(highlight=False).print(tables.render_sample(found) if key else tables.render_summary(found), markup=False)
 
@@ -283,7 +290,7 @@ def verify(
             )
             problems += more
     found["problems"] = [asdict(problem) for problem in problems]
-    typer.echo(json.dumps(found, indent=2) if as_json else render_problems(found))
+    show_json(json.dumps(found, indent=2)) if as_json else show(render_problems(found))
     raise typer.Exit(1 if problems else 0)
 
 
@@ -304,17 +311,17 @@ def compact(
     with hold(storage):
         done = compact_cache(storage, min_share)
     left = f"; {counted(done.num_left, 'tombstone')} left in shards that have few" if done.num_left else ""
-    typer.echo(
+    show(
         f"{cache}: {counted(done.num_shards, 'shard')} rewritten or removed, {counted(done.num_rows, 'row')} "
         f"and {human_bytes(max(0, done.nbytes))} freed{left}"
     )
     if done.num_read:
-        typer.echo(
+        show(
             f"{counted(done.num_read, 'old file')} stay while a training loop may read them; the next latentprep encode "
             "or compact deletes them"
         )
     for line in done.damaged:
-        typer.echo(f"damaged  {line} The shard was left alone: delete this file and run latentprep encode again.")
+        show(f"damaged  {line} The shard was left alone: delete this file and run latentprep encode again.")
     if done.damaged:
         raise typer.Exit(1)
 
@@ -325,9 +332,9 @@ def templates() -> None:
     from latentprep.prompts import list_templates
 
     for name, lines in list_templates().items():
-        typer.echo(name)
+        show(name)
         for line in lines:
-            typer.echo(f"    {line}")
+            show(f"    {line}")
 
 
 @app.command()
@@ -339,7 +346,7 @@ def demo(
 
     images, cache = out / "images", out / "cache"
     draw_folder(images)
-    _say(f"drew {images}: landscapes with captions, some with alpha, some turned by EXIF, and one broken file")
+    say(f"drew {images}: landscapes with captions, some with alpha, some turned by EXIF, and one broken file")
     geometry = Geometry.from_options(resolution="256", bucket_step=64)
     options = EncodeOptions(images, str(cache), geometry, TextOptions(), model="tiny", flip=True)
     run_encode(options)
@@ -347,14 +354,16 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that are the person's to mend are one line, and no traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # file names need not be UTF-8
-    try:
-        app()
-    except UserError as error:
-        typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
-        _say(str(error))
+    with unbreakable():
+        try:
+            app()
+        except UserError as error:
+            fail(str(error))
+        except OSError as error:  # of the file system, wherever it comes up: a name that is too long, a disk that fails
+            where = f"{error.filename}: " if error.filename else ""
+            fail(f"{where}{error.strerror or error}. Mend that, and run the same command again.")
+        else:
+            return
         sys.exit(1)
 
 

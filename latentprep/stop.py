@@ -5,11 +5,15 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGHUP: the terminal was closed, or the connection to it has gone; Windows has none
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hasattr(signal, "SIGHUP") else []))
+
+PATIENCE = 3  # seconds for images that are just being decoded
 
 
 @contextmanager
@@ -47,3 +51,15 @@ def stoppable() -> Iterator[None]:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         sender.close()
+
+
+def end_if_stuck(code: int) -> None:
+    """End the process if a thread still waits for a file, as on a network disk that hangs: Python would wait for it."""
+    deadline = time.monotonic() + PATIENCE
+    for thread in threading.enumerate():
+        if thread.name.startswith("decode"):
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(code)

@@ -34,9 +34,11 @@ class Storage:
         self.root = str(root)
         if self.root.endswith("/cache.json") and os.path.isfile(self.root):  # as a shell completes it
             self.root = os.path.dirname(self.root)
+        if "::" in self.root:
+            raise UserError(f"{self.root}: chained locations are not supported. Give the last of them alone.")
         try:
             self.fs, path = fsspec.core.url_to_fs(self.root)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, OSError) as error:
             raise UserError(f"{self.root}: cannot open this location ({error}).") from None
         self.path: str = path.rstrip("/")
         self.is_local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)

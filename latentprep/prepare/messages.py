@@ -109,7 +109,7 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
 
 
 def change_line(change: Change) -> str:
-    return f"{change.what:<9}{printable(change.key)}" + (f"  ({change.detail})" if change.detail else "")
+    return f"{change.what:<9}{printable(change.key)}" + (f"  ({printable(change.detail)})" if change.detail else "")
 
 
 def summary_of_changes(prepared: Prepared) -> str:
@@ -161,7 +161,7 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
         lines.append(truncated_line(prepared, outcome.truncated))
     lines += [f"damaged  {line} It was made anew." for line in outcome.damaged]
     for failure in outcome.failures:
-        lines.append(f"FAILED   {failure}")
+        lines.append(f"FAILED   {printable(failure)}")
     if outcome.failures:
         lines.append("         these units are not in the cache; run the same command again to retry them")
     count = prepared.options.text.prompts_per_image

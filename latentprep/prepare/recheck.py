@@ -138,7 +138,7 @@ def encode_row(
     for view, flipped in enumerate(group.flipped.tolist()):
         seen = np.ascontiguousarray(pixels.pixels[view, :, ::-1]) if flipped else pixels.pixels[view]
         posterior = vae.encode(seen[None])
-        spread = float(posterior.mean.std())
+        spread = float(posterior.mean.std()) or 1.0  # all of one value: then the difference itself counts
         for fresh, stored in ((posterior.mean, group.latent_mean), (posterior.std, group.latent_std)):
             if stored is not None:
                 difference = fresh[0] - stored[row, view].float()

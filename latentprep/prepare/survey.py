@@ -88,16 +88,19 @@ def skip_conditions(options: EncodeOptions) -> dict[str, str]:
     }
 
 
-def check_paths(options: EncodeOptions) -> None:
+def check_paths(options: EncodeOptions, say: Say) -> None:
     """Raise UserError where --out cannot be a cache of its own."""
-    if "://" in options.out:
+    storage = Storage(options.out)
+    if not storage.is_local:
+        if "memory" in storage.fs.protocol:
+            say(f"out      {options.out}: in the memory of this process, and gone with it")
         return
-    out = Path(options.out)
+    out = Path(storage.path)
     if out.resolve() == options.source.resolve():
         raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
     if out.is_file():
         raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
-    check_ours(Storage(options.out))
+    check_ours(storage)
 
 
 def list_source(options: EncodeOptions, say: Say) -> tuple[Source, Masks | None]:

@@ -16,7 +16,7 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prompts import expand_wildcards, load_template, make_prompt, vary_tags
 from latentprep.read.batch import CondModel, LatentBatch, rescale_weight
-from latentprep.read.counters import CAPTION, CROP, DROP, FLIP, NOISE, PROMPT, fractions, mix
+from latentprep.read.counters import CAPTION, CROP, DROP, FLIP, NOISE, PROMPT, check_int, fractions, mix
 from latentprep.records import is_flipped
 
 SAMPLING_METHODS = ("once", "deterministic", "random")
@@ -114,7 +114,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self._reading = Reading(self.storage)  # held from before the manifest is read: what it names stays
         self.manifest = open_manifest(self.storage)
         self.latent_sampling_method, self.repeats, self.flip_p = latent_sampling_method, repeats, flip_p
-        self.include_cond, self.use_weight, self.seed = include_cond, use_weight, seed
+        self.include_cond, self.use_weight, self.seed = include_cond, use_weight, check_int("seed", seed)
         self.caption_dropout, self.shuffle_tags, self.keep_tags = caption_dropout, shuffle_tags, keep_tags
         self.tag_drop_out, self.placeholder_token, self.cond_model = tag_drop_out, placeholder_token, cond_model
         self.template = load_template(str(template)) if template is not None else None
@@ -164,8 +164,7 @@ class LatentDataset(Dataset[LatentBatch]):
         if not (isinstance(self.use_weight, bool) or self.use_weight == "raw" or is_floor):
             raise UserError(f"use_weight={self.use_weight!r}: expected True, False, 'raw' or a floor such as 0.1.")
         self._check_prompts()
-        if self.repeats < 1:
-            raise UserError(f"repeats={self.repeats}: expected at least 1.")
+        check_int("repeats", self.repeats, 1)
         if self.manifest.num_images == 0:
             raise UserError(f"{self.storage.root}: the cache is empty, there is nothing to train on.")
 
@@ -197,7 +196,7 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that flips and random draws depend on; LatentLoader sets it."""
-        self._epoch.fill_(epoch)
+        self._epoch.fill_(check_int("epoch", epoch, 0) % 2**63)
 
     def count_of_bucket(self, bucket: int) -> int:
         """Images of a bucket, by its place in `buckets`."""

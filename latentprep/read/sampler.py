@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from latentprep.errors import UserError
 from latentprep.read.batch import LatentBatch
-from latentprep.read.counters import permute
+from latentprep.read.counters import check_int, permute
 from latentprep.read.dataset import LatentDataset
 
 SHUFFLE_SAMPLES, SHUFFLE_BATCHES = 1, 2  # what a random stream is for
@@ -41,8 +41,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size < 1:
-            raise UserError(f"batch_size={batch_size}: expected at least 1.")
+        batch_size, seed = check_int("batch_size", batch_size, 1), check_int("seed", seed)
+        rank, world_size = check_int("rank", rank), check_int("world_size", world_size)
         if not 0 <= rank < world_size:
             raise UserError(f"rank={rank}, world_size={world_size}: expected 0 <= rank < world_size.")
         self.data, self.batch_size, self.shuffle, self.drop_last = data, batch_size, shuffle, drop_last
@@ -72,8 +72,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         return int(self._first_step[-1])
 
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-        self.data.set_epoch(epoch)
+        self.epoch = check_int("epoch", epoch, 0)
+        self.data.set_epoch(self.epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start = self.start, 0
@@ -197,11 +197,11 @@ class LatentLoader:
             is_distributed = dist.is_available() and dist.is_initialized()
             rank, world_size = (dist.get_rank(), dist.get_world_size()) if is_distributed else (0, 1)
         self.data = data
-        self.batch_size = min(batch_size, len(data))
+        self.batch_size = min(check_int("batch_size", batch_size, 1), len(data))
         self.sampler = BucketBatchSampler(
             data, self.batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, rank=rank, world_size=world_size
         )
-        self.gradient_step = min(gradient_step, len(data) // self.batch_size)
+        self.gradient_step = min(check_int("gradient_step", gradient_step, 1), len(data) // self.batch_size)
         self.dataloader: DataLoader[LatentBatch] = DataLoader(
             data, batch_sampler=self.sampler, collate_fn=LatentDataset.collate, **dataloader_options
         )
@@ -214,7 +214,7 @@ class LatentLoader:
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next `for` gives, from its start."""
-        self.epoch, self._used, self._resume_at = epoch, 0, 0
+        self.epoch, self._used, self._resume_at = check_int("epoch", epoch, 0), 0, 0
 
     def __iter__(self) -> Iterator[LatentBatch]:
         if 0 < len(self) == self._used and not self._resume_at:

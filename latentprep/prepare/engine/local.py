@@ -106,6 +106,7 @@ def run(
         except Exception as error:
             result.failures[unit] = error
 
+    is_whole = False
     try:
         for unit in units:
             loaded = ahead.take(unit) if unit.id in to_encode else None
@@ -116,7 +117,10 @@ def run(
             attempt(retext.entry.unit, partial(retext_unit, retext, job, writer.submit))
             progress(retext.entry.num_images, True)
         writer.wait()
+        is_whole = True
     finally:
-        decoders.shutdown(wait=True, cancel_futures=True)
+        decoders.shutdown(
+            wait=is_whole, cancel_futures=True
+        )  # a read that hangs is not to hold up a run that is stopped
         writer.pool.shutdown(wait=True)
     return result

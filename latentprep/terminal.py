@@ -1,0 +1,99 @@
+"""The one exit of text to the terminal: nothing in it is obeyed there, and nothing breaks if nobody listens."""
+
+import io
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import typer
+
+from latentprep.units import printable
+
+
+def say(text: str) -> None:
+    """Lines for the person, on stderr."""
+    typer.echo(harmless(text), err=True)
+
+
+def show(text: str) -> None:
+    """What a command was asked for, on stdout."""
+    typer.echo(harmless(text))
+
+
+def show_json(text: str) -> None:
+    """JSON as json.dumps gives it, which escapes all control characters but one."""
+    typer.echo(text.replace("\x7f", "\\u007f"))
+
+
+def fail(message: str) -> None:
+    """One line that says what is wrong."""
+    typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
+    say(printable(message))
+
+
+def harmless(text: str) -> str:
+    """The text, in which a terminal has nothing to obey but ends of lines and tabs."""
+    return "".join(part if part in "\n\t" else printable(part) for part in _split(text))
+
+
+def _split(text: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n")):
+        if number:
+            yield "\n"
+        for place, part in enumerate(line.split("\t")):
+            if place:
+                yield "\t"
+            yield part
+
+
+class Unbreakable(io.RawIOBase):
+    """A file descriptor to write to; what cannot be written (a full disk, a closed pipe) is dropped."""
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self.descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self.descriptor)
+
+    def write(self, data: "bytes | bytearray | memoryview") -> int:  # type: ignore[override]
+        view = memoryview(data)
+        try:
+            while view:
+                view = view[os.write(self.descriptor, view) :]
+        except OSError:
+            pass  # nobody listens; the work goes on, and the exit code tells of it
+        return len(data)
+
+
+@contextmanager
+def unbreakable() -> Iterator[None]:
+    """stdout and stderr that raise nothing, for as long as the context lasts; also for file names that are no UTF-8."""
+    before = sys.stdout, sys.stderr
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        with suppress(OSError, ValueError, AttributeError):  # a full disk, closed, or no stream at all
+            stream.flush()
+        try:
+            raw = Unbreakable(stream.fileno())
+        except (OSError, ValueError, AttributeError):
+            continue  # a notebook's, or none
+        is_error = name == "stderr"
+        writer = io.BufferedWriter(raw)  # type: ignore[type-var]
+        wrapper = io.TextIOWrapper(
+            writer, stream.encoding, "backslashreplace", line_buffering=True, write_through=is_error
+        )
+        setattr(sys, name, wrapper)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.flush()
+        sys.stdout, sys.stderr = before
