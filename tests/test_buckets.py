@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import random
 
 import pytest
 
@@ -95,8 +96,8 @@ def test_no_upscale_keeps_a_small_images_own_pixels():
     place = make_place(Geometry.from_options(resolution="512", upscale=False, min_side=128), 8)
     assert place((300, 200)) == Placement((256, 192), (300, 200), (22, 4, 256, 192))
     assert place((100, 200)) == ("too_small", "200x100 < --min-side 128")
-    long = place((240, 3000))  # too long for any bucket: shrunk, and never enlarged
-    assert long == ("too_small", "3000x240, cut to 1024x64, < --min-side 128")
+    long = place((240, 3000))  # of more pixels than a bucket: shrunk to one of its own, and never enlarged
+    assert long == Placement((128, 1600), (128, 1600), (0, 0, 128, 1600))
     assert place((400, 1400)).resized_size == (256, 896)
 
 
@@ -158,3 +159,56 @@ def test_wrong_options_are_one_clear_line(options, message):
         Geometry.from_options(**options)
     assert str(error.value).startswith(message)
     assert "\n" not in str(error.value)
+
+
+def kohya_bucket(size, area, step):
+    """sd-scripts' rule for bucket_no_upscale, written anew: scale to the area, round one side or the other down."""
+    height, width = size
+    if height * width > area:
+        aspect = width / height
+        ideal_width, ideal_height = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        by_width = int(ideal_width + 0.5) // step * step
+        by_width = (int(by_width / aspect + 0.5) // step * step, by_width)
+        by_height = int(ideal_height + 0.5) // step * step
+        by_height = (by_height, int(by_height * aspect + 0.5) // step * step)
+        errors = [abs(w / h - aspect) if h and w else math.inf for h, w in (by_width, by_height)]
+        return by_width if errors[0] < errors[1] else by_height
+    return height // step * step, width // step * step
+
+
+def loss_of(size, bucket):
+    """What is cropped away once an image covers a bucket; of one that is not scaled, what lies outside of it."""
+    if not all(bucket):
+        return None
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    if size[0] * size[1] <= 512 * 512:
+        scale = 1
+    return 1 - bucket[0] * bucket[1] / (size[0] * size[1] * scale**2)
+
+
+def test_no_upscale_crops_no_more_than_kohyas_rule():
+    dice = random.Random(0)
+    geometry = Geometry.from_options(upscale=False)
+    place = make_place(geometry, 8)
+    ours, theirs, skipped = [], [], 0
+    for _ in range(5000):
+        size = round(math.exp(dice.uniform(4.2, 8.3))), round(math.exp(dice.uniform(4.2, 8.3)))
+        found, wanted = place(size), loss_of(size, kohya_bucket(size, 512 * 512, 64))
+        if not isinstance(found, Placement):
+            skipped += 1
+            assert wanted is None or wanted > 0.9, size
+            continue
+        height, width = found.bucket
+        assert height % 64 == width % 64 == 0
+        assert height * width <= 512 * 512
+        assert not found.enlarges(size)
+        ours.append(cropped_away(found))
+        theirs.append(wanted if wanted is not None else 1)
+    assert skipped < 250
+    assert sum(ours) <= sum(theirs)
+    assert max(ours) <= 0.75  # 127 pixels cut to 64, both ways
+
+
+def test_an_image_that_is_long_and_low_keeps_nearly_all():
+    found = make_place(Geometry.from_options(upscale=False), 8)((395, 3509))
+    assert cropped_away(found) < 0.05

@@ -365,3 +365,13 @@ def test_folders_without_a_usable_text_encoder(model, tmp_path):
     shutil.rmtree(folder / "tokenizer")
     with pytest.raises(UserError, match=r"has no text_encoder and tokenizer folders"):
         open_text(folder)
+
+
+def test_code_is_never_downloaded_from_the_hub():
+    from fnmatch import fnmatch
+
+    wanted = [*VAE_FILES, *TEXT_FILES]
+    for name in ("tokenizer/tokenizer.py", "text_encoder/model.py", "vae/vae.py", "model.py", "pipeline.py"):
+        assert not any(fnmatch(name, pattern) for pattern in wanted), name
+    for name in ("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "special_tokens_map.json"):
+        assert any(fnmatch(f"tokenizer_2/{name}", pattern) for pattern in wanted), name

@@ -50,7 +50,7 @@ def save_vae(folder, **config):
 
 
 def normalized(latents, factor, shift, config):
-    """As train_dreambooth_lora_sdxl.py and train_dreambooth_lora_sd3.py do it, in float64."""
+    """The inverse of what diffusers' pipelines of SDXL and Stable Diffusion 3 do before they decode, in float64."""
     latents = latents.double()
     if "latents_mean" in config:
         mean, std = (

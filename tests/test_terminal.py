@@ -92,22 +92,17 @@ def test_a_strangers_manifest_is_not_obeyed(run, images, tmp_path):
     assert not obeyed(run("encode", images, "--out", tmp_path / "c", *SMALL))
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
 @pytest.mark.parametrize("kind", ["full", "closed"])
-def test_a_run_goes_on_if_nobody_listens(images, tmp_path, stream, kind):
+def test_a_run_goes_on_if_nobody_listens(images, tmp_path, kind):
     if kind == "full":
         deaf = os.open("/dev/full", os.O_WRONLY)
     else:
         read, deaf = os.pipe()
         os.close(read)
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, stream: deaf}
     command = [*COMMAND, "encode", images, "--out", tmp_path / "c", *SMALL]
-    process = subprocess.Popen(command, env=ENVIRONMENT, text=True, **streams)
-    out, err = process.communicate()
+    process = subprocess.run(command, env=ENVIRONMENT, stdout=deaf, stderr=deaf)
     os.close(deaf)
     assert process.returncode == 0
-    assert "Traceback" not in (out or "") + (err or "")
-    assert "Exception" not in (out or "") + (err or "")
     assert open_manifest(Storage(tmp_path / "c")).num_images == 8
 
 

@@ -9,6 +9,8 @@ import torch
 from transformers import CLIPTokenizer
 
 from latentprep.config import TextOptions
+from latentprep.prepare.models.clip_tokenizer import load_tokenizer
+from latentprep.prepare.models.single_file import ARCHITECTURES
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.text import TextEncoder
 from latentprep.prepare.windows import join, parse_emphasis, split_windows
@@ -195,3 +197,75 @@ def test_emphasis_goes_with_its_words_into_the_next_window(minis):
     assert torch.equal(
         plain["prompt_embeds"], TextEncoder(facts, CPU, torch.float32).encode(["(yy:1.4)"])["prompt_embeds"]
     )
+
+
+def web_ui_windows(ids, comma, room=75, backtrack=20):
+    """The web UI's rule over token ids, written anew: fill up to `room`; at the next token that is no comma go back to
+    behind a comma that stands at most `backtrack` tokens before the end."""
+    windows, last_comma = [[]], None
+    for token in ids:
+        window = windows[-1]
+        if token == comma:
+            last_comma = len(window)
+        elif len(window) == room and last_comma is not None and room - last_comma <= backtrack:
+            windows[-1], rest = window[: last_comma + 1], window[last_comma + 1 :]
+            windows.append(rest)
+            last_comma = None
+        if len(windows[-1]) == room:
+            windows.append([])
+            last_comma = None if token != comma else 0
+        windows[-1].append(token)
+    return windows
+
+
+@pytest.mark.parametrize("kind", ["tags", "prose"])
+def test_windows_are_those_of_the_web_ui(kind):
+    tokenizer = load_tokenizer(ARCHITECTURES / "sd1" / "tokenizer")  # CLIP's own vocabulary
+    words = (TINY.parent / "clip" / "merges.txt").read_text(encoding="utf-8").split("\n")[2000:20000]
+    words = [word.replace(" ", "")[:-4] for word in words if re.fullmatch(r"[a-z]+ [a-z]+</w>", word)]
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def count_own(texts):
+        return [len(ids_of(text)) for text in texts]
+
+    (comma,) = ids_of(",")
+    dice, differ, commas_first = random.Random(1), 0, 0
+    for _ in range(200):
+        length = (1, 4) if kind == "tags" else (8, 30)  # words between two commas
+        tags = [
+            " ".join(dice.choices(words, k=dice.randint(*length))) for _ in range(dice.randint(30, 120) // length[1])
+        ]
+        prompt = ", ".join(tags)
+        wanted = [window for window in web_ui_windows(ids_of(prompt), comma) if window]
+        found = [ids_of(text) for text in texts(prompt, 12, count_own) if text]
+        assert [token for window in found for token in window] == ids_of(prompt)
+        differ += found != wanted
+        commas_first += any(window[0] == comma for window in wanted)
+    assert differ == 0
+    assert commas_first > 0 or kind == "prose"
+
+
+def test_break_begins_a_new_window(count):
+    def windows(prompt, num_windows=4):
+        return [join(window).strip() for window in split_windows(parse_emphasis(prompt), num_windows, 75, count)]
+
+    assert windows("a cat BREAK a dog") == ["a cat", "a dog", "", ""]
+    assert windows("BREAK a cat") == ["", "a cat", "", ""]
+    assert windows("a cat BREAK") == ["a cat", "", "", ""]
+    assert windows("one BREAK " + "x" * 74 + " yy BREAK two") == ["one", "x" * 74, "yy", "two"]
+    assert windows("one BREAK two BREAK three", 2) == ["one", "two three"]
+    assert windows("BREAKFAST outbreak BREAKs") == ["BREAKFAST outbreak BREAKs", "", "", ""]
+    assert texts("a cat BREAK a dog", 2, count) == ["a cat BREAK a dog", ""]  # without --emphasis it is text
+
+
+@pytest.mark.parametrize("text", ["<|endoftext|>", "<|startoftext|>"])
+def test_special_tokens_in_a_caption_are_text(text):
+    encoder = TextEncoder(open_text(TINY), CPU, torch.float32)
+    assert int(encoder.count_tokens([f"a {text} b"])[0]) > 7
+    plain, special, without = (encoder.encode([t])["prompt_embeds"] for t in ("a b", f"a {text} b", "a"))
+    assert not torch.equal(special, without)
+    assert not torch.equal(special, plain)
+    ids = encoder.pipeline.tokenizer(f"a {text} b", padding="max_length", max_length=77)["input_ids"]
+    assert ids.count(encoder.pipeline.tokenizer.bos_token_id) == 1

@@ -48,7 +48,7 @@ def normalization_of_config(config: Any, channels: int) -> Normalization:
     """What a VAE's config asks for; `config` is diffusers' own, in which defaults are filled in. Raises ValueError.
 
     As diffusers does: of a VAE with latents_mean and latents_std the shift_factor is not looked at
-    (pipeline_stable_diffusion_xl.py, train_dreambooth_lora_sdxl.py), of all others it is subtracted, where there is one
+    (diffusers, pipeline_stable_diffusion_xl.py), of all others it is subtracted, where there is one
     (pipeline_stable_diffusion_3.py, pipeline_flux.py).
     """
     factor = _number("scaling_factor", config["scaling_factor"])

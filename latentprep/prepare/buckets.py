@@ -55,7 +55,7 @@ def make_place(geometry: Geometry, factor: int) -> Place:
         bucket = geometry.size
         return lambda size: _check_sides(size, geometry) or _check_kept(size, _place_fixed(size, bucket, geometry))
     buckets = list_buckets(geometry)
-    return lambda size: _check_kept(size, _place_bucket(size, nearest_bucket(size, buckets), geometry))
+    return lambda size: _check_kept(size, _place_bucket(size, buckets, geometry))
 
 
 def _check_sides(size: Size, geometry: Geometry) -> Verdict | None:
@@ -88,30 +88,62 @@ def _place_fixed(size: Size, bucket: Size, geometry: Geometry) -> Placement | Ve
     return fit_to(size, bucket, geometry.fit, geometry.upscale)
 
 
-def _place_bucket(size: Size, bucket: Size, geometry: Geometry) -> Placement | Verdict:
-    if not geometry.upscale and geometry.fit != "pad" and (size[0] < bucket[0] or size[1] < bucket[1]):
+def _place_bucket(size: Size, buckets: list[Size], geometry: Geometry) -> Placement | Verdict:
+    if not geometry.upscale and geometry.fit != "pad":
         return _place_own(size, geometry)
-    return fit_to(size, bucket, geometry.fit, geometry.upscale)
+    return fit_to(size, nearest_bucket(size, buckets), geometry.fit, geometry.upscale)
 
 
 def _place_own(size: Size, geometry: Geometry) -> Placement | Verdict:
-    """Placement of an image that is smaller than its bucket in a bucket of its own: its size, cut to the step.
+    """Placement of an image that is not to be enlarged, in a bucket of its own: its size cut to the step, or shrunk.
 
-    As sd-scripts' bucket_no_upscale does; an image that is too long or too large all the same is shrunk first.
+    As sd-scripts' bucket_no_upscale does (BucketManager.select_bucket), with a few more buckets to choose from.
     """
     assert geometry.resolution is not None
     assert geometry.bucket_step is not None
     assert geometry.min_side is not None
     assert geometry.max_side is not None
     step = geometry.bucket_step
-    scale = min(1.0, geometry.resolution / math.sqrt(size[0] * size[1]), geometry.max_side / max(size))
-    bucket = (int(size[0] * scale) // step * step, int(size[1] * scale) // step * step)
+    is_whole = size[0] * size[1] <= geometry.resolution**2 and max(size) <= geometry.max_side
+    if is_whole:
+        bucket = (size[0] // step * step, size[1] // step * step)
+    else:
+        bucket = own_bucket(size, geometry.resolution**2, step, geometry.min_side, geometry.max_side)
     if min(bucket) < geometry.min_side:
         cut = f", cut to {bucket[1]}x{bucket[0]}," if min(size) >= geometry.min_side else ""
         return "too_small", f"{size[1]}x{size[0]}{cut} < --min-side {geometry.min_side}"
-    if geometry.fit == "crop" and scale == 1:
+    if geometry.fit == "crop" and is_whole:
         return _centre(size, bucket)
     return fit_to(size, bucket, geometry.fit)
+
+
+def own_bucket(size: Size, area: int, step: int, low: int, high: int) -> Size:
+    """The bucket of at most `area` pixels that a larger image is shrunk to with the least loss; of equals the largest.
+
+    Its sides are multiples of `step` from `low` to `high`, and no longer than the image's. It is one of the buckets
+    around the image's own shape at that area: a side is rounded down, or by one step less or more, and the other is
+    what then fits the aspect best, rounded down or up. (0, 0) if there is none.
+    """
+    height, width = size
+    scale = min(1.0, math.sqrt(area / (height * width)), high / max(size))
+    found: set[Size] = set()
+    for more in (-1, 0, 1):
+        rows = (int(height * scale) // step + more) * step
+        columns = (int(width * scale) // step + more) * step
+        for up in (0, 1):
+            found.add((rows, (int(rows * width / height) // step + up) * step))
+            found.add(((int(columns * height / width) // step + up) * step, columns))
+    fitting = [
+        (h, w) for h, w in found
+        if h * w <= area and low <= min(h, w) and max(h, w) <= high and h <= height and w <= width
+    ]  # fmt: skip
+
+    def loss(bucket: Size) -> float:
+        """Of the image, 0..1, by the crop."""
+        aspect = (bucket[1] / bucket[0]) / (width / height)
+        return 1 - min(aspect, 1 / aspect)
+
+    return min(fitting, key=lambda bucket: (round(loss(bucket), 3), -bucket[0] * bucket[1], bucket), default=(0, 0))
 
 
 def fit_to(size: Size, bucket: Size, fit: str, upscale: bool = True) -> Placement:

@@ -45,6 +45,10 @@ class TextEncoder:
             self.arguments["clip_skip"] = options.clip_skip - 1  # diffusers counts the layers that are left out
             mend_clip_skip(self.pipeline.text_encoder)
 
+        for part in family.encoders:  # words such as <|endoftext|> in a caption are text
+            if (tokenizer := getattr(self.pipeline, tokenizer_of(part), None)) is not None:
+                tokenizer.split_special_tokens = True
+
         there = [part for part in family.encoders if getattr(self.pipeline, part) is not None]
         self.widths = [getattr(self.pipeline, part).config.hidden_size for part in there]  # for --emphasis
         # what counts as truncated: T5's tokens; where there is none, those of CLIP

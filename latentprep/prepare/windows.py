@@ -12,6 +12,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 Fragment = tuple[str, float]  # text and its weight
+BREAK: Fragment = ("BREAK", -1.0)  # where a new window begins
+BREAK_WORD = re.compile(r"\s*\bBREAK\b\s*")
 Count = Callable[[list[str]], list[int]]  # tokens of each text, without start and end
 
 BACKTRACK = 20  # a window ends behind a comma among its last 20 tokens: the web UI's comma_padding_backtrack
@@ -31,22 +33,51 @@ class Piece(NamedTuple):
 def split_windows(fragments: list[Fragment], num_windows: int, room: int, count: Count) -> list[list[Fragment]]:
     """The fragments of a prompt in `num_windows` windows of at most `room` tokens each; those not needed are empty.
 
-    A window ends between words; behind a comma where one stands among its last tokens, provided that the rest still
-    fits. A word that is longer than a window is cut between characters. The last window holds what is left, and is
-    too long where the prompt is: the tokenizer cuts it.
+    A window ends between words; behind a comma if one stands among its last tokens, provided that the rest still
+    fits. If all of it is full and a comma comes next, that is the first of the next window. A word that is longer than
+    a window is cut between characters. BREAK begins a new window. The last window holds what is left, and is too long
+    if the prompt is: the tokenizer cuts it.
     """
+    sections = [list(own) for is_break, own in groupby(fragments, key=lambda f: f == BREAK) if not is_break]
+    if fragments and fragments[0] == BREAK:
+        sections.insert(0, [])  # an empty window, as the web UI makes it
+    windows: list[list[Fragment]] = []
+    for section in sections:
+        if len(windows) < num_windows:
+            windows += split_section(section, num_windows - len(windows), room, count)
+        else:
+            windows[-1] = windows[-1] + section
+    return windows + [[] for _ in range(num_windows - len(windows))]
+
+
+def split_section(fragments: list[Fragment], num_windows: int, room: int, count: Count) -> list[list[Fragment]]:
+    """The windows that what stands between two BREAKs needs, at least one and at most `num_windows`."""
     if num_windows == 1 or count([join(fragments)])[0] <= room:
-        return [fragments, *([] for _ in range(num_windows - 1))]
+        return [fragments]
     pieces = list_pieces(fragments, room, count)
     windows, start = [], 0
     for left in range(num_windows - 1, 0, -1):
         end = fill(pieces, start, room)
-        comma = find_comma(pieces, start, end, room)
-        if end < len(pieces) and comma is not None and fits(pieces, comma, left, room):
+        if end == len(pieces):
+            break
+        if is_comma_next(pieces, start, end, room, count):
+            word = pieces[end]
+            pieces[end : end + 1] = [
+                word._replace(text=word.text[:-1], tokens=word.tokens - 1), word._replace(text=",", tokens=1),
+            ]  # fmt: skip
+            end += 1
+        elif (comma := find_comma(pieces, start, end, room)) is not None and fits(pieces, comma, left, room):
             end = comma
         windows.append(pieces[start:end])
         start = end
     return [glue(window, fragments) for window in [*windows, pieces[start:]]]
+
+
+def is_comma_next(pieces: list[Piece], start: int, end: int, room: int, count: Count) -> bool:
+    """Whether the next piece is a word that just fits, and a comma that does not."""
+    left = room - sum(piece.tokens for piece in pieces[start:end])
+    text = pieces[end].text
+    return left == pieces[end].tokens - 1 and text.endswith(",") and count([text[:-1]])[0] == left
 
 
 def join(fragments: list[Fragment]) -> str:
@@ -111,7 +142,7 @@ def parse_emphasis(prompt: str) -> list[Fragment]:
 
     (text) weighs 1.1 times as much, [text] 1.1 times less, (text:1.3) 1.3 times as much, each within the others.
     A backslash makes a bracket a character. A bracket that is never closed goes on to the end, one that was never
-    opened is text. There is no BREAK.
+    opened is text. The word BREAK becomes the fragment BREAK, within brackets too (there the web UI takes it for text).
     """
     parts: list[tuple[str, float]] = []
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where each bracket stands among the parts
@@ -134,4 +165,10 @@ def parse_emphasis(prompt: str) -> list[Fragment]:
     for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
         for start in opened[bracket]:
             weigh(start, factor)
-    return [("".join(text for text, _ in same), weight) for weight, same in groupby(parts, key=lambda part: part[1])]
+    whole = [("".join(text for text, _ in same), weight) for weight, same in groupby(parts, key=lambda part: part[1])]
+    found: list[Fragment] = []
+    for text, weight in whole:
+        for number, part in enumerate(BREAK_WORD.split(text)):
+            found += [BREAK] if number else []
+            found += [(part, weight)] if part or not number else []
+    return found

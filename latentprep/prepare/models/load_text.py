@@ -20,13 +20,13 @@ from latentprep.units import shortened
 if TYPE_CHECKING:
     import torch
 
-# Class of a text encoder -> class of its config, classes of its tokenizer (the first one is loaded if a model names
-# none), and sets of files of which one must be there: without its vocabulary a tokenizer may start empty.
+# Class of a text encoder -> class of its config, and classes of its tokenizer, of which a model must name one.
 KINDS = {
     "CLIPTextModel": ("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast")),
     "CLIPTextModelWithProjection": ("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast")),
     "T5EncoderModel": ("T5Config", ("T5Tokenizer", "T5TokenizerFast")),
 }
+# Kind of a tokenizer -> sets of files of which one must be there: without its vocabulary a tokenizer may start empty.
 VOCABULARIES = {
     "CLIP": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
     "T5": ({"tokenizer.json"}, {"spiece.model"}),
