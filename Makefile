@@ -2,14 +2,18 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test lint faults lowest bench clean
+.PHONY: demo test slow lint faults lowest bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/latentprep demo demo
 	@echo "         (in this clone: $(VENV)/bin/latentprep inspect demo/cache)"
 
 test: $(VENV)/.installed-test
-	$(PYTHON) -m pytest -n 2
+	$(PYTHON) -m pytest -n 2 -m "not slow"
+
+# the tests that take longest: the wheel, kills and signals, true architectures, compilers
+slow: $(VENV)/.installed-test
+	$(PYTHON) -m pytest -n 2 -m slow
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .

@@ -45,6 +45,7 @@ def desk(photos, tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_every_command_and_snippet_runs_in_its_order(desk, run):
     latentprep = [command for command in commands() if command[0] == "latentprep"]
     assert len(latentprep) >= 6

@@ -128,6 +128,7 @@ def test_a_terminal_that_is_closed_stops_the_run_in_good_order(run, images, tmp_
     assert "To go on, type:" in err
 
 
+@pytest.mark.slow
 def test_a_slow_read_holds_up_no_signal(images, tmp_path):
     code = (
         "import sys, time; from latentprep.prepare.images import load; from latentprep import cli\n"

@@ -1,5 +1,6 @@
 """A real training loop: a small UNet with cross-attention learns from the cache alone."""
 
+import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
@@ -12,6 +13,7 @@ from latentprep.prepare.survey import prepare
 from tests.conftest import NoBar
 
 
+@pytest.mark.slow
 def test_a_unets_loss_falls_clearly_on_the_demo_images(tmp_path):
     draw_folder(tmp_path / "images")
     options = EncodeOptions(
