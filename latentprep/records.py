@@ -101,7 +101,7 @@ NOTES = {
     "high_byte": "of more than 8 bits a channel, of which Pillow keeps the upper 8",
     "cicp_to_srgb": "converted to sRGB from the colour space that a PNG's cICP names",
     "cicp_unusable": "with a cICP colour space that is not converted (HDR, and rare ones), taken as sRGB",
-    "damaged": "of damaged JPEGs, parts of which may be wrong (--strict-images leaves them out)",
+    "damaged": "with damage in their JPEG, so that parts may be wrong (--strict-images leaves them out)",
     "first_frame": "with several frames, of which the first was taken (--animated skip leaves them out)",
     "whitened": "with white in place of a filling below full transparency (--background keep leaves it)",
     "laid_over_background": "with transparency, laid over the background",

@@ -6,6 +6,7 @@ import re
 import sys
 
 import pytest
+import regex
 
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
@@ -71,7 +72,7 @@ def test_file_name_rule_is_the_ancestors(name):
     # stable-diffusion-webui: re.sub(r"^[-\d]+\s*", "", stem), then the word regex's findall joined
     stem = name.rpartition(".")[0]
     assert caption_from_name(f"some/where/{name}") == re.sub(r"^[-\d]+\s*", "", stem)
-    word = re.compile(r"[a-z]{2,}")
+    word = regex.compile(r"[a-z]{2,}")
     assert caption_from_name(name, word, ", ") == ", ".join(word.findall(re.sub(r"^[-\d]+\s*", "", stem)))
 
 
@@ -309,3 +310,18 @@ def test_template_errors(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(UserError, match=message):
         load_template(str(path))
+
+
+def test_captions_and_expressions_without_measure(folder):
+    (folder / "b.txt").write_text("cat " * 2_500_000)
+    found = add_captions(list_folder(folder), TextOptions())
+    assert [(skip.key, skip.reason) for skip in found.skips] == [("b.png", "bad_caption")]
+    assert found.skips[0].detail == "b.txt: 10.0 MB, expected at most 64.0 kB. Shorten it."
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x" * 64_001}))
+    with pytest.raises(UserError, match=r"metadata.jsonl line 1: a caption of over 64,000 characters"):
+        add_captions(list_folder(folder), TextOptions())
+    (folder / "metadata.jsonl").unlink()
+    gradient(8, 8).save(folder / ("x" * 60 + "!.png"))
+    (folder / "b.txt").unlink()
+    with pytest.raises(UserError, match=r"--word-regex .*: takes over 2 s for the file name x+!.png"):
+        add_captions(list_folder(folder), TextOptions(word_regex="((x|x)+)+[yz]$"))

@@ -5,13 +5,22 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+import regex  # re's syntax, with a limit of time
+
 from latentprep.config import TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.metadata import READERS, read_metadata, read_text
+from latentprep.prepare.metadata import MAX_CAPTION, READERS, read_metadata, read_text
 from latentprep.prepare.source import Source, stem
 from latentprep.records import Item, Skip
 
 SIDECARS = (".txt", ".caption")
+REGEX_SECONDS = 2  # for one file name
+
+
+class TooSlowError(UserError):
+    """The expression is at fault, and not the image."""
+
+
 NUMBERS_AT_START = re.compile(r"^[-\d]+\s*")  # stable-diffusion-webui, modules/textual_inversion/dataset.py
 
 
@@ -34,8 +43,8 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
     An image whose caption cannot be read is a skip. Raises UserError for a bad --word-regex and a broken metadata file.
     """
     try:
-        word = re.compile(options.word_regex) if options.word_regex else None
-    except re.error as error:
+        word = regex.compile(options.word_regex) if options.word_regex else None
+    except regex.error as error:
         raise UserError(f"--word-regex {options.word_regex}: not a regular expression ({error}).") from None
     sidecars = {(stem(key), suffix): key for key in source.others if (suffix := _suffix(key)) in SIDECARS}
     metadata = read_metadata(source.folder, source.others, options.caption_columns)
@@ -44,6 +53,8 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
     for item in source.items:
         try:
             texts, origin = _find_texts(item.key, source.folder, sidecars, metadata, word, options)
+        except TooSlowError:
+            raise
         except UserError as error:
             skips.append(item.skip("bad_caption", str(error)))
         else:
@@ -76,13 +87,13 @@ def _find_texts(
     folder: Path,
     sidecars: dict[tuple[str, str], str],
     metadata: dict[str, list[str]],
-    word: re.Pattern[str] | None,
+    word: "regex.Pattern[str] | None",
     options: TextOptions,
 ) -> tuple[list[str], str]:
     """What stands somewhere as the captions of an image, and where. Raises UserError."""
     for suffix in SIDECARS:
         if (sidecar := sidecars.get((stem(key), suffix))) is not None:
-            text = read_text(folder, sidecar)
+            text = read_text(folder, sidecar, MAX_CAPTION)
             return text.splitlines() if options.caption_lines else [text], suffix[1:]
     if key in metadata:
         return metadata[key], "metadata"
@@ -96,9 +107,17 @@ def tidy(texts: list[str]) -> tuple[str, ...]:
     return tuple(filter(None, stripped)) or ("",)
 
 
-def caption_from_name(key: str, word: re.Pattern[str] | None = None, joiner: str = " ") -> str:
-    """The ancestor's rule: the stem without leading digits and dashes; with `word`, its matches joined."""
+def caption_from_name(key: str, word: "regex.Pattern[str] | None" = None, joiner: str = " ") -> str:
+    """The ancestor's rule: the stem without leading digits and dashes; with `word`, its matches joined.
+
+    Raises UserError for an expression that takes longer than REGEX_SECONDS: some take for ever.
+    """
     text = NUMBERS_AT_START.sub("", PurePosixPath(key).stem)
     if word is not None:
-        text = joiner.join(match.group() for match in word.finditer(text))
+        try:
+            text = joiner.join(match.group() for match in word.finditer(text, timeout=REGEX_SECONDS))
+        except TimeoutError:
+            raise TooSlowError(
+                f"--word-regex {word.pattern}: takes over {REGEX_SECONDS} s for the file name {key}. Simplify it."
+            ) from None
     return text.strip()

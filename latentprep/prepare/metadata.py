@@ -10,7 +10,12 @@ from typing import Any
 
 from latentprep.config import CAPTION_COLUMN
 from latentprep.errors import UserError
+from latentprep.units import human_bytes
 
+MAX_CAPTION = (
+    64_000  # bytes of a caption file, characters of a cell: 15,000 words; a tokenizer takes a minute for 10 MB
+)
+MAX_METADATA = 2**30  # bytes of a metadata file, which is read as a whole
 FILE_NAME = "file_name"  # the column that names the image, relative to the metadata file
 Line = tuple[str, dict[str, Any]]  # where it stands; column -> value
 
@@ -40,6 +45,8 @@ def _texts(value: Any, where: str, column: str) -> list[str]:
     texts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: expected a text or a list of texts as {column!r}, got {_short(value)}.")
+    if any(len(text) > MAX_CAPTION for text in texts):
+        raise UserError(f"{where}: a caption of over {MAX_CAPTION:,} characters as {column!r}. Shorten it.")
     return texts
 
 
@@ -114,11 +121,15 @@ READERS: dict[str, Callable[[Path, str, tuple[str, ...]], Iterator[Line]]] = {
 }
 
 
-def read_text(folder: Path, name: str) -> str:
-    """Text of a caption file: UTF-8, or UTF-16 with its byte order mark. Raises UserError."""
+def read_text(folder: Path, name: str, max_bytes: int = MAX_METADATA) -> str:
+    """Text of a file: UTF-8, or UTF-16 with its byte order mark. Raises UserError, also beyond `max_bytes`."""
     try:
-        if not stat.S_ISREG((folder / name).stat().st_mode):
+        status = (folder / name).stat()
+        if not stat.S_ISREG(status.st_mode):
             raise UserError(f"{name}: not a regular file. Remove it.")
+        if status.st_size > max_bytes:
+            size, limit = human_bytes(status.st_size), human_bytes(max_bytes)
+            raise UserError(f"{name}: {size}, expected at most {limit}. Shorten it.")
         data = (folder / name).read_bytes()
     except OSError as error:
         raise UserError(f"{name}: cannot be read ({error.strerror}).") from error
