@@ -382,3 +382,31 @@ def test_no_more_shards_stay_open_than_the_system_allows(run, images, tmp_path, 
     for index in [*range(8), *range(8)]:
         assert torch.equal(data[index].latent_sample, wanted[index].latent_sample)
         assert len(data._open) <= 3
+
+
+def test_every_tensor_of_a_batch_moves(run, images, tmp_path):
+    run("encode", images, "--out", tmp_path / "c", *SMALL, "--flip")
+    data = LatentDataset(tmp_path / "c", latent_sampling_method="random", use_weight=True, flip_p=0.5)
+    moved = data.__getitems__([0, 1]).to("meta")
+    left = {"noise_seed"}  # for the CPU's eyes
+    tensors = {name: value for name, value in vars(moved).items() if isinstance(value, torch.Tensor)}
+    tensors |= {f"cond/{name}": value for name, value in moved.stored_cond.items()}
+    assert {name for name, value in tensors.items() if value.device.type != "meta"} == left
+    assert len(tensors) > 8
+
+
+def test_weights_are_rescaled_image_by_image():
+    weight = torch.stack([torch.linspace(0, 1, 64).view(1, 8, 8), torch.linspace(0.5, 0.6, 64).view(1, 8, 8)])
+    found = rescale_weight(weight)
+    assert torch.allclose(found.mean((1, 2, 3)), torch.ones(2))
+    assert torch.equal(found.amin((1, 2, 3)), torch.zeros(2))
+
+
+def test_dropout_and_flips_are_drawn_apart(run, images, tmp_path):
+    run("encode", images, "--out", tmp_path / "c", *SMALL, "--flip")
+    data = LatentDataset(tmp_path / "c", flip_p=0.5, caption_dropout=0.5, repeats=50)
+    pairs = set()
+    for n in range(len(data)):
+        batch = data[n]
+        pairs.add((bool(batch.flipped), batch.cond_text[0] == ""))
+    assert pairs == {(a, b) for a in (False, True) for b in (False, True)}

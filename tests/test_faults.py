@@ -230,7 +230,6 @@ def test_a_second_run_says_who_holds_the_cache_and_a_dead_one_blocks_nobody(run,
         rf"latentprep encode {many} .*\). Wait for it, or stop it",
         result.err,
     )
-    assert "another latentprep is at work" in run("compact", cache).err or not (cache / "cache.json").exists()
     process.kill()
     process.wait()
     assert (cache / ".lock").exists()
@@ -361,3 +360,53 @@ def test_another_runtime_error_is_no_lack_of_memory(run, images, tmp_path, monke
     assert result.code == 1
     assert "no cache was made, since 1 unit failed (RuntimeError: shapes cannot be multiplied)" in result.err
     assert not (tmp_path / "c").exists()
+
+
+def test_compact_waits_for_no_other_and_disturbs_none(run, images, tmp_path):
+    cache = tmp_path / "c"
+    run("encode", images, "--out", cache, *SMALL)
+    before = files(cache)
+    with hold(Storage(cache)):
+        result = run("compact", cache, "--min-share", 0)
+    assert (result.code, "another latentprep is at work" in result.err) == (1, True)
+    assert files(cache) == before
+
+
+def test_compact_deletes_nothing_before_it_has_committed(run, images, tmp_path, monkeypatch):
+    cache = tmp_path / "c"
+    run("encode", images, "--out", cache, *SMALL, *SHARDS)
+    (images / "wide0.png").unlink()
+    run("encode", images, "--out", cache, *SMALL, *SHARDS)
+    before = files(cache)
+
+    def fails(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("latentprep.cache.compact.commit", fails)
+    with pytest.raises(ZeroDivisionError):
+        run("compact", cache, "--min-share", 0)
+    after = files(cache)
+    assert {name: after[name] for name in before if name != ".lock"} == {n: before[n] for n in before if n != ".lock"}
+
+
+def test_the_folder_of_a_new_file_is_synced(tmp_path, monkeypatch):
+    synced = []
+    fsync = os.fsync
+
+    def seen(descriptor):
+        synced.append(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    Storage(tmp_path / "c").write_atomic("x", b"y")
+    assert synced[-1] == str(tmp_path / "c")
+    assert len(synced) == 2
+
+
+def test_strict_holds_for_a_finished_cache_too(run, images, tmp_path):
+    (images / "bad.png").write_bytes((images / "wide0.png").read_bytes()[:-40])
+    command = ("encode", images, "--out", tmp_path / "c", *SMALL)
+    assert run(*command, "--strict").code == 1
+    result = run(*command, "--strict")
+    assert ("nothing to do" in result.out, result.code) == (True, 1)
+    assert run(*command).code == 0

@@ -6,11 +6,12 @@ import re
 import shutil
 
 import pytest
+import torch
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
-from tests.conftest import SMALL, gradient, make_model
+from tests.conftest import SMALL, TINY, gradient, make_model
 from tests.test_encode import files, rows
 
 SHARDS = ("--shard-size", "30kB")  # two images a shard: four shards
@@ -302,3 +303,22 @@ def test_compact_frees_what_tombstones_hold_and_changes_no_row(run, images, tmp_
     assert "nothing to do" in run("encode", images, *options).out
     assert "0 shards rewritten" in run("compact", tmp_path / "c").out
     assert run("compact", tmp_path / "nowhere").code == 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--clip-skip", 2), ("--max-tokens", 150), ("--emphasis",), ("--prompts-per-image", 2, "--shuffle-tags"),
+     ("--template", "style_filewords", "--placeholder", "x")],
+)  # fmt: skip
+def test_one_setting_of_prompts_gives_the_cond_of_a_fresh_cache(run, images, tmp_path, options):
+    """Each alone: of several at once one would hide that another is forgotten."""
+    for n in range(4):
+        (images / f"wide{n}.txt").write_text(f"(a house:1.3), by a lake, number {n}, " + "and much more, " * 40)
+    base = ("--model", TINY, "--resolution", 64, "--device", "cpu")
+    assert run("encode", images, "--out", tmp_path / "c", *base).code == 0
+    assert run("encode", images, "--out", tmp_path / "c", *base, *options).code == 0
+    assert run("encode", images, "--out", tmp_path / "fresh", *base, *options).code == 0
+    found, wanted = (LatentDataset(tmp_path / name, latent_sampling_method="deterministic") for name in ("c", "fresh"))
+    for n in range(len(found)):
+        assert found.key(n) == wanted.key(n)
+        assert torch.equal(found[n].cond["prompt_embeds"], wanted[n].cond["prompt_embeds"])

@@ -409,3 +409,16 @@ def test_an_icon_that_holds_a_bomb(tmp_path):
     (tmp_path / "x.ico").write_bytes(struct.pack("<HHH", 0, 1, 1) + entry + png)
     item = read_item(tmp_path / "x.ico", "x.ico")
     assert item.reason == "too_large" if isinstance(item, Skip) else load(tmp_path / "x.ico").reason == "too_large"
+
+
+def test_a_mask_is_turned_by_its_own_orientation(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (tmp_path / "masks").mkdir()
+    image = save(tmp_path, gradient(64, 128))
+    mask = Image.linear_gradient("L").resize((64, 128))
+    mask.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "masks" / "x.png", exif=exif)
+    turned = load(image, masks=tmp_path / "masks", resolution="128").weight
+    mask.save(tmp_path / "masks" / "x.png")
+    assert np.array_equal(turned, load(image, masks=tmp_path / "masks", resolution="128").weight)
+    assert turned[0].mean() < turned[-1].mean()
