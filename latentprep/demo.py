@@ -68,13 +68,17 @@ def draw_folder(folder: Path, count: int = 24) -> None:
 
     Files of an earlier demo are left as they are. Raises UserError if the folder holds other files.
     """
-    if folder.exists() and not (folder / MARK).is_file() and any(folder.iterdir()):
-        raise UserError(f"demo: {folder} holds files that are not the demo's. Give another DIR.")
     try:
+        if folder.exists() and not (folder / MARK).is_file() and any(folder.iterdir()):
+            raise UserError(f"demo: {folder} holds files that are not the demo's. Give another DIR.")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / MARK).touch()
+        _draw_files(folder, count)
     except OSError as error:
         raise UserError(f"demo: {folder} cannot be written ({error.strerror or error}). Give another folder.") from None
+
+
+def _draw_files(folder: Path, count: int) -> None:
     (folder / "turned").mkdir(parents=True, exist_ok=True)
     for seed in range(count):
         image, caption = draw_scene(seed)

@@ -24,7 +24,7 @@ from latentprep.cache.shard import (
 )
 from latentprep.cache.storage import Storage
 from latentprep.config import digest_of
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 
 MIN_SHARE = 0.2  # of a shard's rows that are to be dead before it is rewritten, unless asked for otherwise
 
@@ -56,6 +56,8 @@ def compact(storage: Storage, min_share: float) -> Compacted:
         if would_rewrite(shard, min_share):
             try:
                 found = _rewrite(storage, shard)
+            except UnreadableError:
+                raise  # it may be whole, and nobody is to delete it
             except UserError as error:
                 damaged.append(str(error))
         shards.append(found)

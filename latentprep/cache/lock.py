@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import socket
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ def hold(storage: Storage) -> Iterator[None]:
     folder = Path(storage.path)
     path = folder / NAME
     made = _make_folder(folder)
+    _check_lock(path)
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
@@ -41,8 +43,9 @@ def hold(storage: Storage) -> Iterator[None]:
             f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
             "what it has finished by then is taken up."
         ) from None
-    except OSError as error:
-        raise UserError(f"{storage.root}: cannot be locked ({error.strerror or error}). Is it read-only?") from None
+    except (OSError, NotImplementedError) as error:  # NotImplementedError: a disk without locks
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{storage.root}: cannot be locked ({reason}). Is it read-only?") from None
     try:
         try:
             path.write_text(json.dumps(_myself()), encoding="utf-8")
@@ -61,6 +64,16 @@ def hold(storage: Storage) -> Iterator[None]:
                 if any(empty.iterdir()):
                     break
                 empty.rmdir()
+
+
+def _check_lock(path: Path) -> None:
+    """Raise UserError if something else has the lock's name: to write through a link would overwrite another file."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # not there; what else is wrong is said where it is made
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{path}: not a regular file, expected latentprep's lock. Remove it.")
 
 
 def _make_folder(folder: Path) -> list[Path]:

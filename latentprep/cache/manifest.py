@@ -9,7 +9,7 @@ from latentprep.cache.schema import FORMAT, check_format
 from latentprep.cache.shard import FOLDER, SHARD_NAME, Groups, ShardEntry, uncond_name
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.config import DTYPES, STORES
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.records import Skip, list_views
 
 NAME = "cache.json"
@@ -106,7 +106,14 @@ def open_manifest(storage: Storage) -> Manifest:
         raise UserError(
             f"{storage.root}: not a latent cache, it has no {NAME}. Make one with latentprep encode."
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except NotADirectoryError:
+        raise UserError(f"{storage.root}: a file, expected the folder of a cache.") from None
+    except OSError as error:  # the disk's trouble, or the permission's: the manifest may be whole
+        raise UnreadableError(
+            f"{where}: is there, and cannot be read ({error.strerror or error}). "
+            "Mend that, and run the same command again."
+        ) from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: cannot be read ({' '.join(str(error).split())}). {_remedy(storage)}") from None
     if not isinstance(data, dict):
         raise UserError(f"{where}: not a manifest.")

@@ -8,7 +8,7 @@ from latentprep.cache.manifest import NAME, SKIPPED_NAME
 from latentprep.cache.readers import NAME as READERS_NAME
 from latentprep.cache.readers import SUPERSEDED_NAME
 from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME
-from latentprep.cache.storage import Storage
+from latentprep.cache.storage import Storage, is_temporary
 from latentprep.errors import UserError
 
 LOCK_NAME = ".lock"
@@ -45,7 +45,7 @@ def _is_cache(storage: Storage) -> bool:
 def _may_be_ours(path: Path) -> bool:
     """Whether a killed run may have left this before its first shard: an empty folder, a lock, an empty file."""
     if path.name == FOLDER:
-        return path.is_dir() and all(entry.name.endswith(".tmp") for entry in path.iterdir())
+        return path.is_dir() and all(is_temporary(entry.name) for entry in path.iterdir())
     if path.is_symlink() or not path.is_file():
         return False
     try:

@@ -18,6 +18,8 @@ from latentprep.errors import UserError
 NAME = ".readers"  # the file that is locked; it is empty
 SUPERSEDED_NAME = ".superseded.json"  # name of a file -> when nobody needed it any more, in seconds since 1970
 GRACE = 24 * 3600  # seconds
+# a pipe of that name is not waited for, and no link is followed; Windows has none of these
+FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW"))
 
 
 class Reading:
@@ -103,11 +105,11 @@ def _open(storage: Storage, flags: int, may_make: bool = True) -> int | None:
     path = storage.locate(NAME)
     if may_make:
         try:
-            return os.open(path, flags | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            return os.open(path, flags | os.O_CREAT | FLAGS, 0o644)
         except OSError:
             pass  # read-only: it may be there all the same
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | FLAGS)
     except OSError:
         return None
 

@@ -5,6 +5,7 @@ The header's metadata is a single JSON value, because safetensors does not keep 
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ from latentprep.records import Row
 
 METADATA_KEY = "latentprep"
 FOLDER = "shards"
-UNCOND_NAME = re.compile(r"uncond\.(\w+)\.safetensors")
+UNCOND_NAME = re.compile(r"uncond\.([0-9a-f]{16})\.safetensors")
 PARTIAL_NAME = re.compile(rf"{FOLDER}/(\w+)\.partial\.safetensors")
 SHARD_NAME = re.compile(rf"{FOLDER}/(\w+)\.(?:latents|(\w+)\.text)\.safetensors")
 
@@ -336,7 +337,7 @@ def _open(storage: Storage, name: str, kind: str) -> tuple[dict[str, Any], Tenso
         if not isinstance(metadata, dict):
             raise ValueError("its metadata is no JSON object")
     except FileNotFoundError:
-        raise UserError(f"{where}: missing. Run the same latentprep encode again to make it.") from None
+        raise _not_opened(storage, where) from None
     except (OSError, RuntimeError) as error:  # torch gives a RuntimeError if a file cannot be mapped
         if isinstance(error, RecursionError):
             raise _damaged(storage, name, error) from None
@@ -347,6 +348,20 @@ def _open(storage: Storage, name: str, kind: str) -> tuple[dict[str, Any], Tenso
     if metadata.get("kind") != kind:
         raise _damaged(storage, name, ValueError(f"a file of {metadata.get('kind')!r}, expected {kind}"))
     return metadata, tensors
+
+
+def _not_opened(storage: Storage, where: str) -> UserError:
+    """Why a file could not be opened: safetensors says "not found" of all of them, forbidden ones too."""
+    error = OSError("it could not be opened a moment ago")
+    try:
+        if storage.is_local:
+            os.close(os.open(where, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0)))
+            return _unreadable(where, error)
+    except FileNotFoundError:
+        pass
+    except OSError as reason:
+        return _unreadable(where, reason)
+    return UserError(f"{where}: missing. Run the same latentprep encode again to make it.")
 
 
 def _unreadable(where: str, error: Exception) -> UnreadableError:

@@ -2,17 +2,20 @@
 
 import hashlib
 import os
+import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 import fsspec
 
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.units import human_bytes
 
 LARGEST_JSON = 2**30  # bytes of a manifest: 50,000 shards need 20 MB, and no crafted one is to fill the memory
 CHUNK = 2**22
+# as write_atomic calls it; other programs have temporary files of their own
+TEMPORARY_NAME = re.compile(r"\.[\w.]+\.(?:jsonl?|safetensors)\.\d+\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,8 @@ class Storage:
 
     def __init__(self, root: str | Path) -> None:
         self.root = str(root)
-        if self.root.endswith("/cache.json") and os.path.isfile(self.root):  # as a shell completes it
-            self.root = os.path.dirname(self.root)
+        if os.path.basename(self.root) == "cache.json" and os.path.isfile(self.root):  # as a shell completes it
+            self.root = os.path.dirname(self.root) or "."
         if "::" in self.root:
             raise UserError(f"{self.root}: chained locations are not supported. Give the last of them alone.")
         try:
@@ -48,7 +51,18 @@ class Storage:
         return f"{self.path}/{name}"
 
     def exists(self, name: str) -> bool:
-        return bool(self.fs.exists(self.locate(name)))
+        """Whether there is such a file. Raises UnreadableError if that cannot be known.
+
+        fsspec's own exists() takes every error for a no, so that a sick disk would look like an empty one.
+        """
+        try:
+            os.stat(self.locate(name)) if self.is_local else self.fs.info(self.locate(name))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except Exception as error:  # the libraries behind a remote raise kinds of their own
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300]
+            raise UnreadableError(f"{self.locate(name)}: cannot be looked for ({reason}).") from None
+        return True
 
     def check_regular(self, name: str) -> None:
         """Raise FileNotFoundError or OSError unless this is a file: a pipe or a device may have no end."""
@@ -143,8 +157,7 @@ class Storage:
 
 def is_temporary(name: str) -> bool:
     """Whether a name is one that write_atomic writes under, before the file has its own."""
-    base = name.rpartition("/")[2]
-    return base.startswith(".") and base.endswith(".tmp")
+    return bool(TEMPORARY_NAME.fullmatch(name.rpartition("/")[2]))
 
 
 def _sync_folder(folder: Path) -> None:

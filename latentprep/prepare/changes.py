@@ -78,7 +78,8 @@ class Matching:
         dead = {(s, n) for s, shard in enumerate(self.shards) for n in shard.entry.tombstones}
         self._places = sorted(places, key=lambda place: place in dead)
         self._dead = dead
-        self.unread = self._keep_unread(set(unread))  # keys of the rows that stay unread
+        self.unread: set[str] = set()  # keys of the rows that stay, since their image cannot be read now
+        self._keep_unread(set(unread))
         self._match_files()
         self._match_contents()
         self._match_elsewhere()
@@ -98,15 +99,18 @@ class Matching:
         if what:
             self.changes.append(Change(item.key, what, detail))
 
-    def _keep_unread(self, unread: set[str]) -> set[str]:
-        kept = set()
+    def _stay(self, row: Row) -> Item:
+        """What stands for a row whose image cannot be read now: the row as it is."""
+        self.items[row.key] = Item(row.key, (0, 0), row.nbytes, row.mtime_ns, row.captions)
+        self.unread.add(row.key)
+        return self.items[row.key]
+
+    def _keep_unread(self, unread: set[str]) -> None:
         for place in self._places:
             row = self._row(place)
             above = {row.key, *map(str, PurePosixPath(row.key).parents)}
             if place not in self._dead and row.key not in self.items and above & unread:
-                self.items[row.key] = Item(row.key, (0, 0), row.nbytes, row.mtime_ns, row.captions)
-                kept.add(row.key)
-        return kept
+                self._stay(row)
 
     def _match_files(self) -> None:
         if self.check_content:
@@ -130,7 +134,11 @@ class Matching:
         pairs = [(p, item) for p, item in pairs if item.key not in self.held and item.nbytes == self._row(p).nbytes]
         self._hash([item for _, item in pairs])
         for place, item in pairs:
-            if item.key not in self.held and self._hashed[item.key] == self._digest(place):
+            if item.key in self.held:
+                continue
+            if self._hashed[item.key] is None and place not in self._dead:
+                self._give(place, self._stay(self._row(place)))
+            elif self._hashed[item.key] == self._digest(place):
                 self._give(place, item, "touched")
 
     def _match_elsewhere(self) -> None:

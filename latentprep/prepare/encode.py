@@ -11,7 +11,7 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from latentprep.cache.compact import would_rewrite
-from latentprep.cache.leftovers import clear_cache, clear_orphans, clear_temporaries
+from latentprep.cache.leftovers import clear_cache, clear_orphans, clear_temporaries, find_missing
 from latentprep.cache.manifest import Manifest, commit
 from latentprep.cache.readers import free, invite_readers
 from latentprep.cache.schema import TORCH_DTYPES
@@ -111,6 +111,12 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     # where making a new text failed, the shard stays with what it has
     entries = {**first, **before, **{unit.unit: unit.entry() for unit in again.units}}
     shards = sorted([*plan.kept, *entries.values()], key=shard_order)
+    vanished = find_missing(storage, shards) if storage.is_local else {}  # a remote lets nobody unplug it
+    if vanished:
+        raise UserError(
+            f"{options.out}: vanished in part while it was written ({next(iter(vanished.values()))}). "
+            "Nothing was committed. Run the same command again."
+        )
     recipe = {**prepared.recipe, "text": text_recipe}
     manifest = Manifest(recipe, job.latent, made_with(prepared, job), shards, uncond=uncond, uncond_file=uncond_file)
     commit(storage, manifest, skips)

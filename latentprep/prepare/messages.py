@@ -4,6 +4,7 @@ import shlex
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from latentprep.cache.manifest import NAME as MANIFEST_NAME
 from latentprep.cache.shard import FOLDER
 from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions
@@ -190,9 +191,12 @@ def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:
 
 
 def interrupted_text(options: EncodeOptions, arguments: list[str]) -> str:
-    """What is safe, and what to type to go on; --overwrite would throw it away."""
-    command = shlex.join(["latentprep", *(word for word in arguments if word != "--overwrite")])
-    names = Storage(options.out).names(FOLDER)
+    """What is safe, and what to type to go on; --overwrite would throw it away, once it has deleted the old cache."""
+    storage = Storage(options.out)
+    if not storage.exists(MANIFEST_NAME):
+        arguments = [word for word in arguments if word != "--overwrite"]
+    command = shlex.join(["latentprep", *arguments])
+    names = storage.names(FOLDER)
     finished, started = (sum(part in name for name in names) for part in (".latents.", ".partial."))
     parts = [counted(finished, "finished shard")] if finished else []
     parts += ["what is encoded of the next"] if started else []

@@ -11,7 +11,7 @@ import numpy as np
 from latentprep.cache.manifest import skip_from_json
 from latentprep.cache.shard import LatentGroup, open_partial, partial_name, write_partial
 from latentprep.cache.storage import Storage
-from latentprep.errors import UserError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.prepare.group import GroupBuilder
 from latentprep.records import Placement, Size, Skip, Unit
 
@@ -67,6 +67,8 @@ def load_partial(
         metadata, groups = open_partial(storage, unit.id)
         skips = [skip_from_json(skip) for skip in metadata["skipped"]]
         num_done, notes = int(metadata["num_done"]), Counter(dict(metadata["notes"]))
+    except UnreadableError:
+        raise
     except (UserError, KeyError, TypeError, ValueError):
         return None  # damaged: as if it were not there
     if not 0 < num_done <= len(unit.items) or num_done != len(skips) + sum(map(len, groups)):

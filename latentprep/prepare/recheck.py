@@ -1,7 +1,7 @@
 """A cache against the images it came from: are they still the same, and does encoding them again give the same?"""
 
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
@@ -37,15 +37,18 @@ def compare_source(
     source = list_folder(folder, without=without if masks is None else [*without, masks.folder])
     rows = list(live_rows(storage, manifest))
     problems = []
+    there = [*(item.key for item in source.items), *(skip.key for skip in source.skips)]
+    listed = frozenset(there)  # images, and folders that cannot be listed
     files = (paths_of(key, folder, masks) for key, _ in rows)
     for (key, digest), found in zip(rows, hash_images(files), strict=True):
         progress(1)
-        if found is None:
+        if found is None and not listed.isdisjoint({key, *map(str, PurePosixPath(key).parents)}):
+            problems.append(Problem(key, "unreadable", "in the cache; it, its mask or its folder cannot be read now"))
+        elif found is None:
             problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
         elif found != digest:
             problems.append(Problem(key, "changed", "its content is not what was encoded"))
     known = {key for key, _ in rows} | {skip.key for skip in read_skips(storage)}
-    there = [*(item.key for item in source.items), *(skip.key for skip in source.skips)]
     return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
 
 

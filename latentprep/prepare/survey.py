@@ -179,18 +179,23 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
 def check_source(options: EncodeOptions, plan: Plan, manifest: Manifest | None, leftovers: dict[str, Leftover]) -> None:
     """Raise UserError if this is not the folder that the cache was made from: most images would be gone from it.
 
-    That is so if more than half of them are, or any of them and the folder has another path than it had.
+    That is so if more than half of them are, or any of them and the folder has another path than it had. Then it is
+    also so if more than half have another content: folders of other images may have the same names, such as 0001.png.
     """
-    gone = sum(change.what == "gone" for change in plan.changes)
+    gone, changed = (sum(change.what == what for change in plan.changes) for what in ("gone", "changed"))
     held = manifest.num_images if manifest is not None else 0
     held += sum(rows for leftover in leftovers.values() for _, rows, _ in leftover.groups)
     before = str(manifest.made_with.get("source") or "") if manifest is not None else ""
     now = str(options.source.resolve())
-    if options.allow_gone or not gone or (2 * gone <= held and before in ("", now)):
+    is_other = before not in ("", now)
+    if options.allow_gone or not (2 * gone > held or (is_other and (gone or 2 * changed > held))):
         return
+    what = f"{gone:,} of its {counted(held, 'image')} are not"
+    if not gone:
+        what = f"{changed:,} of its {counted(held, 'image')} have another content"
     raise UserError(
-        f"{options.out}: {gone:,} of its {counted(held, 'image')} are not in SOURCE {now}"
-        + (f"; it was made from {before}" if before not in ("", now) else "")
+        f"{options.out}: {what} in SOURCE {now}"
+        + (f"; it was made from {before}" if is_other else "")
         + ". Nothing was written. Is that the right folder, and wholly there? Give another --out, or --allow-gone "
         "if those images are to be left out."
     )
