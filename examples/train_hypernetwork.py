@@ -1,124 +1,145 @@
-"""Trains a hypernetwork, as stable-diffusion-webui's: small MLPs on the keys and values of every cross-attention.
+"""Trains a hypernetwork, as stable-diffusion-webui's: pairs of small MLPs on the keys and values of every attention.
 
     latentprep encode ./photos --model stable-diffusion-v1-5/stable-diffusion-v1-5 --flip \\
         --template hypernetwork --placeholder "sks dog"
     python examples/train_hypernetwork.py ./photos.latents --model stable-diffusion-v1-5/stable-diffusion-v1-5
 
 Training reads the cache alone: no VAE, no text encoder, no images. Stopped at any step it goes on where it was, in the
-middle of an epoch, and ends with the same weights. Both files it writes are safetensors:
+middle of an epoch, and ends with the same weights. It writes
 
-    hypernetwork.safetensors    the MLPs
-    state.safetensors           the optimizer's state, the step, and the loader's place in its epoch
+    NAME.pt              for web UIs: put it into their models/hypernetworks
+    NAME.safetensors     the same without a pickle; examples/use_hypernetwork.py takes both
+    state.safetensors    what a further start goes on from: weights, the optimizer's state, the place in the epoch
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from diffusers import UNet2DConditionModel
 from diffusion import FOR_REAL, loss_of, open_unet, step_generator
+from hypernetwork import Hypernetwork, Structure, list_widths, save_pt, save_safetensors
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from latentprep import LatentDataset, LatentLoader
 from latentprep.records import is_flipped
 
 
-class HypernetworkModule(nn.Module):
-    """x + MLP(x), with the ancestor's layer structure 1, 2, 1 and its start near zero."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.linear = nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-        for layer in (self.linear[0], self.linear[2]):
-            nn.init.normal_(layer.weight, mean=0.0, std=0.01)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(x)
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """Write a file aside first, so that a kill leaves the old one."""
+    aside = path.with_name(f"{path.name}.tmp")
+    save(aside)
+    aside.replace(path)
 
 
-def add_hypernetwork(unet: UNet2DConditionModel) -> nn.ModuleDict:
-    """Put an MLP before the key and the value projection of every cross-attention (attn2); returns the MLPs."""
-    found: dict[str, nn.Module] = {}
-    for name, attention in list(unet.named_modules()):
-        if not name.endswith("attn2"):
-            continue
-        for part in ("to_k", "to_v"):
-            projection = getattr(attention, part)
-            module = HypernetworkModule(projection.in_features)
-            setattr(attention, part, nn.Sequential(module, projection))
-            found[f"{name}.{part}".replace(".", "/")] = module
-    return nn.ModuleDict(found)
-
-
-def save(folder: Path, hypernetwork: nn.Module, optimizer: torch.optim.Optimizer, place: dict[str, Any]) -> None:
-    """Both files; each is written aside first, so that a kill leaves the old ones."""
+def save_state(path: Path, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer, place: dict[str, Any]) -> None:
+    """All that a further start needs, in one file, so that no two of different steps meet."""
     state = optimizer.state_dict()["state"]
-    tensors = {f"{number}/{name}": value for number, values in state.items() for name, value in values.items()}
-    for name, content, metadata in (
-        ("hypernetwork", hypernetwork.state_dict(), {"format": "latentprep hypernetwork", "layers": "1,2,1"}),
-        ("state", tensors, {"place": json.dumps(place)}),
-    ):
-        aside = folder / f"{name}.tmp"
-        save_file({key: value.contiguous().cpu() for key, value in content.items()}, aside, metadata)
-        aside.rename(folder / f"{name}.safetensors")
+    tensors = {f"optimizer/{n}/{name}": value for n, values in state.items() for name, value in values.items()}
+    tensors |= {f"weights/{name}": value for name, value in hypernetwork.state_dict().items()}
+    place = {**place, "structure": hypernetwork.structure.__dict__}
+    save_file({key: value.contiguous().cpu() for key, value in tensors.items()}, path, {"place": json.dumps(place)})
 
 
-def load(folder: Path, hypernetwork: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Take up what save() left; returns the place in the data."""
-    hypernetwork.load_state_dict(load_file(folder / "hypernetwork.safetensors"))
-    with safe_open(folder / "state.safetensors", "pt") as file:
-        place: dict[str, Any] = json.loads(file.metadata()["place"])
-        state: dict[int, dict[str, Tensor]] = {}
+def load_state(path: Path, hypernetwork: Hypernetwork, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Take up what save_state() left; returns the place in the data."""
+    weights: dict[str, Tensor] = {}
+    state: dict[int, dict[str, Tensor]] = {}
+    with safe_open(path, "pt") as file:
+        place: dict[str, Any] = json.loads((file.metadata() or {}).get("place", "{}"))
+        if place.get("structure") != json.loads(json.dumps(hypernetwork.structure.__dict__)):
+            raise typer.BadParameter(f"{path}: of other layers. Give the same options, or another --out.")
         for key in file.keys():  # noqa: SIM118 (not a dict)
-            number, name = key.split("/")
-            state.setdefault(int(number), {})[name] = file.get_tensor(key)
+            kind, _, rest = key.partition("/")
+            if kind == "weights":
+                weights[rest] = file.get_tensor(key)
+            else:
+                number, name = rest.split("/")
+                state.setdefault(int(number), {})[name] = file.get_tensor(key)
+    hypernetwork.load_state_dict(weights)
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return place
 
 
+def make_structure(
+    layers: str, activation: str, weight_init: str, layer_norm: bool, dropout: bool, activate_output: bool
+) -> Structure:
+    """The options as a Structure. Raises typer.BadParameter."""
+    try:
+        return Structure(
+            tuple(map(float, layers.split(","))), activation, weight_init, layer_norm, dropout, activate_output
+        )
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def main(
     cache: Annotated[str, typer.Argument(help="A cache of latentprep.")],
-    out: Annotated[Path, typer.Option(help="Folder of the two files.")] = Path("hypernetwork"),
+    out: Annotated[Path, typer.Option(help="Folder of the three files.")] = Path("hypernetwork"),
+    name: Annotated[str, typer.Option(help="Of the hypernetwork.")] = "hypernetwork",
     model: Annotated[str | None, typer.Option(help="Hub id or folder of a pipeline with a UNet.")] = None,
+    layers: Annotated[str, typer.Option(help="Widths of the MLPs' layers, in widths of their input.")] = "1,2,1",
+    activation: Annotated[str, typer.Option(help="linear, relu, leakyrelu, elu, swish, tanh, ...")] = "linear",
+    weight_init: Annotated[str, typer.Option(help="Normal, or Xavier or Kaiming with Uniform or Normal.")] = "Normal",
+    layer_norm: Annotated[bool, typer.Option(help="A layer norm behind each layer.")] = False,
+    dropout: Annotated[bool, typer.Option(help="0.3 between layers; wants four layers at least.")] = False,
+    activate_output: Annotated[bool, typer.Option(help="The activation behind the last layer too.")] = False,
     steps: Annotated[int, typer.Option(help="Optimizer steps, of earlier runs too.")] = 1000,
     batch_size: Annotated[int, typer.Option(help="Images the UNet sees at once.")] = 4,
     gradient_step: Annotated[int, typer.Option(help="Batches for one optimizer step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-5,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     seed: Annotated[int, typer.Option(help="Of everything that is drawn.")] = 0,
 ) -> None:
+    structure = make_structure(layers, activation, weight_init, layer_norm, dropout, activate_output)
+    if name == "state" or Path(name).name != name:
+        raise typer.BadParameter(f"--name {name}: expected the name of a file, and not 'state'.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = LatentDataset(cache)
     flip_p = 0.5 if any(map(is_flipped, probe.manifest.latent["views"])) else 0.0
     data = LatentDataset(cache, latent_sampling_method="random", flip_p=flip_p, use_weight=True, seed=seed)
     loader = LatentLoader(data, batch_size, gradient_step=gradient_step, seed=seed)
     if model is None:
-        name = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        print(FOR_REAL.format(model=name, script="examples/train_hypernetwork.py"))
+        real = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        print(FOR_REAL.format(model=real, script="examples/train_hypernetwork.py"))
     unet, schedule = open_unet(model, data)
     unet.requires_grad_(False)
     torch.manual_seed(seed)
-    hypernetwork = add_hypernetwork(unet)
-    unet.to(device)
+    hypernetwork = Hypernetwork(list_widths(unet), structure)
+    hypernetwork.attach(unet)
+    for part in (unet, hypernetwork):
+        part.to(device)
     optimizer = torch.optim.AdamW(hypernetwork.parameters(), learning_rate)
     out.mkdir(parents=True, exist_ok=True)
     step, batches = 0, 0
     if (out / "state.safetensors").exists():
-        place = load(out, hypernetwork, optimizer)
+        place = load_state(out / "state.safetensors", hypernetwork, optimizer)
         step, batches = place["step"], place["batches"]
         loader.load_state_dict(place["loader"])
         print(f"going on at step {step}, epoch {loader.epoch}")
     size = sum(parameter.numel() for parameter in hypernetwork.parameters())
-    print(f"{len(data)} images, {len(hypernetwork)} MLPs of {size:,} parameters together, on {device}")
+    widths = ", ".join(hypernetwork.pairs)
+    print(f"{len(data)} images, pairs of MLPs for the widths {widths}: {size:,} parameters, on {device}")
 
+    fixed = next(iter(LatentLoader(probe, batch_size, seed=seed))).to(device)
+
+    @torch.no_grad()
+    def measure() -> float:
+        """The loss with the same images, noise and times each time; that of one step goes up and down with them."""
+        hypernetwork.eval()
+        found = [loss_of(fixed, unet, schedule, step_generator(-1, n)).item() for n in range(8)]
+        hypernetwork.train()
+        return sum(found) / len(found)
+
+    print(f"step {step:>6}  epoch {loader.epoch}  fixed loss {measure():.5f}")
     losses: list[float] = []
     while step < steps:
         for batch in loader:
+            torch.manual_seed(seed * 1_000_003 + batches)  # dropout's, so that a resumed run repeats it
             loss = loss_of(batch.to(device, non_blocking=True), unet, schedule, step_generator(seed, batches))
             (loss / loader.gradient_step).backward()
             losses.append(loss.item())
@@ -129,12 +150,16 @@ def main(
             optimizer.zero_grad()
             step += 1
             if step % save_every == 0 or step == steps:
-                save(out, hypernetwork, optimizer, {"step": step, "batches": batches, "loader": loader.state_dict()})
-                print(f"step {step:>6}  epoch {loader.epoch}  loss {sum(losses) / len(losses):.4f}")
+                where = {"step": step, "batches": batches, "loader": loader.state_dict()}
+                write(out / "state.safetensors", lambda path, w=where: save_state(path, hypernetwork, optimizer, w))
+                write(out / f"{name}.pt", lambda path, n=step: save_pt(path, hypernetwork, name, n, model))
+                write(out / f"{name}.safetensors", lambda path, n=step: save_safetensors(path, hypernetwork, name, n))
+                mean = sum(losses) / len(losses)
+                print(f"step {step:>6}  epoch {loader.epoch}  loss {mean:.4f}  fixed loss {measure():.5f}")
                 losses = []
             if step == steps:
                 break
-    print(f"saved {out / 'hypernetwork.safetensors'}")
+    print(f"saved {out / name}.pt and {out / name}.safetensors")
 
 
 if __name__ == "__main__":

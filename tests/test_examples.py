@@ -1,11 +1,13 @@
 """examples/: both trainings run on a CPU with small models and resume in mid-epoch; the README's picture is drawn."""
 
 import importlib
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import typer
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -49,9 +51,28 @@ def test_a_hypernetwork_that_was_stopped_in_mid_epoch_ends_the_same(cache, train
     assert "going on at step 3, epoch 1" in again
     found, wanted = (load_file(tmp_path / name / "hypernetwork.safetensors") for name in "ba")
     assert found.keys() == wanted.keys()
-    assert all("attn2" in name for name in found)
+    assert {name.split(".")[0] for name in found} == {"32", "64"}  # widths of the contexts, self-attention's too
+    assert set(torch.load(tmp_path / "b" / "hypernetwork.pt", weights_only=True)) > {32, 64, "step", "layer_structure"}
     for name in wanted:
         assert torch.allclose(found[name], wanted[name], atol=1e-6), name
+
+
+def test_200_steps_of_a_hypernetwork_at_the_default_rate_show_a_fall(cache, train, tmp_path):
+    out = train("hypernetwork", cache, out=tmp_path / "h", steps=200, batch_size=2)
+    first, *_, last = map(float, re.findall(r"fixed loss (\S+)", out))
+    assert last < 0.97 * first
+
+
+def test_a_hypernetwork_with_dropout_goes_on_the_same_and_not_with_other_layers(cache, train, tmp_path):
+    options = {"batch_size": 2, "layers": "1,2,2,1", "activation": "relu", "dropout": True, "learning_rate": 1e-3}
+    for out, all_steps in (("a", [4]), ("b", [1, 4])):
+        for steps in all_steps:
+            train("hypernetwork", cache, out=tmp_path / out, steps=steps, **options)
+    found, wanted = (load_file(tmp_path / name / "hypernetwork.safetensors") for name in "ba")
+    for name in wanted:
+        assert torch.allclose(found[name], wanted[name], atol=1e-6), name
+    with pytest.raises(typer.BadParameter, match=r"of other layers\. Give the same options, or another --out"):
+        train("hypernetwork", cache, out=tmp_path / "a", steps=5, **{**options, "layers": "1,3,1"})
 
 
 def test_a_loras_file_is_one_that_diffusers_loads(cache, train, tmp_path):
