@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 WILDCARD = re.compile(r"\{([^{}]*)\}")  # an innermost pair of braces
+MAX_DEPTH = 100  # of wildcards within wildcards: each level reads the caption once more
 
 
 def counter(*parts: object) -> int:
@@ -101,15 +102,16 @@ def make_prompt(
 
 
 def expand_wildcards(text: str, random: "np.random.Generator") -> str:
-    """Each {a|b|c} becomes one of its parts, the innermost first. A brace without its partner stays."""
+    """Each {a|b|c} becomes one of its parts, the innermost first. Braces without partners stay, and those too deep."""
 
     def choose(found: re.Match[str]) -> str:
         parts = found[1].split("|")
         return parts[int(random.integers(len(parts)))]
 
-    count = 1
-    while count:
+    for _ in range(MAX_DEPTH):
         text, count = WILDCARD.subn(choose, text)
+        if not count:
+            break
     return text
 
 

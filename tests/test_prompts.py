@@ -124,6 +124,12 @@ def test_each_part_is_as_likely_as_the_others():
     assert all(abs(count / 6000 - 1 / 3) < 0.02 for count in counts.values())
 
 
+def test_wildcards_within_wildcards_are_read_100_levels_deep():
+    random = np.random.default_rng(0)
+    assert expand_wildcards("{" * 100 + "a" + "}" * 100, random) == "a"
+    assert expand_wildcards("{" * 30_000 + "a" + "}" * 30_000, random) == "{" * 29_900 + "a" + "}" * 29_900
+
+
 def test_wildcards_of_the_caption_come_before_its_tags_and_those_of_the_line_leave_the_caption_alone():
     found = of(("{x, y|z}, w",), wildcards=True, tag_drop_out=0.5, prompts_per_image=200)
     assert set(found) == {"x, y, w", "x, y", "x, w", "y, w", "x", "y", "z, w", "z", "w", ""}

@@ -2,17 +2,18 @@
 
 import random
 import re
+import time
 
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPTokenizer
+from transformers import CLIPTokenizer, T5TokenizerFast
 
 from latentprep.config import TextOptions
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer
 from latentprep.prepare.models.single_file import ARCHITECTURES
 from latentprep.prepare.models.text_folder import open_text
-from latentprep.prepare.text import TextEncoder
+from latentprep.prepare.text import TextEncoder, part_special_tokens, read_special_tokens_as_text
 from latentprep.prepare.windows import join, parse_emphasis, split_windows
 from tests.conftest import TINY
 from tests.test_families import make_mini
@@ -69,8 +70,24 @@ def test_a_prompt_that_fits_is_one_window(count):
 
 
 def test_windows_end_between_words(count):
-    words = " ".join(["seven77"] * 25)  # 10 of them in 70 tokens
-    assert texts(words, 3, count) == [" ".join(["seven77"] * n) for n in (10, 10, 5)]
+    words = " ".join(["sevenxx"] * 25)  # 10 of them in 70 tokens
+    assert texts(words, 3, count) == [" ".join(["sevenxx"] * n) for n in (10, 10, 5)]
+
+
+def test_windows_end_between_letters_digits_and_signs_as_tokens_do(count):
+    whole = " ".join(["seven77"] * 11)
+    assert texts(whole, 2, count) == [whole[:-2], "77"]
+    assert texts("x" * 75 + "!?", 2, count) == ["x" * 75, "!?"]
+    assert texts("x" * 75 + "'s", 2, count) == ["x" * 75, "'s"]
+
+
+def test_prompts_without_measure_take_seconds(count):
+    start = time.process_time()
+    for text in ("x" * 64_000, "," * 64_000, "(a" * 32_000, "[(" * 16_000 + ")]" * 16_000, "(a:" + "1" * 63_000,
+                 "(a" + " " * 63_000 + ")", "BREAK " * 10_000):  # fmt: skip
+        windows = split_windows(parse_emphasis(text), 3, 75, lambda texts: list(map(len, texts)))
+        assert len(windows) == 3
+    assert time.process_time() - start < 10  # each of them took up to two minutes
 
 
 def test_windows_end_behind_a_comma_among_the_last_20_tokens(count):
@@ -218,6 +235,65 @@ def web_ui_windows(ids, comma, room=75, backtrack=20):
     return windows
 
 
+def test_only_a_token_that_is_a_comma_ends_a_window():
+    """CLIP has a token for ), and others such as it, which the web UI takes for no comma."""
+    tokenizer = load_tokenizer(ARCHITECTURES / "sd1" / "tokenizer")
+
+    def count_own(texts):
+        return list(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"]))
+
+    words = "cat " * 60
+    assert texts(words + "(dog), " + words, 3, count_own)[0].endswith("cat " * 11 + "cat")  # full
+    assert texts(words + "dog, " + words, 3, count_own)[0].endswith("cat dog,")
+
+
+def read_emphasis(prompt):
+    """Texts and weights by a rule of its own, a stack of brackets; without backslashes and weights such as :1.3."""
+    parts, stack = [["", 1.0]], []
+    for char in prompt:
+        if char in "([":
+            stack.append(char)
+            parts.append(["", 1.0])
+        elif char in ")]":
+            stack.pop()
+            parts.append(["", 1.0])
+        else:
+            parts[-1][0] += char
+            parts[-1][1] = 1.1 ** sum(1 if opened == "(" else -1 for opened in stack)
+    return [part for part in parts if part[0]]
+
+
+@pytest.mark.parametrize("with_break", [False, True])
+def test_windows_with_emphasis_and_break_are_those_of_the_web_ui(with_break):
+    tokenizer = load_tokenizer(ARCHITECTURES / "sd1" / "tokenizer")
+
+    def ids_of(text):
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    (comma,) = ids_of(",")
+    dice = random.Random(2)
+    forms = ["{0}, "] * 6 + ["({0}), ", "[{0}], ", "(({0}) {0}), ", "8k, 4.5 {0},", "{0} , "]
+    for _ in range(100):
+        prompt = "".join(
+            dice.choice(forms).format(" ".join(dice.choices(("red cat", "sunset", "moon", "tree house"), k=3)))
+            + ("BREAK " if with_break and dice.random() < 0.06 else "")
+            for _ in range(dice.randint(5, 60))
+        ).removesuffix("BREAK ")  # fmt: skip
+        wanted = []
+        for section in prompt.split("BREAK"):
+            parts = [(ids_of(text), weight) for text, weight in read_emphasis(section)]
+            weights = [weight for ids, weight in parts for _ in ids]
+            for window in web_ui_windows([token for ids, _ in parts for token in ids], comma):
+                wanted.append((window, pytest.approx(weights[: len(window)])))
+                weights = weights[len(window) :]
+        found = split_windows(parse_emphasis(prompt), 40, 75, lambda texts: [len(ids_of(text)) for text in texts])
+        for window, (ids, weights) in zip(found, wanted, strict=False):
+            own = [(ids_of(text), weight) for text, weight in window]
+            assert [token for ids_, _ in own for token in ids_] == ids
+            assert [weight for ids_, weight in own for _ in ids_] == weights
+        assert not any(found[len(wanted) :])
+
+
 @pytest.mark.parametrize("kind", ["tags", "prose"])
 def test_windows_are_those_of_the_web_ui(kind):
     tokenizer = load_tokenizer(ARCHITECTURES / "sd1" / "tokenizer")  # CLIP's own vocabulary
@@ -256,6 +332,8 @@ def test_break_begins_a_new_window(count):
     assert windows("a cat BREAK") == ["a cat", "", "", ""]
     assert windows("one BREAK " + "x" * 74 + " yy BREAK two") == ["one", "x" * 74, "yy", "two"]
     assert windows("one BREAK two BREAK three", 2) == ["one", "two three"]
+    assert windows("one BREAK BREAK two", 4) == ["one", "", "two", ""]  # an empty window between, as there
+    assert windows("one BREAK BREAK", 2) == ["one", ""]
     assert windows("BREAKFAST outbreak BREAKs") == ["BREAKFAST outbreak BREAKs", "", "", ""]
     assert texts("a cat BREAK a dog", 2, count) == ["a cat BREAK a dog", ""]  # without --emphasis it is text
 
@@ -269,3 +347,21 @@ def test_special_tokens_in_a_caption_are_text(text):
     assert not torch.equal(special, plain)
     ids = encoder.pipeline.tokenizer(f"a {text} b", padding="max_length", max_length=77)["input_ids"]
     assert ids.count(encoder.pipeline.tokenizer.bos_token_id) == 1
+
+
+def test_special_tokens_of_t5_in_a_caption_are_text():
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)] + [(char, -2.0) for char in "▁abdextrips<>/_0"]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=2)
+    read_special_tokens_as_text(tokenizer)
+    for text in ("a </s> b", "<extra_id_0>", "<pad>"):
+        *ids, end = tokenizer(part_special_tokens(text, tokenizer.all_special_tokens))["input_ids"]
+        assert end == tokenizer.eos_token_id
+        assert not set(tokenizer.all_special_ids) & set(ids), text
+
+
+def test_special_tokens_are_text_to_families_with_t5(tmp_path):
+    encoder = TextEncoder(open_text(make_mini("flux", tmp_path).folder), CPU, torch.float32)
+    found, wanted, ended = (encoder.encode([text])["prompt_embeds"] for text in ("a </s> b", "a < /s> b", "a"))
+    assert torch.equal(found, wanted)
+    assert not torch.allclose(found, ended)
+    assert encoder.count_tokens(["a </s> b"]).tolist() == encoder.count_tokens(["a < /s> b"]).tolist()

@@ -3,6 +3,7 @@
 from typing import Any, Protocol
 
 import numpy as np
+import regex
 import torch
 from torch import Tensor
 
@@ -45,9 +46,11 @@ class TextEncoder:
             self.arguments["clip_skip"] = options.clip_skip - 1  # diffusers counts the layers that are left out
             mend_clip_skip(self.pipeline.text_encoder)
 
-        for part in family.encoders:  # words such as <|endoftext|> in a caption are text
+        for part in family.encoders:
             if (tokenizer := getattr(self.pipeline, tokenizer_of(part), None)) is not None:
-                tokenizer.split_special_tokens = True
+                read_special_tokens_as_text(tokenizer)
+        t5 = getattr(self.pipeline, tokenizer_of(family.t5), None) if family.t5 else None
+        self.special_of_t5 = list(t5.all_special_tokens) if t5 is not None else []
 
         there = [part for part in family.encoders if getattr(self.pipeline, part) is not None]
         self.widths = [getattr(self.pipeline, part).config.hidden_size for part in there]  # for --emphasis
@@ -79,6 +82,7 @@ class TextEncoder:
 
     def _make_windows(self, prompts: list[str]) -> list[list[Fragment]]:
         """The windows of P prompts one after the other, `num_windows` of each."""
+        prompts = [part_special_tokens(prompt, self.special_of_t5) for prompt in prompts]
         fragments = [parse_emphasis(prompt) if self.emphasis else [(prompt, 1.0)] for prompt in prompts]
         return [
             window for parts in fragments for window in split_windows(parts, self.num_windows, self.room, self._count)
@@ -126,6 +130,23 @@ def emphasize(embeds: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
         after = before * weights[chosen, :, None]
         part[chosen] = after * (before.mean((1, 2), keepdim=True) / after.mean((1, 2), keepdim=True))
     return result
+
+
+def read_special_tokens_as_text(tokenizer: Any) -> None:
+    """Let <|endoftext|>, </s> and the like in a caption be text, for counting and for encode_prompt."""
+    tokenizer.split_special_tokens = True
+    if hasattr(tokenizer, "pat") and hasattr(tokenizer, "cache"):  # CLIP's in Python, up to transformers 4
+        for token in tokenizer.all_special_tokens:
+            tokenizer.cache.pop(token, None)  # where it would find them whole
+        words = tokenizer.pat.pattern.replace(r"<\|startoftext\|>|<\|endoftext\|>|", "")
+        tokenizer.pat = regex.compile(words, regex.IGNORECASE)
+
+
+def part_special_tokens(prompt: str, special: list[str]) -> str:
+    """A prompt with a space within T5's special tokens: `< /s>`. They are words of its vocabulary, and found whole."""
+    for token in special:
+        prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
+    return prompt
 
 
 def mend_clip_skip(text_encoder: Any) -> None:
