@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentprep import __version__
-from latentprep.config import CAPTION_COLUMN, DEFAULT_MODEL, EncodeOptions, Geometry, ImageOptions, TextOptions
+from latentprep.config import (
+    CAPTION_COLUMN,
+    DEFAULT_MODEL,
+    EncodeOptions,
+    Geometry,
+    ImageOptions,
+    TextOptions,
+    count_pixels,
+)
 from latentprep.errors import UserError
 from latentprep.terminal import fail, say, show, show_json, unbreakable
 
@@ -143,7 +151,7 @@ def encode(
         store_dtype=store_dtype, device=device, dtype=dtype,
         tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", shard_size) if shard_size else None,
-        max_pixels=int(max_megapixels * 1e6), only=only or None, overwrite=overwrite, strict=strict,
+        max_pixels=count_pixels(max_megapixels), only=only or None, overwrite=overwrite, strict=strict,
         strict_images=strict_images, check_content=check_content, allow_gone=allow_gone, retry_skipped=retry_skipped,
     )  # fmt: skip
     run_encode(options, dry_run=dry_run)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,8 +18,16 @@ FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 ONLY = ("latents", "text")
 STORES = ("mean+std", "mean")
 DTYPES = ("float32", "float16", "bfloat16")
+MAX_SIDE = 2**14  # pixels; with twice this side, and a bucket for every step, a table takes seconds to make
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+def count_pixels(megapixels: float) -> int:
+    """--max-megapixels in pixels. Raises UserError."""
+    if not 0 < megapixels < math.inf:
+        raise UserError(f"--max-megapixels {megapixels:g}: expected a number of more than 0.")
+    return max(1, int(megapixels * 1e6))
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,9 @@ class Geometry:
                 f"--resolution {side}: smaller than --bucket-step {bucket_step}, so there is no bucket. "
                 f"Try --bucket-step {max(8, side // 8 // 8 * 8)}."
             )
-        if max_aspect < 1:
+        if side > MAX_SIDE:
+            raise UserError(f"--resolution {resolution}: expected at most {MAX_SIDE:,} pixels.")
+        if not 1 <= max_aspect < math.inf:
             raise UserError(f"--max-aspect {max_aspect:g}: longer side over shorter side, so at least 1.")
         return cls(
             "buckets",

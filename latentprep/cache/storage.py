@@ -41,8 +41,11 @@ class Storage:
             raise UserError(f"{self.root}: chained locations are not supported. Give the last of them alone.")
         try:
             self.fs, path = fsspec.core.url_to_fs(self.root)
-        except (ImportError, ValueError, OSError) as error:
-            raise UserError(f"{self.root}: cannot open this location ({error}).") from None
+        except Exception as error:  # each protocol raises errors of its own, of any kind
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(f"{self.root}: cannot open this location ({reason}).") from None
+        if type(self.fs).ls is fsspec.AbstractFileSystem.ls:
+            raise UserError(f"{self.root}: this kind of location has no folders, expected one that has.")
         self.path: str = path.rstrip("/")
         self.is_local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)
 

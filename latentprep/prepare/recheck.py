@@ -1,6 +1,7 @@
 """A cache against the images it came from: are they still the same, and does encoding them again give the same?"""
 
 from collections.abc import Callable, Iterator
+from math import isnan
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -96,7 +97,7 @@ def reencode(
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{storage.root}: its recipe does not say how images are decoded ({error}).") from None
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
-    chosen = np.sort(np.random.default_rng(seed).permutation(manifest.num_images)[:count])
+    chosen = np.sort(np.random.default_rng(seed % 2**64).permutation(manifest.num_images)[:count])
     problems, worst = [], 0.0
     for n in chosen.tolist():
         shard = int(np.searchsorted(edges, n, side="right")) - 1
@@ -145,5 +146,8 @@ def encode_row(
         for fresh, stored in ((posterior.mean, group.latent_mean), (posterior.std, group.latent_std)):
             if stored is not None:
                 difference = fresh[0] - stored[row, view].float()
-                worst = max(worst, float(difference.square().mean().sqrt()) / spread)
+                found = float(difference.square().mean().sqrt()) / spread
+                if isnan(found):  # max() would pass over it
+                    return found
+                worst = max(worst, found)
     return worst

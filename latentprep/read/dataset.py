@@ -156,15 +156,17 @@ class LatentDataset(Dataset[LatentBatch]):
                 "Use 'deterministic', or encode with --store mean+std."
             )
         for name in ("flip_p", "caption_dropout", "tag_drop_out"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)}: a probability, expected 0 to 1.")
+            value = getattr(self, name)
+            if not isinstance(value, int | float | np.floating) or not 0 <= value <= 1:
+                raise UserError(f"{name}={value!r}: a probability, expected 0 to 1.")
         if self.flip_p and not any(map(is_flipped, views)):
             raise UserError(f"flip_p={self.flip_p}: {self.storage.root} holds no mirrored views. Encode with --flip.")
         is_floor = isinstance(self.use_weight, float) and 0 <= self.use_weight <= 1
         if not (isinstance(self.use_weight, bool) or self.use_weight == "raw" or is_floor):
             raise UserError(f"use_weight={self.use_weight!r}: expected True, False, 'raw' or a floor such as 0.1.")
-        self._check_prompts()
         check_int("repeats", self.repeats, 1)
+        check_int("keep_tags", self.keep_tags, 0)
+        self._check_prompts()
         if self.manifest.num_images == 0:
             raise UserError(f"{self.storage.root}: the cache is empty, there is nothing to train on.")
 

@@ -96,7 +96,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         if not self.shuffle:
             return places
         if count > LARGE:  # in a table it would take seconds to shuffle, at the start of every epoch
-            return permute(places, count, self.seed, self.epoch, SHUFFLE_SAMPLES, bucket)
+            return permute(places, count, self.seed % 2**64, self.epoch, SHUFFLE_SAMPLES, bucket)
         if bucket not in shuffled:
             shuffled[bucket] = np.arange(count, dtype=np.uint32)
             self._stream(SHUFFLE_SAMPLES, bucket).shuffle(shuffled[bucket])
@@ -120,8 +120,11 @@ class BucketBatchSampler(Sampler[list[int]]):
                     f"load_state_dict: saved with {name}={state.get(name)}, this sampler has {name}={mine[name]}. "
                     "The batches that remain would be other ones: give it the same, or start a new epoch."
                 )
-        self.set_epoch(state["epoch"])
-        self.start = self._given = state["next_batch"]
+        start = check_int("load_state_dict: next_batch", state.get("next_batch"), 0)
+        if start > len(self):
+            raise UserError(f"load_state_dict: next_batch={start}: expected 0 to {len(self)}.")
+        self.set_epoch(check_int("load_state_dict: epoch", state.get("epoch"), 0))
+        self.start = self._given = start
 
 
 @dataclass(frozen=True)
