@@ -20,11 +20,9 @@ from latentprep.cache.storage import Storage
 from latentprep.cache.strings import check_offsets
 from latentprep.errors import UserError
 from latentprep.prepare import source
-from latentprep.prepare.plan import RowBytes, cut_rows
 from latentprep.prepare.vae import VaeEncoder
 from latentprep.read import counters
 from latentprep.read.batch import LatentBatch, rescale_weight
-from latentprep.records import Item, Placement
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files, rows
 from tests.test_incremental import SHARDS, same_rows, touch
@@ -299,11 +297,3 @@ def test_content_that_cannot_be_read_now_is_no_change(run, images, tmp_path, mon
         source, "hash_image", lambda path, mask: hash_image(path, mask) if path.stem != "tall0" else None
     )
     assert "nothing to do" in run(*options, "--check-content").out
-
-
-def test_a_shard_may_be_filled_to_the_last_byte():
-    rows = [(Item(f"{n}", (64, 64), 1, 1), Placement((64, 64), (64, 64), (0, 0, 64, 64))) for n in range(5)]
-    cost = RowBytes(8, 100, 8)
-    assert cost.largest((64, 64)) == 512
-    assert [len(run) for run in cut_rows(rows, cost, 2 * 512)] == [2, 2, 1]
-    assert [len(run) for run in cut_rows(rows, cost, 2 * 512 - 1)] == [1] * 5
