@@ -8,6 +8,7 @@ import torch
 
 from latentprep.cache.leftovers import clear_orphans
 from latentprep.cache.manifest import commit, open_manifest, read_skips
+from latentprep.cache.ragged import Ragged, stack_rows
 from latentprep.cache.readers import free
 from latentprep.cache.seal import FIELD, check_stamp
 from latentprep.cache.shard import (
@@ -140,11 +141,13 @@ def _take_text(text: Text, live: list[np.ndarray]) -> Text:
         for group, rows in zip(text.groups, live, strict=True)
         if len(rows)
     ]
-    chosen = torch.from_numpy(used.astype(np.int64))
     return Text(
         groups,
         prompt=[text.prompt[n] for n in used],
-        cond={name: value[chosen] for name, value in text.cond.items()},
+        cond={
+            name: stack_rows([value[n] for n in used.tolist()], isinstance(value, Ragged))
+            for name, value in text.cond.items()
+        },
         num_tokens=text.num_tokens[used] if text.num_tokens is not None else None,
         max_tokens=text.max_tokens,
     )

@@ -82,7 +82,7 @@ def _make_folder(folder: Path) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be made ({error.strerror or error}).") from None
+        raise UserError(f"{folder}: cannot be made ({error.strerror or error}). Give another --out.") from None
     return missing
 
 

@@ -58,14 +58,6 @@ def check_keys(keys: Strings) -> None:
             raise ValueError(f"key {key!r} leads outside the image folder")
 
 
-def check_cond(tensors: Tensors, num_prompts: int) -> Tensors:
-    cond = {name.removeprefix("cond/"): value for name, value in tensors.items() if name.startswith("cond/")}
-    for name, value in cond.items():
-        if value.dtype not in STORED or value.ndim < 2 or len(value) != num_prompts:
-            raise ValueError(f"cond/{name} is {value.dtype} {list(value.shape)}, expected [{num_prompts},...]")
-    return cond
-
-
 def check_num_tokens(tensors: Tensors, num_prompts: int) -> np.ndarray | None:
     found = tensors.get("num_tokens")
     if found is None:

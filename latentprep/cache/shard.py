@@ -17,13 +17,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_bytes
 from safetensors.torch import save as to_bytes
 
+from latentprep.cache.ragged import Conds, put_cond, take_cond
 from latentprep.cache.schema import (
     FORMAT,
     LATENT_FIELDS,
     OPTIONAL,
     SIZES,
+    STORED,
     TEXT_FIELDS,
-    check_cond,
     check_fields,
     check_format,
     check_keys,
@@ -169,7 +170,7 @@ class Text:
 
     groups: list[TextGroup]
     prompt: Sequence[str]
-    cond: Tensors = field(default_factory=dict)  # name -> [P,...], a row per prompt; empty: no conditioning
+    cond: Conds = field(default_factory=dict)  # name -> [P,...], a row per prompt; empty: no conditioning
     num_tokens: np.ndarray | None = None  # [P] int32: tokens of the whole prompt, start and end included
     max_tokens: int | None = None  # the text encoder's window: longer prompts were cut
     metadata: dict[str, Any] = field(default_factory=dict)  # of an open file
@@ -215,16 +216,16 @@ def write_text(storage: Storage, unit: str, text_id: str, text: Text, metadata: 
     put_strings(tensors, "prompt", text.prompt)
     if text.num_tokens is not None:
         tensors["num_tokens"] = torch.from_numpy(text.num_tokens)
-    for name, cond in text.cond.items():
-        tensors[f"cond/{name}"] = cond.contiguous()
+    put_cond(tensors, text.cond)
     table = [[group.label, len(group)] for group in text.groups]
     metadata = {**metadata, "kind": "text", "groups": table, "max_tokens": text.max_tokens}
     return _write(storage, text_name(unit, text_id), tensors, metadata)
 
 
-def write_uncond(storage: Storage, uncond: str, cond: Tensors, metadata: dict[str, Any]) -> Stamp:
+def write_uncond(storage: Storage, uncond: str, cond: Conds, metadata: dict[str, Any]) -> Stamp:
     """Write the cond of the empty prompt, name -> [1,...]; `uncond` is the digest of what it is made by."""
-    tensors = {f"cond/{name}": value.contiguous() for name, value in cond.items()}
+    tensors: Tensors = {}
+    put_cond(tensors, cond)
     return _write(storage, uncond_name(uncond), tensors, {**metadata, "kind": "uncond"})
 
 
@@ -271,7 +272,7 @@ def open_text(storage: Storage, unit: str, text: str, groups: Groups | None = No
         found = Text(
             [_text_group(tensors, label, rows, len(prompt)) for label, rows in check_table(metadata)],
             prompt,
-            check_cond(tensors, len(prompt)),
+            take_cond(tensors, len(prompt), STORED),
             check_num_tokens(tensors, len(prompt)),
             metadata.get("max_tokens"),
             metadata,
@@ -285,12 +286,12 @@ def open_text(storage: Storage, unit: str, text: str, groups: Groups | None = No
     return found
 
 
-def open_uncond(storage: Storage, uncond: str) -> tuple[dict[str, Any], Tensors]:
+def open_uncond(storage: Storage, uncond: str) -> tuple[dict[str, Any], Conds]:
     """Metadata, and cond of the empty prompt, name -> [1,...]. Raises UserError like open_latents."""
     name = uncond_name(uncond)
     metadata, tensors = _open(storage, name, "uncond")
     try:
-        return metadata, check_cond(tensors, 1)
+        return metadata, take_cond(tensors, 1, STORED)
     except ValueError as error:
         raise _damaged(storage, name, error) from None
 

@@ -9,6 +9,7 @@ import torch
 
 from latentprep.cache.compact import would_rewrite
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
+from latentprep.cache.ragged import row_shape
 from latentprep.cache.shard import LatentGroup, ShardEntry, latents_name, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
@@ -99,7 +100,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     """Captions, prompts and their lengths in tokens, over the whole cache."""
     captions, prompts, empty, cut = 0, 0, 0, 0
     lengths: list[np.ndarray] = []
-    cond: dict[str, list[int]] = {}
+    cond: dict[str, list[int | None]] = {}
     max_tokens = None
     longest: list[tuple[int, str]] = []  # of the prompts that were cut
     example = ""
@@ -113,7 +114,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
             empty += found.count("")
         example = example or text.prompt[0]
         prompts += len(text.prompt)
-        cond = cond or {name: list(value.shape[1:]) for name, value in text.cond.items()}
+        cond = cond or {name: list(row_shape(value)) for name, value in text.cond.items()}
         if text.num_tokens is not None and text.max_tokens is not None:
             max_tokens = text.max_tokens
             lengths.append(text.num_tokens)

@@ -88,7 +88,7 @@ def text_table(text: dict[str, Any]) -> Table:
     empty = f", {text['empty_captions']:,} empty" if text["empty_captions"] else ""
     table.add_row("captions", f"{text['captions']:,}{empty}")
     table.add_row("prompts", f"{text['distinct_prompts']:,}, such as {shortened(text['example_prompt'])}")
-    table.add_row("cond", ", ".join(f"{name} {shape}" for name, shape in text["cond"].items()) or "none")
+    table.add_row("cond", ", ".join(f"{name} {show_shape(shape)}" for name, shape in text["cond"].items()) or "none")
     if text["tokens"] is not None:
         tokens, cut = text["tokens"], text["truncated_prompts"]
         table.add_row(
@@ -158,3 +158,8 @@ def _read(summary: dict[str, Any]) -> str:
     """Says so where not all rows were read for a statistic."""
     read, images = summary["latents"]["rows_read"], summary["images"]
     return f" ({read:,} of {images:,} images read)" if read < images else ""
+
+
+def show_shape(shape: list[int | None]) -> str:
+    """The shape of a prompt's cond; T stands for a number of tokens of its own."""
+    return "[" + ", ".join("T" if size is None else str(size) for size in shape) + "]"

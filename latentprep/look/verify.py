@@ -9,6 +9,7 @@ import torch
 
 from latentprep.cache.leftovers import list_orphans
 from latentprep.cache.manifest import NAME, SKIPPED_NAME, Manifest, open_manifest, read_skips
+from latentprep.cache.ragged import finite_rows
 from latentprep.cache.readers import list_waiting
 from latentprep.cache.shard import Latents, ShardEntry, Text, open_latents, open_text, open_uncond, uncond_name
 from latentprep.cache.storage import Stamp, Storage
@@ -130,7 +131,7 @@ def check_text(manifest: Manifest, entry: ShardEntry, text: Text) -> list[Proble
     if bool(text.cond) != (manifest.uncond_file is not None):
         problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
     for cond, value in text.cond.items():
-        bad = _not_finite(value)
+        bad = int((~finite_rows(value)).sum())
         if bad:
             problems.append(Problem(name, "non_finite", f"cond/{cond}: {bad} prompts"))
     return problems
@@ -161,7 +162,7 @@ def check_uncond(storage: Storage, manifest: Manifest) -> list[Problem]:
         _, tensors = open_uncond(storage, manifest.uncond)
     except UserError as error:
         return [Problem(name, "structure", str(error))]
-    return [Problem(name, "non_finite", cond) for cond, value in tensors.items() if _not_finite(value)]
+    return [Problem(name, "non_finite", cond) for cond, value in tensors.items() if not finite_rows(value).all()]
 
 
 def _not_finite(values: torch.Tensor | None) -> int:

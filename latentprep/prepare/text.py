@@ -7,6 +7,7 @@ import regex
 import torch
 from torch import Tensor
 
+from latentprep.cache.ragged import Conds
 from latentprep.config import TextOptions
 from latentprep.prepare.models.families import Family, tokenizer_of
 from latentprep.prepare.windows import Fragment, join, parse_emphasis, split_windows
@@ -60,7 +61,7 @@ class TextEncoder:
         self.max_tokens: int | None = num_tokens if counted == family.t5 else self.num_windows * self.room + 2
 
     @torch.inference_mode()
-    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+    def encode(self, prompts: list[str]) -> Conds:
         """Cond of P prompts: name -> [P,T,D] (pooled_prompt_embeds: [P,D]) float32 on the CPU."""
         size = self.batch_size
         parts = [self._encode_batch(prompts[n : n + size]) for n in range(0, len(prompts), size)]

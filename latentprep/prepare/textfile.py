@@ -3,9 +3,8 @@
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from latentprep.cache.ragged import Conds, Ragged, finite_rows, stack_rows
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.seal import check_seal
 from latentprep.cache.shard import Groups, Text, TextGroup, open_uncond, uncond_name, write_uncond
@@ -53,9 +52,7 @@ def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombs
     return Text(made, prompts, cond, num_tokens, max_tokens)
 
 
-def make_cond(
-    prompts: list[str], job: Job, old: Text | None = None
-) -> tuple[dict[str, Tensor], np.ndarray | None, int | None]:
+def make_cond(prompts: list[str], job: Job, old: Text | None = None) -> tuple[Conds, np.ndarray | None, int | None]:
     """Cond of P prompts, name -> [P,...] in the store dtype; their numbers of tokens, and the encoder's window.
 
     What `old` holds of them is taken over, if it was made by the same encoder in the same precision.
@@ -67,7 +64,7 @@ def make_cond(
         assert job.text is not None
         encoder, dtype = job.text(), TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
         encoded = encoder.encode(missing)
-        cond = {name: value.to(dtype) for name, value in encoded.items()}
+        cond: Conds = {name: value.to(dtype) for name, value in encoded.items()}
         check_finite(missing, encoded, cond, job.recipe["text"])
         tokens_of = encoder.count_tokens(missing)
         job.counts["prompts"] += len(missing)
@@ -78,7 +75,10 @@ def make_cond(
     chosen = [place[prompt] for prompt in prompts]
     tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
     return (
-        {name: torch.stack([source.cond[name][n] for source, n in chosen]) for name in sources[-1].cond},
+        {
+            name: stack_rows([source.cond[name][n] for source, n in chosen], isinstance(cond, Ragged))
+            for name, cond in sources[-1].cond.items()
+        },
         np.array(tokens, np.int32) if len(tokens) == len(chosen) else None,
         sources[-1].max_tokens,
     )
@@ -93,12 +93,10 @@ def is_same_encoder(before: dict[str, Any], now: dict[str, Any]) -> bool:
     return all(before.get(name) == now.get(name) for name in COND_FIELDS)
 
 
-def check_finite(
-    prompts: list[str], encoded: dict[str, Tensor], stored: dict[str, Tensor], recipe: dict[str, Any]
-) -> None:
+def check_finite(prompts: list[str], encoded: Conds, stored: Conds, recipe: dict[str, Any]) -> None:
     """Raise UserError for cond that overflows in the encoder, or in the store dtype: training would not show it."""
     for name, value in stored.items():
-        is_finite = value.isfinite().flatten(1).all(1)
+        is_finite = finite_rows(value)
         if is_finite.all():
             continue
         n = int(is_finite.int().argmin())

@@ -28,6 +28,7 @@ class LatentBatch:
     resized_size: Tensor  # [B,2] int32
     crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
     flipped: Tensor  # [B] bool
+    cond_lengths: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] int64: what is no padding of its cond
     cond_model: CondModel | None = None  # makes cond of cond_text, where the dataset makes prompts of its own
     _drawn: Tensor | None = field(default=None, repr=False)
     _made_cond: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -52,6 +53,9 @@ class LatentBatch:
     @property
     def cond(self) -> dict[str, Tensor] | None:
         """Text embeddings: {"prompt_embeds": [B,T,D], ...}, float32 as far as they are stored; None without.
+
+        Of cond whose prompts have lengths of their own, [T,D] each, a short one repeats its last vector up to the
+        longest of the batch, as in stable-diffusion-webui; `cond_lengths` says how long each is.
 
         Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
         """
@@ -93,6 +97,7 @@ class LatentBatch:
         moved = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
         if self._made_cond is not None:
             moved["_made_cond"] = {name: move(value) for name, value in self._made_cond.items()}
+        moved["cond_lengths"] = {name: move(value) for name, value in self.cond_lengths.items()}
         if self.stored_cond is not None:
             moved["stored_cond"] = {name: move(value) for name, value in self.stored_cond.items()}
         return replace(self, **moved)

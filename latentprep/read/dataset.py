@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentprep.cache.manifest import open_manifest
+from latentprep.cache.ragged import Conds, pad, row_shape
 from latentprep.cache.readers import Reading
 from latentprep.cache.shard import Latents, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
@@ -143,7 +144,7 @@ class LatentDataset(Dataset[LatentBatch]):
         sizes = np.array(counts, np.int64)
         self._bucket_starts = [np.concatenate([[0], np.cumsum(sizes[own])]) for own in self._groups_of_bucket]
         self._open: dict[int, OpenGroup] = {}
-        self._uncond: dict[str, Tensor] | None = None
+        self._uncond: Conds | None = None
         self._cond: dict[str, Any] | None = None  # name -> dtype and shape of a row, the same in all shards
 
     def _check(self) -> None:
@@ -227,7 +228,7 @@ class LatentDataset(Dataset[LatentBatch]):
         """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond."""
         if self.manifest.uncond_file is None:
             return None
-        return {name: value.float() for name, value in self._empty_cond().items()}
+        return {name: value[0][None].float() for name, value in self._empty_cond().items()}
 
     def _locate(self, indices: np.ndarray) -> list[Run]:
         """The images of a batch, cut into runs that stand in one group."""
@@ -266,7 +267,7 @@ class LatentDataset(Dataset[LatentBatch]):
         recipe = self.manifest.recipe["latents"]
         promised = (len(self.manifest.latent["views"]), recipe["store_dtype"], recipe["store"] != "mean")
         found = (group.num_views, str(group.mean.dtype).removeprefix("torch."), group.std is not None)
-        cond = {key: (value.dtype, value.shape[1:]) for key, value in group.cond.items()}
+        cond = {key: (value.dtype, row_shape(value)) for key, value in group.cond.items()}
         if not self.include_cond:
             cond = self._cond = {}  # what there is of it does not matter
         has_cond = self.manifest.uncond_file is not None
@@ -287,6 +288,13 @@ class LatentDataset(Dataset[LatentBatch]):
         return self.__getitems__([index])
 
     def __getitems__(self, indices: list[int]) -> LatentBatch:
+        return self.read(indices, int(self._epoch))
+
+    def read(self, indices: list[int], epoch: int) -> LatentBatch:
+        """The batch that `__getitems__` gives in an epoch."""
+        if torch.is_autocast_enabled("cpu"):  # it would join no tensors of another 16-bit dtype than its own
+            with torch.autocast("cpu", enabled=False):
+                return self.read(indices, epoch)
         chosen = np.asarray(indices, np.int64)
         runs = self._locate(chosen)
         shapes = {run.group.shape for run in runs}
@@ -295,12 +303,12 @@ class LatentDataset(Dataset[LatentBatch]):
                 f"a batch of {len(indices)} indices mixes latents of {len(shapes)} shapes. "
                 "Read with LatentLoader, or give DataLoader a BucketBatchSampler."
             )
-        epoch, counters = int(self._epoch), chosen % len(self)
+        counters = chosen % len(self)
         view = self._choose_views(epoch, counters)
         rows = [run.images * run.group.num_views + view[run.span] for run in runs]
         geometry = torch.from_numpy(np.concatenate([r.group.geometry[own] for r, own in zip(runs, rows, strict=True)]))
         is_drawn = self.latent_sampling_method != "deterministic"
-        cond_text, stored_cond = self._take_text(runs, epoch, counters)
+        cond_text, stored_cond, cond_lengths = self._take_text(runs, epoch, counters)
         return LatentBatch(
             index=torch.from_numpy(chosen),
             latent_mean=gather([(run.group.mean, own) for run, own in zip(runs, rows, strict=True)]),
@@ -312,6 +320,7 @@ class LatentDataset(Dataset[LatentBatch]):
             noise_seed=self._noise_seeds(runs, epoch, counters) if is_drawn else None,
             normalization=self.normalization,
             stored_cond=stored_cond,
+            cond_lengths=cond_lengths,
             cond_text=cond_text,
             cond_model=self.cond_model if self.include_cond else None,
             weight=self._gather_weight(runs, rows) if self.use_weight is not False else None,
@@ -346,8 +355,8 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def _take_text(
         self, runs: list[Run], epoch: int, counters: np.ndarray
-    ) -> tuple[list[str], dict[str, Tensor] | None]:
-        """B prompts, and their cond as far as it is stored."""
+    ) -> tuple[list[str], dict[str, Tensor] | None, dict[str, Tensor]]:
+        """B prompts, their cond as far as it is stored, and the lengths of what has lengths of its own."""
         is_dropped = np.zeros(len(counters), bool)
         if self.caption_dropout:
             is_dropped = fractions(mix(self.seed, DROP, epoch, counters)) < self.caption_dropout
@@ -357,14 +366,22 @@ class LatentDataset(Dataset[LatentBatch]):
             prompts, cond = self._stored_prompts(runs, epoch, counters)
         if is_dropped.any():
             prompts = ["" if drop else prompt for prompt, drop in zip(prompts, is_dropped.tolist(), strict=True)]
-            for name, value in (cond or {}).items():
-                value[torch.from_numpy(is_dropped)] = self._empty_cond()[name].to(value.dtype)
-        return prompts, cond
+            for name, rows in (cond or {}).items():
+                empty = self._empty_cond()[name][0]
+                if isinstance(rows, Tensor):
+                    rows[torch.from_numpy(is_dropped)] = empty.to(rows.dtype)
+                else:
+                    rows[:] = [empty.to(row.dtype) if drop else row for row, drop in zip(rows, is_dropped, strict=True)]
+        if cond is None:
+            return prompts, None, {}
+        padded = {name: pad(rows) for name, rows in cond.items() if not isinstance(rows, Tensor)}
+        stacked = {name: rows if isinstance(rows, Tensor) else padded[name][0] for name, rows in cond.items()}
+        return prompts, stacked, {name: lengths for name, (_, lengths) in padded.items()}
 
     def _stored_prompts(
         self, runs: list[Run], epoch: int, counters: np.ndarray
-    ) -> tuple[list[str], dict[str, Tensor] | None]:
-        """Of each sample one of its stored prompts, and its cond."""
+    ) -> tuple[list[str], dict[str, Tensor | list[Tensor]] | None]:
+        """Of each sample one of its stored prompts, and its cond: [B,T,D], or B rows of lengths of their own."""
         chosen: list[np.ndarray] = []
         for run in runs:
             count = run.group.prompt_of.shape[1]
@@ -375,10 +392,12 @@ class LatentDataset(Dataset[LatentBatch]):
         prompts = [run.group.prompt[n] for run, own in zip(runs, chosen, strict=True) for n in own.tolist()]
         if not self.include_cond or not runs[0].group.cond:
             return prompts, None
-        return prompts, {
-            name: gather([(run.group.cond[name], own) for run, own in zip(runs, chosen, strict=True)])
-            for name in runs[0].group.cond
-        }
+        cond: dict[str, Tensor | list[Tensor]] = {}
+        for name in runs[0].group.cond:
+            parts = [(run.group.cond[name], own) for run, own in zip(runs, chosen, strict=True)]
+            dense = [(value, own) for value, own in parts if isinstance(value, Tensor)]
+            cond[name] = gather(dense) if dense else [value[row] for value, own in parts for row in own.tolist()]
+        return prompts, cond
 
     def _make_prompts(self, runs: list[Run], epoch: int, counters: np.ndarray) -> list[str]:
         """A prompt for each sample, of a caption of its: tags dropped and shuffled, a line of the template filled."""
@@ -397,7 +416,7 @@ class LatentDataset(Dataset[LatentBatch]):
             )
         return prompts
 
-    def _empty_cond(self) -> dict[str, Tensor]:
+    def _empty_cond(self) -> Conds:
         """Cond of the empty prompt, as stored; read once."""
         if self._uncond is None:
             self._uncond = open_uncond(self.storage, self.manifest.uncond)[1]

@@ -1,0 +1,97 @@
+"""Cond of P prompts: one tensor if all have the same number of tokens, else rows of their own lengths (Ragged)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.strings import Tensors, check_offsets
+
+
+class Ragged:
+    """Rows of different lengths, end to end in one tensor: row n is values[offsets[n] : offsets[n + 1]], [T,D]."""
+
+    def __init__(self, values: Tensor, offsets: np.ndarray) -> None:
+        """values [sum of T,D], offsets [P+1] int64."""
+        self.values, self.offsets = values, offsets
+
+    @classmethod
+    def of(cls, rows: Sequence[Tensor]) -> "Ragged":
+        """Of P tensors [T,D], each with its own T."""
+        return cls(torch.cat(list(rows)), np.cumsum([0, *map(len, rows)]).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, row: int) -> Tensor:
+        return self.values[self.offsets[row] : self.offsets[row + 1]]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    def to(self, dtype: torch.dtype) -> "Ragged":
+        return Ragged(self.values.to(dtype), self.offsets)
+
+
+Cond = Tensor | Ragged
+Conds = dict[str, Cond]
+
+
+def row_shape(cond: Cond) -> tuple[int | None, ...]:
+    """The shape of a prompt's cond; None stands for a length of its own."""
+    return (None, *cond.values.shape[1:]) if isinstance(cond, Ragged) else tuple(cond.shape[1:])
+
+
+def stack_rows(rows: Sequence[Tensor], is_ragged: bool) -> Cond:
+    return Ragged.of(rows) if is_ragged else torch.stack(list(rows))
+
+
+def finite_rows(cond: Cond) -> Tensor:
+    """[P] bool: whether all numbers of each prompt's cond are finite."""
+    if isinstance(cond, Ragged):
+        return torch.tensor([bool(cond[n].isfinite().all()) for n in range(len(cond))])
+    return cond.isfinite().flatten(1).all(1)
+
+
+def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Rows [T,D] as one tensor [B,longest T,D], and their lengths [B] int64.
+
+    A short row repeats its last vector: stable-diffusion-webui's rule (modules/hypernetworks/hypernetwork.py).
+    """
+    longest = max(map(len, rows))
+    padded = [torch.cat([row, row[-1:].expand(longest - len(row), -1)]) if len(row) < longest else row for row in rows]
+    return torch.stack(padded), torch.tensor([len(row) for row in rows])
+
+
+def put_cond(tensors: Tensors, conds: Conds) -> None:
+    """Add the tensors of all that is stored of the prompts."""
+    for name, cond in conds.items():
+        if isinstance(cond, Ragged):
+            tensors[f"cond/{name}"] = cond.values.contiguous()
+            tensors[f"cond/{name}_offsets"] = torch.from_numpy(cond.offsets)
+        else:
+            tensors[f"cond/{name}"] = cond.contiguous()
+
+
+def take_cond(tensors: Tensors, num_prompts: int, dtypes: frozenset[torch.dtype]) -> Conds:
+    """What a file holds of P prompts. Raises ValueError if it is not a row for each."""
+    found = {name.removeprefix("cond/"): value for name, value in tensors.items() if name.startswith("cond/")}
+    conds: Conds = {}
+    for name, value in found.items():
+        if name.endswith("_offsets") and name.removesuffix("_offsets") in found:
+            continue
+        offsets = found.get(f"{name}_offsets")
+        is_row_each = len(value) == num_prompts if offsets is None else list(offsets.shape) == [num_prompts + 1]
+        if value.dtype not in dtypes or value.ndim < 2 or not is_row_each:
+            raise ValueError(f"cond/{name} is {value.dtype} {list(value.shape)}, expected [{num_prompts},...]")
+        if offsets is None:
+            conds[name] = value
+            continue
+        check_offsets(f"cond/{name}_offsets", offsets, len(value))
+        ends = np.require(offsets.numpy(), requirements=["C", "A"])
+        if (ends[1:] == ends[:-1]).any():
+            raise ValueError(f"cond/{name} has a prompt of no tokens")
+        conds[name] = Ragged(value, ends)
+    return conds
