@@ -1,42 +1,44 @@
 """PersonalizedBase and PersonalizedDataLoader: stable-diffusion-webui's dataset over a latent cache.
 
 Old training code moves over with one changed import. The images are encoded once, into a cache beside them, and from
-the second start on no model is run. What the ancestor got wrong is not repeated: the README says what that is.
+the second start on only what is new. What is different from the ancestor stands in the README.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from types import SimpleNamespace
+from secrets import randbits
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from latentprep.cache.lock import hold
-from latentprep.cache.manifest import find_manifest
-from latentprep.cache.normalization import Normalization, normalization_from_json
-from latentprep.cache.storage import Storage
-from latentprep.config import EncodeOptions, Geometry, ImageOptions, TextOptions, digest_of
+from latentprep.config import EncodeOptions, Geometry, ImageOptions, TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.encode import encode
-from latentprep.prepare.models.families import FAMILIES
-from latentprep.prepare.models.model_set import Models
-from latentprep.prepare.models.text_folder import TextFacts
-from latentprep.prepare.models.vae_folder import VaeFacts, read_numbers
-from latentprep.prepare.survey import prepare
-from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.live import DTYPES, make_live_vae
+from latentprep.live_encode import Interrupted, update_cache, words_of_python
 from latentprep.prompts import load_template
+from latentprep.read.counters import check_int, mix
 from latentprep.read.dataset import LatentDataset
 from latentprep.read.sampler import BucketBatchSampler
 
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+@dataclass
+class LatentDist:
+    """The posterior of one image, unscaled, as the ancestor's entries held it."""
+
+    mean: Tensor  # [1,C,h,w] float32
+    std: Tensor  # the same
+
+    def sample(self) -> Tensor:
+        return self.mean + self.std * torch.randn_like(self.mean)
+
+    def mode(self) -> Tensor:
+        return self.mean
 
 
 @dataclass
@@ -45,26 +47,45 @@ class DatasetEntry:
 
     filename: str
     filename_text: str  # its caption
-    latent_sample: Tensor  # [C,h,w] float32, scaled for the UNet
-    cond: Tensor | None = None  # [T,D]
+    latent_dist: LatentDist | None = None  # with latent_sampling_method "random"
+    latent_sample: Tensor | None = None  # [C,h,w] float32, scaled for the UNet
+    cond: Tensor | None = None  # [T,D]; T is the prompt's own
     cond_text: str | None = None  # its prompt
     weight: Tensor | None = None  # [C,h,w], minimum 0 and mean 1
 
 
+class Planned(list[int]):
+    """The indices of a batch of PersonalizedDataLoader: its epoch decides the draws. Other lists draw afresh."""
+
+    def __init__(self, indices: list[int], epoch: int) -> None:
+        super().__init__(indices)
+        self.epoch = epoch
+
+
 class PersonalizedBase(Dataset[DatasetEntry]):
-    """The ancestor's dataset: an entry for each image of a folder.
+    """The ancestor's dataset: an entry for each image of a folder, `repeats` times in an epoch.
 
     data_root: folder of images; width, height: every image is stretched to this size, with bicubic filtering; with
-    varsize each keeps its own, cut to the VAE's factor. `repeats` is for old calls and, as in the ancestor, unused.
+    varsize each keeps its own, cut to the VAE's factor.
+
+    repeats: "number of times to repeat the dataset per epoch", each time with draws, tags and a flip of its own.
+    flip_p: "probability of random horizontal flip", 0..1. The ancestor took both and forgot them: in effect it trained
+    with repeats=1, flip_p=0, and passing these gives its numbers.
 
     model: a diffusers AutoencoderKL, a pipeline that has one, or the ancestor's kind of object (encode_first_stage and
-    get_first_stage_encoding). cond_model: a pipeline, or a callable from a list of prompts to [B,T,D]. Either may be
-    left out once the cache is there and nothing has changed.
+    get_first_stage_encoding), in half precision under autocast as there. cond_model: a pipeline, or a callable from a
+    list of prompts to [B,T,D], which is called with one prompt at a time. At every start each is probed with one small
+    image or prompt, so that another one is noticed, or another CLIP skip. `version`: any text that you change to have
+    everything encoded again. Either model may be left out once the cache is there and nothing has changed.
 
-    cache: where the cache goes, by default beside the folder, in a name that holds the size. flip_p mirrors that part
-    of the images; the ancestor took 0.5 and never applied it, so here it is 0 unless asked for. Raises UserError.
+    cache: where the cache goes, by default beside the folder, in a name that holds the size. store_dtype: float16,
+    bfloat16 or float32, of the stored latents. overwrite, allow_gone: as in `latentprep encode`. interrupted: called
+    between images while they are encoded; once it gives True the encoding ends with a UserError, and the next start
+    goes on from there. seed: what order and draws start from; without it they differ from start to start. Each image
+    keeps the line of the template that it has: the seed, or 0, chooses it. Raises UserError.
 
-    Attributes: batch_size and gradient_step, clamped to the data; latent_sampling_method; length; dataset, the entries.
+    Attributes: length, which is images times repeats; batch_size and gradient_step, clamped to it;
+    latent_sampling_method; dataset, an entry for each image; image_paths; groups, the indices of each size of image.
     """
 
     def __init__(
@@ -73,7 +94,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         width: int = 512,
         height: int = 512,
         repeats: int = 100,
-        flip_p: float = 0.0,
+        flip_p: float = 0.5,
         placeholder_token: str = "*",
         model: Any = None,
         cond_model: Any = None,
@@ -91,46 +112,54 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         cache: str | Path | None = None,
         filename_word_regex: str = "",
         filename_join_string: str = " ",
-        seed: int = 0,
+        store_dtype: str = "float16",
+        version: str = "",
+        overwrite: bool = False,
+        allow_gone: bool = False,
+        interrupted: Interrupted | None = None,
+        seed: int | None = None,
     ) -> None:
-        root = str(data_root).rstrip("/")
-        size = "varsize" if varsize else f"{width}x{height}"
-        self.cache = str(cache) if cache is not None else f"{root}.{size}.latents"
+        if not str(data_root or ""):
+            raise UserError("data_root: is empty, expected a folder of images.")
+        root = str(data_root).rstrip("/") or "/"
         makes_prompts = bool(shuffle_tags or tag_drop_out)
-        lines = load_template(str(template_file)) if template_file is not None else None
-        geometry = (
-            Geometry.from_options(resolution="native")
-            if varsize
-            else Geometry.from_options(width=width, height=height, fit="stretch", filter="bicubic")
+        include_cond = include_cond and not makes_prompts  # the ancestor's rule: the training loop makes it then
+        self.data_root = root
+        self.cache = (
+            str(cache) if cache is not None else f"{root}.{'varsize' if varsize else f'{width}x{height}'}.latents"
         )
-        include_cond = (
-            include_cond and not makes_prompts
-        )  # the ancestor's rule: then cond is the training loop's to make
-        text = TextOptions(lines, placeholder_token, filename_word_regex, filename_join_string, include_cond)
-        vae = make_models_vae(model, device) if model is not None else None
-        images = ImageOptions(background="keep", draft=False)  # the ancestor's pixels, to the last bit
-        options = EncodeOptions(
-            Path(data_root), self.cache, geometry, text, images, model=type(model).__name__, flip=flip_p > 0,
-            device=str(vae.device) if vae is not None else "auto",
-            dtype=DTYPES[vae.dtype] if vae is not None else "auto", seed=seed,
-        )  # fmt: skip
-        if vae is not None:
-            update_cache(options, vae, cond_model)
-        self.data = LatentDataset(
-            self.cache, latent_sampling_method=latent_sampling_method, flip_p=flip_p, include_cond=include_cond,
-            use_weight=use_weight, seed=seed, shuffle_tags=shuffle_tags, tag_drop_out=float(tag_drop_out),
-            template=template_file if makes_prompts else None,
-            placeholder_token=placeholder_token if makes_prompts and template_file is not None else "",
-        )  # fmt: skip
+        self.is_seeded = seed is not None
+        self.seed = check_int("seed", seed) if seed is not None else randbits(63)
+        with words_of_python():
+            lines = load_template(str(template_file)) if template_file is not None else None
+            if model is not None:
+                vae, autocast = make_live_vae(model, device)
+                options = EncodeOptions(
+                    Path(root), self.cache,
+                    Geometry.from_options(resolution="native") if varsize
+                    else Geometry.from_options(width=width, height=height, fit="stretch", filter="bicubic"),
+                    TextOptions(lines, placeholder_token, filename_word_regex, filename_join_string, include_cond),
+                    ImageOptions(background="keep", draft=False),  # the ancestor's pixels, to the last bit
+                    model=type(model).__name__, flip=flip_p > 0, device=str(vae.device), dtype=DTYPES[vae.dtype],
+                    store_dtype=store_dtype, seed=seed or 0, overwrite=overwrite, allow_gone=allow_gone,
+                )  # fmt: skip
+                update_cache(options, vae, cond_model, autocast, version, interrupted)
+            self.data = LatentDataset(
+                self.cache, latent_sampling_method=latent_sampling_method, repeats=repeats, flip_p=flip_p,
+                include_cond=include_cond, use_weight=use_weight, seed=self.seed, shuffle_tags=shuffle_tags,
+                tag_drop_out=float(tag_drop_out), template=template_file if makes_prompts else None,
+                placeholder_token=placeholder_token if makes_prompts and template_file is not None else "",
+            )  # fmt: skip
         if include_cond and self.data.uncond() is None:
             raise UserError(f"include_cond=True: {self.cache} holds no cond. Give model= and cond_model= to make it.")
-        self.data_root = root
         self.placeholder_token, self.shuffle_tags, self.tag_drop_out = placeholder_token, shuffle_tags, tag_drop_out
+        self.width, self.height, self.varsize = width, height, varsize
         self.lines = list(lines or ())
         self.length = len(self.data)
-        self.batch_size = min(batch_size, self.length)
-        self.gradient_step = min(gradient_step, self.length // self.batch_size)
+        self.batch_size = min(check_int("batch_size", batch_size, 1), self.length)
+        self.gradient_step = min(check_int("gradient_step", gradient_step, 1), self.length // self.batch_size)
         self.latent_sampling_method = latent_sampling_method
+        self._num_reads = 0  # of this process, by loaders that know of no epochs
 
     def __len__(self) -> int:
         return self.length
@@ -139,26 +168,54 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[DatasetEntry]:
-        """Entries of images of one size."""
-        batch = self.data.__getitems__(indices)
-        samples, cond, weight = batch.latent_sample, batch.cond, batch.weight
-        embeds = cond["prompt_embeds"] if cond is not None else None
+        """Entries of images of one size; drawn afresh at every call, except for PersonalizedDataLoader's epochs."""
+        epoch = indices.epoch if isinstance(indices, Planned) else self._next_draw()
+        batch = self.data.read(indices, epoch)
+        samples, weight = batch.latent_sample, batch.weight
+        cond = batch.cond["prompt_embeds"] if batch.cond is not None else None
+        lengths = batch.cond_lengths.get("prompt_embeds")
         return [
             DatasetEntry(
-                filename=os.path.join(self.data_root, self.data.key(index)),
+                filename=self._path(index),
                 filename_text=self.data.caption(index)[0],
+                latent_dist=self._posterior(batch.latent_mean[n], batch.latent_std, n),
                 latent_sample=samples[n],
-                cond=embeds[n] if embeds is not None else None,
+                cond=None if cond is None else cond[n] if lengths is None else cond[n, : int(lengths[n])],
                 cond_text=batch.cond_text[n],
                 weight=weight[n].expand_as(samples[n]) if weight is not None else None,
             )
             for n, index in enumerate(indices)
         ]
 
+    def _next_draw(self) -> int:
+        """A number for the draws of one call: another one for each, in each worker and each of its starts."""
+        worker = get_worker_info()
+        self._num_reads += 1
+        return int(mix(worker.seed if worker is not None else 0, self._num_reads) >> np.uint64(1))
+
+    def _posterior(self, mean: Tensor, std: Tensor | None, n: int) -> LatentDist | None:
+        if self.latent_sampling_method != "random" or std is None:
+            return None
+        return LatentDist(mean.float()[None], std[n].float()[None])
+
+    def _path(self, index: int) -> str:
+        return os.path.join(self.data_root, self.data.key(index))
+
     @property
     def dataset(self) -> list[DatasetEntry]:
-        """All entries; read anew at every access."""
-        return [self[index] for index in range(len(self))]
+        """An entry for each image; read anew at every access."""
+        return [self[index] for index in range(self.data.num_images)]
+
+    @property
+    def image_paths(self) -> list[str]:
+        """The path of each image, in the order of `dataset`."""
+        return [self._path(index) for index in range(self.data.num_images)]
+
+    @cached_property
+    def groups(self) -> list[list[int]]:
+        """For each size of image its indices, repetitions included."""
+        counts = [self.data.count_of_bucket(bucket) * self.data.repeats for bucket in range(len(self.data.buckets))]
+        return [self.data.samples_of_bucket(n, np.arange(count)).tolist() for n, count in enumerate(counts)]
 
 
 class BatchLoader:
@@ -167,7 +224,7 @@ class BatchLoader:
     def __init__(self, data: list[DatasetEntry]) -> None:
         self.cond_text = [entry.cond_text for entry in data]
         self.cond = [entry.cond for entry in data]
-        self.latent_sample = torch.stack([entry.latent_sample for entry in data])  # [B,C,h,w]
+        self.latent_sample = torch.stack([entry.latent_sample for entry in data if entry.latent_sample is not None])
         weights = [entry.weight for entry in data if entry.weight is not None]
         self.weight = torch.stack(weights) if len(weights) == len(data) else None  # [B,C,h,w]
 
@@ -179,9 +236,10 @@ class BatchLoader:
 
 
 class PersonalizedDataLoader(DataLoader[BatchLoader]):
-    """Batches of images of one size; every image once an epoch, in an order of its own. A `for` is an epoch.
+    """Batches of images of one size; every sample once an epoch, in an order of its own. A `for` is an epoch.
 
-    latent_sampling_method is kept for old calls: the dataset's is what counts.
+    latent_sampling_method is kept for old calls: the dataset's is what counts. state_dict and load_state_dict go on in
+    mid-epoch with the batches that remained, also in another process.
     """
 
     def __init__(
@@ -191,148 +249,47 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
         batch_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self.epoch = 0
+        self.epoch = 0  # of the next `for`
+        self._running, self._used = 0, 0  # the epoch of the last `for`, and how many of its batches it was given
+        self._resume_at = 0  # the batch that the next `for` starts with
+        self.batches = PlannedBatches(dataset.data, batch_size, seed=dataset.seed)
         super().__init__(
             dataset,  # type: ignore[arg-type]
-            batch_sampler=BucketBatchSampler(dataset.data, batch_size, seed=dataset.data.seed),
+            batch_sampler=self.batches,
             collate_fn=BatchLoader,
             pin_memory=pin_memory,
         )
 
     def __iter__(self) -> Iterator[BatchLoader]:  # type: ignore[override]
-        assert isinstance(self.batch_sampler, BucketBatchSampler)
-        self.batch_sampler.set_epoch(self.epoch)
-        self.epoch += 1
-        return super().__iter__()
+        self._running, self._used = self.epoch, self._resume_at
+        self.epoch, self._resume_at = self.epoch + 1, 0
+        self.batches.epoch, self.batches.start = self._running, self._used
+        for batch in super().__iter__():
+            self._used += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop stands, to be saved with a checkpoint."""
+        return {**self.batches.state_dict(self._used), "epoch": self._running}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where state_dict was taken. Takes over its seed, unless the dataset was given one. Raises UserError."""
+        dataset: PersonalizedBase = self.dataset  # type: ignore[assignment]
+        if not dataset.is_seeded:
+            dataset.seed = dataset.data.seed = self.batches.seed = check_int("load_state_dict: seed", state.get("seed"))
+        self.batches.load_state_dict(state)
+        is_over = state["next_batch"] == len(self.batches)
+        self.epoch, self._resume_at = state["epoch"] + is_over, 0 if is_over else state["next_batch"]
+        self._running, self._used = self.epoch, self._resume_at
 
 
-def update_cache(options: EncodeOptions, vae: "LiveVae", cond_model: Any) -> None:
-    """Encode what is new or has changed; runs no model where nothing has."""
-    if options.text.include_cond and cond_model is None:
-        raise UserError("include_cond=True: give cond_model=, a pipeline or a callable from prompts to [B,T,D].")
-    storage = Storage(options.out)
-    text = LiveText(cond_model, vae.device) if options.text.include_cond else None
-    with hold(storage):
-        manifest = find_manifest(storage)
-        facts = vae.facts(manifest.latent if manifest is not None else None)
-        models = Models(
-            facts,
-            live_facts(cond_model) if text is not None else None,
-            patch=1,
-            is_upcast=False,
-            make_vae=lambda device, dtype: vae,
-            make_text=(lambda device, dtype: text) if text is not None else None,
-        )
-        prepared = prepare(options, lambda line: None, models)
-        if prepared.is_done:
-            return
-        print("Preparing dataset...")
-        from tqdm import tqdm
+class PlannedBatches(BucketBatchSampler):
+    """A BucketBatchSampler whose batches carry their epoch, and leave the dataset's alone."""
 
-        outcome = encode(prepared, lambda total, stage: tqdm(total=total, desc=stage, unit="img", disable=not total))
-        if outcome.failures:
-            raise UserError(f"{options.source}: {'; '.join(outcome.failures)}")
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = check_int("epoch", epoch, 0)
 
-
-class LiveVae(VaeEncoder):
-    """A VAE that is in memory already, and stays as and where it is."""
-
-    def __init__(self, model: Any, vae: Any, device: torch.device, dtype: torch.dtype) -> None:
-        self.model, self.live = model, vae
-        super().__init__(None, device, dtype)  # type: ignore[arg-type]
-
-    def _load(self, dtype: torch.dtype) -> Any:
-        return self.live if dtype == self.dtype else deepcopy(self.live).to(dtype)
-
-    def facts(self, latent: dict[str, Any] | None) -> VaeFacts:
-        """What a plan must know; of an object without a config from the cache, or else from encoding an empty image."""
-        config = getattr(self.live, "config", None)
-        digest = digest_of_model(self.live if config is not None else self.model)
-        if config is not None:
-            return VaeFacts(digest, **{**read_numbers(config, "VAE"), "force_upcast": False})
-        if latent is not None:
-            return VaeFacts(
-                digest,
-                latent["factor"],
-                latent["channels"],
-                normalization_from_json(latent["normalization"], latent["channels"]),
-                force_upcast=False,
-            )
-        mean = self.encode(np.zeros((1, 64, 64, 3), np.uint8)).mean
-        ones = torch.ones_like(mean).to(self.device)
-        scale = float(self.model.get_first_stage_encoding(ones).mean())
-        try:
-            normalization = Normalization((0.0,), (scale,))
-        except ValueError as error:
-            raise UserError(f"model: get_first_stage_encoding of ones gives a {error}.") from None
-        return VaeFacts(digest, 64 // mean.shape[2], mean.shape[1], normalization, force_upcast=False)
-
-
-class FirstStage:
-    """The ancestor's kind of model, with the interface of a diffusers VAE."""
-
-    dtype = torch.float32
-
-    def __init__(self, model: Any) -> None:
-        self.model = model
-
-    def encode(self, images: Tensor) -> SimpleNamespace:
-        posterior = self.model.encode_first_stage(images)
-        if isinstance(posterior, Tensor):  # a VAE that gives no spread
-            posterior = SimpleNamespace(mean=posterior, std=torch.zeros_like(posterior))
-        return SimpleNamespace(latent_dist=posterior)
-
-
-def make_models_vae(model: Any, device: torch.device | str | None) -> LiveVae:
-    """The VAE of what was given as `model`. Raises UserError where it has none."""
-    if hasattr(model, "encode_first_stage"):
-        return LiveVae(model, FirstStage(model), torch.device(device or "cpu"), torch.float32)
-    vae = getattr(model, "vae", model)
-    if not (hasattr(vae, "encode") and hasattr(vae, "config")):
-        raise UserError(
-            f"model: a {type(model).__name__}, expected a diffusers AutoencoderKL, a pipeline with one, "
-            "or an object with encode_first_stage and get_first_stage_encoding."
-        )
-    return LiveVae(vae, vae, torch.device(vae.device), vae.dtype)
-
-
-class LiveText(TextEncoder):
-    """A text encoder that is in memory already: a pipeline, or a callable from prompts to [B,T,D]."""
-
-    def __init__(self, cond_model: Any, device: torch.device) -> None:
-        self.cond_model, self.device = cond_model, device
-        self.names = ("prompt_embeds",)
-        self.batch_size = 32
-        self.max_tokens = None
-
-    def _encode_batch(self, prompts: list[str]) -> dict[str, Tensor]:
-        if hasattr(self.cond_model, "encode_prompt"):
-            result = self.cond_model.encode_prompt(
-                prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-            )[0]
-        else:
-            result = self.cond_model(prompts)
-        if not isinstance(result, Tensor) or len(result) != len(prompts):
-            raise UserError(f"cond_model: gave {type(result).__name__} for {len(prompts)} prompts, expected [B,T,D].")
-        return {"prompt_embeds": result.float().cpu()}
-
-    def count_tokens(self, prompts: list[str]) -> None:
-        """A callable does not tell."""
-
-
-def live_facts(cond_model: Any) -> TextFacts:
-    """What a plan must know; of an object without configs the sizes are a guess, by which shards are cut."""
-    return TextFacts(digest_of_model(cond_model), FAMILIES[0], window=77, num_layers=12, width=1024, pooled=0)
-
-
-def digest_of_model(model: Any) -> str:
-    """Hash of an object's weights; of one that shows none, of its name: then a change within it goes unnoticed."""
-    modules = [model] if isinstance(model, torch.nn.Module) else list(getattr(model, "components", {}).values())
-    weights = [module.state_dict() for module in modules if isinstance(module, torch.nn.Module)]
-    hashes = [
-        [name, list(value.shape), hashlib.blake2b(value.cpu().flatten().view(torch.uint8).numpy()).hexdigest()]
-        for state in weights
-        for name, value in sorted(state.items())
-    ]
-    named = model if hasattr(model, "__qualname__") else type(model)
-    return digest_of([f"{named.__module__}.{named.__qualname__}", hashes])
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch = self.epoch
+        for indices in super().__iter__():
+            yield Planned(indices, epoch)

@@ -54,7 +54,7 @@ def test_entries_are_what_the_ancestor_made(images, vae, tmp_path, kind):
     model = {"vae": vae, "pipeline": SimpleNamespace(vae=vae), "ancestor": LatentDiffusion(vae)}[kind]
     (tmp_path / "lines.txt").write_text("a photo of [name], [filewords]\n")
     data = PersonalizedBase(
-        str(images), 64, 96, 100, placeholder_token="sks", model=model, cond_model=cond_model, include_cond=True,
+        str(images), 64, 96, 1, 0, placeholder_token="sks", model=model, cond_model=cond_model, include_cond=True,
         template_file=tmp_path / "lines.txt", batch_size=100, gradient_step=9, latent_sampling_method="deterministic",
         use_weight=True,
     )  # fmt: skip
@@ -75,11 +75,11 @@ def test_entries_are_what_the_ancestor_made(images, vae, tmp_path, kind):
     assert (entries[str(images / "wide0.png")].weight == 1).all()
 
 
-def test_from_the_second_start_on_no_model_is_run(images, vae, capsys):
-    first = PersonalizedBase(images, 64, 64, model=LatentDiffusion(vae), cond_model=cond_model, include_cond=True)
+def test_from_the_second_start_on_each_model_is_run_once(images, vae, capsys):
+    options = {"repeats": 1, "include_cond": True, "latent_sampling_method": "deterministic"}
+    first = PersonalizedBase(images, 64, 64, model=LatentDiffusion(vae), cond_model=cond_model, **options)
     assert "Preparing dataset..." in capsys.readouterr().out
-    options = {"include_cond": True, "latent_sampling_method": "deterministic"}
-    for models in ({"model": LatentDiffusion(vae, 0), "cond_model": cond_model}, {}):
+    for models in ({"model": LatentDiffusion(vae, 1), "cond_model": cond_model}, {}):
         again = PersonalizedBase(images, 64, 64, **models, **options)
         assert "Preparing" not in capsys.readouterr().out
         assert len(again) == len(first)
@@ -95,12 +95,13 @@ def test_another_model_is_refused(images, vae, tmp_path):
         other.quant_conv.bias.add_(1)
     with pytest.raises(UserError, match="holds a cache of another recipe"):
         PersonalizedBase(images, 64, 64, model=other)
-    assert len(PersonalizedBase(images, 64, 64, model=other, cache=tmp_path / "other")) == 8
+    assert len(PersonalizedBase(images, 64, 64, 1, model=other, cache=tmp_path / "other")) == 8
+    assert len(PersonalizedBase(images, 64, 64, 1, model=other, overwrite=True)) == 8
 
 
 def test_batches_are_what_the_ancestor_stacked(images, vae):
     data = PersonalizedBase(
-        images, varsize=True, model=vae, cond_model=cond_model, include_cond=True, use_weight=True,
+        images, repeats=1, varsize=True, model=vae, cond_model=cond_model, include_cond=True, use_weight=True,
         latent_sampling_method="random",
     )  # fmt: skip
     loader = PersonalizedDataLoader(data, latent_sampling_method="random", batch_size=3, pin_memory=False)
@@ -144,7 +145,7 @@ def test_shuffled_tags_leave_the_cond_to_the_training_loop(images, vae, tmp_path
 
 
 def test_flips_only_where_they_are_asked_for(images, vae):
-    plain = PersonalizedBase(images, 64, 64, model=vae, latent_sampling_method="deterministic")
+    plain = PersonalizedBase(images, 64, 64, flip_p=0, model=vae, latent_sampling_method="deterministic")
     manifest = json.loads((images.parent / "images.64x64.latents" / "cache.json").read_text())
     assert manifest["latent"]["views"] == ["plain"]
     flipped = PersonalizedBase(
@@ -172,5 +173,5 @@ def test_what_cannot_be(images, vae):
     PersonalizedBase(images, 64, 64, model=vae)
     with pytest.raises(UserError, match=r"holds no cond. Give model= and cond_model= to make it"):
         PersonalizedBase(images, 64, 64, include_cond=True)
-    with pytest.raises(UserError, match=r"cond_model: gave list for \d prompts"):
+    with pytest.raises(UserError, match=r"cond_model: gave list for 1 prompt, expected a tensor \[1,T,D\]"):
         PersonalizedBase(images, 64, 64, model=vae, include_cond=True, cond_model=lambda prompts: prompts)

@@ -67,6 +67,9 @@ class VaeEncoder:
         latent wide.
         Where memory does not suffice, the batch is halved. Raises OutOfMemoryError where it does not for one image.
         """
+        return self._encode_in_parts(pixels)
+
+    def _encode_in_parts(self, pixels: np.ndarray) -> Posterior:
         parts = self.limit.run(self._encode, pixels)
         return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
 

@@ -1,0 +1,280 @@
+"""Models that are in memory already: a VAE and a text encoder as training code holds them, and how to know them again.
+
+They may be diffusers objects or stable-diffusion-webui's own kind. What they do is probed at every start, since a
+setting outside the weights (CLIP skip, another encoder behind the same function) changes it as well.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
+from itertools import chain
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.normalization import Normalization
+from latentprep.cache.ragged import Conds, Ragged
+from latentprep.config import digest_of
+from latentprep.errors import UserError
+from latentprep.prepare.models.families import FAMILIES
+from latentprep.prepare.models.text_folder import TextFacts
+from latentprep.prepare.models.vae_folder import ENCODER_PARTS, VaeFacts, read_numbers
+from latentprep.prepare.text import TextEncoder
+from latentprep.prepare.vae import Posterior, VaeEncoder
+from latentprep.read.counters import mix
+
+DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+HALVES = (torch.float16, torch.bfloat16)
+
+PROBE_SIDE = 64  # pixels
+# two windows of CLIP, a comma at the end of the first, and weights: what a web UI's settings change shows here
+PROBE_PROMPT = "(masterpiece:1.5), [sketch], a photo of a cat, " + ", ".join(f"tag number {n}" for n in range(30))
+BATCH = 32  # prompts that a pipeline encodes at once
+NUM_PROBED = 8  # numbers that are kept of what a probe gives
+# How far two probes of one model may be apart, of their size: other devices and precisions stay below 0.015, CLIP skip
+# and other encoders are above 0.2.
+SAME = 0.03
+
+
+class LiveVae(VaeEncoder):
+    """A VAE that is in memory already, and stays as and where it is."""
+
+    def __init__(self, vae: Any, device: torch.device, dtype: torch.dtype) -> None:
+        if dtype not in DTYPES:
+            raise UserError(f"model: its weights are {dtype}, expected one of {', '.join(DTYPES.values())}.")
+        self.live = vae
+        super().__init__(None, device, dtype)  # type: ignore[arg-type]
+
+    def _load(self, dtype: torch.dtype) -> Any:
+        if dtype == self.dtype:
+            return self.live
+        return self.live.in_float32() if isinstance(self.live, FirstStage) else deepcopy(self.live).to(dtype)
+
+    @torch.no_grad()  # and not inference_mode: what a model keeps of this run may have to train later
+    def encode(self, pixels: np.ndarray) -> Posterior:
+        return self._encode_in_parts(pixels)
+
+    def facts(self, version: str) -> VaeFacts:
+        """What a plan must know. Runs the VAE on one small image. Raises UserError if that gives no finite latents."""
+        posterior = self.encode(probe_image())
+        mean = posterior.mean
+        if not (mean.isfinite().all() and posterior.std.isfinite().all()):
+            raise UserError("model: gives no finite latents for a plain image. Is it loaded rightly?")
+        if isinstance(self.live, FirstStage):
+            numbers = self.live.numbers(mean)
+            weights = getattr(self.live.model, "first_stage_model", None)
+        else:
+            numbers = {**read_numbers(self.live.config, "VAE"), "force_upcast": False}
+            weights = self.live
+        hashed = hash_weights([weights] if isinstance(weights, torch.nn.Module) else [], of_vae=True)
+        known = [hashed, numbers["normalization"].to_json(), numbers["factor"], version]
+        return VaeFacts(fingerprint(known, torch.cat([mean, posterior.std], dim=1)), **numbers)
+
+
+class FirstStage:
+    """stable-diffusion-webui's kind of model, with the interface of a diffusers VAE.
+
+    Its VAE in half precision takes float32 images, under autocast, as the ancestor called it.
+    """
+
+    dtype = torch.float32  # of the images that it takes
+
+    def __init__(self, model: Any, module: torch.nn.Module | None, autocast: "Autocast") -> None:
+        self.model, self.module, self.autocast = model, module, autocast
+
+    def encode(self, images: Tensor) -> SimpleNamespace:
+        with self.autocast():
+            posterior = self.model.encode_first_stage(images.contiguous())  # channels_last has other last digits
+        if isinstance(posterior, Tensor):  # a VAE that gives no spread
+            posterior = SimpleNamespace(mean=posterior, std=torch.zeros_like(posterior))
+        return SimpleNamespace(latent_dist=posterior)
+
+    def in_float32(self) -> "FirstStage":
+        """The same in float32: its weights are that for the time of each call."""
+        return FirstStageInFloat32(self.model, self.module, nullcontext)
+
+    def numbers(self, mean: Tensor) -> dict[str, Any]:
+        """All of VaeFacts but the digest, from the latents of the probe, [1,C,h,w]. Raises UserError.
+
+        The scale is what get_first_stage_encoding multiplies by.
+        """
+        device = next((tensor.device for tensor in tensors_of(self.module)), torch.device("cpu"))
+        scale = float(self.model.get_first_stage_encoding(torch.ones_like(mean, device=device)).float().mean())
+        try:
+            normalization = Normalization((0.0,), (scale,))
+        except ValueError as error:
+            raise UserError(f"model: get_first_stage_encoding of ones gives a {error}.") from None
+        return {
+            "factor": PROBE_SIDE // mean.shape[2],
+            "latent_channels": mean.shape[1],
+            "normalization": normalization,
+            "force_upcast": False,
+        }
+
+
+class FirstStageInFloat32(FirstStage):
+    def encode(self, images: Tensor) -> SimpleNamespace:
+        with self._float32():
+            return super().encode(images)
+
+    @contextmanager
+    def _float32(self) -> Iterator[None]:
+        """16 bits fit into 32: what they were comes back to the last bit."""
+        before = [(tensor, tensor.dtype) for tensor in tensors_of(self.module) if tensor.is_floating_point()]
+        try:
+            for tensor, _ in before:
+                tensor.data = tensor.data.float()
+            yield
+        finally:
+            for tensor, dtype in before:
+                tensor.data = tensor.data.to(dtype)
+
+
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+def make_live_vae(model: Any, device: torch.device | str | None) -> tuple[LiveVae, Autocast]:
+    """The VAE of what was given as `model`, and the context that its half precision wants. Raises UserError."""
+    if hasattr(model, "encode_first_stage"):
+        module = getattr(model, "first_stage_model", None)
+        if not isinstance(module, torch.nn.Module):
+            module = model if isinstance(model, torch.nn.Module) else None
+        weights = next((tensor for tensor in tensors_of(module) if tensor.is_floating_point()), torch.zeros(()))
+        place = torch.device(device) if device is not None else weights.device
+        autocast, dtype = choose_autocast(weights.dtype, place)
+        return LiveVae(FirstStage(model, module, autocast), place, dtype), autocast
+    vae = getattr(model, "vae", model)
+    if not (hasattr(vae, "encode") and hasattr(vae, "config")):
+        raise UserError(
+            f"model: a {type(model).__name__}, expected a diffusers AutoencoderKL, a pipeline with one, "
+            "or an object with encode_first_stage and get_first_stage_encoding."
+        )
+    return LiveVae(vae, torch.device(vae.device), vae.dtype), nullcontext
+
+
+def choose_autocast(dtype: torch.dtype, device: torch.device) -> tuple[Autocast, torch.dtype]:
+    """The context in which the ancestor ran models with weights of a dtype, and the dtype that they compute in.
+
+    The caller's own autocast counts, if there is one.
+    """
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if dtype in HALVES:
+        return lambda: torch.autocast(device.type, dtype=dtype), dtype
+    return nullcontext, dtype
+
+
+class LiveText(TextEncoder):
+    """A text encoder that is in memory already: a pipeline, or a callable from prompts to [B,T,D].
+
+    A callable is asked prompt by prompt, as the ancestor asked it: the web UI's gives all prompts of a call the length
+    of the longest. So each prompt has its own number of tokens.
+    """
+
+    def __init__(self, cond_model: Any, device: torch.device, autocast: Autocast) -> None:
+        self.cond_model, self.device, self.autocast = cond_model, device, autocast
+        self.is_pipeline = hasattr(cond_model, "encode_prompt")
+        self.max_tokens = None
+
+    @torch.no_grad()
+    def encode(self, prompts: list[str]) -> Conds:
+        if not self.is_pipeline:
+            return {"prompt_embeds": Ragged.of([self._encode_one(prompt) for prompt in prompts])}
+        parts = [self._encode_batch(prompts[n : n + BATCH]) for n in range(0, len(prompts), BATCH)]
+        return {"prompt_embeds": torch.cat([part["prompt_embeds"] for part in parts])}
+
+    def _encode_batch(self, prompts: list[str]) -> dict[str, Tensor]:
+        result = self.cond_model.encode_prompt(
+            prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+        return {"prompt_embeds": result.float().cpu()}
+
+    def _encode_one(self, prompt: str) -> Tensor:
+        """[T,D] float32."""
+        with self.autocast():
+            result = self.cond_model([prompt])
+        if not isinstance(result, Tensor) or result.ndim != 3 or len(result) != 1 or 0 in result.shape:
+            found = f"a tensor {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise UserError(f"cond_model: gave {found} for 1 prompt, expected a tensor [1,T,D].")
+        return result[0].float().cpu()
+
+    def count_tokens(self, prompts: list[str]) -> None:
+        """A callable does not tell."""
+
+    def facts(self, version: str) -> TextFacts:
+        """What a plan must know; the sizes are a guess, by which shards are cut. Runs it on one prompt."""
+        cond = self.encode([PROBE_PROMPT])["prompt_embeds"][0]
+        if not cond.isfinite().all():
+            raise UserError("cond_model: gives numbers that are not finite for a plain prompt. Is it loaded rightly?")
+        known = [hash_weights(text_modules(self.cond_model)), list(cond.shape), self.is_pipeline, version]
+        digest = fingerprint(known, cond)
+        return TextFacts(digest, FAMILIES[0], window=77, num_layers=12, width=cond.shape[-1], pooled=0)
+
+
+def probe_image() -> np.ndarray:
+    """[1,64,64,3] uint8: slopes, edges and a little noise."""
+    y, x, c = np.meshgrid(*map(np.arange, (PROBE_SIDE, PROBE_SIDE, 3)), indexing="ij")
+    return ((2 * x + 3 * y + 60 * c + 90 * ((x // 16 + y // 16) % 2) + (x * y * 7) % 13) % 256).astype(np.uint8)[None]
+
+
+def fingerprint(known: list[Any], probed: Tensor) -> str:
+    """A digest of what is known of a model, a dot, and NUM_PROBED float32 numbers that what it gave decides.
+
+    Each number is the sum of all that it gave, with signs that look random: so a change anywhere moves all of them, by
+    as much, of their size, as it changes the whole (Johnson and Lindenstrauss, 1984).
+    """
+    values = probed.double().flatten().numpy()
+    places = np.arange(len(values))
+    signs = [1 - 2 * (mix(0, n, places) >> np.uint64(63)).astype(np.float64) for n in range(NUM_PROBED)]
+    numbers = np.array([(values * sign).sum() for sign in signs], "<f4") / np.float32(len(values) ** 0.5)
+    return f"{digest_of(known)[:16]}.{numbers.astype('<f4').tobytes().hex()}"
+
+
+def recognize(digest: str, known: Iterable[str | None]) -> str:
+    """The one of the known fingerprints that is of the same model, or else the fingerprint itself."""
+    for other in known:
+        if other is not None and is_same(digest, other):
+            return other
+    return digest
+
+
+def is_same(one: str, other: str) -> bool:
+    """Whether two fingerprints may be of one model on two devices."""
+    (name, _, numbers), (other_name, _, other_numbers) = one.partition("."), other.partition(".")
+    if name != other_name or len(numbers) != len(other_numbers):
+        return False
+    try:
+        a, b = (np.frombuffer(bytes.fromhex(text), "<f4").astype(np.float64) for text in (numbers, other_numbers))
+    except ValueError:
+        return False
+    return float(np.linalg.norm(a - b)) <= SAME * float(np.linalg.norm(b))
+
+
+def hash_weights(modules: list[torch.nn.Module], of_vae: bool = False) -> list[Any]:
+    """Names, shapes and hashes of the weights; of a VAE only those of its encoder, where they have the usual names."""
+    found = []
+    for module in modules:
+        state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+        if of_vae and any(name.startswith(ENCODER_PARTS) for name in state):
+            state = {name: value for name, value in state.items() if name.startswith(ENCODER_PARTS)}
+        for name, value in sorted(state.items()):
+            data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+            found.append([name, list(value.shape), hashlib.blake2b(data).hexdigest()])
+    return found
+
+
+def text_modules(cond_model: Any) -> list[torch.nn.Module]:
+    """What of a conditioner has weights: itself, or the text encoders of a pipeline. A function shows none."""
+    if isinstance(cond_model, torch.nn.Module):
+        return [cond_model]
+    components = getattr(cond_model, "components", None)
+    parts = components.items() if isinstance(components, dict) else ()
+    return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)]
+
+
+def tensors_of(module: torch.nn.Module | None) -> Iterator[Tensor]:
+    return iter(()) if module is None else chain(module.parameters(), module.buffers())
