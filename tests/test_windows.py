@@ -13,8 +13,8 @@ from latentprep.config import TextOptions
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer
 from latentprep.prepare.models.single_file import ARCHITECTURES
 from latentprep.prepare.models.text_folder import open_text
-from latentprep.prepare.text import TextEncoder, part_special_tokens, read_special_tokens_as_text
-from latentprep.prepare.windows import join, parse_emphasis, split_windows
+from latentprep.prepare.text import TextEncoder, read_special_tokens_as_text
+from latentprep.prepare.windows import MAX_WEIGHT, join, parse_emphasis, split_windows
 from tests.conftest import TINY
 from tests.test_families import make_mini
 
@@ -352,16 +352,30 @@ def test_special_tokens_in_a_caption_are_text(text):
 def test_special_tokens_of_t5_in_a_caption_are_text():
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)] + [(char, -2.0) for char in "▁abdextrips<>/_0"]
     tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=2)
+    plain = tokenizer(["a bat", ""])["input_ids"]
     read_special_tokens_as_text(tokenizer)
-    for text in ("a </s> b", "<extra_id_0>", "<pad>"):
-        *ids, end = tokenizer(part_special_tokens(text, tokenizer.all_special_tokens))["input_ids"]
+    assert tokenizer(["a bat", ""])["input_ids"] == plain
+    for text in ("a </s> b", "a</s></s>b", "<extra_id_0>", "<pad>"):
+        *ids, end = tokenizer(text)["input_ids"]
         assert end == tokenizer.eos_token_id
         assert not set(tokenizer.all_special_ids) & set(ids), text
+        said = "".join(tokenizer.convert_ids_to_tokens(ids)).replace("▁", " ").strip()
+        assert said == text  # nothing was put in or left out
 
 
 def test_special_tokens_are_text_to_families_with_t5(tmp_path):
     encoder = TextEncoder(open_text(make_mini("flux", tmp_path).folder), CPU, torch.float32)
-    found, wanted, ended = (encoder.encode([text])["prompt_embeds"] for text in ("a </s> b", "a < /s> b", "a"))
-    assert torch.equal(found, wanted)
+    found, ended = (encoder.encode([text])["prompt_embeds"] for text in ("a </s> b", "a"))
     assert not torch.allclose(found, ended)
-    assert encoder.count_tokens(["a </s> b"]).tolist() == encoder.count_tokens(["a < /s> b"]).tolist()
+    pipeline = encoder.pipeline
+    assert pipeline.tokenizer_2("a </s> b")["input_ids"].count(pipeline.tokenizer_2.eos_token_id) == 1
+    assert int(encoder.count_tokens(["a </s> b"])[0]) == len(pipeline.tokenizer_2("a </s> b")["input_ids"])
+
+
+@pytest.mark.parametrize(
+    "prompt", ["(a:" + "9" * 400 + ") b", "(" * 8000 + "a", "((a:1" + "0" * 300 + "):1" + "0" * 300 + ")"]
+)
+def test_weights_without_measure_give_finite_cond(prompt):
+    assert all(abs(weight) <= MAX_WEIGHT for _, weight in parse_emphasis(prompt))
+    encoder = TextEncoder(open_text(TINY), CPU, torch.float32, TextOptions(emphasis=True))
+    assert encoder.encode([prompt])["prompt_embeds"].isfinite().all()

@@ -1,10 +1,12 @@
 """Prompts -> cond, through the diffusers pipeline's own encode_prompt, so that it equals what inference uses."""
 
+import re
 from typing import Any, Protocol
 
 import numpy as np
 import regex
 import torch
+from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 
 from latentprep.cache.ragged import Conds
@@ -50,8 +52,6 @@ class TextEncoder:
         for part in family.encoders:
             if (tokenizer := getattr(self.pipeline, tokenizer_of(part), None)) is not None:
                 read_special_tokens_as_text(tokenizer)
-        t5 = getattr(self.pipeline, tokenizer_of(family.t5), None) if family.t5 else None
-        self.special_of_t5 = list(t5.all_special_tokens) if t5 is not None else []
 
         there = [part for part in family.encoders if getattr(self.pipeline, part) is not None]
         self.widths = [getattr(self.pipeline, part).config.hidden_size for part in there]  # for --emphasis
@@ -83,7 +83,6 @@ class TextEncoder:
 
     def _make_windows(self, prompts: list[str]) -> list[list[Fragment]]:
         """The windows of P prompts one after the other, `num_windows` of each."""
-        prompts = [part_special_tokens(prompt, self.special_of_t5) for prompt in prompts]
         fragments = [parse_emphasis(prompt) if self.emphasis else [(prompt, 1.0)] for prompt in prompts]
         return [
             window for parts in fragments for window in split_windows(parts, self.num_windows, self.room, self._count)
@@ -134,20 +133,24 @@ def emphasize(embeds: Tensor, weights: Tensor, widths: list[int]) -> Tensor:
 
 
 def read_special_tokens_as_text(tokenizer: Any) -> None:
-    """Let <|endoftext|>, </s> and the like in a caption be text, for counting and for encode_prompt."""
+    """Let <|endoftext|>, </s> and the like in a caption be text, for counting and for encode_prompt.
+
+    The switch for that is not enough for two kinds. CLIP's in Python has them in a pattern and in a table. T5's in Rust
+    has them in its vocabulary, where SentencePiece itself never finds them: they are cut behind their first character.
+    """
     tokenizer.split_special_tokens = True
     if hasattr(tokenizer, "pat") and hasattr(tokenizer, "cache"):  # CLIP's in Python, up to transformers 4
         for token in tokenizer.all_special_tokens:
             tokenizer.cache.pop(token, None)  # where it would find them whole
         words = tokenizer.pat.pattern.replace(r"<\|startoftext\|>|<\|endoftext\|>|", "")
         tokenizer.pat = regex.compile(words, regex.IGNORECASE)
-
-
-def part_special_tokens(prompt: str, special: list[str]) -> str:
-    """A prompt with a space within T5's special tokens: `< /s>`. They are words of its vocabulary, and found whole."""
-    for token in special:
-        prompt = prompt.replace(token, f"{token[0]} {token[1:]}")
-    return prompt
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None and type(backend.model).__name__ == "Unigram":
+        special = sorted({str(token) for token in tokenizer.added_tokens_decoder.values() if token.special})
+        cut = "|".join(f"{re.escape(word[0])}(?={re.escape(word[1:])})" for word in special if len(word) > 1)
+        before = [backend.pre_tokenizer] if backend.pre_tokenizer is not None else []
+        split = pre_tokenizers.Split(Regex(cut), "isolated")
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*before, split]) if cut else backend.pre_tokenizer
 
 
 def mend_clip_skip(text_encoder: Any) -> None:

@@ -20,6 +20,7 @@ BREAK: Fragment = ("BREAK", -1.0)  # where a new window begins
 BREAK_WORD = re.compile(r"(?:(?<!\s)\s+)?\bBREAK\b\s*")  # the look behind: a long gap is read once, not from each place
 Count = Callable[[list[str]], list[int]]  # tokens of each text, without start and end
 
+MAX_WEIGHT = 100.0  # beyond what anybody means; the web UI has no bound
 BACKTRACK = 20  # a window ends behind a comma among its last 20 tokens: the web UI's comma_padding_backtrack
 # CLIP's BPE merges nothing across these: its own pattern, with the white space before; accents stay with their letters.
 PIECE = regex.compile(
@@ -156,6 +157,7 @@ def parse_emphasis(prompt: str) -> list[Fragment]:
     (text) weighs 1.1 times as much, [text] 1.1 times less, (text:1.3) 1.3 times as much, each within the others.
     A backslash makes a bracket a character. A bracket that is never closed goes on to the end, one that was never
     opened is text. The word BREAK becomes the fragment BREAK, within brackets too (there the web UI takes it for text).
+    Weights are -MAX_WEIGHT to MAX_WEIGHT.
     """
     matches = list(EMPHASIS.finditer(prompt))
     parts: list[str] = []
@@ -181,6 +183,7 @@ def parse_emphasis(prompt: str) -> list[Fragment]:
     for bracket, factor in (("(", 1.1), ("[", 1 / 1.1)):
         for start in opened[bracket]:
             weigh(start, factor)
+    weights = np.nan_to_num(weights).clip(-MAX_WEIGHT, MAX_WEIGHT)  # infinite ones would stop a run
     pairs = zip(parts, weights.tolist(), strict=False)
     whole = [("".join(text for text, _ in same), weight) for weight, same in groupby(pairs, key=lambda pair: pair[1])]
     found: list[Fragment] = []
