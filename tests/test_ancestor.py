@@ -3,6 +3,7 @@
 import os
 import random
 from collections import Counter
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from latentprep import LatentDataset
 from latentprep.errors import UserError
-from latentprep.live import NUM_PROBED, is_same, probe_image, recognize
+from latentprep.live import NUM_PROBED, LiveText, is_same, make_live_vae, probe_image, recognize
 from latentprep.personalized import BatchLoader, PersonalizedBase, PersonalizedDataLoader
 from tests.conftest import TINY, gradient
 from tests.test_personalized import LatentDiffusion, ancestors_latents
@@ -230,6 +231,47 @@ def test_a_version_is_part_of_the_key(images, vae):
         base(images, vae, **options, version="2")
     base(images, vae, **options, version="2", overwrite=True)
     base(images, vae, **options, version="2")
+
+
+def test_each_part_of_a_models_key_counts_by_itself(vae):
+    class Conditioner(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+        def forward(self, prompts):
+            return web_uis_conditioner(prompts)
+
+    def text(cond_model, version=""):
+        return LiveText(cond_model, torch.device("cpu"), nullcontext).facts(version).digest
+
+    def of_vae(model, version=""):
+        return make_live_vae(model, None)[0].facts(version).digest
+
+    digests = [
+        text(web_uis_conditioner), text(web_uis_conditioner, "2"), text(Conditioner(1.0)), text(Conditioner(2.0)),
+        text(lambda prompts: web_uis_conditioner(prompts)[:, :76]), text(lambda prompts: -web_uis_conditioner(prompts)),
+    ]  # fmt: skip
+    assert not any(is_same(a, b) for n, a in enumerate(digests) for b in digests[:n])
+    assert is_same(text(Conditioner(1.0)), text(Conditioner(1.0)))
+    other_scale = HalfModel(vae, torch.float32)
+    other_scale.get_first_stage_encoding = lambda posterior: 0.5 * posterior
+    digests = [of_vae(HalfModel(vae, torch.float32)), of_vae(HalfModel(vae, torch.float32), "2"), of_vae(other_scale)]
+    assert not any(is_same(a, b) for n, a in enumerate(digests) for b in digests[:n])
+
+
+def test_a_conditioner_runs_under_the_autocast_of_the_vae(images, vae):
+    layer = torch.nn.Linear(WIDTH, WIDTH)
+
+    def cond_model(prompts):
+        return layer(web_uis_conditioner(prompts))
+
+    options = {"cond_model": cond_model, "include_cond": True, "store_dtype": "float32"}
+    entry = base(images, vae, model=HalfModel(vae, torch.bfloat16), **options)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(entry.cond, cond_model([entry.cond_text])[0].float())
+    with torch.no_grad():
+        assert not torch.equal(entry.cond, cond_model([entry.cond_text])[0])
 
 
 def test_another_checkpoint_with_the_same_vae_has_the_same_cache(images, vae, capsys):
