@@ -239,11 +239,13 @@ def inspect(
     """Show what is in a cache: counts, recipe, buckets, statistics, captions, skips."""
     from rich.console import Console
 
+    from latentprep.cache.readers import Reading
     from latentprep.cache.storage import Storage
     from latentprep.look import summary, tables
 
     storage = Storage(cache)
-    found = summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped)
+    with Reading(storage):
+        found = summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped)
     if as_json:
         show_json(json.dumps(found, indent=2))
     else:
@@ -269,6 +271,7 @@ def verify(
     # fmt: on
     from tqdm import tqdm
 
+    from latentprep.cache.readers import Reading
     from latentprep.cache.storage import Storage
     from latentprep.look.tables import render_problems
     from latentprep.look.verify import verify as verify_cache
@@ -276,6 +279,7 @@ def verify(
     if re_encode and source is None:
         raise UserError("--re-encode needs the images: give their folder with --source.")
     storage = Storage(cache)
+    reading = Reading(storage)  # what the manifest names stays meanwhile, if encode or compact run beside this
     found: dict[str, Any] = {"cache": cache}
     with tqdm(unit="B", unit_scale=True, desc="hash", dynamic_ncols=True, disable=as_json or None) as bar:
         manifest, problems = verify_cache(storage, bar.update)
@@ -297,6 +301,7 @@ def verify(
                 storage, manifest, source, own_masks, re_encode, seed=seed, model=model or None, device=device
             )
             problems += more
+    reading.close()
     found["problems"] = [asdict(problem) for problem in problems]
     show_json(json.dumps(found, indent=2)) if as_json else show(render_problems(found))
     raise typer.Exit(1 if problems else 0)

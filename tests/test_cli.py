@@ -44,7 +44,7 @@ def test_bar_shows_images_per_second_and_waits_and_nothing_of_other_libraries(ru
 
 
 def test_a_new_process_prints_nothing_of_other_libraries_either(images, tmp_path):
-    command = [sys.executable, "-m", "latentprep.cli", "encode", str(images), "--out", str(tmp_path / "c"), *SMALL]
+    command = [sys.executable, "-m", "latentprep", "encode", str(images), "--out", str(tmp_path / "c"), *SMALL]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     for line in re.split(r"[\r\n]+", result.stderr + result.stdout):
         assert not line or re.match(OWN_LINES, line), line

@@ -14,6 +14,7 @@ from latentprep import LatentDataset, LatentLoader
 from latentprep.cache import readers
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
+from latentprep.look import summary, verify
 from tests.conftest import SMALL, gradient, make_model
 
 SHARDS = ("--shard-size", "30kB")
@@ -179,3 +180,32 @@ def test_a_reader_may_not_be_allowed_to_write(run, images, tmp_path, monkeypatch
     assert readers.free(Storage(cache), ["shards/x.latents.safetensors"]) == []
     del data
     assert readers.free(Storage(cache), ["shards/x.latents.safetensors"]) != []
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_verify_and_inspect_are_readers_too(run, images, tmp_path, monkeypatch, command):
+    """A compact that begins once they know the manifest frees nothing before they are done."""
+    cache = tmp_path / "c"
+    assert run("encode", images, "--out", cache, *SMALL).code == 0
+    for n in range(3):
+        (images / f"wide{n}.png").unlink()
+    assert run("encode", images, "--out", cache, *SMALL).code == 0
+    before = set(open_manifest(Storage(cache)).files())
+    module = {"verify": verify, "inspect": summary}[command]
+    opened = module.open_manifest
+
+    def open_and_compact(storage):
+        manifest = opened(storage)
+        other = [sys.executable, "-m", "latentprep", "compact", str(cache)]
+        found = subprocess.run(other, capture_output=True, text=True, check=True).stdout
+        assert "stay while a training loop may read them" in found
+        return manifest
+
+    monkeypatch.setattr(module, "open_manifest", open_and_compact)
+    result = run(command, cache)
+    assert result.code == 0, result.out + result.err
+    monkeypatch.undo()
+    after = open_manifest(Storage(cache)).files()
+    assert before - set(after)
+    assert run("compact", cache).code == 0
+    assert {path.name for path in (cache / "shards").iterdir()} == {name.split("/")[1] for name in after if "/" in name}

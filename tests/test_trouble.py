@@ -18,7 +18,7 @@ from latentprep.prepare import source as listing
 from latentprep.prepare.engine import local
 from latentprep.prepare.images import pillow
 from latentprep.prepare.vae import VaeEncoder
-from tests.conftest import SMALL, gradient
+from tests.conftest import SMALL, TINY, gradient
 from tests.test_encode import files, rows
 
 SHARDS = ("--shard-size", "30kB")
@@ -91,6 +91,25 @@ def test_verify_says_of_a_shard_of_mode_000_that_it_is_there(run, encode, tmp_pa
         path.chmod(0)
     result = run("verify", tmp_path / "c")
     assert (result.code, "missing" in result.out, "Permission denied" in result.out) == (1, False, True)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model_index.json", "vae", "vae/config.json", "vae/diffusion_pytorch_model.safetensors",
+        "text_encoder/config.json", "text_encoder/model.safetensors", "tokenizer", "tokenizer/tokenizer.json",
+    ],
+)  # fmt: skip
+def test_a_model_file_of_mode_000_is_no_damaged_download(run, images, tmp_path, no_root, name):
+    shutil.copytree(TINY, tmp_path / "model")
+    (tmp_path / "model" / name).chmod(0)
+    result = run("encode", images, "--out", tmp_path / "c", *SMALL[2:], "--model", tmp_path / "model")
+    (tmp_path / "model" / name).chmod(0o755)
+    assert result.code == 1
+    said = result.err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert f"{tmp_path / 'model' / name}" in said
+    assert "Permission denied. Mend that, and run the same command again." in said
 
 
 def test_images_and_folders_of_mode_000_cost_no_row(encode, images, tmp_path, no_root):

@@ -41,7 +41,9 @@ def read_json(path: Path, option: str) -> dict[str, Any]:
         raise UserError(f"{option} {path.parent}: not a diffusers folder, it has no {path.name}.") from None
     except RecursionError:
         raise UserError(f"{option}: {path} cannot be read (nested too deep). Download it again.") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}. Mend that, and run the same command again.") from None
+    except ValueError as error:
         raise UserError(f"{option}: {path} cannot be read ({_one_line(error)}). Download it again.") from None
     if not isinstance(value, dict):
         raise UserError(f"{option}: {path} is not a JSON object. Download it again.")
@@ -126,8 +128,17 @@ def read_header(paths: Iterable[Path], option: str) -> dict[str, tuple[int, ...]
             with safe_open(path, framework="pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{option} {path}: cannot be read as safetensors ({_one_line(error)}). {AGAIN}") from None
+            raise _unread(path, option, error) from None
     return shapes
+
+
+def _unread(path: Path, option: str, error: Exception) -> UserError:
+    """Why weights cannot be read: safetensors says "no such file" of one that it may not open, too."""
+    try:
+        path.open("rb").close()
+    except OSError as reason:
+        return UserError(f"{option} {path}: {reason.strerror}. Mend that, and run the same command again.")
+    return UserError(f"{option} {path}: cannot be read as safetensors ({_one_line(error)}). {AGAIN}")
 
 
 def read_weights(paths: Iterable[Path], prefixes: tuple[str, ...], option: str) -> "dict[str, torch.Tensor]":
@@ -141,7 +152,7 @@ def read_weights(paths: Iterable[Path], prefixes: tuple[str, ...], option: str) 
                 names = [name for name in file.keys() if name.startswith(prefixes)]  # noqa: SIM118
                 tensors |= {name: file.get_tensor(name) for name in names}
         except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(f"{option} {path}: cannot be read as safetensors ({_one_line(error)}). {AGAIN}") from None
+            raise _unread(path, option, error) from None
     return tensors
 
 

@@ -1,0 +1,5 @@
+"""`python -m latentprep`: the same as `latentprep`."""
+
+from latentprep.cli import main
+
+main()
