@@ -65,6 +65,7 @@ def test_each_prompt_has_the_cond_that_it_has_alone(images, vae, tmp_path):
     assert shapes == {(77, WIDTH): 7, (154, WIDTH): 1}
     for batch in PersonalizedDataLoader(data, batch_size=3):
         alone = [web_uis_conditioner([text])[0] for text in batch.cond_text]
+        assert list(map(len, batch.cond)) == list(map(len, alone))
         assert torch.equal(stack_conds(batch.cond), stack_conds(alone))
 
     # a longer caption makes its own cond anew, and no other
@@ -399,7 +400,8 @@ def test_a_loop_goes_on_in_mid_epoch_in_another_process(images, vae, seed):
     assert [texts for texts, _ in found] == [texts for texts, _ in wanted]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(found, wanted, strict=True))
     again.load_state_dict(loader.state_dict())  # at the end of an epoch
-    assert len(list(again)) == len(again)
+    following = [[batch.cond_text for batch in one] for one in (loader, again)]
+    assert following[0] == following[1]
     other = PersonalizedDataLoader(base(images, vae, seed=99), batch_size=3)
     with pytest.raises(UserError, match="saved with seed="):
         other.load_state_dict(state)
@@ -479,6 +481,41 @@ def test_a_stop_that_the_caller_asks_for_keeps_what_is_done(images, vae):
     assert len(base(images, vae, model=again, interrupted=lambda: False)) == 28
     assert 10**9 - again.left - 1 <= 28 - done + 1
     assert len(base(images, vae, interrupted=lambda: True)) == 28  # there is nothing to encode, and nothing to stop
+
+
+def test_an_image_keeps_its_line_of_a_template(images, vae, tmp_path, capsys):
+    (tmp_path / "lines.txt").write_text("".join(f"line {n} of [filewords]\n" for n in range(50)))
+    options = {"template_file": tmp_path / "lines.txt", "cond_model": web_uis_conditioner, "include_cond": True}
+    first = [entry.cond_text for entry in base(images, vae, **options).dataset]
+    assert len({text.split(" of ")[0] for text in first}) > 1
+    capsys.readouterr()
+    assert [entry.cond_text for entry in base(images, vae, **options).dataset] == first
+    assert "Preparing" not in capsys.readouterr().out
+
+
+def test_what_a_start_that_failed_has_done_is_known_again(images, vae):
+    def fails(prompts):
+        if "picture number 2" in prompts:
+            raise RuntimeError("boom")
+        return web_uis_conditioner(prompts)
+
+    class Noisy(LatentDiffusion):
+        def encode_first_stage(self, images):
+            posterior = super().encode_first_stage(images)
+            posterior.mean = posterior.mean * (1 + 1e-3 * torch.randn_like(posterior.mean))
+            return posterior
+
+    with pytest.raises(UserError, match="RuntimeError: boom"):
+        base(images, vae, cond_model=fails, include_cond=True)
+    model = Noisy(vae)
+    assert len(base(images, vae, model=model, cond_model=web_uis_conditioner, include_cond=True)) == 8
+    assert 10**9 - model.left == 1  # the probe: all latents were there
+
+
+def test_skipped_images_are_counted_out_loud(images, vae, capsys):
+    (images / "bad.png").write_bytes(b"no image")
+    assert len(base(images, vae)) == 8
+    assert "1 image skipped: " in capsys.readouterr().out
 
 
 def test_a_place_that_cannot_be_written_names_the_argument(images, vae, monkeypatch):
