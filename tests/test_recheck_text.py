@@ -205,6 +205,20 @@ def test_rows_that_point_to_others_prompts_are_found(run, cache, check):
     assert "'a cat on a sofa', but its caption and the recipe give 'a red house, snoo'" in details
 
 
+def test_a_row_without_a_caption_is_found_and_a_prompt_of_several_images_is_named_once(run, cache, photos, check):
+    (photos / "1.txt").write_text(PROMPTS[2])
+    assert run("encode", photos, "--out", cache, *SMALL).code == 0
+    rewrite(cache, changed("prompt_embeds", one_row(prompt_number(cache, PROMPTS[2]), torch.zeros_like)))
+    assert check()[0] == [("1.png", "cond")]
+
+    def empty(text):  # no writer leaves a row so
+        (group,) = text.groups
+        return replace(text, groups=[replace(group, caption=[[], *list(group.caption)[1:]])])
+
+    rewrite(cache, empty)
+    assert check()[0] == [("0.png", "prompt"), ("1.png", "cond")]
+
+
 def test_a_recipe_that_made_other_prompts_is_found(cache, check):
     rewrite(cache, template=["a photo of [filewords]"])
     pairs, details, _ = check()
