@@ -16,7 +16,7 @@ from latentprep.cache.shard import open_text, open_uncond, write_text, write_unc
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prepare.models.text_folder import open_text as open_encoder
-from latentprep.prepare.recheck_text import TOLERANCES, difference_of, find_text, reencode_text
+from latentprep.prepare.recheck_text import TOLERANCES, compare_cond, difference_of, find_text, reencode_text
 from latentprep.prepare.text import TextEncoder
 from tests.conftest import SMALL, gradient, make_model
 from tests.test_families import CPU, make_mini
@@ -419,3 +419,12 @@ def test_one_wrong_token_counts_however_many_there_are():
     assert difference_of(fresh * 50, stored * 50) == pytest.approx(difference_of(fresh, stored))
     assert difference_of(fresh[0], fresh[1]) > 1
     assert difference_of(torch.zeros(3, 4), torch.ones(3, 4)) == 1  # without deviation: the difference itself
+
+
+def test_the_largest_difference_is_of_all_tensors():
+    fresh = {"prompt_embeds": torch.randn(9, 8), "pooled_prompt_embeds": torch.randn(8)}
+    for name in fresh:
+        worst, wrong = compare_cond(fresh, {**fresh, name: fresh[name] + 1}, 0.1)
+        assert worst == pytest.approx(1 / float(fresh[name].std()), rel=1e-3)
+        assert wrong.startswith(f"{name} ")
+    assert compare_cond(fresh, fresh, 0.1) == (0.0, "")
