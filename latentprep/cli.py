@@ -258,9 +258,11 @@ def verify(
     cache: Annotated[str, typer.Argument(metavar="CACHE", help="A cache folder.", show_default=False)],
     source: Annotated[Path | None, typer.Option(metavar="DIR", help="Compare with the images too: changed, gone and new ones.", show_default=False)] = None,
     masks: Annotated[Path | None, typer.Option(metavar="DIR", help="Masks of encode --weights DIR, if they are elsewhere now.", show_default=False)] = None,
-    re_encode: Annotated[int, typer.Option(metavar="N", min=0, help="Encode N random images of --source again, and compare.")] = 0,
+    re_encode: Annotated[int, typer.Option(metavar="N", min=0, help="Encode N random images of --source and their prompts again, and compare.")] = 0,
     seed: Annotated[int, typer.Option(help="Which images --re-encode takes.")] = 0,
     model: Annotated[str, typer.Option(metavar="ID|DIR|FILE|tiny", help="Model of --re-encode.", show_default="the cache's own")] = "",
+    vae: Annotated[str, typer.Option(metavar="ID|DIR|FILE", help="VAE of --re-encode, if it is not that of --model.", show_default="the cache's own")] = "",
+    no_cond: Annotated[bool, typer.Option("--no-cond", help="Of --re-encode: compare latents alone; needs no text encoder.")] = False,
     device: Annotated[str, typer.Option(metavar="auto|cuda|cuda:N|mps|cpu", help="Where --re-encode runs.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")] = False,
 ) -> None:
@@ -291,16 +293,24 @@ def verify(
         _quiet()
         from latentprep.prepare.devices import quiet_libraries
         from latentprep.prepare.recheck import compare_source, find_masks, reencode
+        from latentprep.prepare.recheck_text import find_text, reencode_text
 
         own_masks = find_masks(manifest, masks)
         with tqdm(unit="img", desc="source", dynamic_ncols=True, disable=as_json or None) as bar:
             problems += compare_source(storage, manifest, source, own_masks, bar.update)
         if re_encode:
             quiet_libraries()
+            text = None if no_cond else find_text(manifest, model or None, vae or None)
             more, found["largest_difference"] = reencode(
-                storage, manifest, source, own_masks, re_encode, seed=seed, model=model or None, device=device
-            )
+                storage, manifest, source, own_masks, re_encode,
+                seed=seed, model=model or None, vae=vae or None, device=device,
+            )  # fmt: skip
             problems += more
+            if text is not None:
+                more, found["largest_cond_difference"] = reencode_text(
+                    storage, manifest, text, re_encode, seed=seed, device=device
+                )
+                problems += more
     reading.close()
     found["problems"] = [asdict(problem) for problem in problems]
     show_json(json.dumps(found, indent=2)) if as_json else show(render_problems(found))

@@ -126,10 +126,9 @@ def render_problems(found: dict[str, Any]) -> str:
     """The outcome of a verify: a line for each problem, and the verdict last."""
     problems = found["problems"]
     lines = [printable(f"{p['problem']:<10} {p['name']}: {p['detail']}") for p in problems]
-    if "largest_difference" in found:
-        lines.append(
-            f"encoded again: at most {found['largest_difference']:.2g} standard deviations from what is stored"
-        )
+    for name, what in (("largest_difference", ""), ("largest_cond_difference", "cond ")):
+        if name in found:
+            lines.append(f"{what}encoded again: at most {found[name]:.2g} standard deviations from what is stored")
     size = f"{counted(found['images'], 'image')} in {counted(found['shards'], 'shard')}, " if "images" in found else ""
     lines.append(f"{found['cache']}: {size}{counted(len(problems), 'problem') if problems else 'nothing wrong'}")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ import torch
 
 from latentprep.cache.manifest import Manifest, read_skips
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.shard import LatentGroup, open_latents, open_text
+from latentprep.cache.shard import LatentGroup, ShardEntry, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
@@ -82,31 +82,27 @@ def reencode(
     *,
     seed: int,
     model: str | None,
+    vae: str | None = None,
     device: str,
 ) -> tuple[list[Problem], float]:
     """Encode `count` random images again and compare; also the largest difference, in the latent's standard deviations.
 
     Raises UserError where the model is not the one that the cache was made with.
     """
-    source = find_vae(manifest, model)
+    source = find_vae(manifest, model, vae)
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
-    vae = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
+    encoder = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
     try:
         options = LoadOptions.from_recipe(folder, manifest.latent["factor"], masks, recipe)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{storage.root}: its recipe does not say how images are decoded ({error}).") from None
-    edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
-    chosen = np.sort(np.random.default_rng(seed % 2**64).permutation(manifest.num_images)[:count])
     problems, worst = [], 0.0
-    for n in chosen.tolist():
-        shard = int(np.searchsorted(edges, n, side="right")) - 1
-        entry = manifest.shards[shard]
-        number, row = [(g, r) for g, rows in enumerate(entry.live_rows()) for r in rows.tolist()][n - edges[shard]]
+    for entry, number, row in sample_rows(manifest, count, seed):
         words = open_text(storage, entry.unit, entry.text, entry.groups).groups[number]
         group = open_latents(storage, entry.unit, entry.groups).groups[number]
         key = words.key[row]
-        result = encode_row(key, int(words.nbytes[row]), group, row, options, vae)
+        result = encode_row(key, int(words.nbytes[row]), group, row, options, encoder)
         if isinstance(result, Skip):
             problems.append(Problem(key, result.reason, result.detail))
             continue
@@ -117,14 +113,27 @@ def reencode(
     return problems, worst
 
 
-def find_vae(manifest: Manifest, model: str | None) -> VaeFolder | VaeFile:
-    """The VAE that a cache was made with, by its hash."""
-    name = model or manifest.made_with.get("vae") or manifest.made_with["model"]
-    vae = open_made_vae(manifest.made_with, name)
+def sample_rows(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[ShardEntry, int, int]]:
+    """Shard, group and row of `count` random images, in the order of the cache."""
+    edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
+    chosen = np.sort(np.random.default_rng(seed % 2**64).permutation(manifest.num_images)[:count])
+    for n in chosen.tolist():
+        shard = int(np.searchsorted(edges, n, side="right")) - 1
+        entry = manifest.shards[shard]
+        number, row = [(g, r) for g, rows in enumerate(entry.live_rows()) for r in rows.tolist()][n - edges[shard]]
+        yield entry, number, row
+
+
+def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> VaeFolder | VaeFile:
+    """The VAE that a cache was made with, by its hash; `model` and `vae` are those of the command line."""
+    made_with = manifest.made_with
+    option, name = ("--vae", vae) if vae else ("--model", model or made_with.get("vae") or made_with["model"])
+    found = open_made_vae(made_with, name, option, beside=model if vae and model else made_with["model"])
     wanted = manifest.recipe["latents"]["vae"]
-    if vae.digest != wanted:
-        raise UserError(f"--model {name}: its VAE is {vae.digest}, this cache was made with {wanted}. Give that one.")
-    return vae
+    if found.digest != wanted:
+        advice = "Give that one" + (" with --vae." if made_with.get("vae") and not vae else ".")
+        raise UserError(f"{option} {name}: its VAE is {found.digest}, this cache was made with {wanted}. {advice}")
+    return found
 
 
 def encode_row(

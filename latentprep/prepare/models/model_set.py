@@ -70,14 +70,35 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     return Models(vae, text, patch, is_upcast, make_vae, make_text if text is not None else None, commit_of(model))
 
 
-def open_made_vae(made_with: dict[str, Any], name: str) -> VaeFolder | VaeFile:
-    """The VAE that a cache was made with: `name`, with what its manifest says of it. Raises UserError."""
+def open_made_vae(made_with: dict[str, Any], name: str, option: str, beside: str) -> VaeFolder | VaeFile:
+    """The VAE that a cache was made with: `name`, with what its manifest says of it. Raises UserError.
+
+    `beside` is the model whose config a VAE alone goes with.
+    """
 
     def find(model: str) -> Path:
-        commit = made_with.get("commit") if model == made_with["model"] else None
-        return find_model(model, revision=commit, with_text=False)
+        return find_made(made_with, model, option if model == name else "--model", with_text=False)
 
-    return open_vae_at(find(name), "--model", find_config(made_with.get("config")), lambda: find(made_with["model"]))
+    return open_vae_at(find(name), option, find_config(made_with.get("config")), lambda: find(beside))
+
+
+def open_made_text(made_with: dict[str, Any], name: str) -> TextFolder | TextFile:
+    """The text encoders that a cache was made with, as open_made_vae. Raises UserError."""
+    model = find_made(made_with, name, "--model", with_text=True)
+    text: TextFolder | TextFile
+    if model.is_dir():
+        text = open_text(model)
+    else:
+        configs = find_config(made_with.get("config")) or find_configs(model, "--model")
+        text = open_text_file(model, "--model", configs)
+    text.check()
+    return text
+
+
+def find_made(made_with: dict[str, Any], name: str, option: str, with_text: bool) -> Path:
+    """The folder or file of a model, at the commit that the cache was made with if it is that of the cache."""
+    commit = made_with.get("commit") if name == made_with["model"] else None
+    return find_model(name, option, revision=commit, with_text=with_text)
 
 
 def open_vae_at(path: Path, option: str, configs: Path | None, beside: Callable[[], Path]) -> VaeFolder | VaeFile:

@@ -1,0 +1,183 @@
+"""The cond of a cache against its prompts: does encoding them again give what is stored?"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from latentprep.cache.manifest import Manifest
+from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.shard import open_text, open_uncond, uncond_name
+from latentprep.cache.storage import Storage
+from latentprep.cache.strings import Tensors
+from latentprep.config import TextOptions
+from latentprep.errors import UserError
+from latentprep.prepare.devices import choose_device, is_out_of_memory
+from latentprep.prepare.models.model_set import open_made_text
+from latentprep.prepare.models.single_file import TextFile
+from latentprep.prepare.models.text_folder import TextFolder
+from latentprep.prepare.recheck import sample_rows
+from latentprep.prepare.text import TextEncoder
+from latentprep.prompts import make_prompts
+from latentprep.records import Problem
+from latentprep.units import shortened
+
+# Largest difference of a token (root mean square over its values), in standard deviations of the prompt's cond.
+# Measured with random weights against float32: CLIPs of 2 to 12 layers float16 0.002, bfloat16 0.014; T5s of 2 to 12
+# layers float16 0.009, bfloat16 0.06; float32 with another batch size or thread count 2e-7. What is wrong is far above:
+# zeros 1, another clip_skip 0.3 to 0.9, another prompt 0.3 to 1, of which T5 may show no more than one token.
+TOLERANCES = {"float32": 0.003, "float16": 0.02, "bfloat16": 0.1}
+
+# Of a text recipe: what always stands in it, and what stands in it only if it is not the default (text_recipe).
+PROMPT_FIELDS = ("placeholder", "prompts_per_image", "shuffle_tags", "tag_drop_out", "keep_tags", "wildcards")
+SETTINGS = ("clip_skip", "emphasis")
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A prompt whose cond is compared."""
+
+    name: str  # the key of an image that has it, or the file of the empty prompt
+    prompt: str
+    cond: Tensors  # name -> [T,D] or [D], as stored
+
+
+def find_text(manifest: Manifest, model: str | None, vae: str | None) -> TextFolder | TextFile | None:
+    """The text encoders that a cache's cond was made with, by their hash; None if it has no cond. Raises UserError.
+
+    `model` and `vae` are those of the command line. If the cache has a VAE of its own and `vae` is not given, `model`
+    is where that VAE is now (recheck.find_vae), and says nothing of the text encoders.
+    """
+    if manifest.uncond_file is None:
+        return None
+    is_for_vae = vae is None and manifest.made_with.get("vae") is not None
+    name = manifest.made_with["model"] if model is None or is_for_vae else model
+    text = open_made_text(manifest.made_with, name)
+    wanted = manifest.recipe["text"].get("text_encoder")
+    if text.digest != wanted:
+        raise UserError(
+            f"--model {name}: its text encoder is {text.digest}, this cache was made with "
+            f"{shortened(str(wanted))}. Give that one, or compare latents alone with --no-cond."
+        )
+    return text
+
+
+def reencode_text(
+    storage: Storage, manifest: Manifest, source: TextFolder | TextFile, count: int, *, seed: int, device: str
+) -> tuple[list[Problem], float]:
+    """Encode the empty prompt and those of `count` random images again, and compare; also the largest difference.
+
+    The images are those that recheck.reencode takes, the difference is as in TOLERANCES. Raises UserError for a recipe
+    that nobody understands, and if a device cannot hold the text encoders.
+    """
+    recipe = manifest.recipe["text"]
+    options = read_options(recipe, source, storage.root)
+    num_values = source.num_values(options)
+    device, _, _ = choose_device(device, recipe["dtype"])
+    problems, worst = [], 0.0
+    try:
+        encoder = TextEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], options)
+        for sample in list_samples(storage, manifest, options, count, seed):
+            if isinstance(sample, Problem):
+                problems.append(sample)
+                continue
+            found = sum(value.numel() for value in sample.cond.values())
+            if found != num_values:  # so too before a crafted recipe asks for cond without measure
+                detail = f"{found:,} numbers for a prompt, expected {num_values:,}"
+                problems.append(Problem(sample.name, "cond", detail))
+                continue
+            fresh = {name: value[0] for name, value in encoder.encode([sample.prompt]).items()}
+            difference, wrong = compare_cond(fresh, sample.cond, TOLERANCES[recipe["dtype"]])
+            worst = max(worst, difference)  # which passes over NaN; that is in `wrong`
+            if wrong:
+                problems.append(Problem(sample.name, "cond", f"of {shortened(sample.prompt)!r}: {wrong}"))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--device {device}: the text encoder does not fit into its memory. "
+            "Give --device cpu, or compare latents alone with --no-cond."
+        ) from None
+    return problems, worst
+
+
+def list_samples(
+    storage: Storage, manifest: Manifest, options: TextOptions, count: int, seed: int
+) -> Iterator[Sample | Problem]:
+    """The empty prompt, then those of `count` random images, each once for a shard; a Problem for a wrong prompt."""
+    _, uncond = open_uncond(storage, manifest.uncond)
+    yield Sample(uncond_name(manifest.uncond), "", {name: value[0] for name, value in uncond.items()})
+    for entry, rows in groupby(sample_rows(manifest, count, seed), key=lambda sample: sample[0]):
+        text = open_text(storage, entry.unit, entry.text, entry.groups)
+        seen: set[int] = set()
+        for _, number, row in rows:
+            group = text.groups[number]
+            key, captions, chosen = group.key[row], group.caption[row], group.prompt_of[row].tolist()
+            stored = [text.prompt[n] for n in chosen]
+            can_make = bool(captions) and len(chosen) == options.prompts_per_image
+            made = make_prompts(captions, key, options, manifest.recipe["text"]["seed"]) if can_make else []
+            if stored != made:
+                wanted = ", ".join(repr(shortened(prompt)) for prompt in made) or "others"
+                held = ", ".join(repr(shortened(prompt)) for prompt in stored)
+                yield Problem(key, "prompt", f"{held}, but its caption and the recipe give {wanted}")
+            for n in sorted(set(chosen) - seen):
+                yield Sample(key, text.prompt[n], {name: value[n] for name, value in text.cond.items()})
+            seen.update(chosen)
+
+
+def compare_cond(fresh: Tensors, stored: Tensors, tolerance: float) -> tuple[float, str]:
+    """Largest difference of embeddings, in their standard deviations; and what is wrong, "" if nothing is.
+
+    Whatever else there is (positions, masks) is to be the same to the last bit.
+    """
+    if fresh.keys() != stored.keys():
+        return 0.0, f"{', '.join(stored) or 'none'} are stored, expected {', '.join(fresh)}"
+    worst, wrong = 0.0, ""
+    for name, value in fresh.items():
+        old, new = stored[name], value.to(stored[name].dtype)  # rounded as what is stored was
+        if new.shape != old.shape:
+            return worst, f"{name} is {list(old.shape)}, expected {list(new.shape)}"
+        if not name.endswith("embeds"):
+            wrong = wrong or ("" if torch.equal(new, old) else f"{name} is not what is stored")
+            continue
+        difference = difference_of(new.float(), old.float())
+        worst = difference if not difference <= worst else worst  # NaN too
+        if not difference <= tolerance:
+            wrong = wrong or f"{name} {difference:.4f} standard deviations from what is stored, allowed {tolerance}"
+    return worst, wrong
+
+
+def difference_of(fresh: Tensor, stored: Tensor) -> float:
+    """How far [T,D] or [D] are from each other: their worst token, in standard deviations of all of `fresh`."""
+    spread = float(fresh.std()) or 1.0  # all of one value: then the difference itself counts
+    return float((fresh - stored).square().mean(-1).sqrt().max()) / spread
+
+
+def read_options(recipe: dict[str, Any], source: TextFolder | TextFile, where: str) -> TextOptions:
+    """How a cache's prompts were made and encoded, by its text recipe.
+
+    Raises UserError if the recipe does not say so, or asks for what these text encoders cannot do.
+    """
+    default = TextOptions()
+    try:
+        fields = {name: recipe[name] for name in PROMPT_FIELDS}
+        fields |= {name: recipe[name] for name in SETTINGS if name in recipe}
+        for name, value in fields.items():
+            if type(value) is not type(getattr(default, name)):
+                raise TypeError(f"{name} is {value!r:.80}")
+        template, max_tokens, seed = recipe["template"], recipe.get("max_tokens"), recipe["seed"]
+        if template is not None and not (template and all(isinstance(line, str) for line in template)):
+            raise TypeError(f"template is {template!r:.80}")
+        for name, value in (("max_tokens", max_tokens), ("seed", seed)):
+            if value is not None and type(value) is not int:
+                raise TypeError(f"{name} is {value!r:.80}")
+        if recipe["dtype"] not in TOLERANCES:
+            raise ValueError(f"dtype is {recipe['dtype']!r:.80}")
+        options = TextOptions(template=tuple(template) if template else None, max_tokens=max_tokens, **fields)
+        source.settings(options)
+    except (KeyError, TypeError, ValueError, UserError) as error:
+        raise UserError(f"{where}: its recipe does not say how prompts become cond ({error}).") from None
+    return options
