@@ -24,14 +24,9 @@ lint: $(VENV)/.installed-lint
 faults: $(VENV)/.installed-test
 	LATENTPREP_KILLS=200 LATENTPREP_FUZZ=10 $(PYTHON) -m pytest -n 2 tests/test_faults.py tests/test_fuzz.py tests/test_combinations.py
 
-# model folders under the lowest versions that pyproject.toml allows of what reads them; torch as in constraints.txt
-lowest:
-	python3 -m venv .venv-lowest
-	.venv-lowest/bin/pip install --disable-pip-version-check -q "torch==$$(sed -n 's/^torch==//p' constraints.txt)" \
-		diffusers==0.33.0 transformers==4.44.0 safetensors==0.4.3 huggingface-hub==0.34.0 numpy==1.26.4 pillow==11.0.0 \
-		typer==0.16.0 rich==13.0.0 tqdm==4.66.0 filelock==3.13.0 fsspec==2024.2.0 pytest scikit-image scikit-learn
-	.venv-lowest/bin/python -m pytest -m "not slow" tests/test_hostile_models.py tests/test_normalization.py \
-		tests/test_single_file.py tests/test_models.py
+# the tests with the lowest versions that pyproject.toml allows, all together; torch alone as in constraints.txt
+lowest: .venv-lowest/.installed
+	.venv-lowest/bin/python -m pytest -n 2 -m "not slow"
 
 bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py
@@ -59,4 +54,13 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 $(VENV)/.installed-lint: $(VENV)/.installed-test
 	$(PYTHON) -m pip install --disable-pip-version-check -q -c constraints.txt -e ".[test,lint]"
+	@touch $@
+
+.venv-lowest/.installed: pyproject.toml constraints.txt
+	python3 -m venv .venv-lowest
+	.venv-lowest/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		asked = p['dependencies'] + p['optional-dependencies']['test']; \
+		print(*(line.replace('>=', '==') for line in asked if not line.startswith('torch>')), sep='\n')" > .venv-lowest/lowest.txt
+	sed -n '/^torch==/p' constraints.txt >> .venv-lowest/lowest.txt
+	.venv-lowest/bin/pip install --disable-pip-version-check -q -c .venv-lowest/lowest.txt -e ".[test]"
 	@touch $@

@@ -113,7 +113,7 @@ def test_cond_equals_clip_on_the_same_tokens(run, photos, model, tmp_path):
     )
     assert result.code == 0
     tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(model / "text_encoder", dtype=torch.float32).eval()
+    encoder = CLIPTextModel.from_pretrained(model / "text_encoder").float().eval()
     captions = {"astronaut.png": "a woman in an orange suit", "chelsea.png": "a ginger cat", "coffee.png": "coffee"}
     found = rows(tmp_path / "c")
     for key, caption in captions.items():

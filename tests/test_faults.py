@@ -1,5 +1,6 @@
 """Kills, signals, full and read-only disks, two runs at once: nothing is lost, and the end is as undisturbed."""
 
+import fcntl
 import json
 import os
 import re
@@ -17,6 +18,7 @@ import torch
 
 from latentprep.cache.lock import hold
 from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
 from latentprep.prepare.vae import VaeEncoder
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files, rows
@@ -236,6 +238,27 @@ def test_a_second_run_says_who_holds_the_cache_and_a_dead_one_blocks_nobody(run,
     assert run(*command).code == 0
     assert run("encode", many, "--out", tmp_path / "whole", *SMALL, *SHARDS).code == 0
     assert files(tmp_path / "whole") == files(cache)
+
+
+def test_a_lock_that_lost_its_name_keeps_nobody_out_and_is_not_taken(tmp_path, monkeypatch):
+    """Its holder unlinks it just after it was opened here: two would write, each with a file of its own."""
+    flock = fcntl.flock
+
+    def late(file, operation):
+        (tmp_path / ".lock").unlink(missing_ok=True)
+        return flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another latentprep is at work on it"), hold(Storage(tmp_path)):
+        pass
+
+
+def test_who_asks_for_a_lock_leaves_the_holders_name_in_it(tmp_path):
+    with hold(Storage(tmp_path)):
+        before = (tmp_path / ".lock").read_text()
+        with pytest.raises(UserError, match=rf"\(process {os.getpid()} on "), hold(Storage(tmp_path)):
+            pass
+        assert (tmp_path / ".lock").read_text() == before
 
 
 def test_the_lock_goes_with_its_holder_and_leaves_nothing(tmp_path):

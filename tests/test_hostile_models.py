@@ -240,31 +240,3 @@ def test_damaged_files_are_refused_in_one_line(run, images, model, tmp_path, cha
     change(tensors)
     save_file(tensors, file)
     check_refused(run, images, tmp_path / "cache", file, message, "--config", configs_of(folder, tmp_path / "configs"))
-
-
-def test_no_code_of_a_model_folder_runs(run, images, model, tmp_path):
-    """A .py stands wherever a library might look for one, and every file that can name it does."""
-    ran = tmp_path / "ran"
-    code = f"open({str(ran)!r}, 'w').close()\nclass Evil:\n    def __init__(self, *a, **k): pass\n"
-    names = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoTokenizer"), "evil.Evil")}
-    claims = (
-        {"text_encoder": ["evil", "Evil"]}, {"tokenizer": ["evil", "Evil"]}, {"_class_name": ["evil", "Evil"]},
-        {"unet": ["evil", "Evil"]}, {"scheduler": ["scheduler", "Evil"]}, {"vae": ["evil", "Evil"]}, {},
-    )  # fmt: skip
-    for number, claim in enumerate(claims):
-        folder = tmp_path / f"model{number}"
-        shutil.copytree(model, folder)
-        index(**claim)(folder)
-        for part in (".", "text_encoder", "tokenizer", "vae", "unet", "scheduler"):
-            (folder / part).mkdir(exist_ok=True)
-            for name in ("evil", part, "pipeline", "modeling_evil"):
-                (folder / part / f"{name.strip('.') or 'x'}.py").write_text(code)
-        config("text_encoder", **names)(folder)
-        config("vae", **names)(folder)
-        shutil.copy(folder / "text_encoder" / "config.json", folder / "tokenizer" / "config.json")
-        path = folder / "tokenizer" / "tokenizer_config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **names}))
-        result = run("encode", images, "--out", tmp_path / f"cache{number}", "--model", folder, *SIZE)
-        refused = set(claim) & {"text_encoder", "tokenizer", "_class_name"}
-        assert result.code == (1 if refused else 0), result.err
-        assert not ran.exists(), claim

@@ -15,7 +15,7 @@ from tests.conftest import TINY
 from tests.test_single_file import configs_of, ldm_vae, make_sd1, opened, posterior
 
 SIZE = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32, "--no-cond", "--store-dtype", "float32")
-# Of Playground v2.5 and its mean and std: vae/config.json of playgroundai/playground-v2.5-1024px-aesthetic
+# The numbers of Playground v2.5, as ComfyUI has them too (comfy/latent_formats.py, SDXL_Playground_2_5)
 PLAYGROUND = {
     "scaling_factor": 0.5,
     "latents_mean": [-1.6574, 1.886, -1.383, 2.5155],

@@ -234,7 +234,7 @@ def test_reading_gives_every_prompt_over_the_epochs_with_the_cond_of_the_encoder
     data = LatentDataset(tmp_path / "c")
     assert {data.key(n): data.caption(n) for n in range(8)}["tall0.png"] == [TAGS, "a {cat|dog}, sitting"]
     tokenizer = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
-    encoder = CLIPTextModel.from_pretrained(TINY / "text_encoder", dtype=torch.float32).eval()
+    encoder = CLIPTextModel.from_pretrained(TINY / "text_encoder").float().eval()
     found: dict[str, dict[str, torch.Tensor]] = {}
     for epoch in range(25):
         data.set_epoch(epoch)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPTokenizer, T5TokenizerFast
+from transformers import CLIPTokenizer
 
 from latentprep.config import TextOptions
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer
@@ -16,7 +16,7 @@ from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.text import TextEncoder, read_special_tokens_as_text
 from latentprep.prepare.windows import MAX_WEIGHT, join, parse_emphasis, split_windows
 from tests.conftest import TINY
-from tests.test_families import make_mini
+from tests.test_families import make_mini, make_t5_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -351,7 +351,7 @@ def test_special_tokens_in_a_caption_are_text(text):
 
 def test_special_tokens_of_t5_in_a_caption_are_text():
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -9.0)] + [(char, -2.0) for char in "▁abdextrips<>/_0"]
-    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=2)
+    tokenizer = make_t5_tokenizer(pieces, extra_ids=2)
     plain = tokenizer(["a bat", ""])["input_ids"]
     read_special_tokens_as_text(tokenizer)
     assert tokenizer(["a bat", ""])["input_ids"] == plain

@@ -1,7 +1,9 @@
 """What a plan must know of text encoders, and the pipeline folder they are loaded from. Loads no weights by itself."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,9 @@ from latentprep.units import shortened
 
 if TYPE_CHECKING:
     import torch
+
+
+ZEROS_SINCE = (0, 36)  # of diffusers; see _check_zeros
 
 
 @dataclass(frozen=True)
@@ -144,6 +149,7 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
     numbers = text_numbers(family, configs, folder, option)
     hashed: list[Any] = [family.pipeline, *configs.values()]
     if family.t5 in left_out:
+        _check_zeros(f"{option} {folder}", family)
         numbers["width"] = _joint_attention_dim(folder, option)
         hashed.append(numbers["width"])
     weights = [
@@ -173,6 +179,20 @@ def _is_left_out(folder: Path, part: str, index: dict[str, Any], family: Family)
         return False
     says_so = index.get(part) in (None, [], [None, None])
     return says_so or (part == family.t5 and not (folder / part).is_dir())
+
+
+def _check_zeros(where: str, family: Family) -> None:
+    """Raise UserError if diffusers is too old to leave the T5 out.
+
+    Zeros stand for its tokens. Before 0.36 there are as many as CLIP takes, and not the max_sequence_length that was
+    asked for (_get_t5_prompt_embeds), so a cache would get cond of another length after an upgrade.
+    """
+    found = version("diffusers")
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < ZEROS_SINCE:
+        raise UserError(
+            f"{where}: has no {family.t5}, and diffusers {found} has another number of zeros in its place than newer "
+            f"ones. Upgrade diffusers to {'.'.join(map(str, ZEROS_SINCE))} or later, add that folder, or --no-cond."
+        )
 
 
 def _joint_attention_dim(folder: Path, option: str) -> int:
