@@ -60,7 +60,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     Raises UserError, and KeyboardInterrupt once every finished file is safe on disk.
     """
     from latentprep.prepare.engine.local import run
-    from latentprep.prepare.images.load import LARGE_PIXELS, load_pixels
+    from latentprep.prepare.images.load import is_large, load_pixels
     from latentprep.prepare.images.pillow import describe
     from latentprep.prepare.textfile import uncond_id, write_empty_prompt
 
@@ -79,7 +79,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     with make_progress(plan.num_new_items, "latents") as bar:
 
         def load(item: Item, placement: Placement) -> Pixels | Skip:
-            with large if item.size[0] * item.size[1] > LARGE_PIXELS else nullcontext():
+            with large if is_large(item) else nullcontext():
                 return load_pixels(item, placement, load_options)
 
         bare = replace(job, recipe=prepared.bare_recipe, text=None)

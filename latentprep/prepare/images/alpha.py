@@ -18,7 +18,7 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     with decoding():
         if image.mode == "La":
             image = image.convert("LA")  # Pillow turns premultiplied grey into nothing else
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = rgba.getchannel("A")
         color = rgba.convert("RGB")
         if image.mode in ("L", "LA"):
