@@ -35,6 +35,7 @@ class Outcome:
     num_retexted: int  # images whose text alone was made anew
     num_prompts: int  # prompts that the text encoder saw, the empty one included
     truncated: "Truncated"
+    noted: dict[str, list[str]]  # note -> keys of its images that this run encoded, for some of records.NOTES
     damaged: list[str]  # text files of the cache whose bytes had changed, made anew
     num_cached: int  # images in the cache now
     can_compact: bool  # whether a compact would free some of those rows
@@ -138,6 +139,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
         num_retexted=count(before),
         num_prompts=job.counts["prompts"],
         truncated=job.truncated,
+        noted=job.noted,
         damaged=job.damaged,
         num_cached=manifest.num_images,
         can_compact=any(map(would_rewrite, shards)),

@@ -99,7 +99,7 @@ def load_pixels(
     the images is not there any more.
     """
     mask_path = options.masks.path_of(item.key) if options.masks is not None else None
-    if item.nbytes > 2 * max_bytes():  # the image itself was looked at when it was listed
+    if mask_path is not None and item.nbytes > 2 * max_bytes():  # the image itself was looked at when it was listed
         return item.skip("bad_mask", f"{mask_path}: {human_bytes(item.nbytes)} with its image")
     try:
         data = read_regular(options.folder / item.key)
