@@ -226,3 +226,27 @@ def test_a_mask_of_no_end_is_not_read(tmp_path, monkeypatch):
     started = time.perf_counter()
     found = load(tmp_path / "x.png", resolution="64", masks=masks)
     assert (found.reason, time.perf_counter() - started < 1) == ("bad_mask", True)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_that_of_the_file(tmp_path, bits):
+    levels = np.arange(64 * 64).reshape(64, 64) // 256 * ((1 << bits) - 1) // 15
+    transparent = int(levels[20, 0])
+    if bits == 16:
+        rows = levels.astype(">u2").view(np.uint8)
+    else:
+        rows = np.packbits(
+            np.unpackbits(levels.astype(np.uint8)[:, :, None], axis=2)[:, :, 8 - bits :].reshape(64, -1), axis=1
+        )
+    path = tmp_path / "x.png"
+    header = struct.pack(">IIBBBBB", 64, 64, bits, 0, 0, 0, 0)
+    content = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    path.write_bytes(
+        png((b"IHDR", header), (b"tRNS", struct.pack(">H", transparent)), (b"IDAT", content), (b"IEND", b""))
+    )
+    found = load(path, resolution="64", background="keep")
+    wanted = np.round(levels * 255 / ((1 << bits) - 1))
+    assert np.array_equal(found.pixels, np.repeat(wanted[:, :, None], 3, axis=2))
+    assert np.array_equal(
+        found.weight, (levels != transparent).reshape(8, 8, 8, 8).mean(axis=(1, 3)).astype(np.float32)
+    )

@@ -29,7 +29,7 @@ from latentprep.prepare.images.pillow import (
     read_orientation,
     read_regular,
 )
-from latentprep.prepare.images.png import check_rows, check_sums
+from latentprep.prepare.images.png import check_rows, check_sums, scale_transparency
 from latentprep.prepare.source import new_hash
 from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
 from latentprep.units import human_bytes
@@ -240,6 +240,7 @@ def load_rows(image: Image.Image, data: bytes) -> None:
         image.load()
     if image.format == "PNG":
         check_rows(data, image)
+        scale_transparency(data, image)
 
 
 def keeps_high_byte(image: Image.Image) -> bool:

@@ -1,4 +1,4 @@
-"""Damage in PNGs, which Pillow passes over: wrong checksums, and pixels that end too early."""
+"""What Pillow passes over in PNGs: wrong checksums, pixels that end too early, the scale of a transparent grey."""
 
 import io
 import struct
@@ -17,6 +17,13 @@ def check_sums(data: bytes) -> None:
     """Raise DecodeError if a chunk does not fit its checksum: Pillow decodes such a PNG to black rows, silently."""
     with decoding():
         Image.open(io.BytesIO(data), formats=("PNG",)).verify()
+
+
+def scale_transparency(data: bytes, image: Image.Image) -> None:
+    """Give the transparent colour of a grey PNG of 2 or 4 bits in 8 bits, as Pillow gives its pixels."""
+    bits, level = data[24], image.info.get("transparency")
+    if image.mode == "L" and bits < 8 and isinstance(level, int):
+        image.info["transparency"] = level * 255 // ((1 << bits) - 1)
 
 
 def check_rows(data: bytes, image: Image.Image) -> None:
