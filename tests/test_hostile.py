@@ -88,6 +88,14 @@ def test_a_png_whose_last_rows_are_black_is_whole(tmp_path):
     assert load(save(tmp_path, Image.new("1", (70, 65)), "b.png"), resolution="64").pixels.max() == 0
 
 
+@pytest.mark.parametrize("chunk", [(b"tEXt", b"a\0b"), (b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, 0, 0, 0, 0))])
+def test_a_png_whose_header_is_not_its_first_chunk_stops_no_unit(tmp_path, chunk):
+    path = tmp_path / "x.png"
+    whole = png_of(b"".join(b"\0" + bytes(3 * 64) for _ in range(64)), 64, 64)
+    path.write_bytes(whole[:8] + png(chunk)[8:] + whole[8:])
+    assert load(path, resolution="64").pixels.shape == (64, 64, 3)
+
+
 def test_the_passes_of_an_interlaced_png_are_counted(tmp_path):
     sides = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
     path = tmp_path / "x.png"
