@@ -1,6 +1,7 @@
 """prepare/images: what Pillow passes over in silence, and small files that would take minutes or gigabytes."""
 
 import io
+import logging
 import random
 import struct
 import time
@@ -258,3 +259,25 @@ def test_a_transparent_grey_is_that_of_the_file(tmp_path, bits):
     assert np.array_equal(
         found.weight, (levels != transparent).reshape(8, 8, 8, 8).mean(axis=(1, 3)).astype(np.float32)
     )
+
+
+def test_what_a_skip_says_is_the_same_in_every_run(tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    save(tmp_path, gradient(64, 64))
+    (masks / "x.png").write_bytes(b"no image")
+    found = load(tmp_path / "x.png", resolution="64", masks=masks)  # Pillow's words name the address of an object
+    assert (found.reason, found.detail) == ("bad_mask", f"{masks / 'x.png'}: no image format that Pillow knows")
+
+
+def test_pillow_logs_nothing_to_the_terminal():
+    pillow.formats()  # Python prints what a logger without a handler says; pytest's own handlers hide that
+    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("PIL").handlers)
+
+
+def test_a_mask_of_another_shape_is_not_decoded(tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    save(tmp_path, gradient(64, 64))
+    (masks / "x.png").write_bytes(png_of(b"", 64, 640))
+    assert "not the same shape" in load(tmp_path / "x.png", resolution="64", masks=masks).detail

@@ -270,14 +270,14 @@ def load_mask(data: bytes, size: Size, strict: bool, notes: list[str]) -> Image.
         data = check_file(data, strict, notes)
         with open_image(io.BytesIO(data)) as image:
             found, orientation = oriented_size(image), read_orientation(image)
+            if abs(found[0] * size[1] / (found[1] * size[0]) - 1) > ASPECT_TOLERANCE:
+                shapes = f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}"
+                raise DecodeError("bad_mask", f"{shapes}: not the same shape")
             load_rows(image, data)
             color, alpha = split_alpha(image)
             mask = alpha if alpha is not None else to_srgb(color, None, []).convert("L")
     except DecodeError as error:
         raise DecodeError("bad_mask", error.detail) from error
-    if abs(found[0] * size[1] / (found[1] * size[0]) - 1) > ASPECT_TOLERANCE:
-        shapes = f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}"
-        raise DecodeError("bad_mask", f"{shapes}: not the same shape")
     return mask.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else mask
 
 

@@ -3,6 +3,7 @@
 Only what Pillow raises is the fault of an image: its calls stand inside `decoding()`, and our own code outside.
 """
 
+import logging
 import os
 import stat
 import struct
@@ -51,7 +52,7 @@ def decoding() -> Iterator[None]:
     except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DecodeError("not_an_image", describe(error)) from error
+        raise DecodeError("not_an_image", "no image format that Pillow knows") from error  # its words hold an address
     except Image.DecompressionBombError as error:
         raise DecodeError("too_large", f"{str(error).partition(',')[0]} (--max-megapixels)") from error
     except Exception as error:
@@ -79,6 +80,7 @@ def formats() -> tuple[str, ...]:
     """The formats that Pillow may open: its own, and HEIF if pillow-heif is installed."""
     Image.preinit()
     Image.init()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs to the terminal what it then raises
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
