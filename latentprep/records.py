@@ -108,6 +108,7 @@ NOTES = {
     "draft": "decoded at a fraction of their size (--no-draft decodes in full)",
     "mask": "weighted by a mask",
 }
+NAMED_NOTES = ("damaged",)  # those that call for a look at the images themselves
 
 
 @dataclass(frozen=True, slots=True)

@@ -35,6 +35,7 @@ class Outcome:
     num_retexted: int  # images whose text alone was made anew
     num_prompts: int  # prompts that the text encoder saw, the empty one included
     truncated: "Truncated"
+    noted: dict[str, list[str]]  # note -> keys of its images that this run encoded, for some of records.NOTES
     damaged: list[str]  # text files of the cache whose bytes had changed, made anew
     num_cached: int  # images in the cache now
     can_compact: bool  # whether a compact would free some of those rows
@@ -60,7 +61,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     Raises UserError, and KeyboardInterrupt once every finished file is safe on disk.
     """
     from latentprep.prepare.engine.local import run
-    from latentprep.prepare.images.load import LARGE_PIXELS, load_pixels
+    from latentprep.prepare.images.load import is_large, load_pixels
     from latentprep.prepare.images.pillow import describe
     from latentprep.prepare.textfile import uncond_id, write_empty_prompt
 
@@ -79,7 +80,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     with make_progress(plan.num_new_items, "latents") as bar:
 
         def load(item: Item, placement: Placement) -> Pixels | Skip:
-            with large if item.size[0] * item.size[1] > LARGE_PIXELS else nullcontext():
+            with large if is_large(item) else nullcontext():
                 return load_pixels(item, placement, load_options)
 
         bare = replace(job, recipe=prepared.bare_recipe, text=None)
@@ -138,6 +139,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
         num_retexted=count(before),
         num_prompts=job.counts["prompts"],
         truncated=job.truncated,
+        noted=job.noted,
         damaged=job.damaged,
         num_cached=manifest.num_images,
         can_compact=any(map(would_rewrite, shards)),

@@ -83,6 +83,7 @@ class Job:
     watch: Stopwatch = field(default_factory=Stopwatch)
     counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
     damaged: list[str] = field(default_factory=list)  # text files that were made anew
+    noted: dict[str, list[str]] = field(default_factory=dict)  # one of NAMED_NOTES -> keys of its images, in this run
     truncated: Truncated = field(default_factory=Truncated)
 
     def latents_metadata(self) -> dict[str, Any]:

@@ -150,7 +150,9 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
             "         waited for " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.waits.items())
         )
     lines += [
-        f"         {counted(count, 'image')} {NOTES.get(note, note)}" for note, count in sorted(outcome.notes.items())
+        f"         {counted(count, 'image')} {NOTES.get(note, note)}"
+        + (f": {_name(outcome.noted[note])}" if note in outcome.noted else "")
+        for note, count in sorted(outcome.notes.items())
     ]
     if outcome.num_retried:
         lines.append(f"         {counted(outcome.num_retried, 'encoding')} done again in float32, after an overflow")

@@ -14,7 +14,7 @@ from latentprep.prepare.images.pillow import (
     NotRegularError,
     describe,
     is_image_name,
-    max_pixels,
+    max_bytes,
     open_image,
     open_regular,
     oriented_size,
@@ -23,7 +23,6 @@ from latentprep.records import Item, Skip
 from latentprep.units import human_bytes
 
 HASHERS = 4  # threads that read files; a disk has no use for more
-MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA, stored as it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +114,7 @@ def read_item(path: Path, key: str) -> Item | Skip:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
             nbytes, mtime_ns = status.st_size, status.st_mtime_ns
-            if nbytes > max_pixels() * MAX_BYTES_PER_PIXEL:
+            if nbytes > max_bytes():
                 return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
             with open_image(file) as image:
                 return Item(key, oriented_size(image), nbytes, mtime_ns)

@@ -35,7 +35,7 @@ from latentprep.prepare.partial import Progress, load_partial, save_partial
 from latentprep.prepare.plan import Retext
 from latentprep.prepare.textfile import make_text
 from latentprep.prepare.vae import Posterior
-from latentprep.records import Item, Pixels, Placement, Row, Size, Skip, Unit, is_flipped
+from latentprep.records import NAMED_NOTES, Item, Pixels, Placement, Row, Size, Skip, Unit, is_flipped
 
 Loaded = Iterator[Pixels | Skip]  # of a unit's items, in their order
 Stamped = Callable[[], Stamp]  # of a file; waits until it is written
@@ -79,6 +79,7 @@ def run_unit(
         try:
             for batch, num_done in make_batches(unit, done.num_done, loaded, job, skips, progress):
                 encode_rows(batch, job, builders, skips)
+                name_noted(batch, job)
                 notes = sum((Counter(pixels.notes) for _, _, pixels in batch), done.notes or Counter())
                 counts = tuple((bucket, len(builder.digest)) for bucket, builder in builders.items())
                 done = Progress(num_done, counts, len(skips), notes)
@@ -187,6 +188,14 @@ def make_batches(
     if batch:
         yield batch, end
     skips += found
+
+
+def name_noted(batch: list[Image], job: Job) -> None:
+    """Remember which images the notes are about that a person should look at."""
+    for item, _, pixels in batch:
+        for note in pixels.notes:
+            if note in NAMED_NOTES:
+                job.noted.setdefault(note, []).append(item.key)
 
 
 def encode_rows(batch: list[Image], job: Job, builders: dict[Size, "GroupBuilder"], skips: list[Skip]) -> None:

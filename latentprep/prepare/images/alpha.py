@@ -1,5 +1,6 @@
 """Transparency: what of an image is its colour, what its alpha, and what stands where nothing is seen."""
 
+import numpy as np
 from PIL import Image
 
 from latentprep.prepare.images.pillow import decoding
@@ -15,10 +16,13 @@ def split_alpha(image: Image.Image) -> tuple[Image.Image, Image.Image | None]:
     """
     if image.mode not in ("RGBA", "LA", "PA", "RGBa", "La") and "transparency" not in image.info:
         return image, None
+    if image.mode.startswith("I"):  # 16-bit grey: Pillow's convert would clip it to 255
+        is_seen = np.asarray(image) != image.info["transparency"]
+        return image, None if is_seen.all() else Image.fromarray(is_seen.astype(np.uint8) * 255)
     with decoding():
         if image.mode == "La":
             image = image.convert("LA")  # Pillow turns premultiplied grey into nothing else
-        rgba = image.convert("RGBA")
+        rgba = image if image.mode == "RGBA" else image.convert("RGBA")
         alpha = rgba.getchannel("A")
         color = rgba.convert("RGB")
         if image.mode in ("L", "LA"):

@@ -1,5 +1,6 @@
 """PNG's cICP chunk: a colour space as four code points of ITU-T H.273 -> sRGB. It counts before an ICC profile."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ PRIMARIES = {
 # Table 3: 13 is sRGB's curve; 1, 6, 14 and 15 are BT.709's, which displays show as they show sRGB.
 SRGB_CURVES = (1, 6, 13, 14, 15)
 GAMMAS = {4: 2.2, 5: 2.8, 8: 1.0}
+STEPS = 1 << 18  # of a table from linear light to sRGB: near black a step is an eightieth of a level
+STRIP = 1 << 20  # pixels that are computed at once
 
 
 class Cicp(NamedTuple):
@@ -38,10 +41,21 @@ def apply_cicp(image: Image.Image, cicp: Cicp, notes: list[str]) -> Image.Image:
         return image
     notes.append("cicp_to_srgb")
     levels = np.arange(256) / 255
-    linear = (srgb_to_linear(levels) if isinstance(curve, str) else levels**curve)[np.asarray(image)]
-    to_srgb = np.linalg.inv(rgb_to_xyz(1)) @ rgb_to_xyz(cicp.primaries)
-    seen = linear_to_srgb(np.clip(linear @ to_srgb.T, 0, 1))
-    return Image.fromarray((seen * 255 + 0.5).astype(np.uint8))
+    linear = (srgb_to_linear(levels) if isinstance(curve, str) else levels**curve).astype(np.float32)
+    to_srgb = (np.linalg.inv(rgb_to_xyz(1)) @ rgb_to_xyz(cicp.primaries)).T.astype(np.float32)
+    seen = (linear_to_srgb(np.arange(STEPS) / (STEPS - 1)) * 255 + 0.5).astype(np.uint8)
+    pixels = np.array(image)
+    for rows in strips(pixels):  # in place: three floats of a large image would take gigabytes
+        here = np.clip(linear[rows] @ to_srgb, 0, 1) * (STEPS - 1) + 0.5
+        rows[:] = seen[here.astype(np.int32)]
+    return Image.fromarray(pixels)
+
+
+def strips(pixels: np.ndarray) -> Iterator[np.ndarray]:
+    """Views of an array [H,W,...], one below the other, each of about STRIP pixels."""
+    count = max(1, STRIP // pixels.shape[1])
+    for top in range(0, len(pixels), count):
+        yield pixels[top : top + count]
 
 
 def rgb_to_xyz(primaries: int) -> np.ndarray:

@@ -1,11 +1,12 @@
 """Pixels of any Pillow mode and colour profile -> 8-bit sRGB."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from latentprep.prepare.images.cicp import Cicp, apply_cicp
+from latentprep.prepare.images.cicp import Cicp, apply_cicp, strips
 from latentprep.prepare.images.pillow import DecodeError, decoding
 
 PROFILE_SPACES = {"RGB": "RGB", "L": "GRAY", "CMYK": "CMYK", "LAB": "Lab"}  # mode -> colour space in an ICC header
@@ -33,7 +34,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str], cicp: C
         notes.append("cmyk_without_profile")
     with decoding():
         if image.mode != "LAB":
-            return image.convert("RGB")
+            return image if image.mode == "RGB" else image.convert("RGB")
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     assert converted is not None
@@ -48,14 +49,22 @@ def _to_8_bits(image: Image.Image, notes: list[str]) -> Image.Image:
         if not (low >= 0 and high <= 1):  # also where there are NaNs
             raise DecodeError("unsupported_mode", f"float numbers from {low:g} to {high:g}, expected 0 to 1")
         notes.append("scaled_to_8_bits")
-        return Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+        return in_8_bits(values, lambda floats: floats * 255 + 0.5)
     if image.mode == "I" and image.format not in SIXTEEN_BITS_AS_I:
         lowest, highest = image.getextrema()
         raise DecodeError("unsupported_mode", f"32-bit integers from {lowest} to {highest}, which have no known range")
     if image.mode == "I" or image.mode.startswith("I;16"):
         notes.append("scaled_to_8_bits")
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+        return in_8_bits(np.asarray(image), lambda levels: (levels.astype(np.uint32) + 128) // 257)
     return image
+
+
+def in_8_bits(values: np.ndarray, scale: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+    """An array [H,W] as an "L" image; `scale` gives 0 to 255. By strips, so that a large image is copied but once."""
+    scaled = np.empty(values.shape, np.uint8)
+    for there, here in zip(strips(scaled), strips(values), strict=True):
+        there[:] = scale(here).astype(np.uint8)
+    return Image.fromarray(scaled)
 
 
 def _apply_profile(image: Image.Image, profile: bytes, notes: list[str]) -> Image.Image:

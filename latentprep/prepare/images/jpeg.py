@@ -1,12 +1,25 @@
 """Damage in JPEGs, which libjpeg only warns of: it fills what is missing with grey, and Pillow says nothing."""
 
+import re
+from dataclasses import dataclass
+
 import simplejpeg
 
-from latentprep.prepare.images.pillow import DecodeError
+from latentprep.prepare.images.pillow import DecodeError, max_pixels
 
-MAGIC, SCAN, END = b"\xff\xd8\xff", b"\xff\xda", b"\xff\xd9"
+MAGIC, END = b"\xff\xd8\xff", b"\xff\xd9"
 MAX_SCANS = 100  # a progressive JPEG has about ten; each costs a pass over all pixels, and a few bytes make one
+WHOLE_SCANS = 20  # that an image of --max-megapixels may have; smaller ones may have more, up to MAX_SCANS
+MAX_SEGMENTS = 10_000  # each of them has up to 64 kB; depth maps and long XMP take some hundreds
 NO_END = "Premature end of JPEG file"  # libjpeg's words for a file without an end marker
+
+# Codes of markers, ITU-T T.81, table B.1
+SOI, EOI, SOS, TEM = 0xD8, 0xD9, 0xDA, 0x01
+RESTARTS = range(0xD0, 0xD8)
+FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+PROGRESSIVE = (0xC2, 0xC6, 0xCA, 0xCE)
+MARKER = re.compile(rb"\xff[^\x00\xff]")
+AFTER_SCAN = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")  # in compressed data FF stands before 00 and restarts only
 
 
 def check_jpeg(data: bytes) -> tuple[bytes, str]:
@@ -15,16 +28,77 @@ def check_jpeg(data: bytes) -> tuple[bytes, str]:
     A file that lacks nothing but its end marker gets it. Raises DecodeError if more is missing at its end, and for a
     JPEG of too many scans.
     """
-    scans = data.count(SCAN)
-    if scans > MAX_SCANS:
-        raise DecodeError("too_large", f"a JPEG of {scans:,} scans, expected at most {MAX_SCANS}")
+    outline = read_outline(data)
+    allowed = min(MAX_SCANS, WHOLE_SCANS * max_pixels() // max(1, outline.pixels))
+    if len(outline.scans) > allowed:
+        for_so_many = "" if allowed == MAX_SCANS else f" for {outline.pixels:,} pixels"
+        raise DecodeError(
+            "too_large", f"a JPEG of {len(outline.scans):,} scans, expected at most {allowed:,}{for_so_many}"
+        )
     warning = find_warning(data)
     if not warning.startswith(NO_END):
         return data, warning
     warning = find_warning(data + END)
+    if not warning and not outline.has_all_scans():
+        warning = "no last scan"
     if warning:
         raise DecodeError("truncated", f"the JPEG ends before its pixels do ({warning})")
     return data + END, ""
+
+
+# Components of a scan, and what it sends of their 64 coefficients: the first, the last, the lowest bit (T.81, B.2.3).
+Scan = tuple[tuple[int, ...], int, int, int]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """What a JPEG's headers say."""
+
+    pixels: int
+    components: tuple[int, ...]
+    is_progressive: bool
+    scans: tuple[Scan, ...]
+
+    def has_all_scans(self) -> bool:
+        """Whether every coefficient was sent down to its lowest bit. A file that was cut between two scans has no
+        other sign of it.
+        """
+        sent = set()
+        for components, first, last, low in self.scans:
+            if low == 0 or not self.is_progressive:
+                coefficients = range(first, last + 1) if self.is_progressive else range(64)
+                sent |= {(component, n) for component in components for n in coefficients}
+        return all((component, n) in sent for component in self.components for n in range(64))
+
+
+def read_outline(data: bytes) -> Outline:
+    """The headers up to the end marker: what lies behind it (a phone's video) or within a segment is not looked at.
+
+    Raises DecodeError for more segments than any JPEG has.
+    """
+    pixels, is_progressive = 0, False
+    components: tuple[int, ...] = ()
+    scans: list[Scan] = []
+    here, pattern = len(MAGIC) - 1, MARKER
+    for _ in range(MAX_SEGMENTS):
+        found = pattern.search(data, here)
+        if found is None or data[found.end() - 1] == EOI:
+            return Outline(pixels, components, is_progressive, tuple(scans))
+        code, here, pattern = data[found.end() - 1], found.end(), MARKER
+        if code in (SOI, TEM) or code in RESTARTS:
+            continue
+        length = int.from_bytes(data[here : here + 2], "big")
+        content = data[here + 2 : here + length]
+        here += length
+        if code in FRAMES and len(content) >= 6:
+            pixels = int.from_bytes(content[1:3], "big") * int.from_bytes(content[3:5], "big")
+            components, is_progressive = tuple(content[6 : 6 + 3 * content[5] : 3]), code in PROGRESSIVE
+        elif code == SOS and content:
+            pattern = AFTER_SCAN
+            count = content[0]
+            first, last, bits = (*content[1 + 2 * count : 4 + 2 * count], 0, 0, 0)[:3]
+            scans.append((tuple(content[1 : 1 + 2 * count : 2]), first, last, bits & 15))
+    raise DecodeError("too_large", f"a JPEG of more than {MAX_SEGMENTS:,} segments")
 
 
 def find_warning(data: bytes) -> str:

@@ -23,13 +23,16 @@ from latentprep.prepare.images.pillow import (
     decoding,
     describe,
     find_chunk,
+    max_bytes,
     open_image,
     oriented_size,
     read_orientation,
     read_regular,
 )
+from latentprep.prepare.images.png import check_rows, check_sums, scale_transparency
 from latentprep.prepare.source import new_hash
 from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
+from latentprep.units import human_bytes
 
 TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -41,6 +44,7 @@ TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
     8: Image.Transpose.ROTATE_90,
 }
 LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
+LARGE_BYTES = 128_000_000  # and so is a larger file, whatever its pixels
 DRAFT_MARGIN = 2  # a reduced JPEG still has this many times the pixels that are asked for, each way
 ONE_PICTURE = ("MPO", "PSD", "HEIF", "ICO", "ICNS")  # their further frames are previews, depth maps and layers
 ASPECT_TOLERANCE = 0.02  # between an image and its mask
@@ -77,6 +81,11 @@ class LoadOptions:
         )  # fmt: skip
 
 
+def is_large(item: Item) -> bool:
+    """Whether decoding an item takes so much memory that it is to be decoded alone."""
+    return item.size[0] * item.size[1] > LARGE_PIXELS or item.nbytes > LARGE_BYTES
+
+
 class ImageError(Exception):
     """Our own code failed on an image, which is named: a fault of this program, and no skip."""
 
@@ -90,6 +99,8 @@ def load_pixels(
     the images is not there any more.
     """
     mask_path = options.masks.path_of(item.key) if options.masks is not None else None
+    if mask_path is not None and item.nbytes > 2 * max_bytes():  # the image itself was looked at when it was listed
+        return item.skip("bad_mask", f"{mask_path}: {human_bytes(item.nbytes)} with its image")
     try:
         data = read_regular(options.folder / item.key)
         mask_data = read_regular(mask_path) if mask_path is not None else b""
@@ -130,7 +141,7 @@ def make_pixels(
     rgb, alpha = decode(data, item, placement, options, notes)
     weight = alpha if options.weights == "alpha" else None
     if mask_data is not None:
-        weight = load_mask(mask_data, item.size)
+        weight = load_mask(mask_data, item.size, options.strict, notes)
         notes.append("mask")
     size = placement.resized_size
     part: Box = (0, 0, *size)
@@ -177,15 +188,8 @@ def decode(
 
     At its own size, but for a JPEG that was reduced: that has its placement's.
     """
-    if data.startswith(JPEG_MAGIC):
-        data, warning = check_jpeg(data)
-        if warning and options.strict:
-            raise DecodeError("damaged", warning)
-        notes += ["damaged"] if warning else []
+    data = check_file(data, options.strict, notes)
     with open_image(io.BytesIO(data)) as image:
-        if image.format == "PNG":  # checksums: Pillow decodes a damaged PNG to black rows, silently
-            with decoding():
-                Image.open(io.BytesIO(data), formats=("PNG",)).verify()
         size, (width, height), orientation = oriented_size(image), image.size, read_orientation(image)
         if size != item.size:
             raise DecodeError(
@@ -198,11 +202,10 @@ def decode(
                 raise DecodeError("animated", f"a {image.format} of several frames, and --animated skip")
             notes.append("first_frame")
         lying = placement.resized_size if orientation < 5 else placement.resized_size[::-1]  # as the file has it
-        with decoding():
-            image.seek(0)
+        with decoding():  # no seek(0): the first frame is there, and Pillow has none of that number in a PSD
             has_more_bits = keeps_high_byte(image)
             divisor = draft(image, lying, options)
-            image.load()
+        load_rows(image, data)
         notes += ["high_byte"] if has_more_bits else []
         color, alpha = split_alpha(image)
         cicp = read_cicp(find_chunk(data, b"cICP")) if image.format == "PNG" else None
@@ -217,6 +220,27 @@ def decode(
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None
     return rgb, alpha
+
+
+def check_file(data: bytes, strict: bool, notes: list[str]) -> bytes:
+    """The bytes of an image file, a JPEG's with its end marker. Raises DecodeError for damage that can be told."""
+    if data.startswith(JPEG_MAGIC):
+        data, warning = check_jpeg(data)
+        if warning and strict:
+            raise DecodeError("damaged", warning)
+        notes += ["damaged"] if warning else []
+    return data
+
+
+def load_rows(image: Image.Image, data: bytes) -> None:
+    """Decode the pixels of an opened image. Raises DecodeError, also for a PNG that Pillow fills up with black."""
+    if image.format == "PNG":
+        check_sums(data)
+    with decoding():
+        image.load()
+    if image.format == "PNG":
+        check_rows(data, image)
+        scale_transparency(data, image)
 
 
 def keeps_high_byte(image: Image.Image) -> bool:
@@ -240,20 +264,20 @@ def draft(image: Image.Image, size: Size, options: LoadOptions) -> int:
     return next(divisor for divisor in (1, 2, 4, 8) if -(-full // divisor) == image.width)
 
 
-def load_mask(data: bytes, size: Size) -> Image.Image:
+def load_mask(data: bytes, size: Size, strict: bool, notes: list[str]) -> Image.Image:
     """A mask as an upright "L" image: its alpha if it has some, else its brightness. Raises DecodeError "bad_mask"."""
     try:
+        data = check_file(data, strict, notes)
         with open_image(io.BytesIO(data)) as image:
             found, orientation = oriented_size(image), read_orientation(image)
-            with decoding():
-                image.load()
+            if abs(found[0] * size[1] / (found[1] * size[0]) - 1) > ASPECT_TOLERANCE:
+                shapes = f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}"
+                raise DecodeError("bad_mask", f"{shapes}: not the same shape")
+            load_rows(image, data)
             color, alpha = split_alpha(image)
             mask = alpha if alpha is not None else to_srgb(color, None, []).convert("L")
     except DecodeError as error:
         raise DecodeError("bad_mask", error.detail) from error
-    if abs(found[0] * size[1] / (found[1] * size[0]) - 1) > ASPECT_TOLERANCE:
-        shapes = f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}"
-        raise DecodeError("bad_mask", f"{shapes}: not the same shape")
     return mask.transpose(TRANSPOSE[orientation]) if orientation in TRANSPOSE else mask
 
 

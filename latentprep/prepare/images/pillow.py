@@ -3,6 +3,7 @@
 Only what Pillow raises is the fault of an image: its calls stand inside `decoding()`, and our own code outside.
 """
 
+import logging
 import os
 import stat
 import struct
@@ -12,7 +13,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
@@ -24,7 +25,12 @@ WITH_A_PLUGIN = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": ""}  
 DECODERS = ("pillow", "pillow-heif", "simplejpeg")  # packages that decide whether a file can be decoded
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 100_000  # of a PNG: Pillow takes 30 seconds for a million; 12,000 are usual in one of 100 MB
-MAX_QOI_PIXELS = 4_000_000  # Pillow decodes QOI in Python: 6 million pixels a second
+MAX_CHUNK = 64_000_000  # bytes of one that holds no pixels; Pillow keeps several copies
+PIXEL_CHUNKS = (b"IDAT", b"fdAT")
+MAX_READS = 1_000_000  # of a file's headers: Pillow reads them piece by piece in Python, a million a second at best
+MAX_PYTHON_PIXELS = 4_000_000  # of formats that Pillow decodes in Python: half a million to 6 million a second
+MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA, stored as it is
+FAST_DECODERS = ("SGI16",)  # those that are Python in name only
 
 
 class DecodeError(Exception):
@@ -46,7 +52,7 @@ def decoding() -> Iterator[None]:
     except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DecodeError("not_an_image", describe(error)) from error
+        raise DecodeError("not_an_image", "no image format that Pillow knows") from error  # its words hold an address
     except Image.DecompressionBombError as error:
         raise DecodeError("too_large", f"{str(error).partition(',')[0]} (--max-megapixels)") from error
     except Exception as error:
@@ -74,6 +80,7 @@ def formats() -> tuple[str, ...]:
     """The formats that Pillow may open: its own, and HEIF if pillow-heif is installed."""
     Image.preinit()
     Image.init()
+    logging.getLogger("PIL").addHandler(logging.NullHandler())  # it logs to the terminal what it then raises
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -123,32 +130,73 @@ def open_regular(path: Path) -> IO[bytes]:
         raise
 
 
+def max_bytes() -> int:
+    """The largest file that is read: one of limit_pixels' pixels, stored as they are."""
+    return max_pixels() * MAX_BYTES_PER_PIXEL
+
+
 def read_regular(path: Path) -> bytes:
-    """All bytes of a regular file. Raises OSError like open_regular."""
+    """All bytes of a regular file; of one that is larger than max_bytes, no more than shows that. Raises OSError like
+    open_regular.
+    """
     with open_regular(path) as file:
-        return file.read()
+        return file.read(max_bytes() + 1)
+
+
+class CountedFile:
+    """A file that is read at most MAX_READS times: then it raises DecodeError. Everything else is the file's own.
+
+    Many formats are lists of pieces of a few bytes, and Pillow takes a step in Python for each.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self._left = MAX_READS
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise DecodeError("too_large", f"a file of more than {MAX_READS:,} pieces")
+
+    def read(self, size: int = -1) -> bytes:
+        self._count()
+        return self._file.read(size)
+
+    def readline(self, size: int = -1) -> bytes:
+        self._count()
+        return self._file.readline(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def open_image(file: IO[bytes]) -> Image.Image:
     """An image by its header; nothing is decoded. Raises DecodeError, also for one that takes no end of time or memory.
 
-    Bounds beyond --max-megapixels: the chunks of a PNG, the pixels of a QOI, and those of a TIFF's tiles and strips.
+    Bounds beyond --max-megapixels: the chunks of a PNG, the pieces of any file, the pixels of formats that Pillow
+    decodes in Python, and those of a TIFF's tiles and strips.
     """
     if file.read(len(PNG_MAGIC)) == PNG_MAGIC:
         check_chunks(file)
     file.seek(0)
     with decoding():
-        image = Image.open(file, formats=formats())
-    pixels, limit = image.width * image.height, max_pixels()
-    if image.format == "QOI":
-        limit = min(limit, MAX_QOI_PIXELS)
+        image = Image.open(cast("IO[bytes]", CountedFile(file)), formats=formats())
+    pixels, limit, why = image.width * image.height, max_pixels(), "--max-megapixels"
+    if is_slow(image):
+        limit, why = min(limit, MAX_PYTHON_PIXELS), "Pillow decodes it in Python: make it a PNG"
     elif image.format == "TIFF":
         with decoding():
             pixels = max(pixels, largest_tile(image))
     if pixels > limit:
         what = "a tile or strip of " if pixels > image.width * image.height else ""
-        raise DecodeError("too_large", f"{what}{pixels:,} pixels, {image.format} may have {limit:,} (--max-megapixels)")
+        raise DecodeError("too_large", f"{what}{pixels:,} pixels, {image.format} may have {limit:,} ({why})")
     return image
+
+
+def is_slow(image: Image.Image) -> bool:
+    """Whether the pixels of an opened image are decoded by Python code of Pillow's."""
+    codecs = {str(tile[0]) for tile in getattr(image, "tile", ())}
+    return not codecs.isdisjoint(Image.DECODERS.keys() - set(FAST_DECODERS))
 
 
 def largest_tile(image: Image.Image) -> int:
@@ -173,10 +221,12 @@ def list_chunks(file: IO[bytes]) -> Iterator[tuple[bytes, int]]:
 
 
 def check_chunks(file: IO[bytes]) -> None:
-    """Raise DecodeError for a PNG of too many chunks: Pillow keeps a Python object for each."""
-    for number, _ in enumerate(list_chunks(file)):
+    """Raise DecodeError for a PNG of too many chunks, since Pillow keeps a Python object for each, or of huge ones."""
+    for number, (name, length) in enumerate(list_chunks(file)):
         if number >= MAX_CHUNKS:
             raise DecodeError("too_large", f"a PNG of more than {MAX_CHUNKS:,} chunks")
+        if name not in PIXEL_CHUNKS and length > MAX_CHUNK:
+            raise DecodeError("too_large", f"a PNG chunk {name!r} of {length:,} bytes, expected at most {MAX_CHUNK:,}")
 
 
 def find_chunk(data: bytes, wanted: bytes) -> bytes | None:
