@@ -5,6 +5,7 @@ setting outside the weights (CLIP skip, another encoder behind the same function
 """
 
 import hashlib
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
@@ -31,13 +32,13 @@ DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "b
 HALVES = (torch.float16, torch.bfloat16)
 
 PROBE_SIDE = 64  # pixels
-# two windows of CLIP, a comma at the end of the first, and weights: what a web UI's settings change shows here
-PROBE_PROMPT = "(masterpiece:1.5), [sketch], a photo of a cat, " + ", ".join(f"tag number {n}" for n in range(30))
+# two windows of CLIP, with commas and weights: a changed setting of the web UI changes what becomes of these
+SHORT_PROMPT = "(masterpiece:1.5), [sketch], a photo of a cat"  # for pipelines, which cut at one window
+PROBE_PROMPT = f"{SHORT_PROMPT}, " + ", ".join(f"tag number {n}" for n in range(30))
 BATCH = 32  # prompts that a pipeline encodes at once
 NUM_PROBED = 8  # numbers that are kept of what a probe gives
-# How far two probes of one model may be apart, of their size: other devices and precisions stay below 0.015, CLIP skip
-# and other encoders are above 0.2.
-SAME = 0.03
+# Largest relative distance of two probes of one model, by the dtype it computes in: that of rounding on other devices
+SAME = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.03}
 
 
 class LiveVae(VaeEncoder):
@@ -54,13 +55,14 @@ class LiveVae(VaeEncoder):
             return self.live
         return self.live.in_float32() if isinstance(self.live, FirstStage) else deepcopy(self.live).to(dtype)
 
-    @torch.no_grad()  # and not inference_mode: what a model keeps of this run may have to train later
+    @torch.no_grad()  # and not inference_mode: a tensor that the model caches could not be trained later
     def encode(self, pixels: np.ndarray) -> Posterior:
         return self._encode_in_parts(pixels)
 
     def facts(self, version: str) -> VaeFacts:
         """What a plan must know. Runs the VAE on one small image. Raises UserError if that gives no finite latents."""
-        posterior = self.encode(probe_image())
+        with one_seed(self.device):
+            posterior = self.encode(probe_image())
         mean = posterior.mean
         if not (mean.isfinite().all() and posterior.std.isfinite().all()):
             raise UserError("model: gives no finite latents for a plain image. Is it loaded rightly?")
@@ -71,8 +73,9 @@ class LiveVae(VaeEncoder):
             numbers = {**read_numbers(self.live.config, "VAE"), "force_upcast": False}
             weights = self.live
         hashed = hash_weights([weights] if isinstance(weights, torch.nn.Module) else [], of_vae=True)
-        known = [hashed, numbers["normalization"].to_json(), numbers["factor"], version]
-        return VaeFacts(fingerprint(known, torch.cat([mean, posterior.std], dim=1)), **numbers)
+        tiles = tiling_of(self.live) if not isinstance(self.live, FirstStage) else None
+        known = [hashed, numbers["normalization"].to_json(), numbers["factor"], tiles]
+        return VaeFacts(fingerprint(known, version, torch.cat([mean, posterior.std], dim=1)), **numbers)
 
 
 class FirstStage:
@@ -123,7 +126,7 @@ class FirstStageInFloat32(FirstStage):
 
     @contextmanager
     def _float32(self) -> Iterator[None]:
-        """16 bits fit into 32: what they were comes back to the last bit."""
+        """Weights are float32 inside the block; afterwards their exact 16-bit values are back."""
         before = [(tensor, tensor.dtype) for tensor in tensors_of(self.module) if tensor.is_floating_point()]
         try:
             for tensor, _ in before:
@@ -175,10 +178,16 @@ class LiveText(TextEncoder):
     of the longest. So each prompt has its own number of tokens.
     """
 
-    def __init__(self, cond_model: Any, device: torch.device, autocast: Autocast) -> None:
-        self.cond_model, self.device, self.autocast = cond_model, device, autocast
+    def __init__(
+        self, cond_model: Any, device: torch.device, autocast: Autocast, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """`check` is called between prompts; what it raises ends the encoding."""
+        self.cond_model, self.device, self.autocast, self.check = cond_model, device, autocast, check
         self.is_pipeline = hasattr(cond_model, "encode_prompt")
+        if self.is_pipeline:
+            check_pipeline(cond_model)
         self.max_tokens = None
+        self.dtype = torch.float32  # of what it gives
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> Conds:
@@ -188,31 +197,60 @@ class LiveText(TextEncoder):
         return {"prompt_embeds": torch.cat([part["prompt_embeds"] for part in parts])}
 
     def _encode_batch(self, prompts: list[str]) -> dict[str, Tensor]:
+        self.check()
         result = self.cond_model.encode_prompt(
             prompt=prompts, device=self.device, num_images_per_prompt=1, do_classifier_free_guidance=False
         )[0]
+        self.dtype = result.dtype
         return {"prompt_embeds": result.float().cpu()}
 
     def _encode_one(self, prompt: str) -> Tensor:
         """[T,D] float32."""
+        self.check()
         with self.autocast():
             result = self.cond_model([prompt])
         if not isinstance(result, Tensor) or result.ndim != 3 or len(result) != 1 or 0 in result.shape:
-            found = f"a tensor {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
-            raise UserError(f"cond_model: gave {found} for 1 prompt, expected a tensor [1,T,D].")
+            kind = f"a tensor {list(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+            raise UserError(f"cond_model: gave {kind} for 1 prompt, expected a tensor [1,T,D].")
+        self.dtype = result.dtype
         return result[0].float().cpu()
 
     def count_tokens(self, prompts: list[str]) -> None:
-        """A callable does not tell."""
+        """None: a callable does not report its tokens."""
 
     def facts(self, version: str) -> TextFacts:
         """What a plan must know; the sizes are a guess, by which shards are cut. Runs it on one prompt."""
-        cond = self.encode([PROBE_PROMPT])["prompt_embeds"][0]
+        with one_seed(self.device):
+            cond = self.encode([SHORT_PROMPT if self.is_pipeline else PROBE_PROMPT])["prompt_embeds"][0]
         if not cond.isfinite().all():
             raise UserError("cond_model: gives numbers that are not finite for a plain prompt. Is it loaded rightly?")
-        known = [hash_weights(text_modules(self.cond_model)), list(cond.shape), self.is_pipeline, version]
-        digest = fingerprint(known, cond)
+        known = [hash_weights(text_modules(self.cond_model)), list(cond.shape), self.is_pipeline]
+        digest = fingerprint(known, version, cond)
         return TextFacts(digest, FAMILIES[0], window=77, num_layers=12, width=cond.shape[-1], pooled=0)
+
+
+@contextmanager
+def one_seed(device: torch.device) -> Iterator[None]:
+    """The same random numbers each time, for a model that draws; those of the caller go on undisturbed."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(0)
+        yield
+
+
+def check_pipeline(pipeline: Any) -> None:
+    """Raise UserError unless a pipeline makes cond as those of Stable Diffusion 1 and 2 do: one tensor of a prompt."""
+    names = inspect.signature(pipeline.encode_prompt).parameters
+    wanted = {"prompt", "device", "num_images_per_prompt", "do_classifier_free_guidance"}
+    if not wanted <= names.keys() or "prompt_2" in names:
+        raise UserError(
+            f"cond_model: a {type(pipeline).__name__}, expected a pipeline of Stable Diffusion 1 or 2, or a callable "
+            "from prompts to [B,T,D]. For other models, encode with latentprep encode."
+        )
+
+
+def tiling_of(vae: Any) -> Any:
+    """How a diffusers VAE cuts large images into tiles, which a probe is too small to show; None if it does not."""
+    return vae.tile_sample_min_size if getattr(vae, "use_tiling", False) else None
 
 
 def probe_image() -> np.ndarray:
@@ -221,54 +259,66 @@ def probe_image() -> np.ndarray:
     return ((2 * x + 3 * y + 60 * c + 90 * ((x // 16 + y // 16) % 2) + (x * y * 7) % 13) % 256).astype(np.uint8)[None]
 
 
-def fingerprint(known: list[Any], probed: Tensor) -> str:
-    """A digest of what is known of a model, a dot, and NUM_PROBED float32 numbers that what it gave decides.
+def fingerprint(known: list[Any], version: str, probed: Tensor) -> str:
+    """Digests of what is known of a model and of the caller's version, and NUM_PROBED float32 sums of its output.
 
-    Each number is the sum of all that it gave, with signs that look random: so a change anywhere moves all of them, by
-    as much, of their size, as it changes the whole (Johnson and Lindenstrauss, 1984).
+    Each sum takes all of the output, with signs that look random: so a change anywhere moves all sums, by about the
+    same share of their size as it changes the whole (Johnson and Lindenstrauss, 1984).
     """
     values = probed.double().flatten().numpy()
     places = np.arange(len(values))
     signs = [1 - 2 * (mix(0, n, places) >> np.uint64(63)).astype(np.float64) for n in range(NUM_PROBED)]
     numbers = np.array([(values * sign).sum() for sign in signs], "<f4") / np.float32(len(values) ** 0.5)
-    return f"{digest_of(known)[:16]}.{numbers.astype('<f4').tobytes().hex()}"
+    return f"{digest_of(known)[:16]}.{digest_of(version)[:8]}.{numbers.astype('<f4').tobytes().hex()}"
 
 
-def recognize(digest: str, known: Iterable[str | None]) -> str:
+def recognize(digest: str, known: Iterable[str | None], dtype: torch.dtype | None) -> str:
     """The one of the known fingerprints that is of the same model, or else the fingerprint itself."""
     for other in known:
-        if other is not None and is_same(digest, other):
+        if isinstance(other, str) and is_same(digest, other, dtype):
             return other
     return digest
 
 
-def is_same(one: str, other: str) -> bool:
-    """Whether two fingerprints may be of one model on two devices."""
-    (name, _, numbers), (other_name, _, other_numbers) = one.partition("."), other.partition(".")
+def is_other_version(one: str, other: str, dtype: torch.dtype | None) -> bool:
+    """Whether two fingerprints differ by the caller's version alone."""
+    parts, other_parts = one.split("."), other.split(".")
+    if len(parts) != 3 or len(other_parts) != 3 or parts[1] == other_parts[1]:
+        return False
+    return is_same(one, ".".join([other_parts[0], parts[1], other_parts[2]]), dtype)
+
+
+def is_same(one: str, other: str, dtype: torch.dtype | None = None) -> bool:
+    """Whether two fingerprints may be of one model, which computes in a dtype, on two devices."""
+    (name, _, numbers), (other_name, _, other_numbers) = one.rpartition("."), other.rpartition(".")
     if name != other_name or len(numbers) != len(other_numbers):
         return False
     try:
         a, b = (np.frombuffer(bytes.fromhex(text), "<f4").astype(np.float64) for text in (numbers, other_numbers))
     except ValueError:
         return False
-    return float(np.linalg.norm(a - b)) <= SAME * float(np.linalg.norm(b))
+    return float(np.linalg.norm(a - b)) <= SAME.get(dtype or torch.float32, 0.0) * float(np.linalg.norm(b))
 
 
 def hash_weights(modules: list[torch.nn.Module], of_vae: bool = False) -> list[Any]:
     """Names, shapes and hashes of the weights; of a VAE only those of its encoder, where they have the usual names."""
-    found = []
+    hashes = []
     for module in modules:
         state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
         if of_vae and any(name.startswith(ENCODER_PARTS) for name in state):
             state = {name: value for name, value in state.items() if name.startswith(ENCODER_PARTS)}
         for name, value in sorted(state.items()):
             data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            found.append([name, list(value.shape), hashlib.blake2b(data).hexdigest()])
-    return found
+            hashes.append([name, list(value.shape), hashlib.blake2b(data).hexdigest()])
+    return hashes
 
 
 def text_modules(cond_model: Any) -> list[torch.nn.Module]:
-    """What of a conditioner has weights: itself, or the text encoders of a pipeline. A function shows none."""
+    """What of a conditioner has weights: itself, what it is a method of, or the text encoders of a pipeline.
+
+    A function shows none.
+    """
+    cond_model = getattr(cond_model, "__self__", cond_model)
     if isinstance(cond_model, torch.nn.Module):
         return [cond_model]
     components = getattr(cond_model, "components", None)

@@ -3,21 +3,21 @@
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 
-from latentprep.cache.leftovers import find_leftovers
 from latentprep.cache.lock import hold
-from latentprep.cache.manifest import Manifest, find_manifest
+from latentprep.cache.manifest import Manifest, find_manifest, open_manifest
+from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME, open_latents, open_partial
 from latentprep.cache.storage import Storage
-from latentprep.config import EncodeOptions
+from latentprep.config import EncodeOptions, recipe_changes
 from latentprep.errors import UserError
-from latentprep.live import Autocast, LiveText, LiveVae, recognize
+from latentprep.live import Autocast, LiveText, LiveVae, is_other_version, recognize
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
-from latentprep.prepare.survey import prepare
+from latentprep.prepare.survey import check_paths, prepare
 from latentprep.records import is_flipped
 from latentprep.units import counted
 
@@ -25,12 +25,16 @@ Interrupted = Callable[[], bool]
 
 # what an option of the command line is called here
 KEYWORDS = {
-    "--out": "cache=", "--allow-gone": "allow_gone=True", "--overwrite": "overwrite=True",
-    "--store-dtype": "store_dtype=", "--template": "template_file=", "--placeholder": "placeholder_token=",
-    "--word-regex": "filename_word_regex=", "--width": "width=", "--height": "height=", "--model": "model:",
-    "SOURCE": "data_root",
+    "--out": "cache", "--allow-gone": "allow_gone=True", "--overwrite": "overwrite=True",
+    "--store-dtype": "store_dtype", "--template": "template_file", "--placeholder": "placeholder_token",
+    "--word-regex": "filename_word_regex", "--width": "width", "--height": "height", "--model": "cond_model",
+    "--flip": "flip_p", "--dtype": "the model's dtype", "SOURCE": "data_root",
 }  # fmt: skip
-OPTION = re.compile(rf"(?<![\w-])(?:{'|'.join(KEYWORDS)})(?![\w-])")
+OPTION = re.compile(rf"(?<![\w/.-])(?:{'|'.join(KEYWORDS)})(?![\w/-]|\.\w)")
+
+
+class Stopped(KeyboardInterrupt):
+    """The caller asked for a stop: the engine keeps what is done, as it does after Ctrl-C."""
 
 
 def update_cache(
@@ -41,70 +45,148 @@ def update_cache(
     version: str,
     interrupted: Interrupted | None,
 ) -> None:
-    """Encode what is new or has changed."""
+    """Encode what is new or has changed. Raises UserError."""
     if options.text.include_cond and cond_model is None:
         raise UserError("include_cond=True: give cond_model=, a pipeline or a callable from prompts to [B,T,D].")
-    storage = Storage(options.out)
-    text = LiveText(cond_model, vae.device, autocast) if options.text.include_cond else None
-    # the caller's autocast is for models of the ancestor's kind, and changes nothing else
-    with torch.autocast(vae.device.type, enabled=False), hold(storage):
-        known = None if options.overwrite else find_manifest(storage)
-        options = replace(options, flip=options.flip or (known is not None and has_flips(known)))
-        prepared = prepare(options, lambda line: None, find_models(storage, known, vae, text, version))
-        if prepared.is_done:
-            return
-        print("Preparing dataset...")
+
+    def check() -> None:
         try:
-            outcome = encode(prepared, lambda total, stage: make_bar(total, stage, interrupted))
-        except KeyboardInterrupt:
-            if interrupted is None or not interrupted():
-                raise
+            is_stopped = interrupted is not None and interrupted()
+        except Exception as error:  # the caller's own: it may raise anything
+            raise UserError(f"interrupted: raised {type(error).__name__}: {error}.") from error
+        if is_stopped:
+            raise Stopped
+
+    storage = Storage(options.out)
+    # the caller's autocast is for models of the ancestor's kind, and changes nothing else
+    with torch.autocast(vae.device.type, enabled=False):
+        check_paths(options, print)
+        options = keep_what_is_there(options, storage, cond_model)
+        text = LiveText(cond_model, vae.device, autocast, check) if options.text.include_cond else None
+        try:
+            models, options = find_models(options, storage, vae, text, version)
+            if prepare(options, ignore, models).is_done:
+                return
+            with hold(storage):
+                prepared = prepare(options, ignore, models)  # what another process has done meanwhile counts
+                print("Preparing dataset...")
+                outcome = encode(prepared, lambda total, stage: make_bar(total, stage, check))
+        except Stopped:
             raise UserError("interrupted: what is encoded stays, and the next start goes on from there.") from None
-        if outcome.failures:
-            raise UserError(f"{options.source}: {'; '.join(outcome.failures)}")
-        if outcome.skips:
-            print(f"{counted(len(outcome.skips), 'image')} skipped: {storage.locate('skipped.jsonl')} says why")
+    if outcome.failures:
+        raise UserError(f"{options.source}: {'; '.join(outcome.failures)}")
+    if outcome.skips:
+        print(f"{counted(len(outcome.skips), 'image')} skipped: {storage.locate('skipped.jsonl')} says why")
 
 
-def find_models(storage: Storage, known: Manifest | None, vae: LiveVae, text: LiveText | None, version: str) -> Models:
-    """The models for a run, under the names by which the cache, finished or not, knows them."""
-    names: list[str | None] = [known.recipe["latents"]["vae"]] if known is not None else []
-    names += [leftover.recipe["vae"] for leftover in find_leftovers(storage, known).values()]
+def ignore(line: str) -> None:
+    """What `latentprep encode` would say."""
+
+
+def check_without_models(options: EncodeOptions) -> None:
+    """Raise UserError if a cache was made with other settings than these, which no model is there to make."""
+    if not options.source.is_dir():
+        raise UserError(f"data_root {options.source}: no such folder.")
+    recipe = open_manifest(Storage(options.out)).recipe
+    geometry = {name: value for name, value in asdict(options.geometry).items() if value is not None}
+    if options.geometry.size is not None:
+        geometry["size"] = list(options.geometry.size)
+    lines = options.text.template
+    asked = {
+        "geometry": geometry, "template": list(lines) if lines is not None else None,
+        "placeholder": options.text.placeholder,
+    }  # fmt: skip
+    made = {
+        "geometry": recipe["latents"]["geometry"],
+        **{name: recipe["text"][name] for name in ("template", "placeholder")},
+    }
+    changes = list(recipe_changes(made, asked))
+    if changes:
+        raise UserError(
+            f"{options.out}: was made otherwise ({'; '.join(changes)}; cache -> asked). Give model= to make it anew."
+        )
+
+
+def keep_what_is_there(options: EncodeOptions, storage: Storage, cond_model: Any) -> EncodeOptions:
+    """The options with the mirrored views and the cond that a cache has, if this start asks for none."""
+    if options.overwrite:
+        return options
+    manifest = find_manifest(storage)
+    text = options.text
+    if not text.include_cond and manifest is not None and manifest.uncond_file is not None:
+        if cond_model is not None:
+            text = replace(text, include_cond=True)
+        else:
+            print(f"{options.out}: its cond is dropped, since there is no cond_model to keep it up to date")
+    has_flips = any(is_flipped(view) for recipe in list_recipes(storage, manifest) for view in recipe["views"])
+    return replace(options, text=text, flip=options.flip or has_flips)
+
+
+def find_models(
+    options: EncodeOptions, storage: Storage, vae: LiveVae, text: LiveText | None, version: str
+) -> tuple[Models, EncodeOptions]:
+    """The models for a run, under the names by which the cache, finished or not, knows them. Runs each once.
+
+    Another version of the caller's asks to start anew.
+    """
+    manifest = find_manifest(storage) if not options.overwrite else None
     facts = vae.facts(version)
+    if not options.overwrite:
+        names = [recipe["vae"] for recipe in list_recipes(storage, manifest)]
+        facts = replace(facts, digest=recognize(facts.digest, names, vae.dtype))
+        if facts.digest not in names and any(is_other_version(facts.digest, name, vae.dtype) for name in names):
+            options = replace(options, overwrite=True)
     text_facts = text.facts(version) if text is not None else None
-    if text_facts is not None and known is not None:
-        before = known.recipe["text"]["text_encoder"]
-        text_facts = replace(text_facts, digest=recognize(text_facts.digest, [before]))
-    return Models(
-        replace(facts, digest=recognize(facts.digest, names)),
+    if text is not None and text_facts is not None and manifest is not None:
+        before = manifest.recipe["text"]["text_encoder"]
+        text_facts = replace(text_facts, digest=recognize(text_facts.digest, [before], text.dtype))
+    models = Models(
+        facts,
         text_facts,
         patch=1,
         is_upcast=False,
         make_vae=lambda device, dtype: vae,
         make_text=(lambda device, dtype: text) if text is not None else None,
     )
+    return models, options
 
 
-def has_flips(manifest: Manifest) -> bool:
-    return any(map(is_flipped, manifest.latent["views"]))
+def list_recipes(storage: Storage, manifest: Manifest | None) -> list[dict[str, Any]]:
+    """The latents recipes of a cache; of one that is not finished, those of its files."""
+    if manifest is not None:
+        return [manifest.recipe["latents"]]
+    recipes = []
+    for name in storage.names(FOLDER):
+        try:
+            if match := PARTIAL_NAME.fullmatch(name):
+                metadata = open_partial(storage, match[1])[0]
+            elif (match := SHARD_NAME.fullmatch(name)) and not match[2]:
+                metadata = open_latents(storage, match[1]).metadata
+            else:
+                continue
+        except (FileNotFoundError, UserError):
+            continue  # prepare says what is to be said of it
+        recipe = metadata.get("recipe")
+        if isinstance(recipe, dict) and isinstance(recipe.get("vae"), str) and isinstance(recipe.get("views"), list):
+            recipes.append(recipe)
+    return recipes
 
 
-def make_bar(total: int, stage: str, interrupted: Interrupted | None) -> Any:
-    """A progress bar that asks `interrupted` at every step, and raises KeyboardInterrupt once it says so."""
+def make_bar(total: int, stage: str, check: Callable[[], None]) -> Any:
+    """A progress bar that calls `check` at every step."""
     from tqdm import tqdm
 
     class Bar(tqdm):  # type: ignore[type-arg]
         def update(self, n: float | None = 1) -> bool | None:
             done: bool | None = super().update(n)
-            if interrupted is not None and interrupted():
-                raise KeyboardInterrupt
+            check()
             return done
 
     return Bar(total=total, desc=stage, unit="img", disable=not total)
 
 
 @contextmanager
-def words_of_python() -> Iterator[None]:
+def keywords_for_options() -> Iterator[None]:
     """Errors that name options of the command line name the keywords of PersonalizedBase instead."""
     try:
         yield

@@ -6,7 +6,7 @@ the second start on only what is new. What is different from the ancestor stands
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from secrets import randbits
@@ -20,10 +20,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from latentprep.config import EncodeOptions, Geometry, ImageOptions, TextOptions
 from latentprep.errors import UserError
 from latentprep.live import DTYPES, make_live_vae
-from latentprep.live_encode import Interrupted, update_cache, words_of_python
-from latentprep.prompts import load_template
+from latentprep.live_encode import Interrupted, check_without_models, keywords_for_options, update_cache
+from latentprep.prompts import load_template, vary_tags
 from latentprep.read.counters import check_int, mix
-from latentprep.read.dataset import LatentDataset
+from latentprep.read.dataset import SAMPLING_METHODS, LatentDataset
 from latentprep.read.sampler import BucketBatchSampler
 
 
@@ -54,8 +54,11 @@ class DatasetEntry:
     weight: Tensor | None = None  # [C,h,w], minimum 0 and mean 1
 
 
-class Planned(list[int]):
-    """The indices of a batch of PersonalizedDataLoader: its epoch decides the draws. Other lists draw afresh."""
+class EpochIndices(list[int]):
+    """The indices of a batch of PersonalizedDataLoader, whose epoch decides the draws.
+
+    Any other list of indices gets new draws at each call.
+    """
 
     def __init__(self, indices: list[int], epoch: int) -> None:
         super().__init__(indices)
@@ -70,19 +73,23 @@ class PersonalizedBase(Dataset[DatasetEntry]):
 
     repeats: "number of times to repeat the dataset per epoch", each time with draws, tags and a flip of its own.
     flip_p: "probability of random horizontal flip", 0..1. The ancestor took both and forgot them: in effect it trained
-    with repeats=1, flip_p=0, and passing these gives its numbers.
+    with repeats=1, flip_p=0. Pass these to have its numbers.
 
     model: a diffusers AutoencoderKL, a pipeline that has one, or the ancestor's kind of object (encode_first_stage and
-    get_first_stage_encoding), in half precision under autocast as there. cond_model: a pipeline, or a callable from a
-    list of prompts to [B,T,D], which is called with one prompt at a time. At every start each is probed with one small
-    image or prompt, so that another one is noticed, or another CLIP skip. `version`: any text that you change to have
-    everything encoded again. Either model may be left out once the cache is there and nothing has changed.
+    get_first_stage_encoding), in half precision under autocast as there. cond_model: a pipeline of Stable Diffusion 1
+    or 2, or a callable from a list of prompts to [B,T,D], which is called with one prompt at a time. At every start
+    their weights are hashed, if they show any, and each is run on one small image or prompt, so that a different model
+    or CLIP skip is noticed: another VAE is refused, another text encoder makes its cond anew. Not noticed is a change
+    of less than a hundredth in a function that shows no weights, and one that only other prompts show, such as a new
+    embedding: change `version`, any text, to have everything encoded again. Either model may be left out once the cache
+    is there and nothing has changed.
 
     cache: where the cache goes, by default beside the folder, in a name that holds the size. store_dtype: float16,
     bfloat16 or float32, of the stored latents. overwrite, allow_gone: as in `latentprep encode`. interrupted: called
-    between images while they are encoded; once it gives True the encoding ends with a UserError, and the next start
-    goes on from there. seed: what order and draws start from; without it they differ from start to start. Each image
-    keeps the line of the template that it has: the seed, or 0, chooses it. Raises UserError.
+    between images and prompts while they are encoded; once it gives True the encoding ends with a UserError, and the
+    next start goes on from there. seed: what order and draws start from; without it they differ from start to start.
+    The line of the template that an image takes depends on the seed only (0 without one). Of several processes, one is
+    to start first, and make the cache. Raises UserError.
 
     Attributes: length, which is images times repeats; batch_size and gradient_step, clamped to it;
     latent_sampling_method; dataset, an entry for each image; image_paths; groups, the indices of each size of image.
@@ -121,33 +128,56 @@ class PersonalizedBase(Dataset[DatasetEntry]):
     ) -> None:
         if not str(data_root or ""):
             raise UserError("data_root: is empty, expected a folder of images.")
+        if cache is not None and not (isinstance(cache, Path) or (isinstance(cache, str) and cache)):
+            raise UserError(f"cache={cache!r}: expected a folder or a URL.")
+        width, height = check_int("width", width, 1), check_int("height", height, 1)
+        batch_size, gradient_step = check_int("batch_size", batch_size, 1), check_int("gradient_step", gradient_step, 1)
+        repeats = check_int("repeats", repeats, 1)
+        flip_p, tag_drop_out = check_share("flip_p", flip_p), check_share("tag_drop_out", tag_drop_out)
+        for name, flag in (
+            ("include_cond", include_cond), ("shuffle_tags", shuffle_tags), ("varsize", varsize),
+            ("use_weight", use_weight), ("overwrite", overwrite), ("allow_gone", allow_gone),
+        ):  # fmt: skip
+            check_kind(name, flag, (bool, np.bool_), "True or False")
+        for name, text in (("placeholder_token", placeholder_token), ("version", version)):
+            check_kind(name, text, (str,), "a text")
+        if latent_sampling_method not in SAMPLING_METHODS:
+            raise UserError(
+                f"latent_sampling_method={latent_sampling_method!r}: expected one of {', '.join(SAMPLING_METHODS)}."
+            )
+        if interrupted is not None and not callable(interrupted):
+            raise UserError(f"interrupted={interrupted!r}: expected a function that gives True or False.")
+        if cond_model is not None and not (callable(cond_model) or hasattr(cond_model, "encode_prompt")):
+            raise UserError(f"cond_model: a {type(cond_model).__name__}, expected a pipeline or a callable.")
         root = str(data_root).rstrip("/") or "/"
         makes_prompts = bool(shuffle_tags or tag_drop_out)
         include_cond = include_cond and not makes_prompts  # the ancestor's rule: the training loop makes it then
         self.data_root = root
-        self.cache = (
-            str(cache) if cache is not None else f"{root}.{'varsize' if varsize else f'{width}x{height}'}.latents"
-        )
+        size = "varsize" if varsize else f"{width}x{height}"
+        self.cache = str(cache) if cache is not None else default_cache(root, size)
         self.is_seeded = seed is not None
         self.seed = check_int("seed", seed) if seed is not None else randbits(63)
-        with words_of_python():
+        with keywords_for_options():
             lines = load_template(str(template_file)) if template_file is not None else None
+            options = EncodeOptions(
+                Path(root), self.cache,
+                Geometry.from_options(resolution="native") if varsize
+                else Geometry.from_options(width=width, height=height, fit="stretch", filter="bicubic"),
+                TextOptions(lines, placeholder_token, filename_word_regex, filename_join_string, bool(include_cond)),
+                ImageOptions(background="keep", draft=False),  # the ancestor's pixels
+                model=type(model).__name__, flip=flip_p > 0, store_dtype=store_dtype,
+                seed=self.seed if self.is_seeded else 0, overwrite=bool(overwrite), allow_gone=bool(allow_gone),
+            )  # fmt: skip
             if model is not None:
                 vae, autocast = make_live_vae(model, device)
-                options = EncodeOptions(
-                    Path(root), self.cache,
-                    Geometry.from_options(resolution="native") if varsize
-                    else Geometry.from_options(width=width, height=height, fit="stretch", filter="bicubic"),
-                    TextOptions(lines, placeholder_token, filename_word_regex, filename_join_string, include_cond),
-                    ImageOptions(background="keep", draft=False),  # the ancestor's pixels, to the last bit
-                    model=type(model).__name__, flip=flip_p > 0, device=str(vae.device), dtype=DTYPES[vae.dtype],
-                    store_dtype=store_dtype, seed=seed or 0, overwrite=overwrite, allow_gone=allow_gone,
-                )  # fmt: skip
+                options = replace(options, device=str(vae.device), dtype=DTYPES[vae.dtype])
                 update_cache(options, vae, cond_model, autocast, version, interrupted)
+            elif cache is None:
+                check_without_models(options)
             self.data = LatentDataset(
                 self.cache, latent_sampling_method=latent_sampling_method, repeats=repeats, flip_p=flip_p,
-                include_cond=include_cond, use_weight=use_weight, seed=self.seed, shuffle_tags=shuffle_tags,
-                tag_drop_out=float(tag_drop_out), template=template_file if makes_prompts else None,
+                include_cond=include_cond, use_weight=bool(use_weight), seed=self.seed, shuffle_tags=shuffle_tags,
+                tag_drop_out=tag_drop_out, template=template_file if makes_prompts else None,
                 placeholder_token=placeholder_token if makes_prompts and template_file is not None else "",
             )  # fmt: skip
         if include_cond and self.data.uncond() is None:
@@ -156,8 +186,8 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         self.width, self.height, self.varsize = width, height, varsize
         self.lines = list(lines or ())
         self.length = len(self.data)
-        self.batch_size = min(check_int("batch_size", batch_size, 1), self.length)
-        self.gradient_step = min(check_int("gradient_step", gradient_step, 1), self.length // self.batch_size)
+        self.batch_size = min(batch_size, self.length)
+        self.gradient_step = min(gradient_step, self.length // self.batch_size)
         self.latent_sampling_method = latent_sampling_method
         self._num_reads = 0  # of this process, by loaders that know of no epochs
 
@@ -168,11 +198,18 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: list[int]) -> list[DatasetEntry]:
-        """Entries of images of one size; drawn afresh at every call, except for PersonalizedDataLoader's epochs."""
-        epoch = indices.epoch if isinstance(indices, Planned) else self._next_draw()
+        """Entries of images; drawn afresh at every call, except for PersonalizedDataLoader's epochs."""
+        if isinstance(indices, EpochIndices):
+            return self._read(indices, indices.epoch)
+        if len(self.data.buckets) == 1:
+            return self._read(indices, self._next_draw())
+        return [entry for index in indices for entry in self._read([index], self._next_draw())]  # of any size
+
+    def _read(self, indices: list[int], epoch: int) -> list[DatasetEntry]:
+        """Entries of images of one size; `epoch` decides their draws."""
         batch = self.data.read(indices, epoch)
         samples, weight = batch.latent_sample, batch.weight
-        cond = batch.cond["prompt_embeds"] if batch.cond is not None else None
+        cond = batch.stored_cond["prompt_embeds"] if batch.stored_cond is not None else None
         lengths = batch.cond_lengths.get("prompt_embeds")
         return [
             DatasetEntry(
@@ -180,7 +217,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
                 filename_text=self.data.caption(index)[0],
                 latent_dist=self._posterior(batch.latent_mean[n], batch.latent_std, n),
                 latent_sample=samples[n],
-                cond=None if cond is None else cond[n] if lengths is None else cond[n, : int(lengths[n])],
+                cond=None if cond is None else cond[n, : None if lengths is None else int(lengths[n])].float(),
                 cond_text=batch.cond_text[n],
                 weight=weight[n].expand_as(samples[n]) if weight is not None else None,
             )
@@ -200,6 +237,13 @@ class PersonalizedBase(Dataset[DatasetEntry]):
 
     def _path(self, index: int) -> str:
         return os.path.join(self.data_root, self.data.key(index))
+
+    def create_text(self, filename_text: str) -> str:
+        """A prompt of a caption: its tags dropped and shuffled, in a line of the template that is drawn each time."""
+        random = np.random.default_rng(self._next_draw())
+        caption = vary_tags(filename_text, random, self.shuffle_tags, self.tag_drop_out, 0)
+        line = self.lines[int(random.integers(len(self.lines)))] if self.lines else "[filewords]"
+        return line.replace("[filewords]", caption).replace("[name]", self.placeholder_token)
 
     @property
     def dataset(self) -> list[DatasetEntry]:
@@ -224,7 +268,7 @@ class BatchLoader:
     def __init__(self, data: list[DatasetEntry]) -> None:
         self.cond_text = [entry.cond_text for entry in data]
         self.cond = [entry.cond for entry in data]
-        self.latent_sample = torch.stack([entry.latent_sample for entry in data if entry.latent_sample is not None])
+        self.latent_sample = torch.stack([entry.latent_sample for entry in data])  # type: ignore[misc]  # [B,C,h,w]
         weights = [entry.weight for entry in data if entry.weight is not None]
         self.weight = torch.stack(weights) if len(weights) == len(data) else None  # [B,C,h,w]
 
@@ -268,6 +312,14 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
             self._used += 1
             yield batch
 
+    @property
+    def next_batch(self) -> int:
+        """The number in its epoch of the batch that the next `for` starts with: 0, or more after load_state_dict.
+
+        For loops that count: `for j, batch in enumerate(loader, loader.next_batch)`.
+        """
+        return self._resume_at
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, to be saved with a checkpoint."""
         return {**self.batches.state_dict(self._used), "epoch": self._running}
@@ -275,9 +327,17 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where state_dict was taken. Takes over its seed, unless the dataset was given one. Raises UserError."""
         dataset: PersonalizedBase = self.dataset  # type: ignore[assignment]
+        if not isinstance(state, dict):
+            raise UserError(f"load_state_dict: got a {type(state).__name__}, expected what state_dict gave.")
+        before = self.batches.seed
         if not dataset.is_seeded:
-            dataset.seed = dataset.data.seed = self.batches.seed = check_int("load_state_dict: seed", state.get("seed"))
-        self.batches.load_state_dict(state)
+            self.batches.seed = check_int("load_state_dict: seed", state.get("seed"))
+        try:
+            self.batches.load_state_dict(state)
+        except UserError:
+            self.batches.seed = before
+            raise
+        dataset.seed = dataset.data.seed = self.batches.seed
         is_over = state["next_batch"] == len(self.batches)
         self.epoch, self._resume_at = state["epoch"] + is_over, 0 if is_over else state["next_batch"]
         self._running, self._used = self.epoch, self._resume_at
@@ -292,4 +352,26 @@ class PlannedBatches(BucketBatchSampler):
     def __iter__(self) -> Iterator[list[int]]:
         epoch = self.epoch
         for indices in super().__iter__():
-            yield Planned(indices, epoch)
+            yield EpochIndices(indices, epoch)
+
+
+def default_cache(root: str, size: str) -> str:
+    """Beside the folder, also if that is "." or "..". Raises UserError for the root of a disk."""
+    folder = Path(root)
+    if folder.name in ("", ".."):
+        folder = folder.resolve()
+    if not folder.name:
+        raise UserError(f"data_root {root}: the cache cannot lie beside it. Say where it goes: cache=.")
+    return f"{folder}.{size}.latents"
+
+
+def check_share(name: str, value: Any) -> float:
+    """An argument as a float. Raises UserError if it is not 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 <= value <= 1:
+        raise UserError(f"{name}={value!r}: a probability, expected 0 to 1.")
+    return float(value)
+
+
+def check_kind(name: str, value: Any, kinds: tuple[type, ...], expected: str) -> None:
+    if not isinstance(value, kinds):
+        raise UserError(f"{name}={value!r}: expected {expected}.")

@@ -13,8 +13,11 @@ from diffusers import AutoencoderKL
 from torch.utils.data import DataLoader
 
 from latentprep import LatentDataset
+from latentprep.cache.lock import hold
+from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.live import NUM_PROBED, LiveText, is_same, make_live_vae, probe_image, recognize
+from latentprep.live_encode import keywords_for_options
 from latentprep.personalized import BatchLoader, PersonalizedBase, PersonalizedDataLoader
 from tests.conftest import TINY, gradient
 from tests.test_personalized import LatentDiffusion, ancestors_latents
@@ -220,18 +223,28 @@ def test_another_clip_skip_is_noticed(images, vae, model):
 def test_another_vae_behind_the_same_class_is_noticed(images, vae):
     other = AutoencoderKL.from_config(vae.config)
     base(images, vae)
-    with pytest.raises(UserError, match=r"another recipe.* Give another cache=, .* or overwrite=True to start anew"):
+    with pytest.raises(UserError, match=r"another recipe.* Give another cache, .* or overwrite=True to start anew"):
         base(images, other.eval())
     base(images, vae)  # and the first is still there
 
 
-def test_a_version_is_part_of_the_key(images, vae):
+def test_another_version_has_everything_encoded_again(images, vae, capsys):
     options = {"cond_model": web_uis_conditioner, "include_cond": True}
     base(images, vae, **options)
-    with pytest.raises(UserError, match="another recipe"):
-        base(images, vae, **options, version="2")
-    base(images, vae, **options, version="2", overwrite=True)
+    calls = []
+
+    def cond_model(prompts):
+        calls.extend(prompts)
+        return web_uis_conditioner(prompts)
+
+    model = LatentDiffusion(vae)
+    base(images, vae, model=model, cond_model=cond_model, include_cond=True, version="2")
+    assert (10**9 - model.left, len(calls)) == (1 + 8, 1 + 8 + 1)  # the probe; images, prompts and the empty one
+    capsys.readouterr()
     base(images, vae, **options, version="2")
+    assert "Preparing" not in capsys.readouterr().out
+    with pytest.raises(UserError, match="another recipe"):  # another VAE is refused all the same
+        base(images, AutoencoderKL.from_config(vae.config), **options, version="3")
 
 
 def test_each_part_of_a_models_key_counts_by_itself(vae):
@@ -318,16 +331,18 @@ def test_fingerprints():
     assert len(np.unique(probe_image())) > 200
 
     def of(numbers):
-        return "name." + np.array(numbers, "<f4").tobytes().hex()
+        return "name.version." + np.array(numbers, "<f4").tobytes().hex()
 
     one = of([1.0] * NUM_PROBED)
-    assert is_same(one, of([1.02] * NUM_PROBED))
-    assert not is_same(one, of([1.05] * NUM_PROBED))
+    for dtype, near, far in ((torch.float32, 1.004, 1.006), (torch.float16, 1.009, 1.02), (torch.bfloat16, 1.02, 1.04)):
+        assert is_same(one, of([near] * NUM_PROBED), dtype)
+        assert not is_same(one, of([far] * NUM_PROBED), dtype)
+    assert not is_same(one, of([1.02] * NUM_PROBED))
     for other in ("", "name", "name.", "name.zz", "other" + one[4:], one[:-2], one + "00", of([np.nan] * NUM_PROBED)):
         assert not is_same(one, other), other
-    near = of([1.01] * NUM_PROBED)
-    assert recognize(one, [None, "x", near]) == near
-    assert recognize(one, [None, "x"]) == one
+    near = of([1.001] * NUM_PROBED)
+    assert recognize(one, [None, "x", near], torch.float32) == near
+    assert recognize(one, [None, "x"], torch.float32) == one
 
 
 @pytest.mark.parametrize("kind", ["model", "cond_model"])
@@ -523,7 +538,7 @@ def test_a_place_that_cannot_be_written_names_the_argument(images, vae, monkeypa
         raise OSError(30, "Read-only file system")
 
     monkeypatch.setattr(os, "mkdir", refuse)
-    with pytest.raises(UserError, match=r"cache="):
+    with pytest.raises(UserError, match=r"Give another cache\."):
         base(images, vae)
 
 
@@ -539,7 +554,7 @@ def test_another_folder_is_refused_in_words_of_python(images, vae, tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     gradient(50, 60).save(other / "a.png")
-    with pytest.raises(UserError, match=r"Give another cache=, or allow_gone=True"):
+    with pytest.raises(UserError, match=r"Give another cache, or allow_gone=True"):
         base(other, vae, cache=tmp_path / "c")
     assert len(base(other, vae, cache=tmp_path / "c", allow_gone=True)) == 1
 
@@ -577,3 +592,258 @@ def test_flips_that_are_there_stay(images, vae, capsys):
     data = base(images, vae, flip_p=0)
     assert "Preparing" not in capsys.readouterr().out
     assert data.data.flip_p == 0
+
+
+# --- what a start leaves alone
+
+
+def test_a_stop_in_the_first_shard_is_gone_on_from_on_another_device(images, vae):
+    for n in range(20):
+        gradient(40 + n, 64).save(images / f"more{n}.png")
+    model, calls = LatentDiffusion(vae), []
+    with pytest.raises(UserError, match="interrupted"):
+        base(images, vae, model=model, flip_p=0.5, interrupted=lambda: (calls.append(0), len(calls) > 10)[1])
+
+    class Noisy(LatentDiffusion):
+        def encode_first_stage(self, images):
+            posterior = super().encode_first_stage(images)
+            posterior.mean = posterior.mean * (1 + 1e-4 * torch.randn_like(posterior.mean))
+            return posterior
+
+    again = Noisy(vae)
+    assert len(base(images, vae, model=again, flip_p=0)) == 28
+    assert 10**9 - again.left < 2 * 28 - 10  # in two views each, and not all of them
+
+
+def test_a_stop_is_asked_for_once(images, vae):
+    asked = iter([False] * 3 + [True])  # an event that clears itself
+    with pytest.raises(UserError, match="interrupted"):
+        base(images, vae, interrupted=lambda: next(asked, False))
+
+
+def test_a_stop_between_prompts(images, vae):
+    prompts = []
+
+    def cond_model(texts):
+        prompts.extend(texts)
+        return web_uis_conditioner(texts)
+
+    with pytest.raises(UserError, match="interrupted"):
+        base(images, vae, cond_model=cond_model, include_cond=True, interrupted=lambda: len(prompts) >= 4)
+    assert len(prompts) == 4
+
+
+def test_ctrl_c_stays_what_it_is(images, vae):
+    class Stops(LatentDiffusion):
+        def encode_first_stage(self, images):
+            if self.left < 10**9 - 2:
+                raise KeyboardInterrupt
+            return super().encode_first_stage(images)
+
+    with pytest.raises(KeyboardInterrupt):
+        base(images, vae, model=Stops(vae), interrupted=lambda: False)
+
+
+@pytest.mark.parametrize("options", [{"shuffle_tags": True}, {"include_cond": False}])
+def test_cond_that_one_start_does_not_ask_for_stays(images, vae, capsys, options):
+    calls = []
+
+    def cond_model(texts):
+        calls.extend(texts)
+        return web_uis_conditioner(texts)
+
+    base(images, vae, cond_model=cond_model, include_cond=True)
+    base(images, vae, **{"cond_model": cond_model, "include_cond": True, **options})
+    capsys.readouterr()
+    del calls[:]
+    assert base(images, vae, cond_model=cond_model, include_cond=True)[0].cond is not None
+    assert (len(calls), capsys.readouterr().out) == (1, "")  # the probe
+    base(images, vae)
+    assert "its cond is dropped, since there is no cond_model" in capsys.readouterr().out
+
+
+def test_a_finished_cache_needs_no_lock(images, vae):
+    base(images, vae)
+    with hold(Storage(f"{images}.64x64.latents")):
+        assert len(base(images, vae)) == 8
+        gradient(50, 60).save(images / "new.png")
+        with pytest.raises(UserError, match="another latentprep is at work"):
+            base(images, vae)
+
+
+def test_a_state_that_is_refused_changes_nothing(images, vae):
+    state = PersonalizedDataLoader(base(images, vae), batch_size=2).state_dict()
+    loader = PersonalizedDataLoader(base(images, vae), batch_size=3)
+    before = loader.state_dict(), loader.dataset.seed, loader.dataset.data.seed
+    with pytest.raises(UserError, match="saved with batch_size=2"):
+        loader.load_state_dict(state)
+    assert before == (loader.state_dict(), loader.dataset.seed, loader.dataset.data.seed)
+
+
+def test_two_loops_over_one_loader_do_not_mix(images, vae):
+    loader = PersonalizedDataLoader(base(images, vae, seed=1))
+    alone = orders_of(PersonalizedDataLoader(base(images, vae, seed=1)), 2)
+    both = list(zip(iter(loader), iter(loader), strict=True))
+    assert [[batch.cond_text[0] for batch in own] for own in zip(*both, strict=True)] == alone
+
+
+# --- arguments
+
+
+def test_numpys_numbers_are_numbers(images, vae, tmp_path):
+    (tmp_path / "lines.txt").write_text("a [filewords]\nb [filewords]\n")
+    data = base(images, vae, seed=np.int64(3), repeats=np.int64(2), template_file=tmp_path / "lines.txt")
+    assert len(data) == 16
+    assert len(PersonalizedBase(images, np.int64(64), np.int32(64), 1, np.float32(0), model=LatentDiffusion(vae))) == 8
+    for options in ({"width": 64.0}, {"height": "64"}, {"width": 0}):
+        with pytest.raises(UserError, match="expected"):
+            PersonalizedBase(images, **{"width": 64, "height": 64, **options}, model=LatentDiffusion(vae))
+
+
+def test_a_cache_has_a_place_of_its_own(images, vae, monkeypatch):
+    monkeypatch.chdir(images)
+    data = PersonalizedBase(".", 64, 64, 1, model=LatentDiffusion(vae))
+    assert data.cache == f"{images}.64x64.latents"
+    assert sorted(data.image_paths)[0] == "./tall0.png"
+    with pytest.raises(UserError, match=r"is the image folder itself\. Give the cache a folder of its own"):
+        base(images, vae, cache=images)
+    with pytest.raises(UserError, match=r"cannot lie beside it\. Say where it goes: cache="):
+        PersonalizedBase("/", 64, 64, model=LatentDiffusion(vae))
+
+
+def test_a_pipeline_of_another_kind_is_refused(images, vae):
+    class FluxPipeline:
+        def encode_prompt(self, prompt, prompt_2=None, device=None, num_images_per_prompt=1):
+            raise AssertionError
+
+    with pytest.raises(UserError, match="cond_model: a FluxPipeline, expected a pipeline of Stable Diffusion 1 or 2"):
+        base(images, vae, cond_model=FluxPipeline(), include_cond=True)
+
+
+def test_words_of_the_command_line_become_keywords():
+    said = "--out /a/SOURCE/--out.b: --width 60, SOURCE /x. Give another --out."
+    wanted = r"^cache /a/SOURCE/--out.b: width 60, data_root /x. Give another cache.$"
+    with pytest.raises(UserError, match=wanted), keywords_for_options():
+        raise UserError(said)
+
+
+def test_a_vae_that_cuts_tiles_is_another(vae):
+    other = AutoencoderKL.from_config(vae.config)
+    other.load_state_dict(vae.state_dict())
+    plain, same = (make_live_vae(each, None)[0].facts("").digest for each in (vae, other))
+    other.enable_tiling()
+    assert is_same(plain, same)
+    assert not is_same(plain, make_live_vae(other, None)[0].facts("").digest)
+
+
+def test_a_method_shows_the_weights_of_what_it_is_of():
+    class Conditioner(torch.nn.Module):
+        def __init__(self, weight):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.tensor(weight))
+
+        def encode(self, prompts):
+            return web_uis_conditioner(prompts)
+
+    one, other = (
+        LiveText(Conditioner(w).encode, torch.device("cpu"), nullcontext).facts("").digest for w in (1.0, 1.001)
+    )
+    assert not is_same(one, other)
+
+
+BAD = [
+    *({"flip_p": p} for p in (2, -1, "x", None, True, float("nan"))), *({"tag_drop_out": p} for p in (2, "0.5", None)),
+    *({"repeats": n} for n in (0, 1.5, "2")), *({"batch_size": n} for n in (0, 1.5)), {"gradient_step": 0},
+    {"latent_sampling_method": "Once"}, {"use_weight": 1}, {"use_weight": "raw"}, {"shuffle_tags": "x"},
+    {"varsize": "no"}, {"include_cond": 1}, {"placeholder_token": 5}, {"version": 2}, {"cond_model": 5},
+    {"interrupted": True}, {"seed": 1.5}, {"seed": "a"}, {"cache": ""}, {"cache": 5}, {"store_dtype": "float64"},
+    {"overwrite": "yes"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", BAD, ids=str)
+def test_wrong_arguments_are_refused_before_an_image_is_encoded(images, vae, options):
+    (name,) = options
+    model = LatentDiffusion(vae, 0)
+    with pytest.raises(UserError, match=name.replace("_dtype", "_dtype|dtype")):
+        PersonalizedBase(images, 64, 64, model=model, **options)
+    assert [path.name for path in images.parent.iterdir()] == ["images"]
+
+
+def test_without_models_a_cache_of_other_settings_is_refused(images, vae, tmp_path):
+    (tmp_path / "lines.txt").write_text("a photo of [name]\n")
+    base(images, vae, placeholder_token="sks")
+    assert len(PersonalizedBase(images, 64, 64, 1, 0, "sks")) == 8
+    for options in (
+        {"placeholder_token": "dog"},
+        {"template_file": tmp_path / "lines.txt", "placeholder_token": "sks"},
+    ):
+        with pytest.raises(UserError, match=r"was made otherwise \(.*; cache -> asked\). Give model= to make it anew"):
+            PersonalizedBase(images, 64, 64, 1, 0, **options)
+    images.rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"data_root .*: no such folder"):
+        PersonalizedBase(images, 64, 64, 1, 0, "sks")
+
+
+def test_a_model_that_draws_is_known_again(images, vae, capsys):
+    class Draws(LatentDiffusion):
+        def encode_first_stage(self, images):
+            posterior = super().encode_first_stage(images)
+            return posterior.mean + 0.5 * torch.randn_like(posterior.mean)  # a tensor, as later models give it
+
+    state = torch.get_rng_state()
+    base(images, vae, model=Draws(vae))
+    capsys.readouterr()
+    torch.manual_seed(5)
+    base(images, vae, model=Draws(vae))
+    assert "Preparing" not in capsys.readouterr().out
+    torch.set_rng_state(state)
+
+
+def test_the_web_uis_own_loop_goes_on_where_it_was(images, vae):
+    def start():
+        return PersonalizedDataLoader(base(images, vae, seed=4, batch_size=3, repeats=2), batch_size=3)
+
+    def run(loader, num_batches):
+        """Its loop breaks behind len(ds) // batch_size batches, whatever the loader has left."""
+        most = len(loader.dataset) // 3
+        seen = []
+        while True:
+            for j, batch in enumerate(loader, loader.next_batch):
+                if j == most:
+                    break
+                seen.append(batch.cond_text)
+                if len(seen) == num_batches:
+                    return seen, loader.state_dict()
+
+    wanted, _ = run(start(), 15)
+    seen, state = run(start(), 7)
+    loader = start()
+    loader.load_state_dict(state)
+    assert seen + run(loader, 8)[0] == wanted
+
+
+def test_images_of_several_sizes_for_a_loader_that_does_not_stack(images, vae):
+    data = PersonalizedBase(images, varsize=True, repeats=1, flip_p=0, model=vae)
+    (entries,) = DataLoader(data, batch_size=8, collate_fn=list)
+    assert {tuple(entry.latent_sample.shape) for entry in entries} == {(4, 10, 8), (4, 5, 16)}
+
+
+def test_a_text_of_a_caption(images, vae, tmp_path):
+    (tmp_path / "lines.txt").write_text("[name] x [filewords]\ny [filewords]\n")
+    data = base(images, vae, template_file=tmp_path / "lines.txt", placeholder_token="sks", shuffle_tags=True)
+    texts = {data.create_text("a, b, c") for _ in range(60)}
+    assert "sks x a, b, c" in texts
+    assert len(texts) == 12
+    assert {base(images, vae).create_text("a,b") for _ in range(3)} == {"a,b"}
+
+
+def test_an_error_of_the_callers_own_function_is_said(images, vae):
+    with pytest.raises(UserError, match="interrupted: raised ZeroDivisionError"):
+        base(images, vae, interrupted=lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("state", [None, [], 5])
+def test_what_is_no_state_is_refused(images, vae, state):
+    with pytest.raises(UserError, match=r"load_state_dict: got a .*, expected what state_dict gave"):
+        PersonalizedDataLoader(base(images, vae)).load_state_dict(state)

@@ -10,6 +10,7 @@ from latentprep.cache.manifest import open_manifest
 from latentprep.cache.ragged import Ragged, finite_rows, pad, put_cond, row_shape, stack_rows, take_cond
 from latentprep.cache.schema import STORED
 from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
 from latentprep.look.verify import verify
 from latentprep.personalized import PersonalizedBase
 from tests.test_ancestor import WIDTH, LatentDiffusion, vae, web_uis_conditioner  # noqa: F401 (a fixture)
@@ -66,6 +67,13 @@ def test_offsets_that_do_not_fit_are_refused(offsets):
         take_cond(tensors, 3, STORED)
 
 
+@pytest.mark.parametrize("shape", [(6,), (6, 2, 2)])
+def test_rows_of_their_own_lengths_are_vectors(shape):
+    tensors = {"cond/embeds": torch.zeros(shape), "cond/embeds_offsets": torch.tensor([0, 3, 4, 6])}
+    with pytest.raises(ValueError, match="cond/embeds"):
+        take_cond(tensors, 3, STORED)
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64])
 def test_offsets_of_another_dtype_are_refused(dtype):
     tensors = {"cond/embeds": torch.zeros(6, 2), "cond/embeds_offsets": torch.tensor([0, 3, 4, 6], dtype=dtype)}
@@ -118,12 +126,12 @@ def test_verify_inspect_and_compact_know_it(cache, images, run):
     assert verify(Storage(cache[0]), lambda n: None)[1] == []
 
 
-def test_a_shard_of_the_other_kind_does_not_fit(cache, monkeypatch):
+def test_a_shard_of_the_other_kind_does_not_fit(cache):
     data = LatentDataset(cache[0])
     data[0]
     data._cond["prompt_embeds"] = (torch.float16, (77, WIDTH))
     data._open.clear()
-    with pytest.raises(Exception, match="do not fit the others"):
+    with pytest.raises(UserError, match="do not fit the others"):
         data[0]
 
 

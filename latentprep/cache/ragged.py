@@ -76,7 +76,7 @@ def put_cond(tensors: Tensors, conds: Conds) -> None:
 
 
 def take_cond(tensors: Tensors, num_prompts: int, dtypes: frozenset[torch.dtype]) -> Conds:
-    """What a file holds of P prompts. Raises ValueError if it is not a row for each."""
+    """What a file holds of P prompts. Raises ValueError if the rows are not one per prompt."""
     found = {name.removeprefix("cond/"): value for name, value in tensors.items() if name.startswith("cond/")}
     conds: Conds = {}
     for name, value in found.items():
@@ -84,7 +84,8 @@ def take_cond(tensors: Tensors, num_prompts: int, dtypes: frozenset[torch.dtype]
             continue
         offsets = found.get(f"{name}_offsets")
         is_row_each = len(value) == num_prompts if offsets is None else list(offsets.shape) == [num_prompts + 1]
-        if value.dtype not in dtypes or value.ndim < 2 or not is_row_each:
+        is_shaped = value.ndim == 2 if offsets is not None else value.ndim >= 2
+        if value.dtype not in dtypes or not is_shaped or not is_row_each:
             raise ValueError(f"cond/{name} is {value.dtype} {list(value.shape)}, expected [{num_prompts},...]")
         if offsets is None:
             conds[name] = value

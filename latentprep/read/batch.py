@@ -28,7 +28,7 @@ class LatentBatch:
     resized_size: Tensor  # [B,2] int32
     crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
     flipped: Tensor  # [B] bool
-    cond_lengths: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] int64: what is no padding of its cond
+    cond_lengths: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] int64: tokens before the padding
     cond_model: CondModel | None = None  # makes cond of cond_text, where the dataset makes prompts of its own
     _drawn: Tensor | None = field(default=None, repr=False)
     _made_cond: dict[str, Tensor] | None = field(default=None, repr=False)
@@ -54,8 +54,8 @@ class LatentBatch:
     def cond(self) -> dict[str, Tensor] | None:
         """Text embeddings: {"prompt_embeds": [B,T,D], ...}, float32 as far as they are stored; None without.
 
-        Of cond whose prompts have lengths of their own, [T,D] each, a short one repeats its last vector up to the
-        longest of the batch, as in stable-diffusion-webui; `cond_lengths` says how long each is.
+        If prompts differ in length, shorter ones repeat their last vector up to the longest of the batch, as in
+        stable-diffusion-webui; `cond_lengths` says how long each is.
 
         Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
         """

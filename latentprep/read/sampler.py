@@ -77,33 +77,34 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         start, self.start = self.start, 0
+        epoch = self.epoch  # another loop over the same sampler may begin before this one ends
         steps = np.arange(len(self))
         if self.shuffle:
-            self._stream(SHUFFLE_BATCHES).shuffle(steps)
+            self._stream(epoch, SHUFFLE_BATCHES).shuffle(steps)
         shuffled: dict[int, np.ndarray] = {}
         for number in range(start, len(steps)):
             bucket = int(np.searchsorted(self._first_step, steps[number], side="right")) - 1
             first, last = self._plans[bucket].cut(int(steps[number] - self._first_step[bucket]), self.rank)
-            own = self._take(bucket, np.arange(first, last) % self._counts[bucket], shuffled)
+            own = self._take(bucket, np.arange(first, last) % self._counts[bucket], epoch, shuffled)
             self._given = number + 1
             # sorted: the order within a batch means nothing, and neighbours are read together
             yield np.sort(self.data.samples_of_bucket(bucket, own)).tolist()
         self._given = 0
 
-    def _take(self, bucket: int, places: np.ndarray, shuffled: dict[int, np.ndarray]) -> np.ndarray:
-        """The samples of a bucket, by their numbers in it, at some places of this epoch's order: it is every rank's."""
+    def _take(self, bucket: int, places: np.ndarray, epoch: int, shuffled: dict[int, np.ndarray]) -> np.ndarray:
+        """The samples of a bucket, by their numbers in it, at some places of an epoch's order: it is every rank's."""
         count = self._counts[bucket]
         if not self.shuffle:
             return places
         if count > LARGE:  # in a table it would take seconds to shuffle, at the start of every epoch
-            return permute(places, count, self.seed % 2**64, self.epoch, SHUFFLE_SAMPLES, bucket)
+            return permute(places, count, self.seed % 2**64, epoch, SHUFFLE_SAMPLES, bucket)
         if bucket not in shuffled:
             shuffled[bucket] = np.arange(count, dtype=np.uint32)
-            self._stream(SHUFFLE_SAMPLES, bucket).shuffle(shuffled[bucket])
+            self._stream(epoch, SHUFFLE_SAMPLES, bucket).shuffle(shuffled[bucket])
         return shuffled[bucket][places]
 
-    def _stream(self, *purpose: int) -> np.random.Generator:
-        return np.random.default_rng([self.seed % 2**64, self.epoch, *purpose])
+    def _stream(self, epoch: int, *purpose: int) -> np.random.Generator:
+        return np.random.default_rng([self.seed % 2**64, epoch, *purpose])
 
     def state_dict(self, next_batch: int | None = None) -> dict[str, Any]:
         """Where an epoch stands once `next_batch` of its batches were used; by default, of those given out so far."""
@@ -113,6 +114,8 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on in mid-epoch with the batches that remain. Raises UserError where they would be other batches."""
+        if not isinstance(state, dict):
+            raise UserError(f"load_state_dict: got a {type(state).__name__}, expected what state_dict gave.")
         mine = self.state_dict()
         for name in mine.keys() - {"epoch", "next_batch"}:
             if state.get(name) != mine[name]:
