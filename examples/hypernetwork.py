@@ -16,10 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-DROPOUT = 0.3  # the web UI has no other
+DROPOUT = 0.3  # the web UI has no other, unless a file has a dropout_structure
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "linear": nn.Identity, "relu": nn.ReLU, "leakyrelu": nn.LeakyReLU, "elu": nn.ELU, "swish": nn.Hardswish,
-    "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "mish": nn.Mish, "softsign": nn.Softsign,
+    "tanh": nn.Tanh, "sigmoid": nn.Sigmoid, "mish": nn.Mish, "softsign": nn.Softsign, "celu": nn.CELU, "gelu": nn.GELU,
+    "glu": nn.GLU, "hardshrink": nn.Hardshrink, "hardsigmoid": nn.Hardsigmoid, "hardswish": nn.Hardswish,
+    "hardtanh": nn.Hardtanh, "logsigmoid": nn.LogSigmoid, "prelu": nn.PReLU, "relu6": nn.ReLU6, "rrelu": nn.RReLU,
+    "selu": nn.SELU, "silu": nn.SiLU, "softplus": nn.Softplus, "softshrink": nn.Softshrink, "tanhshrink": nn.Tanhshrink,
 }  # fmt: skip
 WEIGHT_INITS = ("Normal", "XavierUniform", "XavierNormal", "KaimingUniform", "KaimingNormal")
 
@@ -39,11 +42,17 @@ class Structure:
     use_dropout: bool = False
     activate_output: bool = False  # the activation behind the last layer too
     last_layer_dropout: bool = True  # dropout before the last layer too
+    dropout_structure: tuple[float, ...] | None = None  # the dropout behind each width, as later web UIs save it
 
     def __post_init__(self) -> None:
         layers = self.layer_structure
         if len(layers) < 2 or layers[0] != 1 or layers[-1] != 1 or min(layers) <= 0:
             raise ValueError(f"layers {','.join(map(str, layers))}: expected 1 at both ends, such as 1,2,1")
+        dropout = self.dropout_structure
+        if dropout is not None and (len(dropout) != len(layers) or not all(0 <= share < 1 for share in dropout)):
+            raise ValueError(
+                f"dropout structure {dropout}: expected a share of 0 to 1 for each of {len(layers)} widths"
+            )
         if self.activation_func not in ACTIVATIONS:
             raise ValueError(f"activation {self.activation_func!r}: expected one of {', '.join(ACTIVATIONS)}")
         if self.weight_initialization not in WEIGHT_INITS:
@@ -59,7 +68,7 @@ class HypernetworkModule(nn.Module):
         self.linear = nn.Sequential(*list_layers(width, structure))
         for layer in self.linear:
             if isinstance(layer, nn.Linear | nn.LayerNorm):
-                start(layer, structure)
+                init_weights(layer, structure)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.linear(x) * self.multiplier
@@ -76,12 +85,20 @@ def list_layers(width: int, structure: Structure) -> list[nn.Module]:
             layers.append(ACTIVATIONS[structure.activation_func]())
         if structure.is_layer_norm:
             layers.append(nn.LayerNorm(sides[n + 1]))
-        if structure.use_dropout and n < (last if structure.last_layer_dropout else last - 1):
-            layers.append(nn.Dropout(DROPOUT))
+        if (share := dropout_behind(n, last, structure)) > 0:
+            layers.append(nn.Dropout(share))
     return layers
 
 
-def start(layer: nn.Linear | nn.LayerNorm, structure: Structure) -> None:
+def dropout_behind(n: int, last: int, structure: Structure) -> float:
+    """The share of values that are left out behind layer n."""
+    if structure.dropout_structure is not None:
+        return structure.dropout_structure[n + 1]
+    has_dropout = structure.use_dropout and n < (last if structure.last_layer_dropout else last - 1)
+    return DROPOUT if has_dropout else 0.0
+
+
+def init_weights(layer: nn.Linear | nn.LayerNorm, structure: Structure) -> None:
     """First weights: near zero, so that training starts at the model as it is; a layer norm's too, as in the web UI."""
     kind = structure.weight_initialization
     nn.init.zeros_(layer.bias)
@@ -141,8 +158,8 @@ def save_pt(path: Path, hypernetwork: Hypernetwork, name: str, step: int, checkp
         content[int(width)] = tuple(
             {key: value.detach().cpu().clone() for key, value in pair[part].state_dict().items()} for part in "kv"
         )
-    settings = asdict(hypernetwork.structure)
-    settings["layer_structure"] = list(hypernetwork.structure.layer_structure)
+    settings = {key: value for key, value in asdict(hypernetwork.structure).items() if value is not None}
+    settings |= {key: list(value) for key, value in settings.items() if isinstance(value, tuple)}
     content |= settings | {"step": step, "name": name, "sd_checkpoint": None, "sd_checkpoint_name": checkpoint}
     torch.save(content, path, _use_new_zipfile_serialization=False)
 
@@ -163,7 +180,9 @@ def load_hypernetwork(path: Path) -> Hypernetwork:
         settings, weights = read_safetensors(path) if path.suffix == ".safetensors" else read_pt(path)
         if not weights:
             raise ValueError("no pair of MLPs in it")
-        settings["layer_structure"] = tuple(settings["layer_structure"])
+        for name in ("layer_structure", "dropout_structure"):
+            if settings.get(name) is not None:
+                settings[name] = tuple(settings[name])
         hypernetwork = Hypernetwork(sorted({int(key.split(".")[0]) for key in weights}), Structure(**settings))
         hypernetwork.load_state_dict({f"pairs.{key}": value for key, value in weights.items()})
     # what torch, pickle and safetensors raise for damaged, hostile and foreign files, and ours for odd fields

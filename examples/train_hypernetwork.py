@@ -137,6 +137,9 @@ def main(
 
     print(f"step {step:>6}  epoch {loader.epoch}  fixed loss {measure():.5f}")
     losses: list[float] = []
+    if step >= steps:
+        print(f"nothing to do: --steps {steps}, and it is at step {step}")
+        return
     while step < steps:
         for batch in loader:
             torch.manual_seed(seed * 1_000_003 + batches)  # dropout's, so that a resumed run repeats it

@@ -26,8 +26,9 @@ STRUCTURES = {
         "layer_structure": (1, 2, 2, 1), "activation_func": "leakyrelu", "is_layer_norm": True, "use_dropout": True,
         "activate_output": True, "last_layer_dropout": False, "weight_initialization": "KaimingUniform",
     },
+    "later": {"layer_structure": (1, 2, 2, 1), "activation_func": "gelu", "dropout_structure": (0, 0, 0.15, 0)},
 }  # fmt: skip
-FUNCTIONS = {"relu": F.relu, "swish": F.hardswish, "tanh": torch.tanh, "leakyrelu": F.leaky_relu}
+FUNCTIONS = {"relu": F.relu, "swish": F.hardswish, "tanh": torch.tanh, "leakyrelu": F.leaky_relu, "gelu": F.gelu}
 
 
 @pytest.fixture
@@ -74,7 +75,8 @@ def mlp_of_web_ui(x, weights, content, multiplier):
             y = F.layer_norm(y, y.shape[-1:], weights[f"linear.{number}.weight"], weights[f"linear.{number}.bias"])
             number += 1
         dropped = len(structure) - (2 if content["last_layer_dropout"] else 3)
-        number += int(content["use_dropout"] and n < dropped)
+        shares = content.get("dropout_structure")  # of later web UIs: the share behind each width
+        number += int(content["use_dropout"] and n < dropped) if shares is None else int(shares[n + 1] > 0)
     return x + y * multiplier
 
 

@@ -14,6 +14,7 @@ from latentprep import LatentDataset, LatentLoader
 from latentprep.cache import readers
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
 from latentprep.look import summary, verify
 from tests.conftest import SMALL, gradient, make_model
 
@@ -209,3 +210,12 @@ def test_verify_and_inspect_are_readers_too(run, images, tmp_path, monkeypatch, 
     assert before - set(after)
     assert run("compact", cache).code == 0
     assert {path.name for path in (cache / "shards").iterdir()} == {name.split("/")[1] for name in after if "/" in name}
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect", "compact"])
+def test_a_folder_that_is_no_cache_is_left_as_it_is(run, images, command):
+    before = sorted(path.name for path in images.iterdir())
+    assert run(command, images).code == 1
+    with pytest.raises(UserError):
+        LatentDataset(images)
+    assert sorted(path.name for path in images.iterdir()) == before

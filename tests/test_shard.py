@@ -5,9 +5,11 @@ import json
 import os
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 import torch
+from fsspec.asyn import AsyncFileSystem
 
 from latentprep.cache import manifest as manifests
 from latentprep.cache.manifest import Manifest, commit, open_manifest, read_skips
@@ -337,3 +339,18 @@ def test_only_storage_opens_files_for_writing():
             assert not any(
                 call in source for call in (".write_bytes(", ".write_text(", ', "wb"', ', "w"', "save_file(")
             ), path
+
+
+def test_a_remote_of_fsspecs_asynchronous_kind_has_folders():
+    """s3fs, gcsfs and adlfs define _ls alone; fsspec puts ls on each instance."""
+
+    class Remote(AsyncFileSystem):
+        protocol = "asyncremote"
+
+        async def _ls(self, path, detail=True, **_options):
+            raise FileNotFoundError(path)
+
+    fsspec.register_implementation("asyncremote", Remote, clobber=True)
+    storage = Storage("asyncremote://bucket/cache")
+    assert not storage.is_local
+    assert storage.sizes() == {}

@@ -22,7 +22,7 @@ NAME = LOCK_NAME
 
 @contextmanager
 def hold(storage: Storage) -> Iterator[None]:
-    """Keep every other latentprep from writing to this cache; the folder is made, and goes again if it stays empty.
+    """Keep every other latentprep from writing to this cache. The folder is made; it goes again if nothing was written.
 
     Raises UserError that says who holds it, or that the folder holds another program's files. A remote cache has no
     lock: there, same work writes the same files.
@@ -71,15 +71,15 @@ def _check_lock(path: Path) -> None:
     try:
         mode = os.lstat(path).st_mode
     except OSError:
-        return  # not there; what else is wrong is said where it is made
+        return  # not there; FileLock reports other errors
     if not stat.S_ISREG(mode):
         raise UserError(f"{path}: not a regular file, expected latentprep's lock. Remove it.")
 
 
 def _make_folder(folder: Path) -> list[Path]:
     """Make a folder and its parents; returns those that were not there, the innermost first."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{folder}: cannot be made ({error.strerror or error}). Give another --out.") from None

@@ -21,7 +21,7 @@ def check_ours(storage: Storage) -> None:
     Other files in it are left alone, and are no obstacle.
     """
     folder = Path(storage.path)
-    if not storage.is_local or not folder.is_dir() or _is_cache(storage):
+    if not storage.is_local or not os.path.isdir(folder) or _is_cache(storage):
         return
     for name in (NAME, SKIPPED_NAME, FOLDER, LOCK_NAME, READERS_NAME, SUPERSEDED_NAME):
         if os.path.lexists(folder / name) and not _may_be_ours(folder / name):

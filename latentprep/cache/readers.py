@@ -15,6 +15,7 @@ from typing import Any
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
+MANIFEST = "cache.json"  # manifest.NAME
 NAME = ".readers"  # the file that is locked; it is empty
 SUPERSEDED_NAME = ".superseded.json"  # name of a file -> when nobody needed it any more, in seconds since 1970
 GRACE = 24 * 3600  # seconds
@@ -27,7 +28,8 @@ class Reading:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._descriptor = _open(storage, os.O_RDONLY)
+        # in a folder that is no cache nothing is made
+        self._descriptor = _open(storage, os.O_RDONLY, may_make=os.path.isfile(storage.locate(MANIFEST)))
         if self._descriptor is not None and not _lock(self._descriptor, exclusive=False):
             self.close()
 

@@ -44,7 +44,7 @@ class Storage:
         except Exception as error:  # each protocol raises errors of its own, of any kind
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UserError(f"{self.root}: cannot open this location ({reason}).") from None
-        if type(self.fs).ls is fsspec.AbstractFileSystem.ls:
+        if getattr(self.fs.ls, "__func__", None) is fsspec.AbstractFileSystem.ls:  # it has none of its own
             raise UserError(f"{self.root}: this kind of location has no folders, expected one that has.")
         self.path: str = path.rstrip("/")
         self.is_local = isinstance(self.fs, fsspec.implementations.local.LocalFileSystem)

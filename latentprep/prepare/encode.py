@@ -112,7 +112,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     # where making a new text failed, the shard stays with what it has
     entries = {**first, **before, **{unit.unit: unit.entry() for unit in again.units}}
     shards = sorted([*plan.kept, *entries.values()], key=shard_order)
-    vanished = find_missing(storage, shards) if storage.is_local else {}  # a remote lets nobody unplug it
+    vanished = find_missing(storage, shards) if storage.is_local else {}  # only a local disk can vanish
     if vanished:
         raise UserError(
             f"{options.out}: vanished in part while it was written ({next(iter(vanished.values()))}). "

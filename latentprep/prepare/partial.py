@@ -69,7 +69,7 @@ def load_partial(
         num_done, notes = int(metadata["num_done"]), Counter(dict(metadata["notes"]))
     except UnreadableError:
         raise
-    except (UserError, KeyError, TypeError, ValueError):
+    except (FileNotFoundError, UserError, KeyError, TypeError, ValueError):
         return None  # damaged: as if it were not there
     if not 0 < num_done <= len(unit.items) or num_done != len(skips) + sum(map(len, groups)):
         return None

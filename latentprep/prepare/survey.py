@@ -179,8 +179,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
 def check_source(options: EncodeOptions, plan: Plan, manifest: Manifest | None, leftovers: dict[str, Leftover]) -> None:
     """Raise UserError if this is not the folder that the cache was made from: most images would be gone from it.
 
-    That is so if more than half of them are, or any of them and the folder has another path than it had. Then it is
-    also so if more than half have another content: folders of other images may have the same names, such as 0001.png.
+    That is so if more than half of them are, or any of them and the folder has another path than it had. With another
+    path it is also refused if more than half have other content: other folders may have the same names, as 0001.png.
     """
     gone, changed = (sum(change.what == what for change in plan.changes) for what in ("gone", "changed"))
     held = manifest.num_images if manifest is not None else 0
@@ -197,7 +197,7 @@ def check_source(options: EncodeOptions, plan: Plan, manifest: Manifest | None, 
         f"{options.out}: {what} in SOURCE {now}"
         + (f"; it was made from {before}" if is_other else "")
         + ". Nothing was written. Is that the right folder, and wholly there? Give another --out, or --allow-gone "
-        "if those images are to be left out."
+        "if this is what you want."
     )
 
 

@@ -74,7 +74,7 @@ class TextEncoder:
         if self.emphasis:
             embeds = cond["prompt_embeds"]
             cond["prompt_embeds"] = emphasize(embeds, self._make_weights(windows, embeds.shape[1]), self.widths)
-        if "text_ids" in cond:  # [T,3], the same for all; a row for each prompt, as of all that is stored
+        if "text_ids" in cond:  # [T,3], the same for all: one row per prompt, like every stored tensor
             cond["text_ids"] = cond["text_ids"].expand(len(prompts), -1, -1)
         if self.num_windows > 1:  # side by side; pooled is the first window's, as in the web UI
             rows = {name: value.unflatten(0, (len(prompts), self.num_windows)) for name, value in cond.items()}
@@ -106,7 +106,7 @@ class TextEncoder:
     def count_tokens(self, prompts: list[str]) -> np.ndarray | None:
         """[P] int32: tokens that each whole prompt takes, start and end included; beyond max_tokens they are cut off.
 
-        Where something is cut off, windows that end early for the sake of a word count as full.
+        If a prompt is cut off, a window that ends early to keep a word whole counts as full.
         """
         texts = [join(window) for window in self._make_windows(prompts)]
         ids = self.tokenizer(texts, truncation=False, padding=False)["input_ids"]

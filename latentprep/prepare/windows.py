@@ -1,9 +1,9 @@
 """Prompts -> the windows of text that CLIP takes one by one, and stable-diffusion-webui's emphasis. Pure text.
 
 Both follow stable-diffusion-webui (modules/sd_hijack_clip.py, modules/prompt_parser.py), with one difference: it cuts
-a list of tokens and may cut a word in two if no comma is near, while windows are cut between words here, so that each
-of them is a text that any pipeline's own encode_prompt takes. Of 400 pieces of English prose of 60 to 280 words 31 have
-other windows for this; prompts of tags have none.
+a list of tokens and may cut a run of letters in two if no comma is near, while windows are cut between CLIP's pieces
+here (runs of letters, digits, punctuation), so that each of them is a text that any pipeline's encode_prompt takes.
+Of 400 pieces of English prose of 60 to 280 words 31 have other windows for this; prompts of tags have none.
 """
 
 import re
@@ -130,10 +130,12 @@ def fill(pieces: list[Piece], start: int, room: int) -> int:
 
 def find_comma(pieces: list[Piece], start: int, end: int, room: int) -> int | None:
     """Behind the last comma of a window, if it is among the last BACKTRACK of the window's tokens."""
-    # a comma that a full window left to this one does not count: the web UI forgets it
+    # a comma pushed here because the window before was full does not count: the web UI forgets it
     first = start + 2 if pieces[start].is_comma else start + 1
     found = [n for n in range(first, end + 1) if pieces[n - 1].is_comma]
-    used = sum(piece.tokens for piece in pieces[start : found[-1]]) if found else 0
+    if not found:
+        return None
+    used = sum(piece.tokens for piece in pieces[start : found[-1]])
     return found[-1] if used > room - BACKTRACK else None
 
 
@@ -161,7 +163,7 @@ def parse_emphasis(prompt: str) -> list[Fragment]:
     """
     matches = list(EMPHASIS.finditer(prompt))
     parts: list[str] = []
-    weights = np.ones(len(matches))  # of the parts so far, and of those to come; an array: brackets may be thousands
+    weights = np.ones(len(matches))  # one per part, later parts start at 1; an array: brackets may be thousands
     opened: dict[str, list[int]] = {"(": [], "[": []}  # where each bracket stands among the parts
 
     def weigh(start: int, factor: float) -> None:
