@@ -4,6 +4,7 @@ import dataclasses
 import os
 import shutil
 import stat
+import time
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,14 @@ from PIL import Image
 
 from latentprep import LatentDataset
 from latentprep.cache import compact as compacting
+from latentprep.cache import readers
+from latentprep.cache.compact import would_rewrite
 from latentprep.cache.leftovers import clear_orphans
 from latentprep.cache.lock import hold
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.schema import TEXT_FIELDS, check_fields
-from latentprep.cache.storage import Storage
+from latentprep.cache.shard import ShardEntry
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import check_offsets
 from latentprep.errors import UserError
 from latentprep.prepare import source
@@ -223,13 +227,24 @@ def test_a_link_is_not_ours_though_what_it_leads_to_is_empty(tmp_path, name):
         pass
 
 
-def test_no_orphan_of_a_remote_is_cleared(run, cache):
+def test_no_orphan_of_a_remote_is_cleared(run, cache, monkeypatch):
     """Another run may be writing it: there is no lock."""
     manifest = open_manifest(Storage(cache))
     remote = Storage(f"memory://orphans{os.getpid()}")
     remote.write_atomic("shards/abc.latents.safetensors", b"just written")
-    assert clear_orphans(remote, manifest) == (0, 0)
+    now = time.time()
+    for days in (0, 2, 4):
+        monkeypatch.setattr(readers.time, "time", lambda days=days: now + days * 86_400)
+        assert clear_orphans(remote, manifest) == (0, 0)
     assert remote.exists("shards/abc.latents.safetensors")
+
+
+def test_a_shard_with_just_the_share_of_tombstones_is_rewritten():
+    def shard(num_dead):
+        return ShardEntry("u", "t", (("g", 5, (4, 8, 8)),), Stamp(1, ""), Stamp(1, ""), tuple(range(num_dead)))
+
+    assert [would_rewrite(shard(dead), 0.4) for dead in range(4)] == [False, False, True, True]
+    assert not would_rewrite(shard(0), 0.0)
 
 
 @pytest.mark.parametrize("offsets", [[0, 5, 2, 6], [1, 6], [0, 5], [0, 7], []])

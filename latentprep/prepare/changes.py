@@ -121,7 +121,7 @@ class Matching:
             if item is None or item.key in self.held or item.row.fingerprint != row.fingerprint:
                 continue
             is_read = self.check_content and item.key not in self.unread
-            if not is_read or self._hashed[item.key] in (None, self._digest(place)):
+            if not is_read or self._hashed[item.key] == self._digest(place):
                 self._give(place, item)
 
     def content_of(self, item: Item) -> str:
