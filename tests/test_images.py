@@ -282,6 +282,25 @@ def test_masks_are_weights(run, images, masks, tmp_path):
     assert all((weight == 1).all() for key, weight in weights.items() if key not in ("wide0.png", "tall0.png"))
 
 
+def test_a_mask_that_is_a_dead_link_is_a_skip_and_heals(run, images, masks, tmp_path):
+    command = ("encode", images, "--out", tmp_path / "c", *SMALL, "--weights", masks)
+    (masks / "tall0.png").rename(tmp_path / "away.png")
+    (masks / "tall0.png").symlink_to(tmp_path / "nothing")
+    result = run(*command)
+    assert result.code == 0
+    assert "skipped  1 io_error (tall0.png: its mask " in result.out
+    assert len(rows(tmp_path / "c")) == 7
+    (masks / "tall0.png").unlink()
+    (tmp_path / "away.png").rename(masks / "tall0.png")
+    assert run(*command).code == 0
+    assert len(rows(tmp_path / "c")) == 8
+    (masks / "tall0.png").unlink()
+    (masks / "tall0.png").symlink_to(tmp_path / "nothing")
+    result = run(*command)
+    assert "unread   1 image cannot be read now, what the cache has stays: tall0.png" in result.err
+    assert len(rows(tmp_path / "c")) == 8
+
+
 def test_a_changed_mask_is_a_changed_image(run, images, masks, tmp_path):
     command = ("encode", images, "--out", tmp_path / "c", *SMALL, "--weights", masks)
     run(*command)

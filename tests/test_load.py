@@ -35,7 +35,7 @@ def load_views(path, *, folder=None, masks=None, animated="first", background="a
     if isinstance(item, Skip):
         return item
     if found_masks is not None:
-        (item,) = add_masks([item], found_masks)
+        ((item,), _) = add_masks([item], found_masks)
     placement = make_place(geometry, 8)(item.size)
     return load_pixels(item, placement, LoadOptions.from_recipe(path.parent, 8, found_masks, recipe))
 

@@ -110,7 +110,8 @@ def list_source(options: EncodeOptions, say: Say) -> tuple[Source, Masks | None]
     if options.masks is None:
         return source, None
     masks = list_masks(options.masks)
-    source = replace(source, items=add_masks(source.items, masks))
+    items, without = add_masks(source.items, masks)
+    source = replace(source, items=items, skips=[*source.skips, *without])
     with_mask = sum(masks.path_of(item.key) is not None for item in source.items)
     say(f"masks    {masks.folder}: {with_mask:,} of {counted(len(source.items), 'image')} have one")
     return source, masks

@@ -43,12 +43,14 @@ def list_masks(folder: Path, option: str = "--weights") -> Masks:
     return Masks(folder, by_stem)
 
 
-def add_masks(items: Iterable[Item], masks: Masks) -> list[Item]:
+def add_masks(items: Iterable[Item], masks: Masks) -> tuple[list[Item], list[Skip]]:
     """Items that count their mask as a part of them: sizes and times are added, so that a new mask is a change.
 
-    Raises UserError where a mask cannot be read, and where no item has one.
+    An item whose mask is a dead link, or cannot be looked at, is a skip. Raises UserError if no item has a mask.
     """
-    found, num_masks = [], 0
+    found: list[Item] = []
+    skips: list[Skip] = []
+    num_masks = 0
     for item in items:
         path = masks.path_of(item.key)
         if path is not None:
@@ -56,13 +58,14 @@ def add_masks(items: Iterable[Item], masks: Masks) -> list[Item]:
             try:
                 status = path.stat()
             except OSError as error:
-                raise UserError(f"--weights: {path} cannot be read ({error.strerror}).") from error
+                skips.append(item.skip("io_error", f"its mask {path}: {error.strerror}"))
+                continue
             nbytes, mtime_ns = item.nbytes + status.st_size, item.mtime_ns + status.st_mtime_ns
             item = replace(item, nbytes=nbytes, mtime_ns=mtime_ns)
         found.append(item)
     if not num_masks:
         raise UserError(f"--weights {masks.folder}: none of its masks has the path and stem of an image in SOURCE.")
-    return found
+    return found, skips
 
 
 def paths_of(key: str, folder: Path, masks: Masks | None) -> tuple[Path, Path | None]:
