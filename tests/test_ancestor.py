@@ -16,9 +16,9 @@ from latentprep import LatentDataset
 from latentprep.cache.lock import hold
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.live import NUM_PROBED, LiveText, is_same, make_live_vae, probe_image, recognize
-from latentprep.live_encode import keywords_for_options
 from latentprep.personalized import BatchLoader, PersonalizedBase, PersonalizedDataLoader
+from latentprep.personalized.models import NUM_PROBED, LiveText, is_same, make_live_vae, probe_image, recognize
+from latentprep.personalized.update import keywords_for_options
 from tests.conftest import TINY, gradient
 from tests.test_personalized import LatentDiffusion, ancestors_latents
 
@@ -832,7 +832,7 @@ def test_images_of_several_sizes_for_a_loader_that_does_not_stack(images, vae):
 def test_a_text_of_a_caption(images, vae, tmp_path):
     (tmp_path / "lines.txt").write_text("[name] x [filewords]\ny [filewords]\n")
     data = base(images, vae, template_file=tmp_path / "lines.txt", placeholder_token="sks", shuffle_tags=True)
-    texts = {data.create_text("a, b, c") for _ in range(60)}
+    texts = {data.create_text("a, b, c") for _ in range(300)}
     assert "sks x a, b, c" in texts
     assert len(texts) == 12
     assert {base(images, vae).create_text("a,b") for _ in range(3)} == {"a,b"}

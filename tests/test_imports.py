@@ -52,9 +52,10 @@ def test_stages_of_prepare_do_not_call_each_other():
         "images/jpeg.py": {"images.pillow"},
         "images/load.py": {
             "source", "images.alpha", "images.cicp", "images.color", "images.crops", "images.jpeg", "images.masks",
-            "images.pillow",
+            "images.pillow", "images.png",
         },
         "images/masks.py": {"source", "images.pillow"},  # lists a folder, as source does
+        "images/png.py": {"images.pillow"},
         "vae.py": {"models.vae_folder", "devices"},  # halves its batches
         "text.py": {"models.families", "windows"},
         "models/find.py": {"models.files"},

@@ -1,4 +1,4 @@
-"""personalized.py: the ancestor's two classes, against its own arithmetic."""
+"""personalized: the ancestor's two classes, against its own arithmetic."""
 
 import json
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The models of a run: from folders and files here, from objects in memory in personalized.py."""
+"""The models of a run: from folders and files here, from objects in memory in personalized."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

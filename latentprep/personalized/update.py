@@ -14,7 +14,7 @@ from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME, open_latent
 from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, recipe_changes
 from latentprep.errors import UserError
-from latentprep.live import Autocast, LiveText, LiveVae, is_other_version, recognize
+from latentprep.personalized.models import Autocast, LiveText, LiveVae, is_other_version, recognize
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.survey import check_paths, prepare

@@ -1,0 +1,10 @@
+"""PersonalizedBase and PersonalizedDataLoader: stable-diffusion-webui's dataset over a latent cache.
+
+Old training code moves over with one changed import. The images are encoded once, into a cache beside them, and from
+the second start on only what is new. What is different from the ancestor stands in the README.
+"""
+
+from latentprep.personalized.dataset import DatasetEntry, LatentDist, PersonalizedBase
+from latentprep.personalized.loader import BatchLoader, PersonalizedDataLoader
+
+__all__ = ["BatchLoader", "DatasetEntry", "LatentDist", "PersonalizedBase", "PersonalizedDataLoader"]
