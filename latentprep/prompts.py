@@ -62,8 +62,9 @@ def make_prompts(captions: Sequence[str], key: str, options: TextOptions, seed: 
     """The K prompts of an image: prompt k depends on its captions, the options and (seed, key, k) alone.
 
     It takes caption k, round and round; its wildcards, then its tags; and the k-th line of the template, from the one
-    that (seed, key) chooses on, so that K prompts take K lines where there are so many.
+    that (seed, key) chooses on, so that K prompts take K lines where there are so many. No caption is an empty one.
     """
+    captions = captions or ("",)
     return [_make_variant(captions[k % len(captions)], key, options, seed, k) for k in range(options.prompts_per_image)]
 
 

@@ -382,3 +382,8 @@ def test_wildcards_at_read_time(run, images, tmp_path):
     assert found == drawn | {f"{number}: {text}" for number in ("one", "two") for text in drawn}
     with pytest.raises(UserError, match="wildcards make prompts anew, which the stored cond does not fit"):
         LatentDataset(tmp_path / "c", wildcards=True)
+
+
+def test_no_caption_is_an_empty_one():
+    assert make_prompts((), "a.png", TextOptions(), 0) == [""]
+    assert make_prompts((), "a.png", TextOptions(("a [filewords]",)), 0) == ["a "]

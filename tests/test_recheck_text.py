@@ -428,3 +428,10 @@ def test_the_largest_difference_is_of_all_tensors():
         assert worst == pytest.approx(1 / float(fresh[name].std()), rel=1e-3)
         assert wrong.startswith(f"{name} ")
     assert compare_cond(fresh, fresh, 0.1) == (0.0, "")
+
+
+def test_cond_of_another_dtype_is_found_without_encoding(run, cache):
+    rewrite(cache, changed("prompt_embeds", lambda cond: cond.to(torch.bfloat16)))
+    result = run("verify", cache)
+    assert result.code == 1
+    assert "cond/prompt_embeds: torch.bfloat16, expected float16" in result.out

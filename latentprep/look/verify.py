@@ -131,6 +131,9 @@ def check_text(manifest: Manifest, entry: ShardEntry, text: Text) -> list[Proble
     if bool(text.cond) != (manifest.uncond_file is not None):
         problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
     for cond, value in text.cond.items():
+        if str(value.dtype) != f"torch.{manifest.recipe['text']['store_dtype']}":
+            expected = manifest.recipe["text"]["store_dtype"]
+            problems.append(Problem(name, "dtype", f"cond/{cond}: {value.dtype}, expected {expected}"))
         bad = int((~finite_rows(value)).sum())
         if bad:
             problems.append(Problem(name, "non_finite", f"cond/{cond}: {bad} prompts"))
