@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from dataclasses import asdict
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -281,10 +282,10 @@ def verify(
     if re_encode and source is None:
         raise UserError("--re-encode needs the images: give their folder with --source.")
     storage = Storage(cache)
-    reading = Reading(storage)  # what the manifest names stays meanwhile, if encode or compact run beside this
     found: dict[str, Any] = {"cache": cache}
     with tqdm(unit="B", unit_scale=True, desc="hash", dynamic_ncols=True, disable=as_json or None) as bar:
         manifest, problems = verify_cache(storage, bar.update)
+    reading = Reading(storage)
     if manifest is not None:
         found |= {"images": manifest.num_images, "shards": len(manifest.shards)}
     if source is not None and problems:
@@ -312,6 +313,9 @@ def verify(
                 )
                 problems += more
     reading.close()
+    found |= {
+        name: None for name in ("largest_difference", "largest_cond_difference") if not isfinite(found.get(name, 0.0))
+    }  # JSON knows no NaN
     found["problems"] = [asdict(problem) for problem in problems]
     show_json(json.dumps(found, indent=2)) if as_json else show(render_problems(found))
     raise typer.Exit(1 if problems else 0)

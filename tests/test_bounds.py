@@ -188,7 +188,7 @@ def test_buckets_of_one_size_are_shuffled_each_by_itself(cache, monkeypatch, lar
     orders = []
     for epoch in range(6):
         sampler.set_epoch(epoch)
-        orders.append([sampler._take(bucket, np.arange(4), {}).tolist() for bucket in (0, 1)])
+        orders.append([sampler._take(bucket, np.arange(4), 0, {}).tolist() for bucket in (0, 1)])
     assert any(one != other for one, other in orders)
 
 

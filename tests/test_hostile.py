@@ -3,6 +3,7 @@
 import io
 import logging
 import random
+import resource
 import struct
 import time
 import tracemalloc
@@ -12,12 +13,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from latentprep.prepare.images import load as loading
 from latentprep.prepare.images import pillow
+from latentprep.prepare.images.alpha import split_alpha
 from latentprep.prepare.images.cicp import Cicp, apply_cicp
 from latentprep.prepare.images.color import to_srgb
 from latentprep.prepare.images.jpeg import MAX_SEGMENTS, check_jpeg, read_outline
 from latentprep.prepare.images.load import LARGE_BYTES, is_large
 from latentprep.prepare.images.pillow import MAX_CHUNK, MAX_PYTHON_PIXELS, MAX_READS, DecodeError
+from latentprep.prepare.images.png import scale_transparency
 from latentprep.prepare.source import read_item
 from latentprep.records import Item, Skip
 from tests.conftest import PHOTOS, SMALL, find_photo, gradient
@@ -281,3 +285,45 @@ def test_a_mask_of_another_shape_is_not_decoded(tmp_path):
     save(tmp_path, gradient(64, 64))
     (masks / "x.png").write_bytes(png_of(b"", 64, 640))
     assert "not the same shape" in load(tmp_path / "x.png", resolution="64", masks=masks).detail
+
+
+@pytest.mark.parametrize("megapixels", ["100000", "1e15"])
+def test_a_bound_without_measure_takes_no_memory(run, images, tmp_path, megapixels):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result = run("encode", images, "--out", tmp_path / "c", *SMALL, "--max-megapixels", megapixels)
+    assert result.code == 0
+    assert "encoded  8 images" in result.out
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kB
+
+
+def test_an_image_that_does_not_fit_into_memory_is_a_skip(run, images, tmp_path, monkeypatch):
+    def read(path):
+        if path.name == "wide0.png":
+            raise MemoryError
+        return path.read_bytes()
+
+    monkeypatch.setattr(loading, "read_regular", read)
+    result = run("encode", images, "--out", tmp_path / "c", *SMALL)
+    assert result.code == 0
+    assert "skipped  1 out_of_memory (wide0.png" in result.out
+
+
+def test_the_transparent_colour_of_16_bits(tmp_path):
+    pixels = np.full((4, 5, 3), 20_000, ">u2")
+    pixels[1, 2] = 0x1234, 0x5678, 0x9ABC
+    rows = b"".join(b"\0" + row.tobytes() for row in pixels)
+    header = struct.pack(">IIBBBBB", 5, 4, 16, 2, 0, 0, 0)
+    parts = (
+        (b"IHDR", header),
+        (b"tRNS", struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    )
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in parts
+    )
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    scale_transparency(data, image)
+    alpha = split_alpha(image)[1]
+    assert np.argwhere(np.asarray(alpha) == 0).tolist() == [[1, 2]]

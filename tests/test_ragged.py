@@ -142,3 +142,14 @@ def test_a_batch_can_be_read_within_autocast(cache):
     assert torch.equal(batch.latent_mean, again.latent_mean)
     assert batch.latent_mean.dtype == torch.float16
     assert torch.equal(batch.weight, again.weight)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(1.0), torch.zeros(3), torch.zeros(2, 4)])
+def test_cond_of_another_shape_is_refused(value):
+    with pytest.raises(ValueError, match=r"cond/embeds is torch.float32 .*, expected \[3,...\]"):
+        take_cond({"cond/embeds": value}, 3, STORED)
+
+
+def test_no_prompts_at_all():
+    (cond,) = take_cond({"cond/e": torch.zeros(0, 2), "cond/e_offsets": torch.tensor([0])}, 0, STORED).values()
+    assert int((~finite_rows(cond)).sum()) == 0

@@ -51,7 +51,7 @@ def stack_rows(rows: Sequence[Tensor], is_ragged: bool) -> Cond:
 def finite_rows(cond: Cond) -> Tensor:
     """[P] bool: whether all numbers of each prompt's cond are finite."""
     if isinstance(cond, Ragged):
-        return torch.tensor([bool(cond[n].isfinite().all()) for n in range(len(cond))])
+        return torch.tensor([bool(cond[n].isfinite().all()) for n in range(len(cond))], dtype=torch.bool)
     return cond.isfinite().flatten(1).all(1)
 
 
@@ -83,9 +83,11 @@ def take_cond(tensors: Tensors, num_prompts: int, dtypes: frozenset[torch.dtype]
         if name.endswith("_offsets") and name.removesuffix("_offsets") in found:
             continue
         offsets = found.get(f"{name}_offsets")
-        is_row_each = len(value) == num_prompts if offsets is None else list(offsets.shape) == [num_prompts + 1]
-        is_shaped = value.ndim == 2 if offsets is not None else value.ndim >= 2
-        if value.dtype not in dtypes or not is_shaped or not is_row_each:
+        if offsets is None:
+            is_shaped = value.ndim >= 2 and len(value) == num_prompts
+        else:
+            is_shaped = value.ndim == 2 and list(offsets.shape) == [num_prompts + 1]
+        if value.dtype not in dtypes or not is_shaped:
             raise ValueError(f"cond/{name} is {value.dtype} {list(value.shape)}, expected [{num_prompts},...]")
         if offsets is None:
             conds[name] = value

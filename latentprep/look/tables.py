@@ -127,7 +127,7 @@ def render_problems(found: dict[str, Any]) -> str:
     problems = found["problems"]
     lines = [printable(f"{p['problem']:<10} {p['name']}: {p['detail']}") for p in problems]
     for name, what in (("largest_difference", ""), ("largest_cond_difference", "cond ")):
-        if name in found:
+        if found.get(name) is not None:
             lines.append(f"{what}encoded again: at most {found[name]:.2g} standard deviations from what is stored")
     size = f"{counted(found['images'], 'image')} in {counted(found['shards'], 'shard')}, " if "images" in found else ""
     lines.append(f"{found['cache']}: {size}{counted(len(problems), 'problem') if problems else 'nothing wrong'}")

@@ -10,7 +10,7 @@ import torch
 from latentprep.cache.leftovers import list_orphans
 from latentprep.cache.manifest import NAME, SKIPPED_NAME, Manifest, open_manifest, read_skips
 from latentprep.cache.ragged import finite_rows
-from latentprep.cache.readers import list_waiting
+from latentprep.cache.readers import Reading, list_waiting
 from latentprep.cache.shard import Latents, ShardEntry, Text, open_latents, open_text, open_uncond, uncond_name
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
@@ -29,6 +29,14 @@ def verify(storage: Storage, progress: Callable[[int], object]) -> tuple[Manifes
         manifest = open_manifest(storage)
     except UserError as error:
         return None, [Problem(NAME, "manifest", str(error))]
+    scraps = list_scraps(storage, manifest)  # before this process is a reader itself
+    with Reading(storage):  # what the manifest names stays meanwhile, if encode or compact run beside this
+        manifest = open_manifest(storage)
+        return manifest, [*check_cache(storage, manifest, progress), *scraps]
+
+
+def check_cache(storage: Storage, manifest: Manifest, progress: Callable[[int], object]) -> list[Problem]:
+    """Everything that is wrong with the files that a manifest names."""
     problems = [
         problem for name, stamp in manifest.root_files().items() for problem in check_file(storage, name, stamp)
     ]
@@ -43,14 +51,15 @@ def verify(storage: Storage, progress: Callable[[int], object]) -> tuple[Manifes
     problems += [Problem("", "duplicate", f"{key} stands in {n} rows") for key, n in keys.items() if n > 1]
     problems += check_skips(storage, manifest, keys)
     problems += check_uncond(storage, manifest)
+    return problems
+
+
+def list_scraps(storage: Storage, manifest: Manifest) -> list[Problem]:
+    """The files of ours that the manifest does not name, and that no reader keeps."""
     orphans = list_orphans(storage, manifest)
     waiting = set(list_waiting(storage, orphans))
-    problems += [
-        Problem(name, "orphan", "a file that cache.json does not name; the next latentprep encode clears it away")
-        for name in orphans
-        if name not in waiting
-    ]
-    return manifest, problems
+    detail = "a file that cache.json does not name; the next latentprep encode clears it away"
+    return [Problem(name, "orphan", detail) for name in orphans if name not in waiting]
 
 
 def check_file(storage: Storage, name: str, stamp: Stamp) -> list[Problem]:

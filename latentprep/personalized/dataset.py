@@ -73,17 +73,18 @@ class PersonalizedBase(Dataset[DatasetEntry]):
     get_first_stage_encoding), in half precision under autocast as there. cond_model: a pipeline of Stable Diffusion 1
     or 2, or a callable from a list of prompts to [B,T,D], which is called with one prompt at a time. At every start
     their weights are hashed, if they show any, and each is run on one small image or prompt, so that a different model
-    or CLIP skip is noticed: another VAE is refused, another text encoder makes its cond anew. Not noticed is a change
-    of less than a hundredth in a function that shows no weights, and one that only other prompts show, such as a new
-    embedding: change `version`, any text, to have everything encoded again. Either model may be left out once the cache
-    is there and nothing has changed.
+    or CLIP skip is noticed: another VAE is refused, another text encoder makes its cond anew. Two changes are missed: a
+    small one (under 0.5% to 3%, by dtype) of a function that shows no weights, and one that only other prompts show,
+    such as a new embedding. Then change `version`, any text, to have everything encoded again. Without both models a
+    cache is read as it is.
 
     cache: where the cache goes, by default beside the folder, in a name that holds the size. store_dtype: float16,
     bfloat16 or float32, of the stored latents. overwrite, allow_gone: as in `latentprep encode`. interrupted: called
     between images and prompts while they are encoded; once it gives True the encoding ends with a UserError, and the
     next start goes on from there. seed: what order and draws start from; without it they differ from start to start.
-    The line of the template that an image takes depends on the seed only (0 without one). Of several processes, one is
-    to start first, and make the cache. Raises UserError.
+    The line of the template that an image takes depends on the seed only (0 without one), unless tags are shuffled or
+    dropped: then it is drawn each time. Of several processes, one is to start first, and make the cache. Raises
+    UserError.
 
     Attributes: length, which is images times repeats; batch_size and gradient_step, clamped to it;
     latent_sampling_method; dataset, an entry for each image; image_paths; groups, the indices of each size of image.
@@ -166,7 +167,9 @@ class PersonalizedBase(Dataset[DatasetEntry]):
                 vae, autocast = make_live_vae(model, device)
                 options = replace(options, device=str(vae.device), dtype=DTYPES[vae.dtype])
                 update_cache(options, vae, cond_model, autocast, version, interrupted)
-            elif cache is None:
+            elif cond_model is not None:
+                raise UserError("cond_model= without model=: give both, or neither to read a cache as it is.")
+            else:
                 check_without_models(options)
             self.data = LatentDataset(
                 self.cache, latent_sampling_method=latent_sampling_method, repeats=repeats, flip_p=flip_p,

@@ -56,10 +56,13 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
 
     def __iter__(self) -> Iterator[BatchLoader]:  # type: ignore[override]
         self._running, self._used = self.epoch, self._resume_at
+        epoch, used = self._running, self._used
         self.epoch, self._resume_at = self.epoch + 1, 0
-        self.batches.epoch, self.batches.start = self._running, self._used
+        self.batches.epoch, self.batches.start = epoch, used
         for batch in super().__iter__():
-            self._used += 1
+            used += 1
+            if self._running == epoch:  # else another `for` has begun since: the state is that one's
+                self._used = used
             yield batch
 
     @property

@@ -164,11 +164,15 @@ def choose_autocast(dtype: torch.dtype, device: torch.device) -> tuple[Autocast,
 
     The caller's own autocast counts, if there is one.
     """
-    if torch.is_autocast_enabled(device.type):
+    if is_autocast_on(device):
         dtype = torch.get_autocast_dtype(device.type)
     if dtype in HALVES:
         return lambda: torch.autocast(device.type, dtype=dtype), dtype
     return nullcontext, dtype
+
+
+def is_autocast_on(device: torch.device) -> bool:
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
 class LiveText(TextEncoder):
@@ -272,6 +276,11 @@ def fingerprint(known: list[Any], version: str, probed: Tensor) -> str:
     return f"{digest_of(known)[:16]}.{digest_of(version)[:8]}.{numbers.astype('<f4').tobytes().hex()}"
 
 
+def is_fingerprint(digest: object) -> bool:
+    """Whether this is a fingerprint's form, and no hash of files."""
+    return isinstance(digest, str) and digest.count(".") == 2
+
+
 def recognize(digest: str, known: Iterable[str | None], dtype: torch.dtype | None) -> str:
     """The one of the known fingerprints that is of the same model, or else the fingerprint itself."""
     for other in known:
@@ -289,7 +298,7 @@ def is_other_version(one: str, other: str, dtype: torch.dtype | None) -> bool:
 
 
 def is_same(one: str, other: str, dtype: torch.dtype | None = None) -> bool:
-    """Whether two fingerprints may be of one model, which computes in a dtype, on two devices."""
+    """Whether two fingerprints could come from one model on two devices; dtype sets how much rounding is allowed."""
     (name, _, numbers), (other_name, _, other_numbers) = one.rpartition("."), other.rpartition(".")
     if name != other_name or len(numbers) != len(other_numbers):
         return False

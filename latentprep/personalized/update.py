@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -14,7 +14,15 @@ from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME, open_latent
 from latentprep.cache.storage import Storage
 from latentprep.config import EncodeOptions, recipe_changes
 from latentprep.errors import UserError
-from latentprep.personalized.models import Autocast, LiveText, LiveVae, is_other_version, recognize
+from latentprep.personalized.models import (
+    Autocast,
+    LiveText,
+    LiveVae,
+    is_autocast_on,
+    is_fingerprint,
+    is_other_version,
+    recognize,
+)
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.survey import check_paths, prepare
@@ -59,7 +67,7 @@ def update_cache(
 
     storage = Storage(options.out)
     # the caller's autocast is for models of the ancestor's kind, and changes nothing else
-    with torch.autocast(vae.device.type, enabled=False):
+    with torch.autocast(vae.device.type, enabled=False) if is_autocast_on(vae.device) else nullcontext():
         check_paths(options, print)
         options = keep_what_is_there(options, storage, cond_model)
         text = LiveText(cond_model, vae.device, autocast, check) if options.text.include_cond else None
@@ -88,6 +96,8 @@ def check_without_models(options: EncodeOptions) -> None:
     if not options.source.is_dir():
         raise UserError(f"data_root {options.source}: no such folder.")
     recipe = open_manifest(Storage(options.out)).recipe
+    if not is_fingerprint(recipe["latents"]["vae"]):
+        return  # made by latentprep encode, with settings of its own
     geometry = {name: value for name, value in asdict(options.geometry).items() if value is not None}
     if options.geometry.size is not None:
         geometry["size"] = list(options.geometry.size)

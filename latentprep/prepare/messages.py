@@ -151,7 +151,7 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
         )
     lines += [
         f"         {counted(count, 'image')} {NOTES.get(note, note)}"
-        + (f": {_name(outcome.noted[note])}" if note in outcome.noted else "")
+        + (f": {_name(outcome.noted[note], count)}" if note in outcome.noted else "")
         for note, count in sorted(outcome.notes.items())
     ]
     if outcome.num_retried:
@@ -221,9 +221,11 @@ def exit_code(skips: list[Skip], failures: list[str], strict: bool) -> int:
     return int(bool(failures) or (strict and bool(skips)))
 
 
-def _name(keys: list[str]) -> str:
-    more = f" and {len(keys) - NAMED:,} more" if len(keys) > NAMED else ""
-    return ", ".join(map(printable, keys[:NAMED])) + more
+def _name(keys: list[str], count: int | None = None) -> str:
+    """The first keys, and how many more there are of `count`; without it, of the keys."""
+    named = keys[:NAMED]
+    left = (len(keys) if count is None else count) - len(named)
+    return ", ".join(map(printable, named)) + (f" and {left:,} more" if left > 0 else "")
 
 
 def _next(options: EncodeOptions) -> str:

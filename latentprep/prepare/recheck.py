@@ -15,6 +15,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.images.masks import Masks, list_masks, paths_of
+from latentprep.prepare.images.pillow import limit_pixels, max_pixels
 from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
@@ -106,7 +107,7 @@ def reencode(
         if isinstance(result, Skip):
             problems.append(Problem(key, result.reason, result.detail))
             continue
-        worst = max(worst, result)
+        worst = larger(worst, result)
         if not result <= TOLERANCES[recipe["dtype"]]:
             detail = f"{result:.4f} standard deviations from what is stored, allowed {TOLERANCES[recipe['dtype']]}"
             problems.append(Problem(key, "latents", detail))
@@ -127,9 +128,14 @@ def sample_rows(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[Sha
 def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> VaeFolder | VaeFile:
     """The VAE that a cache was made with, by its hash; `model` and `vae` are those of the command line."""
     made_with = manifest.made_with
+    wanted = manifest.recipe["latents"]["vae"]
+    if wanted.count(".") == 2:  # personalized.models.fingerprint
+        raise UserError(
+            "--re-encode: this cache was made by PersonalizedBase, with a model in memory that cannot be loaded again. "
+            "Leave it out."
+        )
     option, name = ("--vae", vae) if vae else ("--model", model or made_with.get("vae") or made_with["model"])
     found = open_made_vae(made_with, name, option, beside=model if vae and model else made_with["model"])
-    wanted = manifest.recipe["latents"]["vae"]
     if found.digest != wanted:
         advice = "Give that one" + (" with --vae." if made_with.get("vae") and not vae else ".")
         raise UserError(f"{option} {name}: its VAE is {found.digest}, this cache was made with {wanted}. {advice}")
@@ -141,6 +147,7 @@ def encode_row(
 ) -> float | Skip:
     """How far one image, encoded again, is from its row: the worst of its views, mean and std."""
     height, width = group.original_size[row].tolist()
+    limit_pixels(max(max_pixels(), height * width))  # whatever --max-megapixels the cache was made with
     resized = tuple(group.resized_size[row, 0].tolist())
     boxes = [tuple(box) for box in group.crop[row].tolist()]
     placement = Placement(boxes[0][2:], (resized[0], resized[1]), boxes[0])
@@ -156,7 +163,10 @@ def encode_row(
             if stored is not None:
                 difference = fresh[0] - stored[row, view].float()
                 found = float(difference.square().mean().sqrt()) / spread
-                if isnan(found):  # max() would pass over it
-                    return found
-                worst = max(worst, found)
+                worst = larger(worst, found)
     return worst
+
+
+def larger(one: float, other: float) -> float:
+    """The larger of two differences; NaN if one of them is, which max() would pass over."""
+    return one if isnan(one) or other <= one else other

@@ -19,7 +19,7 @@ from latentprep.prepare.devices import choose_device, is_out_of_memory
 from latentprep.prepare.models.model_set import open_made_text
 from latentprep.prepare.models.single_file import TextFile
 from latentprep.prepare.models.text_folder import TextFolder
-from latentprep.prepare.recheck import sample_rows
+from latentprep.prepare.recheck import larger, sample_rows
 from latentprep.prepare.text import TextEncoder
 from latentprep.prompts import make_prompts
 from latentprep.records import Problem
@@ -85,13 +85,13 @@ def reencode_text(
                 problems.append(sample)
                 continue
             found = sum(value.numel() for value in sample.cond.values())
-            if found != num_values:  # so too before a crafted recipe asks for cond without measure
+            if found != num_values:  # checked before encoding: a crafted recipe could ask for huge cond
                 detail = f"{found:,} numbers for a prompt, expected {num_values:,}"
                 problems.append(Problem(sample.name, "cond", detail))
                 continue
             fresh = {name: value[0] for name, value in encoder.encode([sample.prompt]).items()}
             difference, wrong = compare_cond(fresh, sample.cond, TOLERANCES[recipe["dtype"]])
-            worst = max(worst, difference)  # which passes over NaN; that is in `wrong`
+            worst = larger(worst, difference)
             if wrong:
                 problems.append(Problem(sample.name, "cond", f"of {shortened(sample.prompt)!r}: {wrong}"))
     except RuntimeError as error:
@@ -144,7 +144,7 @@ def compare_cond(fresh: Tensors, stored: Tensors, tolerance: float) -> tuple[flo
             wrong = wrong or ("" if torch.equal(new, old) else f"{name} is not what is stored")
             continue
         difference = difference_of(new.float(), old.float())
-        worst = difference if not difference <= worst else worst  # NaN too
+        worst = larger(worst, difference)
         if not difference <= tolerance:
             wrong = wrong or f"{name} {difference:.4f} standard deviations from what is stored, allowed {tolerance}"
     return worst, wrong

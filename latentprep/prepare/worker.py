@@ -80,7 +80,7 @@ def run_unit(
             for batch, num_done in make_batches(unit, done.num_done, loaded, job, skips, progress):
                 encode_rows(batch, job, builders, skips)
                 name_noted(batch, job)
-                notes = sum((Counter(pixels.notes) for _, _, pixels in batch), done.notes or Counter())
+                notes = sum((Counter(set(pixels.notes)) for _, _, pixels in batch), done.notes or Counter())
                 counts = tuple((bucket, len(builder.digest)) for bucket, builder in builders.items())
                 done = Progress(num_done, counts, len(skips), notes)
         except KeyboardInterrupt:
@@ -193,7 +193,7 @@ def make_batches(
 def name_noted(batch: list[Image], job: Job) -> None:
     """Remember which images the notes are about that a person should look at."""
     for item, _, pixels in batch:
-        for note in pixels.notes:
+        for note in set(pixels.notes):
             if note in NAMED_NOTES:
                 job.noted.setdefault(note, []).append(item.key)
 

@@ -92,7 +92,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         self._given = 0
 
     def _take(self, bucket: int, places: np.ndarray, epoch: int, shuffled: dict[int, np.ndarray]) -> np.ndarray:
-        """The samples of a bucket, by their numbers in it, at some places of an epoch's order: it is every rank's."""
+        """The samples of a bucket, by their numbers in it, at places of the epoch's order, which all ranks share."""
         count = self._counts[bucket]
         if not self.shuffle:
             return places

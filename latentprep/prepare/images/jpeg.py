@@ -29,7 +29,7 @@ def check_jpeg(data: bytes) -> tuple[bytes, str]:
     JPEG of too many scans.
     """
     outline = read_outline(data)
-    allowed = min(MAX_SCANS, WHOLE_SCANS * max_pixels() // max(1, outline.pixels))
+    allowed = max(1, min(MAX_SCANS, WHOLE_SCANS * max_pixels() // max(1, outline.pixels)))
     if len(outline.scans) > allowed:
         for_so_many = "" if allowed == MAX_SCANS else f" for {outline.pixels:,} pixels"
         raise DecodeError(

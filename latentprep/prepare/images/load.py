@@ -82,7 +82,7 @@ class LoadOptions:
 
 
 def is_large(item: Item) -> bool:
-    """Whether decoding an item takes so much memory that it is to be decoded alone."""
+    """Whether decoding an item needs so much memory that it must be decoded alone."""
     return item.size[0] * item.size[1] > LARGE_PIXELS or item.nbytes > LARGE_BYTES
 
 
@@ -99,9 +99,11 @@ def load_pixels(
     the images is not there any more.
     """
     mask_path = options.masks.path_of(item.key) if options.masks is not None else None
-    if mask_path is not None and item.nbytes > 2 * max_bytes():  # the image itself was looked at when it was listed
-        return item.skip("bad_mask", f"{mask_path}: {human_bytes(item.nbytes)} with its image")
     try:
+        if mask_path is not None and (size := mask_path.stat().st_size) > max_bytes():
+            return item.skip(
+                "bad_mask", f"{mask_path}: {human_bytes(size)}, expected at most {human_bytes(max_bytes())}"
+            )
         data = read_regular(options.folder / item.key)
         mask_data = read_regular(mask_path) if mask_path is not None else b""
     except NotRegularError as error:
@@ -113,6 +115,8 @@ def load_pixels(
                 "again, and run the same command."
             ) from None
         return item.skip("io_error", describe(error))
+    except MemoryError as error:
+        return item.skip("out_of_memory", describe(error))
     if len(data) + len(mask_data) != item.nbytes:
         return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data) + len(mask_data)}: run again")
     try:

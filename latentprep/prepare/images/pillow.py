@@ -136,11 +136,10 @@ def max_bytes() -> int:
 
 
 def read_regular(path: Path) -> bytes:
-    """All bytes of a regular file; of one that is larger than max_bytes, no more than shows that. Raises OSError like
-    open_regular.
-    """
+    """All bytes of a regular file; a larger file is cut at max_bytes + 1 bytes. Raises OSError like open_regular."""
     with open_regular(path) as file:
-        return file.read(max_bytes() + 1)
+        size = os.fstat(file.fileno()).st_size
+        return file.read(min(size, max_bytes()) + 1)  # Python takes memory for all that is asked for
 
 
 class CountedFile:

@@ -24,10 +24,12 @@ def read_depth(data: bytes) -> tuple[int, int, int]:
 
 
 def scale_transparency(data: bytes, image: Image.Image) -> None:
-    """Give the transparent colour of a grey PNG of 2 or 4 bits in 8 bits, as Pillow gives its pixels."""
+    """Give the transparent colour of a PNG of 2, 4 or 16 bits in 8 bits, as Pillow gives its pixels."""
     (bits, _, _), level = read_depth(data), image.info.get("transparency")
     if image.mode == "L" and 0 < bits < 8 and isinstance(level, int):
         image.info["transparency"] = level * 255 // ((1 << bits) - 1)
+    elif image.mode == "RGB" and bits == 16 and isinstance(level, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in level)
 
 
 def check_rows(data: bytes, image: Image.Image) -> None:
@@ -40,9 +42,8 @@ def check_rows(data: bytes, image: Image.Image) -> None:
     last = image.crop((0, image.height - 1, image.width, image.height))
     if interlace or last.getbbox(alpha_only=False) is not None:
         return
-    wanted = image.height * (
-        1 + (image.width * bits * CHANNELS.get(color, 1) + 7) // 8
-    )  # with the filter byte of every row
+    row = 1 + (image.width * bits * CHANNELS.get(color, 1) + 7) // 8  # bytes, with the filter
+    wanted = image.height * row
     found = 0
     inflater, file = zlib.decompressobj(), io.BytesIO(data)
     for name, length in list_chunks(file):

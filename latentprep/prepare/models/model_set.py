@@ -96,8 +96,8 @@ def open_made_text(made_with: dict[str, Any], name: str) -> TextFolder | TextFil
 
 
 def find_made(made_with: dict[str, Any], name: str, option: str, with_text: bool) -> Path:
-    """The folder or file of a model, at the commit that the cache was made with if it is that of the cache."""
-    commit = made_with.get("commit") if name == made_with["model"] else None
+    """The folder or file of a model; of the hub at the cache's commit, if it is the cache's own model."""
+    commit = made_with.get("commit") if name == made_with["model"] and not Path(name).exists() else None
     return find_model(name, option, revision=commit, with_text=with_text)
 
 
