@@ -435,3 +435,19 @@ def test_cond_of_another_dtype_is_found_without_encoding(run, cache):
     result = run("verify", cache)
     assert result.code == 1
     assert "cond/prompt_embeds: torch.bfloat16, expected float16" in result.out
+
+
+def test_a_shard_whose_cond_has_another_width_is_not_read_with_the_others(run, photos, tmp_path):
+    assert run("encode", photos, "--out", tmp_path / "c", *SMALL, "--shard-size", "30kB").code == 0
+    texts = []
+
+    def narrow(text):
+        texts.append(text)
+        cond = text.cond["prompt_embeds"]
+        return replace(text, cond={"prompt_embeds": cond[..., :-1].contiguous() if len(texts) == 2 else cond.clone()})
+
+    rewrite(tmp_path / "c", narrow)
+    assert len(texts) > 1
+    data = LatentDataset(tmp_path / "c")
+    with pytest.raises(UserError, match="this shard and its text do not fit the others"):
+        list(map(data.__getitem__, range(len(data))))

@@ -214,6 +214,11 @@ def test_loader_goes_on_in_mid_epoch_with_any_number_of_workers(data, workers):
     assert len(read(other)) == len(whole)  # and the epoch after is whole again
 
 
+def test_a_loader_refuses_the_state_of_another(data):
+    with pytest.raises(UserError, match="load_state_dict: saved with batch_size=3, this sampler has batch_size=4"):
+        LatentLoader(data, 4, seed=4).load_state_dict(LatentLoader(data, 3, seed=4).state_dict())
+
+
 def test_a_loop_that_was_left_starts_its_epoch_again(data):
     loader = LatentLoader(data, 3)
     first = next(iter(loader)).index.tolist()
