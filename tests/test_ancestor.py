@@ -19,7 +19,7 @@ from latentprep.errors import UserError
 from latentprep.personalized import BatchLoader, PersonalizedBase, PersonalizedDataLoader
 from latentprep.personalized.models import NUM_PROBED, LiveText, is_same, make_live_vae, probe_image, recognize
 from latentprep.personalized.update import keywords_for_options
-from tests.conftest import TINY, gradient
+from tests.conftest import SMALL, TINY, gradient
 from tests.test_personalized import LatentDiffusion, ancestors_latents
 
 WIDTH = 6
@@ -526,6 +526,19 @@ def test_what_a_start_that_failed_has_done_is_known_again(images, vae):
     assert len(base(images, vae, model=model, cond_model=web_uis_conditioner, include_cond=True)) == 8
     assert 10**9 - model.left == 1  # the probe: all latents were there
 
+    def stops(prompts):
+        if "picture number 2" in prompts:
+            raise KeyboardInterrupt
+        return web_uis_conditioner(prompts)
+
+    cache = images.parent / "other"  # which has no manifest then
+    with pytest.raises(KeyboardInterrupt):
+        base(images, vae, cond_model=stops, include_cond=True, cache=cache)
+    assert not (cache / "cache.json").exists()
+    model = Noisy(vae)
+    assert len(base(images, vae, model=model, cond_model=web_uis_conditioner, include_cond=True, cache=cache)) == 8
+    assert 10**9 - model.left == 1
+
 
 def test_skipped_images_are_counted_out_loud(images, vae, capsys):
     (images / "bad.png").write_bytes(b"no image")
@@ -610,9 +623,12 @@ def test_a_stop_in_the_first_shard_is_gone_on_from_on_another_device(images, vae
             posterior.mean = posterior.mean * (1 + 1e-4 * torch.randn_like(posterior.mean))
             return posterior
 
+    done = 10**9 - model.left - 1
     again = Noisy(vae)
-    assert len(base(images, vae, model=again, flip_p=0)) == 28
-    assert 10**9 - again.left < 2 * 28 - 10  # in two views each, and not all of them
+    data = base(images, vae, model=again, flip_p=0)
+    assert len(data) == 28
+    assert data.data.manifest.latent["views"] == ["plain", "flipped"]
+    assert 0 < done <= 10**9 - 1 - again.left + done <= 2 * 28 + 2  # one batch at most is encoded twice
 
 
 def test_a_stop_is_asked_for_once(images, vae):
@@ -847,3 +863,36 @@ def test_an_error_of_the_callers_own_function_is_said(images, vae):
 def test_what_is_no_state_is_refused(images, vae, state):
     with pytest.raises(UserError, match=r"load_state_dict: got a .*, expected what state_dict gave"):
         PersonalizedDataLoader(base(images, vae)).load_state_dict(state)
+
+
+def test_a_cache_by_another_path_is_checked_too(images, vae, tmp_path):
+    base(images, vae, cache=tmp_path / "c")
+    assert len(PersonalizedBase(images, 64, 64, 1, 0, cache=tmp_path / "c")) == 8
+    with pytest.raises(UserError, match="was made otherwise"):
+        PersonalizedBase(images, 128, 128, 1, 0, cache=tmp_path / "c")
+    with pytest.raises(UserError, match="cond_model= without model=: give both, or neither"):
+        PersonalizedBase(images, 64, 64, 1, 0, cond_model=web_uis_conditioner, cache=tmp_path / "c")
+
+
+def test_a_cache_of_the_command_line_is_read_as_it_is(run, images, tmp_path):
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL).code == 0
+    data = PersonalizedBase(images, repeats=1, flip_p=0, include_cond=True, cache=tmp_path / "c")
+    assert data[0].cond.shape[0] == 77
+
+
+def test_verify_says_that_a_model_in_memory_cannot_be_loaded_again(run, images, vae):
+    cache = base(images, vae).cache
+    assert run("verify", cache, "--source", images).code == 0
+    result = run("verify", cache, "--source", images, "--re-encode", 1)
+    assert (result.code, "made by PersonalizedBase, with a model in memory" in result.err) == (1, True)
+
+
+def test_the_state_is_that_of_the_loop_that_began_last(images, vae):
+    loader = PersonalizedDataLoader(base(images, vae, seed=1), batch_size=2)
+    one, other = iter(loader), iter(loader)
+    for loop in (one, other, one, one):
+        next(loop)
+    state = loader.state_dict()
+    assert (state["epoch"], state["next_batch"]) == (1, 1)
+    loader.load_state_dict(state)
+    assert len(list(loader)) == 3

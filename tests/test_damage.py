@@ -17,7 +17,7 @@ from latentprep.prepare.images.jpeg import check_jpeg
 from latentprep.prepare.images.pillow import MAX_CHUNKS, PNG_MAGIC, DecodeError
 from latentprep.prepare.source import read_item
 from latentprep.records import Skip
-from tests.conftest import PHOTOS, find_photo, gradient
+from tests.conftest import PHOTOS, SMALL, find_photo, gradient
 from tests.test_load import load, save
 
 WAYS = ({}, {"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}, {"quality": 30})
@@ -260,3 +260,16 @@ def test_a_pipe_under_verify_source_is_a_problem_at_once(run, tmp_path, images):
     os.mkfifo(images / "wide1.png")
     result = run("verify", tmp_path / "c", "--source", images)
     assert (result.code, "wide1.png" in result.out) == (1, True)
+
+
+def test_an_image_and_its_mask_that_are_both_damaged_are_one_image(run, images, tmp_path):
+    (tmp_path / "masks").mkdir()
+    damaged = taller(as_jpeg(Image.open(find_photo(PHOTOS[0])).convert("RGB").resize((512, 400))))
+    for n in range(8):
+        (images / f"j{n}.jpg").write_bytes(damaged)
+        (tmp_path / "masks" / f"j{n}.jpg").write_bytes(damaged)
+    result = run("encode", images, "--out", tmp_path / "c", *SMALL, "--weights", tmp_path / "masks")
+    assert result.code == 0
+    (line,) = [line for line in result.out.splitlines() if "damage" in line]
+    assert line.strip().startswith("8 images with damage")
+    assert line.endswith("j0.jpg, j1.jpg, j2.jpg, j3.jpg, j4.jpg and 3 more")

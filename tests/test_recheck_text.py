@@ -15,6 +15,7 @@ from latentprep.cache.manifest import commit, open_manifest, read_skips
 from latentprep.cache.shard import open_text, open_uncond, write_text, write_uncond
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
+from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.text_folder import open_text as open_encoder
 from latentprep.prepare.recheck_text import TOLERANCES, compare_cond, difference_of, find_text, reencode_text
 from latentprep.prepare.text import TextEncoder
@@ -451,3 +452,14 @@ def test_a_shard_whose_cond_has_another_width_is_not_read_with_the_others(run, p
     data = LatentDataset(tmp_path / "c")
     with pytest.raises(UserError, match="this shard and its text do not fit the others"):
         list(map(data.__getitem__, range(len(data))))
+
+
+def test_verify_takes_the_images_that_the_cache_took(run, tmp_path):
+    """Whatever --max-megapixels it was made with: verify has none."""
+    (tmp_path / "photos").mkdir()
+    gradient(80, 64).resize((14_000, 13_500)).convert("1").save(tmp_path / "photos" / "large.png")
+    command = ("encode", tmp_path / "photos", "--out", tmp_path / "c", *SMALL, "--no-cond")
+    assert run(*command, "--max-megapixels", 200).code == 0
+    limit_pixels(180_000_000)
+    result = run("verify", tmp_path / "c", "--source", tmp_path / "photos", "--re-encode", 1)
+    assert (result.code, "nothing wrong" in result.out) == (0, True)
