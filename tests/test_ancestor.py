@@ -384,7 +384,7 @@ def test_each_start_has_an_order_and_draws_of_its_own(images, vae):
 
 def test_short_starts_see_every_image_in_the_end(images, vae):
     seen = set()
-    for _ in range(12):  # of 3 batches each
+    for _ in range(40):  # of 3 batches each
         for number, batch in enumerate(PersonalizedDataLoader(base(images, vae))):
             if number == 3:
                 break
