@@ -92,8 +92,8 @@ def test_captions_that_are_not_text_are_named_and_counted(folder):
     (folder / "d.txt").write_bytes(b"\xff\xff\xff")
     found = add_captions(list_folder(folder), TextOptions())
     assert [(skip.key, skip.reason, skip.detail) for skip in found.skips] == [
-        ("b.png", "bad_caption", "b.txt: not UTF-8-SIG text at byte 3. Save it as UTF-8."),
-        ("d.png", "bad_caption", "d.txt: not UTF-8-SIG text at byte 0. Save it as UTF-8."),
+        ("b.png", "bad_caption", "b.txt: not UTF-8 text at byte 3. Save it as UTF-8."),
+        ("d.png", "bad_caption", "d.txt: not UTF-8 text at byte 0. Save it as UTF-8."),
     ]
     assert {item.key for item in found.items}.isdisjoint({"b.png", "d.png"})
 

@@ -103,7 +103,7 @@ def test_a_bad_caption_is_a_skip_that_heals_and_costs_no_row(encode, images, tmp
     (images / "new.txt").write_bytes(b"caf\xe9")
     result = encode()
     assert "unread   1 image cannot be read now, what the cache has stays: tall0.png" in result.err
-    assert "skipped  1 bad_caption (new.png: new.txt: not UTF-8-SIG text at byte 3" in result.out
+    assert "skipped  1 bad_caption (new.png: new.txt: not UTF-8 text at byte 3" in result.out
     assert len(rows(tmp_path / "c")) == 8
     (images / "tall0.txt").write_bytes(good)
     (images / "new.txt").write_bytes(good)

@@ -137,4 +137,5 @@ def read_text(folder: Path, name: str, max_bytes: int = MAX_METADATA) -> str:
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not {encoding.upper()} text at byte {error.start}. Save it as UTF-8.") from None
+        said = encoding.upper().removesuffix("-SIG")
+        raise UserError(f"{name}: not {said} text at byte {error.start}. Save it as UTF-8.") from None
