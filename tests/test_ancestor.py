@@ -773,7 +773,7 @@ BAD = [
     {"latent_sampling_method": "Once"}, {"use_weight": 1}, {"use_weight": "raw"}, {"shuffle_tags": "x"},
     {"varsize": "no"}, {"include_cond": 1}, {"placeholder_token": 5}, {"version": 2}, {"cond_model": 5},
     {"interrupted": True}, {"seed": 1.5}, {"seed": "a"}, {"cache": ""}, {"cache": 5}, {"store_dtype": "float64"},
-    {"overwrite": "yes"},
+    {"overwrite": "yes"}, {"device": "foo"}, {"device": 1.5},
 ]  # fmt: skip
 
 
@@ -896,3 +896,9 @@ def test_the_state_is_that_of_the_loop_that_began_last(images, vae):
     assert (state["epoch"], state["next_batch"]) == (1, 1)
     loader.load_state_dict(state)
     assert len(list(loader)) == 3
+
+
+def test_a_gpu_that_is_not_there_is_said(images, vae, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="device='cuda': torch finds no CUDA device here"):
+        base(images, vae, device="cuda")

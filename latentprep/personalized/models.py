@@ -147,7 +147,7 @@ def make_live_vae(model: Any, device: torch.device | str | None) -> tuple[LiveVa
         if not isinstance(module, torch.nn.Module):
             module = model if isinstance(model, torch.nn.Module) else None
         weights = next((tensor for tensor in tensors_of(module) if tensor.is_floating_point()), torch.zeros(()))
-        place = torch.device(device) if device is not None else weights.device
+        place = as_device(device) if device is not None else weights.device
         autocast, dtype = choose_autocast(weights.dtype, place)
         return LiveVae(FirstStage(model, module, autocast), place, dtype), autocast
     vae = getattr(model, "vae", model)
@@ -157,6 +157,17 @@ def make_live_vae(model: Any, device: torch.device | str | None) -> tuple[LiveVa
             "or an object with encode_first_stage and get_first_stage_encoding."
         )
     return LiveVae(vae, torch.device(vae.device), vae.dtype), nullcontext
+
+
+def as_device(device: torch.device | str) -> torch.device:
+    """The device of an argument. Raises UserError if torch has none of that name here."""
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError):
+        raise UserError(f"device={device!r}: expected a device of torch, such as cuda, cuda:1, mps or cpu.") from None
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device={device!r}: torch finds no CUDA device here.")
+    return found
 
 
 def choose_autocast(dtype: torch.dtype, device: torch.device) -> tuple[Autocast, torch.dtype]:
