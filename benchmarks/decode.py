@@ -19,13 +19,14 @@ import torch
 import typer
 from PIL import Image
 
-from latentprep.config import Geometry, ImageOptions, latents_recipe
-from latentprep.prepare.buckets import make_place
+from latentprep.options import Geometry, ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.models.find import find_model
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
-from latentprep.prepare.source import read_item
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.plan.buckets import make_place
+from latentprep.prepare.source.folder import read_item
+from latentprep.recipe import latents_recipe
 from latentprep.records import Item, Pixels
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")

@@ -20,12 +20,12 @@ import typer
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latentprep.config import EncodeOptions, Geometry, TextOptions
+from latentprep.options import EncodeOptions, Geometry, TextOptions
 from latentprep.prepare.devices import quiet_libraries
 from latentprep.prepare.encode import encode
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.survey import prepare
-from latentprep.prepare.vae import VaeEncoder
 
 
 class NoBar:

@@ -39,7 +39,7 @@ def draw(folder: Path, count: int) -> None:
 def measure(images: Path, cache: Path, resolution: int) -> tuple[float, float]:
     """Peak memory in MB, and seconds, of encoding a folder."""
     command = [
-        sys.executable, "-m", "latentprep.cli", "encode", str(images), "--out", str(cache), "--model", "tiny",
+        sys.executable, "-m", "latentprep", "encode", str(images), "--out", str(cache), "--model", "tiny",
         "--resolution", str(resolution),
     ]  # fmt: skip
     started = time.perf_counter()

@@ -67,7 +67,7 @@ def main(
         command = ["encode", here / "images", "--out", here / "cache", "--model", "tiny", "--no-cond", "--fit", "pad"]
         started = time.perf_counter()
         run = subprocess.run(
-            [sys.executable, "-m", "latentprep.cli", *command, "--width", str(size), "--height", str(size)],
+            [sys.executable, "-m", "latentprep", *command, "--width", str(size), "--height", str(size)],
             capture_output=True, text=True, errors="replace",
         )  # fmt: skip
         seconds = time.perf_counter() - started

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from latentprep.prepare.devices import quiet_libraries
 from latentprep.prepare.models.find import find_model
+from latentprep.prepare.models.vae_encoder import LEVELS, VaeEncoder
 from latentprep.prepare.models.vae_folder import VaeFolder, open_vae
-from latentprep.prepare.vae import LEVELS, VaeEncoder
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png")  # scikit-image's; held out by examples/train_tiny.py
 SAMPLE_BYTES = 2 * 4 * 64 * 64 * 2 + 77 * 768 * 2  # SD 1.5 at 512: mean, std and cond in float16

@@ -1,5 +1,5 @@
 """`python -m latentprep`: the same as `latentprep`."""
 
-from latentprep.cli import main
+from latentprep.cli.commands import main
 
 main()

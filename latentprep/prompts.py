@@ -7,8 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
+from latentprep.options import TextOptions
 
 if TYPE_CHECKING:
     import numpy as np

@@ -18,16 +18,16 @@ class Item:
     key: str  # path relative to the source, POSIX style, with its extension
     size: Size  # after EXIF orientation
     nbytes: int  # with its mask
-    mtime_ns: int  # plus that of its mask, where it has one
+    version: int  # plus that of its mask, where it has one
     captions: tuple[str, ...] = ()  # one or more, once they were looked for; "" where there is nothing to say
     caption_origin: str = ""  # where they came from: txt, caption, metadata, filename
 
     def skip(self, reason: str, detail: str) -> "Skip":
-        return Skip(self.key, reason, detail, self.nbytes, self.mtime_ns)
+        return Skip(self.key, reason, detail, self.nbytes, self.version)
 
     @property
     def row(self) -> "Row":
-        return Row(self.key, self.nbytes, self.mtime_ns, self.captions)
+        return Row(self.key, self.nbytes, self.version, self.captions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +36,13 @@ class Row:
 
     key: str
     nbytes: int
-    mtime_ns: int
+    version: int
     captions: tuple[str, ...]
 
     @property
     def fingerprint(self) -> tuple[str, int, int]:
         """What tells, without reading an image, that it is the one that was encoded."""
-        return self.key, self.nbytes, self.mtime_ns
+        return self.key, self.nbytes, self.version
 
 
 CHANGES = {
@@ -119,7 +119,7 @@ class Skip:
     reason: str
     detail: str
     nbytes: int = -1
-    mtime_ns: int = -1
+    version: int = -1
     condition: str = ""  # under which it was skipped while encoding; empty: it is looked at in every run
 
     def under(self, conditions: Mapping[str, str]) -> "Skip":

@@ -11,14 +11,15 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from latentprep import cli
+import latentprep
 from latentprep.cache.normalization import Normalization
+from latentprep.cli import commands as cli
 from latentprep.prepare.devices import quiet_libraries
 
 quiet_libraries()
 torch.set_num_threads(1)
 
-TINY = Path(cli.__file__).parent / "tiny"
+TINY = Path(latentprep.__file__).parent / "tiny"
 HELD_OUT = ("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png")
 PHOTOS = (
     *HELD_OUT,

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from latentprep.config import count_pixels
 from latentprep.errors import UserError
-from latentprep.prepare.vae import Posterior
+from latentprep.options import count_pixels
+from latentprep.prepare.models.vae_encoder import Posterior
 from latentprep.read.dataset import LatentDataset
 from latentprep.read.sampler import BucketBatchSampler, LatentLoader
 from tests.conftest import SMALL

@@ -15,17 +15,18 @@ from latentprep import BucketBatchSampler, LatentDataset
 from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.shard import open_text
 from latentprep.cache.storage import Storage
-from latentprep.config import Geometry, ImageOptions, latents_recipe
 from latentprep.errors import UserError
 from latentprep.look import verify as verifying
-from latentprep.prepare import source
-from latentprep.prepare.buckets import make_place
+from latentprep.options import Geometry, ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels, place_weight
-from latentprep.prepare.plan import RowBytes, cut_rows
-from latentprep.prepare.textfile import check_finite
-from latentprep.prepare.vae import Posterior, VaeEncoder
+from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
+from latentprep.prepare.plan.buckets import make_place
+from latentprep.prepare.plan.plan import RowBytes, cut_rows
+from latentprep.prepare.source import folder as source
+from latentprep.prepare.work.text import check_finite
 from latentprep.prompts import make_prompt
 from latentprep.read.sampler import BucketPlan, plan_bucket
+from latentprep.recipe import latents_recipe
 from latentprep.records import Item, Placement, Skip
 from tests.conftest import SMALL
 from tests.test_incremental import SHARDS

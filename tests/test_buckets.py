@@ -6,9 +6,9 @@ import random
 
 import pytest
 
-from latentprep.config import Geometry
 from latentprep.errors import UserError
-from latentprep.prepare.buckets import cropped_away, list_buckets, make_place, nearest_bucket
+from latentprep.options import Geometry
+from latentprep.prepare.plan.buckets import cropped_away, list_buckets, make_place, nearest_bucket
 from latentprep.records import Placement
 
 SIZES = [*itertools.product((48, 63, 64, 65, 200, 333, 512, 777, 1024, 4000), repeat=2), (100, 3000)]

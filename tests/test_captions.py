@@ -8,10 +8,10 @@ import sys
 import pytest
 import regex
 
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.captions import add_captions, caption_from_name
-from latentprep.prepare.source import list_folder
+from latentprep.options import TextOptions
+from latentprep.prepare.source.captions import add_captions, caption_from_name
+from latentprep.prepare.source.folder import list_folder
 from latentprep.prompts import list_templates, load_template, make_prompt
 from tests.conftest import SMALL, gradient
 

@@ -121,7 +121,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(run, images, tmp_pa
     for n in range(120):
         shutil.copy(images / "wide0.png", images / f"copy{n}.png")
     options = ["encode", str(images), "--out", str(tmp_path / "c"), *SMALL, "--shard-size", "30kB"]
-    process = subprocess.Popen([sys.executable, "-m", "latentprep.cli", *options], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-m", "latentprep", *options], stderr=subprocess.PIPE, text=True)
     shards = tmp_path / "c" / "shards"
     deadline = time.monotonic() + 60
     while not (shards.is_dir() and len(list(shards.glob("*.text.*"))) >= 3):
@@ -264,7 +264,7 @@ def test_a_read_only_cache_folder(run, images, tmp_path, monkeypatch):
 
 
 def test_one_units_bug_stops_only_that_unit(run, images, tmp_path, monkeypatch):
-    from latentprep.prepare.vae import VaeEncoder
+    from latentprep.prepare.models.vae_encoder import VaeEncoder
 
     whole = VaeEncoder.encode
 

@@ -15,7 +15,7 @@ from PIL import Image
 from latentprep.prepare.images.cicp import Cicp, apply_cicp
 from latentprep.prepare.images.jpeg import check_jpeg
 from latentprep.prepare.images.pillow import MAX_CHUNKS, PNG_MAGIC, DecodeError
-from latentprep.prepare.source import read_item
+from latentprep.prepare.source.folder import read_item
 from latentprep.records import Skip
 from tests.conftest import PHOTOS, SMALL, find_photo, gradient
 from tests.test_load import load, save
@@ -175,8 +175,8 @@ def test_16_bits_a_channel_are_said(tmp_path, channels):
 def test_a_strip_of_one_row_is_a_skip_that_takes_no_memory(tmp_path):
     path = save(tmp_path, Image.new("RGB", (30000, 1), (9, 8, 7)))
     tracemalloc.start()
-    from latentprep.config import Geometry
-    from latentprep.prepare.buckets import make_place
+    from latentprep.options import Geometry
+    from latentprep.prepare.plan.buckets import make_place
 
     reason, detail = make_place(Geometry.from_options(), 8)(read_item(path, "x").size)
     assert (reason, "0.01%" in detail) == ("extreme_aspect", True)

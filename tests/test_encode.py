@@ -15,8 +15,8 @@ from latentprep.cache.manifest import open_manifest
 from latentprep.cache.schema import LATENT_FIELDS
 from latentprep.cache.shard import open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
-from latentprep.prepare.vae import VaeEncoder
 from tests.conftest import SMALL, TINY, gradient, make_model
 
 

@@ -31,15 +31,15 @@ from transformers import (
 from latentprep import LatentDataset
 from latentprep.cache.shard import open_text as open_text_file
 from latentprep.cache.storage import Storage
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
+from latentprep.options import TextOptions
 from latentprep.prepare import survey
-from latentprep.prepare.job import Truncated
 from latentprep.prepare.models import text_folder
 from latentprep.prepare.models.families import FAMILIES, find_family
+from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import family_of, open_text
 from latentprep.prepare.models.vae_folder import open_vae
-from latentprep.prepare.text import TextEncoder
+from latentprep.prepare.work.job import Truncated
 from tests.conftest import TINY
 
 CPU, PROMPTS = torch.device("cpu"), ["a red house, snow", "", "x" * 90 + " end"]

@@ -19,13 +19,13 @@ import torch
 from latentprep.cache.lock import hold
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files, rows
 
 SHARDS = ("--shard-size", "30kB")
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}  # as in this process: another number moves the last bits
-ENCODE = (sys.executable, "-m", "latentprep.cli", "encode")
+ENCODE = (sys.executable, "-m", "latentprep", "encode")
 
 # Imports everything once, and forks a run for every line that it reads: [kill, arguments]. The kill comes so many
 # seconds after the start, or once so many files have appeared in the cache and so many seconds more; or never.
@@ -33,8 +33,13 @@ HARNESS = """
 import json, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
-from latentprep import cli
-from latentprep.prepare import encode, messages, worker, vae, text, estimate
+from latentprep.cli import commands as cli
+from latentprep.prepare import encode
+from latentprep.cli import messages
+from latentprep.prepare.work import latents as worker
+from latentprep.prepare.models import vae_encoder as vae
+from latentprep.prepare.models import text_encoder as text
+from latentprep.prepare.plan import estimate
 from latentprep.prepare.images import load
 from latentprep.prepare.engine import local
 from latentprep.prepare.devices import quiet_libraries
@@ -195,8 +200,8 @@ def test_sigterm_is_as_good_as_ctrl_c(run, many, tmp_path):
 
 SLOW = """
 import sys, time, ctypes
-from latentprep import cli
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.cli import commands as cli
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 def encode(self, pixels):
     print("encoding", flush=True)
     ctypes.CDLL(None).usleep(30_000_000)  # as deep in another library as torch: Python's handlers have to wait

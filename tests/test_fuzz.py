@@ -17,13 +17,13 @@ from latentprep import LatentDataset, LatentLoader
 from latentprep.cache import manifest as manifests
 from latentprep.cache.manifest import open_manifest, read_skips
 from latentprep.cache.storage import Storage
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
 from latentprep.look import tables
 from latentprep.look.summary import describe_sample, summarize
 from latentprep.look.verify import verify
-from latentprep.prepare.captions import add_captions
-from latentprep.prepare.source import list_folder
+from latentprep.options import TextOptions
+from latentprep.prepare.source.captions import add_captions
+from latentprep.prepare.source.folder import list_folder
 from latentprep.records import REASONS
 from tests.conftest import SMALL, gradient
 from tests.test_encode import rows

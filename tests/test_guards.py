@@ -23,8 +23,8 @@ from latentprep.cache.shard import ShardEntry
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import check_offsets
 from latentprep.errors import UserError
-from latentprep.prepare import source
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.models.vae_encoder import VaeEncoder
+from latentprep.prepare.source import folder as source
 from latentprep.read import counters
 from latentprep.read.batch import LatentBatch, rescale_weight
 from tests.conftest import SMALL, gradient

@@ -22,7 +22,7 @@ from latentprep.prepare.images.jpeg import MAX_SEGMENTS, check_jpeg, read_outlin
 from latentprep.prepare.images.load import LARGE_BYTES, is_large
 from latentprep.prepare.images.pillow import MAX_CHUNK, MAX_PYTHON_PIXELS, MAX_READS, DecodeError
 from latentprep.prepare.images.png import scale_transparency
-from latentprep.prepare.source import read_item
+from latentprep.prepare.source.folder import read_item
 from latentprep.records import Item, Skip
 from tests.conftest import PHOTOS, SMALL, find_photo, gradient
 from tests.test_damage import as_jpeg, png, taller

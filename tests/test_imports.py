@@ -45,19 +45,19 @@ def test_cache_knows_none_of_the_wings():
 def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
-        "captions.py": {"source", "metadata"},  # works on what list_folder found, and asks the metadata files in it
-        "source.py": {"images.pillow"},  # reads headers
+        "source/captions.py": {"source.folder", "source.metadata"},  # what list_folder found, and its metadata files
+        "source/folder.py": {"images.pillow"},  # reads headers
         "images/alpha.py": {"images.pillow"},
         "images/color.py": {"images.cicp", "images.pillow"},
         "images/jpeg.py": {"images.pillow"},
         "images/load.py": {
-            "source", "images.alpha", "images.cicp", "images.color", "images.crops", "images.jpeg", "images.masks",
-            "images.pillow", "images.png",
+            "source.folder", "images.alpha", "images.cicp", "images.color", "images.crops", "images.jpeg",
+            "source.masks", "images.pillow", "images.png",
         },
-        "images/masks.py": {"source", "images.pillow"},  # lists a folder, as source does
+        "source/masks.py": {"source.folder", "images.pillow"},  # lists a folder, as source does
         "images/png.py": {"images.pillow"},
-        "vae.py": {"models.vae_folder", "devices"},  # halves its batches
-        "text.py": {"models.families", "windows"},
+        "models/vae_encoder.py": {"models.vae_folder", "devices"},  # halves its batches
+        "models/text_encoder.py": {"models.families", "models.windows"},
         "models/find.py": {"models.files"},
         "models/vae_folder.py": {"models.files"},
         "models/load_text.py": {"models.families", "models.files"},
@@ -69,8 +69,8 @@ def test_stages_of_prepare_do_not_call_each_other():
             "models.vae_folder",
         },
     }  # fmt: skip
-    stages = ["source.py", "captions.py", "metadata.py", "buckets.py", "vae.py", "text.py", "windows.py"]
-    parts = [path for folder in ("images", "models") for path in (PACKAGE / "prepare" / folder).glob("*.py")]
+    stages = ["plan/buckets.py"]
+    parts = [path for folder in ("images", "models", "source") for path in (PACKAGE / "prepare" / folder).glob("*.py")]
     for path in [*(PACKAGE / "prepare" / name for name in stages), *parts]:
         name = path.relative_to(PACKAGE / "prepare").as_posix()
         known = {m for m in imported(path) if m.startswith("latentprep.prepare")}
@@ -85,7 +85,7 @@ def loaded_after(code: str) -> set[str]:
 
 
 def test_help_never_imports_torch():
-    code = "import sys; sys.argv = ['latentprep', 'encode', '--help']; from latentprep.cli import main"
+    code = "import sys; sys.argv = ['latentprep', 'encode', '--help']; from latentprep.cli.commands import main"
     code += "\ntry: main()\nexcept SystemExit: pass"
     heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "fsspec", "huggingface_hub", "tqdm"}
     assert not loaded_after(code) & heavy

@@ -11,12 +11,13 @@ import PIL
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from latentprep.config import FILTERS, Geometry, ImageOptions, latents_recipe
-from latentprep.prepare.buckets import make_place
+from latentprep.options import FILTERS, Geometry, ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels
-from latentprep.prepare.images.masks import add_masks, list_masks
-from latentprep.prepare.source import read_item
-from latentprep.prepare.vae import LEVELS
+from latentprep.prepare.models.vae_encoder import LEVELS
+from latentprep.prepare.plan.buckets import make_place
+from latentprep.prepare.source.folder import read_item
+from latentprep.prepare.source.masks import add_masks, list_masks
+from latentprep.recipe import latents_recipe
 from latentprep.records import Pixels, Skip
 from tests.conftest import PHOTOS, find_photo, gradient
 

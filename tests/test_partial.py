@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files
 
@@ -93,7 +93,7 @@ def test_a_signal_keeps_the_unfinished_shard(run, images, tmp_path, number):
         gradient(256, 200 + n).save(images / f"more{n}.png")
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ("--model", "tiny", "--resolution", "256", "--device", "cpu", "--shard-size", "1GB")
-    command = [sys.executable, "-m", "latentprep.cli", "encode", images, "--out", tmp_path / "c", *options]
+    command = [sys.executable, "-m", "latentprep", "encode", images, "--out", tmp_path / "c", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
     assert process.stderr is not None
     said = b""

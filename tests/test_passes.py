@@ -9,8 +9,8 @@ import torch
 
 from latentprep import LatentDataset
 from latentprep.errors import UserError
-from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.models.text_encoder import TextEncoder
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files
 

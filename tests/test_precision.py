@@ -12,8 +12,8 @@ from diffusers.models.autoencoders.vae import Encoder
 
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
-from latentprep.prepare.vae import VaeEncoder
 from tests.conftest import SMALL, TINY, gradient
 from tests.test_encode import rows
 

@@ -13,10 +13,11 @@ from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.shard import open_text
 from latentprep.cache.storage import Storage
-from latentprep.config import TextOptions, text_recipe
 from latentprep.errors import UserError
-from latentprep.prepare.text import TextEncoder
+from latentprep.options import TextOptions
+from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prompts import expand_wildcards, load_template, make_prompt, make_prompts
+from latentprep.recipe import text_recipe
 from tests.conftest import SMALL, TINY
 from tests.test_encode import files, rows
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from latentprep import cli
+from latentprep.cli import commands as cli
 from latentprep.prompts import list_templates
 from latentprep.records import REASONS
 from tests.conftest import make_model

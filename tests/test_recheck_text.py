@@ -16,9 +16,9 @@ from latentprep.cache.shard import open_text, open_uncond, write_text, write_unc
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import limit_pixels
+from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import open_text as open_encoder
 from latentprep.prepare.recheck_text import TOLERANCES, compare_cond, difference_of, find_text, reencode_text
-from latentprep.prepare.text import TextEncoder
 from tests.conftest import SMALL, gradient, make_model
 from tests.test_families import CPU, make_mini
 from tests.test_single_file import ldm_vae

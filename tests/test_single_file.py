@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionPipeline,
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from latentprep.config import EncodeOptions, Geometry, TextOptions
 from latentprep.errors import UserError
+from latentprep.options import EncodeOptions, Geometry, TextOptions
 from latentprep.prepare.models.checkpoint import KINDS
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer, make_vocabulary
 from latentprep.prepare.models.model_set import open_models

@@ -9,7 +9,7 @@ from PIL import Image
 
 from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import limit_pixels
-from latentprep.prepare.source import list_folder, read_item
+from latentprep.prepare.source.folder import list_folder, read_item
 from latentprep.records import Item
 from tests.conftest import gradient
 
@@ -30,7 +30,7 @@ def test_folder_is_searched_recursively_and_sorted(tmp_path):
     assert {item.size for item in found.items} == {(6, 10)}
     assert found.others == ["a/notes.md"]
     status = (tmp_path / "b.png").stat()
-    assert (found.items[-1].nbytes, found.items[-1].mtime_ns) == (status.st_size, status.st_mtime_ns)
+    assert (found.items[-1].nbytes, found.items[-1].version) == (status.st_size, status.st_mtime_ns)
 
 
 def test_links_to_folders_are_followed_and_circles_end(tmp_path):

@@ -14,14 +14,14 @@ import pytest
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
+from latentprep.cli.terminal import harmless
 from latentprep.errors import UserError
-from latentprep.terminal import harmless
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files
 
 EVIL = "a\x1b[31m\x07\x9b2J\u202egnp\u2066\x7f\n\rb"
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-COMMAND = (sys.executable, "-m", "latentprep.cli")
+COMMAND = (sys.executable, "-m", "latentprep")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
@@ -108,7 +108,7 @@ def test_a_run_goes_on_if_nobody_listens(images, tmp_path, kind):
 
 def test_inspect_into_head_ends_quietly(run, images, tmp_path):
     run("encode", images, "--out", tmp_path / "c", *SMALL)
-    line = f"{sys.executable} -m latentprep.cli inspect {tmp_path / 'c'} --json | head -1"
+    line = f"{sys.executable} -m latentprep inspect {tmp_path / 'c'} --json | head -1"
     result = subprocess.run(line, shell=True, capture_output=True, text=True, env=ENVIRONMENT)
     assert (result.stdout, result.stderr) == ("{\n", "")
 
@@ -131,7 +131,7 @@ def test_a_terminal_that_is_closed_stops_the_run_in_good_order(run, images, tmp_
 @pytest.mark.slow
 def test_a_slow_read_holds_up_no_signal(images, tmp_path):
     code = (
-        "import sys, time; from latentprep.prepare.images import load; from latentprep import cli\n"
+        "import sys, time; from latentprep.prepare.images import load; from latentprep.cli import commands as cli\n"
         "load.read_regular = lambda path: (print('reading', flush=True), time.sleep(600))\n"
         "cli.main()"
     )

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from latentprep import LatentDataset, LatentLoader
-from latentprep.config import EncodeOptions, Geometry, TextOptions
 from latentprep.demo import draw_folder
+from latentprep.options import EncodeOptions, Geometry, TextOptions
 from latentprep.prepare.encode import encode
 from latentprep.prepare.survey import prepare
 from tests.conftest import NoBar

@@ -14,10 +14,10 @@ from latentprep.cache.lock import hold
 from latentprep.cache.manifest import find_manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare import source as listing
 from latentprep.prepare.engine import local
 from latentprep.prepare.images import pillow
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.models.vae_encoder import VaeEncoder
+from latentprep.prepare.source import folder as listing
 from tests.conftest import SMALL, TINY, gradient
 from tests.test_encode import files, rows
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
-from latentprep.config import TextOptions
+from latentprep.options import TextOptions
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer
 from latentprep.prepare.models.single_file import ARCHITECTURES
+from latentprep.prepare.models.text_encoder import TextEncoder, read_special_tokens_as_text
 from latentprep.prepare.models.text_folder import open_text
-from latentprep.prepare.text import TextEncoder, read_special_tokens_as_text
-from latentprep.prepare.windows import MAX_WEIGHT, join, parse_emphasis, split_windows
+from latentprep.prepare.models.windows import MAX_WEIGHT, join, parse_emphasis, split_windows
 from tests.conftest import TINY
 from tests.test_families import make_mini, make_t5_tokenizer
 

@@ -24,8 +24,8 @@ from latentprep.cache.shard import (
     write_text,
 )
 from latentprep.cache.storage import Storage
-from latentprep.config import digest_of
 from latentprep.errors import UnreadableError, UserError
+from latentprep.recipe import digest_of
 
 MIN_SHARE = 0.2  # of a shard's rows that are to be dead before it is rewritten, unless asked for otherwise
 
@@ -136,7 +136,7 @@ def _take_text(text: Text, live: list[np.ndarray]) -> Text:
             caption=[group.caption[row] for row in rows],
             prompt_of=np.searchsorted(used, group.prompt_of[rows]).astype(np.int32),
             nbytes=group.nbytes[rows],
-            mtime_ns=group.mtime_ns[rows],
+            version=group.version[rows],
         )
         for group, rows in zip(text.groups, live, strict=True)
         if len(rows)

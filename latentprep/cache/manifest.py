@@ -8,8 +8,8 @@ from latentprep.cache.normalization import Normalization, normalization_from_jso
 from latentprep.cache.schema import FORMAT, check_format
 from latentprep.cache.shard import FOLDER, SHARD_NAME, Groups, ShardEntry, uncond_name
 from latentprep.cache.storage import Stamp, Storage
-from latentprep.config import DTYPES, STORES
 from latentprep.errors import UnreadableError, UserError
+from latentprep.options import DTYPES, STORES
 from latentprep.records import Skip, list_views
 
 NAME = "cache.json"
@@ -270,6 +270,6 @@ def read_skips(storage: Storage) -> list[Skip]:
 
 def skip_from_json(data: Any) -> Skip:
     """A Skip as asdict() gave it. Raises ValueError, TypeError."""
-    types = {"key": str, "reason": str, "detail": str, "nbytes": int, "mtime_ns": int, "condition": str}
+    types = {"key": str, "reason": str, "detail": str, "nbytes": int, "version": int, "condition": str}
     check_spec(data, types, "skip")
     return Skip(**data)

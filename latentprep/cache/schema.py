@@ -27,7 +27,7 @@ LATENT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
 TEXT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
     "prompt_of": (frozenset({torch.int32}), "NK"),
     "nbytes": (frozenset({torch.int64}), "N"),
-    "mtime_ns": (frozenset({torch.int64}), "N"),
+    "version": (frozenset({torch.int64}), "N"),
 }
 OPTIONAL = ("latent_std", "weight")
 SIZES = {"2": 2, "4": 4, "D": 16}

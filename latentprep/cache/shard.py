@@ -34,8 +34,8 @@ from latentprep.cache.schema import (
 from latentprep.cache.seal import EMPTY, FIELD, check_seal, seal
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
-from latentprep.config import digest_of
 from latentprep.errors import UnreadableError, UserError
+from latentprep.recipe import digest_of
 from latentprep.records import Row
 
 METADATA_KEY = "latentprep"
@@ -158,7 +158,7 @@ class TextGroup:
     caption: Sequence[list[str]]  # one or more per row
     prompt_of: np.ndarray  # [N,K] int32: row -> its K prompts
     nbytes: np.ndarray  # [N] int64
-    mtime_ns: np.ndarray  # [N] int64
+    version: np.ndarray  # [N] int64
 
     def __len__(self) -> int:
         return len(self.key)
@@ -178,9 +178,9 @@ class Text:
     def rows(self) -> Iterator[Row]:
         """What it says of every row, through all groups."""
         for group in self.groups:
-            columns = (group.key, group.nbytes.tolist(), group.mtime_ns.tolist(), group.caption)
-            for key, nbytes, mtime_ns, captions in zip(*columns, strict=True):
-                yield Row(key, nbytes, mtime_ns, tuple(captions))
+            columns = (group.key, group.nbytes.tolist(), group.version.tolist(), group.caption)
+            for key, nbytes, version, captions in zip(*columns, strict=True):
+                yield Row(key, nbytes, version, tuple(captions))
 
 
 def write_latents(storage: Storage, unit: str, groups: list[LatentGroup], metadata: dict[str, Any]) -> Stamp:
@@ -318,7 +318,7 @@ def _text_group(tensors: Tensors, label: str, rows: int, num_prompts: int) -> Te
     if len(key) != rows or len(caption) != rows:
         raise ValueError(f"{label} has {rows} rows, {len(key)} keys and captions for {len(caption)}")
     check_keys(key)
-    return TextGroup(label, key, caption, prompt_of, fields["nbytes"].numpy(), fields["mtime_ns"].numpy())
+    return TextGroup(label, key, caption, prompt_of, fields["nbytes"].numpy(), fields["version"].numpy())
 
 
 def _open(storage: Storage, name: str, kind: str) -> tuple[dict[str, Any], Tensors]:

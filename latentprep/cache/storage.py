@@ -10,7 +10,7 @@ from pathlib import Path
 import fsspec
 
 from latentprep.errors import UnreadableError, UserError
-from latentprep.units import human_bytes
+from latentprep.human import human_bytes
 
 LARGEST_JSON = 2**30  # bytes of a manifest: 50,000 shards need 20 MB, and no crafted one is to fill the memory
 CHUNK = 2**22

@@ -5,8 +5,8 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from latentprep.human import counted, human_bytes, printable, shortened
 from latentprep.records import NOTES
-from latentprep.units import counted, human_bytes, printable, shortened
 
 
 def render_summary(summary: dict[str, Any]) -> Group:

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from latentprep.cache.normalization import Normalization
 from latentprep.cache.ragged import Conds, Ragged
-from latentprep.config import digest_of
 from latentprep.errors import UserError
 from latentprep.prepare.models.families import FAMILIES
+from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import TextFacts
+from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
 from latentprep.prepare.models.vae_folder import ENCODER_PARTS, VaeFacts, read_numbers
-from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.vae import Posterior, VaeEncoder
 from latentprep.read.counters import mix
+from latentprep.recipe import digest_of
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 HALVES = (torch.float16, torch.bfloat16)

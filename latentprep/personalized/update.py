@@ -12,8 +12,9 @@ from latentprep.cache.lock import hold
 from latentprep.cache.manifest import Manifest, find_manifest, open_manifest
 from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME, open_latents, open_partial
 from latentprep.cache.storage import Storage
-from latentprep.config import EncodeOptions, recipe_changes
 from latentprep.errors import UserError
+from latentprep.human import counted
+from latentprep.options import EncodeOptions
 from latentprep.personalized.models import (
     Autocast,
     LiveText,
@@ -26,8 +27,8 @@ from latentprep.personalized.models import (
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.survey import check_paths, prepare
+from latentprep.recipe import recipe_changes
 from latentprep.records import is_flipped
-from latentprep.units import counted
 
 Interrupted = Callable[[], bool]
 

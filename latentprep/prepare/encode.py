@@ -18,12 +18,12 @@ from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import ShardEntry, open_text, text_id, text_name
 from latentprep.errors import UserError
 from latentprep.prepare.devices import default_batch_size, empty_cache
-from latentprep.prepare.plan import Retext
+from latentprep.prepare.plan.plan import Retext
 from latentprep.prepare.survey import Prepared, nothing_usable
 from latentprep.records import Item, Pixels, Placement, Skip
 
 if TYPE_CHECKING:
-    from latentprep.prepare.job import Job, Truncated
+    from latentprep.prepare.work.job import Job, Truncated
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def encode(prepared: Prepared, make_progress: Callable[[int, str], Any]) -> Outc
     from latentprep.prepare.engine.local import run
     from latentprep.prepare.images.load import is_large, load_pixels
     from latentprep.prepare.images.pillow import describe
-    from latentprep.prepare.textfile import uncond_id, write_empty_prompt
+    from latentprep.prepare.work.text import uncond_id, write_empty_prompt
 
     options, storage, plan, load_options = prepared.options, prepared.storage, prepared.plan, prepared.load_options
     started = time.perf_counter()
@@ -182,7 +182,7 @@ def make_job(prepared: Prepared) -> "Job":
     """What every unit of the run needs; the models are loaded when they are first asked for."""
     import torch
 
-    from latentprep.prepare.job import Job, Lazy
+    from latentprep.prepare.work.job import Job, Lazy
 
     options, recipe, models, vae = prepared.options, prepared.recipe, prepared.models, prepared.models.vae
     make_text = models.make_text

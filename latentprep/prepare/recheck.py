@@ -14,13 +14,13 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
 from latentprep.prepare.images.load import LoadOptions, load_pixels
-from latentprep.prepare.images.masks import Masks, list_masks, paths_of
 from latentprep.prepare.images.pillow import limit_pixels, max_pixels
 from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.single_file import VaeFile
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import VaeFolder
-from latentprep.prepare.source import hash_images, list_folder
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.prepare.source.folder import hash_images, list_folder
+from latentprep.prepare.source.masks import Masks, list_masks, paths_of
 from latentprep.records import Item, Placement, Problem, Skip
 
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or

@@ -13,17 +13,17 @@ from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import open_text, open_uncond, uncond_name
 from latentprep.cache.storage import Storage
 from latentprep.cache.strings import Tensors
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
+from latentprep.human import shortened
+from latentprep.options import TextOptions
 from latentprep.prepare.devices import choose_device, is_out_of_memory
 from latentprep.prepare.models.model_set import open_made_text
 from latentprep.prepare.models.single_file import TextFile
+from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import TextFolder
 from latentprep.prepare.recheck import larger, sample_rows
-from latentprep.prepare.text import TextEncoder
 from latentprep.prompts import make_prompts
 from latentprep.records import Problem
-from latentprep.units import shortened
 
 # Largest difference of a token (root mean square over its values), in standard deviations of the prompt's cond.
 # Measured with random weights against float32: CLIPs of 2 to 12 layers float16 0.002, bfloat16 0.014; T5s of 2 to 12

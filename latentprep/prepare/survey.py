@@ -15,20 +15,21 @@ from latentprep.cache.ours import check_ours
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import ShardEntry, uncond_name
 from latentprep.cache.storage import Stamp, Storage
-from latentprep.config import EncodeOptions, latents_recipe, recipe_changes, text_recipe
 from latentprep.errors import UserError
-from latentprep.prepare.buckets import make_place
-from latentprep.prepare.captions import Captioned, add_captions
+from latentprep.human import counted, human_bytes, printable
+from latentprep.options import EncodeOptions
 from latentprep.prepare.devices import choose_device, default_shard_bytes
 from latentprep.prepare.images.load import LoadOptions
-from latentprep.prepare.images.masks import Masks, add_masks, list_masks, paths_of
 from latentprep.prepare.images.pillow import decoder_versions, limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.models.vae_folder import VaeFacts
-from latentprep.prepare.plan import Plan, RowBytes, is_current, make_plan
-from latentprep.prepare.source import Source, hash_images, list_folder
+from latentprep.prepare.plan.buckets import make_place
+from latentprep.prepare.plan.plan import Plan, RowBytes, is_current, make_plan
+from latentprep.prepare.source.captions import Captioned, add_captions
+from latentprep.prepare.source.folder import Source, hash_images, list_folder
+from latentprep.prepare.source.masks import Masks, add_masks, list_masks, paths_of
+from latentprep.recipe import latents_recipe, recipe_changes, text_recipe
 from latentprep.records import REASONS, Item, Skip
-from latentprep.units import counted, human_bytes, printable
 
 Say = Callable[[str], None]
 LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text

@@ -8,10 +8,10 @@ from functools import partial
 
 from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
-from latentprep.prepare.job import Job
-from latentprep.prepare.partial import count_partial
-from latentprep.prepare.plan import Retext
-from latentprep.prepare.worker import UnitResult, retext_unit, run_unit
+from latentprep.prepare.plan.plan import Retext
+from latentprep.prepare.work.job import Job
+from latentprep.prepare.work.latents import UnitResult, retext_unit, run_unit
+from latentprep.prepare.work.partial import count_partial
 from latentprep.records import Item, Pixels, Placement, Skip, Unit
 
 Load = Callable[[Item, Placement], Pixels | Skip]

@@ -10,13 +10,13 @@ import numpy as np
 from PIL import Image, JpegImagePlugin
 
 from latentprep.errors import UserError
+from latentprep.human import human_bytes
 from latentprep.prepare.images.alpha import fill_background, split_alpha
 from latentprep.prepare.images.cicp import read_cicp
 from latentprep.prepare.images.color import to_srgb
 from latentprep.prepare.images.crops import choose_crops
 from latentprep.prepare.images.jpeg import MAGIC as JPEG_MAGIC
 from latentprep.prepare.images.jpeg import check_jpeg
-from latentprep.prepare.images.masks import Masks
 from latentprep.prepare.images.pillow import (
     DecodeError,
     NotRegularError,
@@ -30,9 +30,9 @@ from latentprep.prepare.images.pillow import (
     read_regular,
 )
 from latentprep.prepare.images.png import check_rows, check_sums, scale_transparency
-from latentprep.prepare.source import new_hash
+from latentprep.prepare.source.folder import new_hash
+from latentprep.prepare.source.masks import Masks
 from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
-from latentprep.units import human_bytes
 
 TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentprep.human import printable
 from latentprep.prepare.models.files import read_header
-from latentprep.units import printable
 
 if TYPE_CHECKING:
     import torch

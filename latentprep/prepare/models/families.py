@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
+from latentprep.options import TextOptions
 
 VARIANTS = r"(Control(Net(Union|XS)?)?)?(PAG)?(Depth2Img|Img2Img|Inpaint(ing)?|Fill|Kontext(Inpaint)?)?Pipeline"
 T5_LIMIT = 512  # tokens; what the pipelines of SD 3 and FLUX take at most

@@ -9,9 +9,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentprep.config import digest_of
 from latentprep.errors import UserError
-from latentprep.units import printable, shortened
+from latentprep.human import printable, shortened
+from latentprep.recipe import digest_of
 
 if TYPE_CHECKING:
     import torch

@@ -13,9 +13,9 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.prepare.models.families import Family
 from latentprep.prepare.models.files import blame, check_shapes, check_sizes, read_json
-from latentprep.units import shortened
 
 if TYPE_CHECKING:
     import torch

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from latentprep.config import EncodeOptions
 from latentprep.errors import UserError
+from latentprep.options import EncodeOptions
 from latentprep.prepare.models.checkpoint import TITLES
 from latentprep.prepare.models.find import commit_of, find_model
 from latentprep.prepare.models.single_file import TextFile, VaeFile, find_configs, open_text_file, open_vae_file
@@ -16,8 +16,8 @@ from latentprep.prepare.models.vae_folder import VaeFacts, VaeFolder, open_vae
 if TYPE_CHECKING:
     import torch
 
-    from latentprep.prepare.text import TextEncoder
-    from latentprep.prepare.vae import VaeEncoder
+    from latentprep.prepare.models.text_encoder import TextEncoder
+    from latentprep.prepare.models.vae_encoder import VaeEncoder
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
     def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
-        from latentprep.prepare.vae import VaeEncoder
+        from latentprep.prepare.models.vae_encoder import VaeEncoder
 
         return VaeEncoder(vae, device, dtype, tiling=options.tiling, compile=options.compile)
 
     def make_text(device: "torch.device", dtype: "torch.dtype") -> "TextEncoder":
-        from latentprep.prepare.text import TextEncoder
+        from latentprep.prepare.models.text_encoder import TextEncoder
 
         assert text is not None
         return TextEncoder(text, device, dtype, options.text)

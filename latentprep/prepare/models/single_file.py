@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from latentprep.errors import UserError
+from latentprep.human import printable, shortened
 from latentprep.prepare.models.checkpoint import (
     TITLES,
     Shapes,
@@ -40,7 +41,6 @@ from latentprep.prepare.models.load_text import (
 )
 from latentprep.prepare.models.text_folder import TextFacts, text_numbers
 from latentprep.prepare.models.vae_folder import VaeFacts, build_encoder, fill, read_vae_config, vae_numbers
-from latentprep.units import printable, shortened
 
 if TYPE_CHECKING:
     import torch

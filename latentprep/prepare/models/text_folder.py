@@ -8,8 +8,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
+from latentprep.human import shortened
+from latentprep.options import TextOptions
 from latentprep.prepare.models.families import FAMILIES, Family, find_family, tokenizer_of
 from latentprep.prepare.models.files import (
     TEXT_WEIGHTS,
@@ -31,7 +32,6 @@ from latentprep.prepare.models.load_text import (
     load_tokenizer_of,
     make_pipeline,
 )
-from latentprep.units import shortened
 
 if TYPE_CHECKING:
     import torch

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from latentprep.cache.normalization import Normalization, normalization_of_config
 from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.prepare.models.files import (
     VAE_WEIGHTS,
     blame,
@@ -21,7 +22,6 @@ from latentprep.prepare.models.files import (
     read_weights,
     rename_attention,
 )
-from latentprep.units import shortened
 
 if TYPE_CHECKING:
     import torch

@@ -8,9 +8,9 @@ from io import StringIO
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from latentprep.config import CAPTION_COLUMN
 from latentprep.errors import UserError
-from latentprep.units import human_bytes
+from latentprep.human import human_bytes
+from latentprep.options import CAPTION_COLUMN
 
 MAX_CAPTION = (
     64_000  # bytes of a caption file, characters of a cell: 15,000 words; a tokenizer takes a minute for 10 MB

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from latentprep.errors import UserError
+from latentprep.human import human_bytes
 from latentprep.prepare.images.pillow import (
     WITH_A_PLUGIN,
     DecodeError,
@@ -20,7 +21,6 @@ from latentprep.prepare.images.pillow import (
     oriented_size,
 )
 from latentprep.records import Item, Skip
-from latentprep.units import human_bytes
 
 HASHERS = 4  # threads that read files; a disk has no use for more
 
@@ -105,19 +105,19 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
 
 def read_item(path: Path, key: str) -> Item | Skip:
     """The item of a file, or the Skip that says why it is none."""
-    nbytes = mtime_ns = -1
+    nbytes = version = -1
 
     def skip(reason: str, detail: str) -> Skip:
-        return Skip(key, reason, detail, nbytes, mtime_ns)
+        return Skip(key, reason, detail, nbytes, version)
 
     try:
         with open_regular(path) as file:
             status = os.fstat(file.fileno())
-            nbytes, mtime_ns = status.st_size, status.st_mtime_ns
+            nbytes, version = status.st_size, status.st_mtime_ns
             if nbytes > max_bytes():
                 return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
             with open_image(file) as image:
-                return Item(key, oriented_size(image), nbytes, mtime_ns)
+                return Item(key, oriented_size(image), nbytes, version)
     except NotRegularError as error:
         return skip("unreadable", str(error))
     except OSError as error:

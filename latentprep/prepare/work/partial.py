@@ -12,7 +12,7 @@ from latentprep.cache.manifest import skip_from_json
 from latentprep.cache.shard import LatentGroup, open_partial, partial_name, write_partial
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare.group import GroupBuilder
+from latentprep.prepare.work.group import GroupBuilder
 from latentprep.records import Placement, Size, Skip, Unit
 
 

@@ -11,9 +11,9 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from latentprep.cache.storage import Stamp, Storage
-from latentprep.config import TextOptions
-from latentprep.prepare.text import TextEncoder
-from latentprep.prepare.vae import VaeEncoder
+from latentprep.options import TextOptions
+from latentprep.prepare.models.text_encoder import TextEncoder
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 
 NAMED = 5  # prompts that are named where many were truncated
 T = TypeVar("T")

@@ -10,9 +10,9 @@ from tokenizers import Regex, pre_tokenizers
 from torch import Tensor
 
 from latentprep.cache.ragged import Conds
-from latentprep.config import TextOptions
+from latentprep.options import TextOptions
 from latentprep.prepare.models.families import Family, tokenizer_of
-from latentprep.prepare.windows import Fragment, join, parse_emphasis, split_windows
+from latentprep.prepare.models.windows import Fragment, join, parse_emphasis, split_windows
 
 TOKENS_AT_ONCE = 32 * 77  # 32 prompts of one window of CLIP; 4 of 512 tokens of T5, which is far larger
 

@@ -101,7 +101,7 @@ class Matching:
 
     def _stay(self, row: Row) -> Item:
         """What stands for a row whose image cannot be read now: the row as it is."""
-        self.items[row.key] = Item(row.key, (0, 0), row.nbytes, row.mtime_ns, row.captions)
+        self.items[row.key] = Item(row.key, (0, 0), row.nbytes, row.version, row.captions)
         self.unread.add(row.key)
         return self.items[row.key]
 

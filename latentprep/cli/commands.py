@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from latentprep import __version__
-from latentprep.config import (
+from latentprep.cli.terminal import fail, say, show, show_json, unbreakable
+from latentprep.errors import UserError
+from latentprep.options import (
     CAPTION_COLUMN,
     DEFAULT_MODEL,
     EncodeOptions,
@@ -21,8 +23,6 @@ from latentprep.config import (
     TextOptions,
     count_pixels,
 )
-from latentprep.errors import UserError
-from latentprep.terminal import fail, say, show, show_json, unbreakable
 
 if TYPE_CHECKING:
     from latentprep.prepare.survey import Prepared
@@ -127,8 +127,8 @@ def encode(
     Run it again to go on after an interruption, or after images or captions changed: what is done is not done again.
     """
     # fmt: on
+    from latentprep.human import parse_bytes
     from latentprep.prompts import load_template
-    from latentprep.units import parse_bytes
 
     images = ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft)
     options = EncodeOptions(
@@ -179,11 +179,11 @@ def run_encode(options: EncodeOptions, *, dry_run: bool = False) -> None:
     _quiet()
     from latentprep.cache.lock import hold
     from latentprep.cache.storage import Storage
-    from latentprep.prepare import messages
+    from latentprep.cli import messages
+    from latentprep.cli.stop import end_if_stuck, stoppable
     from latentprep.prepare.devices import quiet_libraries
-    from latentprep.prepare.estimate import estimate_time
+    from latentprep.prepare.plan.estimate import estimate_time
     from latentprep.prepare.survey import check_paths, prepare
-    from latentprep.stop import end_if_stuck, stoppable
 
     check_paths(options, say)
     if dry_run:
@@ -208,7 +208,7 @@ def encode_prepared(prepared: "Prepared") -> int:
     from tqdm import tqdm
 
     from latentprep.cache.leftovers import clear_orphans, clear_temporaries
-    from latentprep.prepare import messages
+    from latentprep.cli import messages
     from latentprep.prepare.devices import quiet_libraries
     from latentprep.prepare.encode import encode
 
@@ -331,7 +331,7 @@ def compact(
     from latentprep.cache.lock import hold
     from latentprep.cache.manifest import open_manifest
     from latentprep.cache.storage import Storage
-    from latentprep.units import counted, human_bytes
+    from latentprep.human import counted, human_bytes
 
     storage = Storage(cache)
     open_manifest(storage)  # before the lock, which would make the folder

@@ -9,12 +9,12 @@ from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.seal import check_seal
 from latentprep.cache.shard import Groups, Text, TextGroup, open_uncond, uncond_name, write_uncond
 from latentprep.cache.storage import Stamp
-from latentprep.config import digest_of
 from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare.job import Job
+from latentprep.human import shortened
+from latentprep.prepare.work.job import Job
 from latentprep.prompts import make_prompts
+from latentprep.recipe import digest_of
 from latentprep.records import Row
-from latentprep.units import shortened
 
 
 def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
@@ -42,7 +42,7 @@ def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombs
                 caption=[list(row.captions) for row in own],
                 prompt_of=prompt_of[start : start + count],
                 nbytes=np.array([row.nbytes for row in own], np.int64),
-                mtime_ns=np.array([row.mtime_ns for row in own], np.int64),
+                version=np.array([row.version for row in own], np.int64),
             )
         )
         start += count

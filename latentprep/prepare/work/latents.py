@@ -29,12 +29,12 @@ from latentprep.cache.shard import (
 from latentprep.cache.storage import Stamp
 from latentprep.errors import UnreadableError, UserError
 from latentprep.prepare.devices import OutOfMemoryError
-from latentprep.prepare.group import GroupBuilder
-from latentprep.prepare.job import Job
-from latentprep.prepare.partial import Progress, load_partial, save_partial
-from latentprep.prepare.plan import Retext
-from latentprep.prepare.textfile import make_text
-from latentprep.prepare.vae import Posterior
+from latentprep.prepare.models.vae_encoder import Posterior
+from latentprep.prepare.plan.plan import Retext
+from latentprep.prepare.work.group import GroupBuilder
+from latentprep.prepare.work.job import Job
+from latentprep.prepare.work.partial import Progress, load_partial, save_partial
+from latentprep.prepare.work.text import make_text
 from latentprep.records import NAMED_NOTES, Item, Pixels, Placement, Row, Size, Skip, Unit, is_flipped
 
 Loaded = Iterator[Pixels | Skip]  # of a unit's items, in their order

@@ -7,10 +7,10 @@ from pathlib import Path, PurePosixPath
 
 import regex  # re's syntax, with a limit of time
 
-from latentprep.config import TextOptions
 from latentprep.errors import UserError
-from latentprep.prepare.metadata import MAX_CAPTION, READERS, read_metadata, read_text
-from latentprep.prepare.source import Source, stem
+from latentprep.options import TextOptions
+from latentprep.prepare.source.folder import Source, stem
+from latentprep.prepare.source.metadata import MAX_CAPTION, READERS, read_metadata, read_text
 from latentprep.records import Item, Skip
 
 SIDECARS = (".txt", ".caption")

@@ -6,9 +6,9 @@ from typing import Any
 
 from latentprep.cache.shard import ShardEntry, text_id, unit_id
 from latentprep.cache.storage import Storage
-from latentprep.config import recipe_changes
-from latentprep.prepare.buckets import Place
-from latentprep.prepare.changes import HashFiles, Matching, ShardRows
+from latentprep.prepare.plan.buckets import Place
+from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
+from latentprep.recipe import recipe_changes
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit
 
 
@@ -112,7 +112,7 @@ def make_plan(
             left_out.append(item.skip(*verdict))
         elif (
             before is not None
-            and (before.nbytes, before.mtime_ns) == (item.nbytes, item.mtime_ns)
+            and (before.nbytes, before.version) == (item.nbytes, item.version)
             and is_current(before, conditions)
         ):
             left_out.append(before)

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 from latentprep.cache.manifest import NAME as MANIFEST_NAME
 from latentprep.cache.shard import FOLDER
 from latentprep.cache.storage import Storage
-from latentprep.config import EncodeOptions
-from latentprep.prepare.buckets import cropped_away
+from latentprep.human import counted, human_bytes, human_seconds, printable, shortened
+from latentprep.options import EncodeOptions
 from latentprep.prepare.encode import Outcome
-from latentprep.prepare.estimate import Estimate
+from latentprep.prepare.plan.buckets import cropped_away
+from latentprep.prepare.plan.estimate import Estimate
 from latentprep.prepare.survey import Prepared
 from latentprep.records import CHANGES, NOTES, Change, Size, Skip
-from latentprep.units import counted, human_bytes, human_seconds, printable, shortened
 
 if TYPE_CHECKING:
-    from latentprep.prepare.job import Truncated
+    from latentprep.prepare.work.job import Truncated
 
 NUM_CROPPED = 20  # images whose crop a dry run shows
 NAMED = 5  # how many keys a line names before it says "and N more"

@@ -3,8 +3,8 @@
 import math
 from collections.abc import Callable
 
-from latentprep.config import Geometry
 from latentprep.errors import UserError
+from latentprep.options import Geometry
 from latentprep.records import Placement, Size
 
 Verdict = tuple[str, str]  # reason, detail of a Skip

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import is_image_name
-from latentprep.prepare.source import stem, walk
+from latentprep.prepare.source.folder import stem, walk
 from latentprep.records import Item, Skip
 
 
@@ -60,8 +60,8 @@ def add_masks(items: Iterable[Item], masks: Masks) -> tuple[list[Item], list[Ski
             except OSError as error:
                 skips.append(item.skip("io_error", f"its mask {path}: {error.strerror}"))
                 continue
-            nbytes, mtime_ns = item.nbytes + status.st_size, item.mtime_ns + status.st_mtime_ns
-            item = replace(item, nbytes=nbytes, mtime_ns=mtime_ns)
+            nbytes, version = item.nbytes + status.st_size, item.version + status.st_mtime_ns
+            item = replace(item, nbytes=nbytes, version=version)
         found.append(item)
     if not num_masks:
         raise UserError(f"--weights {masks.folder}: none of its masks has the path and stem of an image in SOURCE.")

@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 import typer
 
-from latentprep.units import printable
+from latentprep.human import printable
 
 
 def say(text: str) -> None:
