@@ -7,3 +7,11 @@ class UserError(Exception):
 
 class UnreadableError(UserError):
     """A file of a cache that is there and cannot be read: this machine's trouble, so nothing is made anew for it."""
+
+
+class WriteError(UserError):
+    """A file of a cache that cannot be written: what was to be in it is made again by the next run."""
+
+
+class LockedError(UserError):
+    """Another latentprep is at work on a cache."""

@@ -220,6 +220,9 @@ class EncodeOptions:
     store: str = "mean+std"
     store_dtype: str = "float16"
     device: str = "auto"
+    devices: str | None = None  # several of this machine, between commas, or all
+    rank: int | None = None  # of this run among world_size that share the work; None: as the environment says
+    world_size: int | None = None
     dtype: str = "auto"
     tiling: int | None = None  # larger images are encoded in tiles of this side in pixels; None: none are
     compile: bool = False  # torch.compile the VAE's encoder

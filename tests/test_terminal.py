@@ -83,7 +83,7 @@ def test_a_strangers_manifest_is_not_obeyed(run, images, tmp_path):
     storage = Storage(tmp_path / "c")
     manifest = open_manifest(storage)
     manifest.made_with.update(model=EVIL, vae=EVIL, source=EVIL)
-    manifest.recipe["libraries"]["torch"] = EVIL
+    manifest.recipe.libraries["torch"] = EVIL
     from latentprep.cache.manifest import commit
 
     commit(storage, manifest, [])

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentprep.cache import manifest as manifests
-from latentprep.cache.shard import METADATA_KEY
+from latentprep.cache.files import METADATA_KEY
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
 from latentprep.look.verify import verify
@@ -235,7 +235,7 @@ def test_reencode_with_another_model_is_refused(run, cache, images, tmp_path):
 def test_reencode_of_a_recipe_that_nobody_understands(cache, images, images_part):
     storage = Storage(cache)
     manifest = manifests.open_manifest(storage)
-    manifest.recipe["latents"]["images"] = images_part
+    manifest.recipe.latents.images = images_part
     with pytest.raises(UserError, match="its recipe does not say how images are decoded"):
         reencode(storage, manifest, images, None, 1, seed=0, model="tiny", device="cpu")
 

@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 
 from latentprep.cache.ours import LOCK_NAME, check_ours
 from latentprep.cache.storage import Storage
-from latentprep.errors import UserError
+from latentprep.errors import LockedError, UserError
 
 NAME = LOCK_NAME
 
@@ -39,7 +39,7 @@ def hold(storage: Storage) -> Iterator[None]:
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
+        raise LockedError(
             f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
             "what it has finished by then is taken up."
         ) from None
