@@ -86,7 +86,7 @@ class TextRecipe(Part):
         dtype: str,
         store_dtype: str,
     ) -> Self:
-        """The recipe of options; `settings` are those of max_tokens, clip_skip and emphasis that are not the default."""
+        """The recipe of options; `settings` are max_tokens, clip_skip and emphasis if they are not the default."""
         return cls(
             text_encoder=text_encoder,
             template=options.template,

@@ -57,7 +57,7 @@ def test_compact_leaves_a_damaged_shard_alone(run, encode, images, tmp_path, kin
     encode()
     cache = tmp_path / "c"
     shard = next(s for s in open_manifest(Storage(cache)).shards if s.dead)
-    name = shard.names()[0 if kind == "latents" else 1]
+    name = shard.latents_name if kind == "latents" else shard.text_name
     flip(cache / name)
     before = (cache / name).read_bytes()
     result = run("compact", cache, "--min-share", 0)
@@ -74,7 +74,7 @@ def test_a_new_caption_over_damaged_cond_encodes_all_of_it_again(run, encode, im
     encode()
     cache = tmp_path / "c"
     shard = next(s for s in open_manifest(Storage(cache)).shards if "tall0.png" in rows_of(cache, s))
-    flip(cache / shard.names()[1], 0.9)
+    flip(cache / shard.text_name, 0.9)
     (images / "tall0.txt").write_text("another caption")
     result = encode()
     assert (result.code, "damaged" in result.out, "It was made anew." in result.out) == (0, True, True)

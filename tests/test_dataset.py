@@ -9,7 +9,6 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
-from latentprep.cache.group import TextGroup
 from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import Text, write_text
@@ -357,7 +356,7 @@ def test_of_several_stored_prompts_each_epoch_takes_one_with_its_cond(cache):
     numbers = np.arange(24, dtype=np.int32).reshape(8, 3)
     edges = np.cumsum([len(group) for group in text.groups])[:-1]
     parts = np.split(numbers, edges)
-    groups = [TextGroup(g.label, **{**g.columns, "prompt_of": own}) for g, own in zip(text.groups, parts, strict=True)]
+    groups = [group.having(prompt_of=own) for group, own in zip(text.groups, parts, strict=True)]
     cond = {"prompt_embeds": torch.arange(24.0).half()[:, None, None].repeat(1, 77, 64)}
     made = Text(groups, prompts, cond, np.zeros(24, np.int32), 77, {"recipe": {}})
     stamp = write_text(storage, entry.id, "k3", made)

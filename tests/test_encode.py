@@ -24,7 +24,7 @@ def rows(cache):
     """key -> dict of tensors of its row, over all the rows that count."""
     storage = Storage(cache)
     found = {}
-    fields = {field.name for field in LATENTS} - {"flipped", "key"}
+    fields = {field.name for field in LATENTS} - {"flipped", "key", "nbytes", "version"}
     for entry in open_manifest(storage).shards:
         latents = entry.open_latents(storage)
         text = entry.open_text(storage)

@@ -533,7 +533,7 @@ def test_sdxls_vae_is_in_float32_where_float16_is_only_the_default(
     minis, images, tmp_path, run, monkeypatch, name, force_upcast, asked, vae_dtype
 ):
     # as on CUDA, where "auto" is float16
-    monkeypatch.setattr(survey, "choose_device", lambda device, dtype: ("cpu", "float16", "auto: pretended"))
+    monkeypatch.setattr(survey, "choose_dtype", lambda dtype, device: "float16")
     folder = copy(minis[name], tmp_path)
     edit(folder / "vae" / "config.json", force_upcast=force_upcast)
     size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)

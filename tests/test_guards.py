@@ -242,7 +242,7 @@ def test_no_orphan_of_a_remote_is_cleared(run, cache, monkeypatch):
 
 def test_a_shard_with_just_the_share_of_tombstones_is_rewritten():
     def shard(num_dead):
-        return Shard("u", "t", (("g", 5, (4, 8, 8)),), Stamp(1, ""), Stamp(1, ""), tuple(range(num_dead)))
+        return Shard("u", (("g", 5, (4, 8, 8)),), Stamp(5, ""), "t", Stamp(1, ""), tuple(range(num_dead)))
 
     assert [would_rewrite(shard(dead), 0.4) for dead in range(4)] == [False, False, True, True]
     assert not would_rewrite(shard(0), 0.0)

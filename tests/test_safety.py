@@ -9,6 +9,7 @@ import torch
 from filelock import FileLock
 
 from latentprep import LatentDataset
+from latentprep.cache import files as cache_files
 from latentprep.cache.lock import hold
 from latentprep.cache.manifest import open_manifest, read_skips
 from latentprep.cache.storage import Storage

@@ -82,6 +82,10 @@ class Group:
         }
         return type(self)(self.label, **columns)
 
+    def having(self, **columns: Column) -> Self:
+        """The same group with some other columns."""
+        return type(self)(self.label, **{**self.columns, **columns})
+
     def put(self, tensors: Tensors) -> None:
         """Add the tensors of a file."""
         for field in self.table():

@@ -35,11 +35,9 @@ class Text:
     def take(self, live: list[np.ndarray]) -> "Text":
         """Some rows of every group, and of the prompts only those that they use; groups without rows are left out."""
         used = np.unique(np.concatenate([g.prompt_of[rows] for g, rows in zip(self.groups, live, strict=True)]))
-        groups = [group.take(rows) for group, rows in zip(self.groups, live, strict=True) if len(rows)]
-        for group in groups:
-            group.columns["prompt_of"] = np.searchsorted(used, group.prompt_of).astype(np.int32)
+        taken = [group.take(rows) for group, rows in zip(self.groups, live, strict=True) if len(rows)]
         return Text(
-            groups,
+            [group.having(prompt_of=np.searchsorted(used, group.prompt_of).astype(np.int32)) for group in taken],
             prompt=[self.prompt[n] for n in used],
             cond={
                 name: stack_rows([value[n] for n in used.tolist()], isinstance(value, Ragged))

@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any
 
 from latentprep.cache.leftovers import clear_cache, clear_temporaries
-from latentprep.prepare.engine import run
+from latentprep.prepare.engine import ranks, run
 from latentprep.prepare.finish import check_usable, finish
 from latentprep.prepare.outcome import Outcome, collect
 from latentprep.prepare.plan.plan import TextTask
@@ -28,6 +28,8 @@ def encode(prepared: Prepared, make_bar: MakeBar) -> Outcome:
         clear_cache(prepared.storage)
     if where.world_size == 1:
         clear_temporaries(prepared.storage)
+    else:
+        ranks.begin(prepared.storage, where)
 
     latents = collect(run(prepared.latents_worker(), plan.units, where), make_bar(plan.num_unit_items, "latents"))
     encoded = time.perf_counter()
@@ -40,7 +42,7 @@ def encode(prepared: Prepared, make_bar: MakeBar) -> Outcome:
 
 
 def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> list[TextTask | EmptyPrompt]:
-    """The texts to make: the empty prompt's, those of new shards, and of shards that are to say something else."""
+    """The texts to make: of shards that are new, of those that are to say something else, and the empty prompt's."""
     units = {unit.id: unit for unit in prepared.plan.units}
     made: list[TextTask] = []
     for result in results:
@@ -49,7 +51,7 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
             rows = tuple(item.row for item in units[result.id].items if item.key not in skipped)
             made.append(TextTask(result.shard, rows, units[result.id].number))
     empty = [EmptyPrompt(prepared.where.rank)] if prepared.models.text is not None else []
-    return list(chain(empty, sorted(made, key=lambda task: task.number), prepared.plan.text_tasks))
+    return list(chain(sorted(made, key=lambda task: task.number), prepared.plan.text_tasks, empty))
 
 
 def count_images(tasks: Sequence[TextTask | EmptyPrompt]) -> int:

@@ -95,7 +95,7 @@ def reencode_text(
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"--device {device}: the text encoder does not fit into its memory. "
+            f"--device {chosen}: the text encoder does not fit into its memory. "
             "Give --device cpu, or compare latents alone with --no-cond."
         ) from None
     return problems, worst

@@ -86,7 +86,7 @@ class Prepared:
         return (
             self.manifest is not None
             and not (self.plan.units or self.plan.text_tasks)
-            and self.manifest.shards == sorted(self.plan.kept, key=lambda shard: shard.order())
+            and set(self.manifest.shards) == set(self.plan.kept)
             and sorted(self.known_skips, key=_key) == sorted(self.plan.skips, key=_key)
             and (self.options.only == "latents" or self.has_uncond)
         )

@@ -42,6 +42,11 @@ class Part:
     skips: tuple[Skip, ...]
     num_failures: int  # tasks of this rank that are not done
 
+    @property
+    def group(self) -> tuple[str, int]:
+        """What the parts of one run have in common."""
+        return self.plan, self.world_size
+
 
 def hand_in(storage: Storage, part: Part) -> None:
     """Leave a rank's part beside the cache, whole. Raises UserError."""
@@ -62,57 +67,70 @@ def read_parts(storage: Storage) -> list[Part]:
     return sorted(parts, key=lambda part: part.rank)
 
 
-def merge_if_complete(storage: Storage, part: Part) -> tuple[Manifest, tuple[int, ...]]:
-    """The manifest, and the ranks that have not handed in their part yet. If there are none, it is committed.
+def begin(storage: Storage, where: Where) -> None:
+    """Take back what an earlier run of this rank has handed in: it may have planned other work."""
+    storage.delete(part_name(where.rank, where.world_size))
 
-    Raises UserError if other ranks have planned other work.
-    """
+
+def merge_if_complete(storage: Storage, part: Part) -> tuple[Manifest, tuple[int, ...]]:
+    """The manifest, and the ranks that have not handed in their part yet. If there are none, it is committed."""
     parts = read_parts(storage)
     if part not in parts:
         return open_manifest(storage), ()  # another rank was as late, and has committed all of them
-    others = [other for other in parts if (other.plan, other.world_size) != (part.plan, part.world_size)]
-    if others:
-        raise UserError(f"{storage.root}: {different([part, *others])}")
-    absent = list_absent(parts)
+    absent = list_absent([other for other in parts if other.group == part.group])
     if absent:
-        return part.manifest, tuple(absent)
+        return part.manifest, absent
     try:
         return merge(storage)[0], ()
     except LockedError:
         return part.manifest, ()  # another rank is at it
 
 
-def list_absent(parts: Sequence[Part]) -> list[int]:
-    """The ranks that have not handed in their part."""
-    return sorted(set(range(parts[0].world_size)) - {part.rank for part in parts}) if parts else []
+def list_absent(parts: Sequence[Part]) -> tuple[int, ...]:
+    """The ranks that have not handed in their part of a plan."""
+    return tuple(sorted(set(range(parts[0].world_size)) - {part.rank for part in parts}))
 
 
-def merge(storage: Storage, incomplete: bool = False) -> tuple[Manifest, list[int]]:
+def merge(storage: Storage, incomplete: bool = False) -> tuple[Manifest, tuple[int, ...]]:
     """Commit what ranks have handed in; the manifest, and the ranks that are missing.
 
     Raises UserError if ranks are missing, unless it is to be `incomplete`: then the next run does what they had to do.
     """
-    with hold(storage):
-        parts = read_parts(storage)
-        if not parts:
-            raise UserError(f"{storage.root}: no rank has handed in anything. Run latentprep encode with ranks first.")
-        plans = {(part.plan, part.world_size) for part in parts}
-        if len(plans) > 1:
-            raise UserError(f"{storage.root}: {different(parts)}")
+    with hold(storage, beside_ranks=True):
+        all_parts = read_parts(storage)
+        parts = choose_parts(storage, all_parts)
         absent = list_absent(parts)
         if absent and not incomplete:
-            ranks = ", ".join(map(str, absent))
+            named = ", ".join(map(str, absent))
             raise UserError(
-                f"{storage.root}: of {parts[0].world_size} ranks these have not finished: {ranks}. Start them again, or "
-                "give --incomplete to commit without them."
+                f"{storage.root}: of {parts[0].world_size} ranks these have not finished: {named}. Start them again, "
+                "or give --incomplete to commit without them."
             )
-        manifest = commit(storage, join(parts), {skip.key: skip for p in parts for skip in p.skips}.values())
+        skips = {skip.key: skip for part in parts for skip in part.skips}
+        manifest = commit(storage, join(parts), skips.values())
         invite_readers(storage)
-        for part in parts:
+        for part in all_parts:
             storage.delete(part_name(part.rank, part.world_size))
         if not absent:
             clear_orphans(storage, manifest)
     return manifest, absent
+
+
+def choose_parts(storage: Storage, parts: Sequence[Part]) -> Sequence[Part]:
+    """The parts of one plan: of the one that is complete, or else the only one. Raises UserError."""
+    if not parts:
+        raise UserError(f"{storage.root}: no rank has handed in anything. Run latentprep encode with ranks first.")
+    groups = [[part for part in parts if part.group == group] for group in {part.group for part in parts}]
+    complete = [group for group in groups if not list_absent(group)]
+    if len(complete) == 1:
+        return complete[0]  # what the others have left is of an earlier run
+    if len(groups) > 1:
+        named = ", ".join(f"{part.rank} of {part.world_size}" for part in parts)
+        raise UserError(
+            f"{storage.root}: ranks {named} have planned different work. Their images differ in number, size or time, "
+            "or their options do. Give all of them the same; copies keep their times with rsync -a or cp -p."
+        )
+    return groups[0]
 
 
 def join(parts: Sequence[Part]) -> Manifest:
@@ -120,11 +138,3 @@ def join(parts: Sequence[Part]) -> Manifest:
     shards = {shard.id: shard for part in parts for shard in part.fallback}
     shards |= {shard.id: shard for part in parts for shard in part.manifest.shards}
     return replace(parts[0].manifest, shards=sorted(shards.values(), key=Shard.order))
-
-
-def different(parts: Sequence[Part]) -> str:
-    """Says that ranks do not work on the same plan."""
-    return (
-        f"ranks {', '.join(str(part.rank) for part in parts)} have planned different work. Their images differ in "
-        "number, size or time, or their options do. Give all the same; copies keep times with rsync -a or cp -p."
-    )

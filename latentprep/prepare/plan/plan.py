@@ -92,7 +92,7 @@ class Planner:
     def plan(
         self, storage: Storage, shards: list[Shard], known_skips: list[Skip], leftovers: Mapping[str, Leftover]
     ) -> Plan:
-        """What there is to do for a cache of this recipe. Raises UserError for files that cannot be read and may be whole.
+        """What there is to do for a cache of this recipe. Raises UserError for files that may be whole.
 
         An image is kept if a shard holds its content, or if it was skipped before, and neither it has changed since nor
         what the skip depends on.

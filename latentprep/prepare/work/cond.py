@@ -40,8 +40,8 @@ class CondMaker:
     def make(self, prompts: list[str], old: Text | None = None) -> MadeCond:
         """Cond of P prompts.
 
-        What `old` holds of them is taken over, if it was made by the same encoder in the same precision. Raises UserError
-        for cond that overflows.
+        What `old` holds of them is taken over, if it was made by the same encoder in the same precision. Raises
+        UserError for cond that overflows.
         """
         is_same = old is not None and TextRecipe.cond_of(old.metadata.get("recipe", {})) == self.recipe.cond
         sources = [old] if old is not None and is_same else []

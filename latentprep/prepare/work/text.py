@@ -51,8 +51,8 @@ class TextWorker:
     def run(self, tasks: Iterable[TextTask | EmptyPrompt]) -> Iterator[Event]:
         """Make the texts in their order; a result is given once its file is on disk.
 
-        A task that fails is a Failure, the others go on. Raises UserError for cond that cannot be stored, and if nothing
-        can be written.
+        A task that fails is a Failure, the others go on. Raises UserError for cond that cannot be stored, and if
+        nothing can be written.
         """
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             yield from Run(self).run(tasks, writer)
@@ -123,7 +123,7 @@ class Run:
         return write
 
     def _open_old(self, task: TextTask) -> tuple[tuple[Row, ...], Text | None, str]:
-        """What the new text says; the text that the shard has now, of which cond is taken over; what is wrong with it."""
+        """What the new text says; the text there is now, of which cond is taken over; and what is wrong with that."""
         shard, rows = task.shard, task.rows
         if shard.text_file is None:
             return rows, None, ""
