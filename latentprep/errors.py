@@ -7,3 +7,9 @@ class UserError(Exception):
 
 class UnreadableError(UserError):
     """A file of a cache that is there and cannot be read: this machine's trouble, so nothing is made anew for it."""
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError if a value is not one of the choices."""
+    if value not in choices:
+        raise UserError(f"{option} {value}: expected one of {', '.join(choices)}.")

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
-from latentprep.options import Geometry, ImageOptions, TextOptions
+from latentprep.geometry import Geometry
+from latentprep.options import ImageOptions, TextOptions
 from latentprep.records import list_views
 
 

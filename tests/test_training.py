@@ -7,7 +7,8 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 
 from latentprep import LatentDataset, LatentLoader
 from latentprep.demo import draw_folder
-from latentprep.options import EncodeOptions, Geometry, TextOptions
+from latentprep.geometry import Geometry
+from latentprep.options import EncodeOptions, TextOptions
 from latentprep.prepare.encode import encode
 from latentprep.prepare.survey import prepare
 from tests.conftest import NoBar
