@@ -22,6 +22,15 @@ def count_pixels(megapixels: float) -> int:
     return max(1, int(megapixels * 1e6))
 
 
+def default_out(source: Path) -> str:
+    """SOURCE.latents, beside it. Raises UserError for the root of a disk."""
+    if source.name in ("", ".."):  # of the folder that one is in
+        source = source.resolve()
+    if not source.name:
+        raise UserError(f"SOURCE {source}: the cache cannot lie beside it. Say where it goes: --out DIR.")
+    return f"{source}.latents"
+
+
 @dataclass(frozen=True)
 class ImageOptions:
     """How the file of an image becomes pixels and a weight map, sizes aside."""
@@ -103,6 +112,9 @@ class EncodeOptions:
     store: str = "mean+std"
     store_dtype: str = "float16"
     device: str = "auto"
+    devices: str | None = None  # several of this machine: cuda:0,cuda:1 or all; None: `device` alone
+    rank: int | None = None  # which share of the units this process takes, counted from 0; None: of torchrun or SLURM
+    world_size: int | None = None  # how many processes share the units
     dtype: str = "auto"
     tiling: int | None = None  # larger images are encoded in tiles of this side in pixels; None: none are
     compile: bool = False  # torch.compile the VAE's encoder
@@ -130,6 +142,8 @@ class EncodeOptions:
         for option, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1.")
+        check_devices(self.device, self.devices)
+        check_rank(self.rank, self.world_size)
         if self.max_pixels < 1:
             raise UserError("--max-megapixels: must be more than 0.")
         lines = self.text.template or ()
@@ -158,3 +172,27 @@ class EncodeOptions:
                 f"--tiling {self.tiling}: no bucket is larger, their sides are at most {longest} pixels. "
                 "Give fewer, or leave it out."
             )
+
+
+def check_devices(device: str, devices: str | None) -> None:
+    """Raise UserError if --devices is no list of devices, or if --device says something else."""
+    if devices is None:
+        return
+    if device != "auto":
+        raise UserError(f"--device {device} with --devices {devices}: both say where the models run. Give one of them.")
+    names = devices.split(",")
+    if devices != "all" and not all(name and name == name.strip() and name not in ("auto", "all") for name in names):
+        raise UserError(f"--devices {devices}: expected all, or names with commas between them, such as cuda:0,cuda:1.")
+
+
+def check_rank(rank: int | None, world_size: int | None) -> None:
+    """Raise UserError if these do not say which share of the work is this process's."""
+    if (rank is None) != (world_size is None):
+        given, missing = ("--rank", "--world-size") if world_size is None else ("--world-size", "--rank")
+        raise UserError(f"{given} without {missing}: a share of the work needs both.")
+    if rank is None or world_size is None:
+        return
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: must be at least 1.")
+    if not 0 <= rank < world_size:
+        raise UserError(f"--rank {rank}: expected 0 to {world_size - 1}, since --world-size is {world_size}.")

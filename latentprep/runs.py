@@ -1,0 +1,168 @@
+"""What each public function does, once its arguments are checked. Its errors speak of options, as all of them do."""
+
+from pathlib import Path
+
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.options import EncodeOptions
+from latentprep.progress import Progress
+from latentprep.quiet import quiet_logs, quiet_warnings
+from latentprep.results import Compacted, Encoded, Summary, Verified
+
+
+def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> Encoded:
+    """Plan, encode and commit; or only plan. Raises UserError, and KeyboardInterrupt once all that is done is safe."""
+    from latentprep import messages
+    from latentprep.cache.lock import hold
+    from latentprep.prepare.plan.estimate import estimate_time
+    from latentprep.prepare.survey import check_paths, prepare
+
+    if options.devices is not None or options.world_size is not None:
+        raise UserError("--devices, --rank: this version encodes on one device in one process. Leave them out.")
+    with quiet_warnings:
+        check_paths(options, progress.say)
+        if not dry_run:
+            try:
+                with hold(Storage(options.out)):
+                    return update(options, progress)
+            except KeyboardInterrupt as stop:
+                stop.add_note(f"{messages.kept_text(options.out)}. The same call goes on from there.")
+                raise
+        prepared = prepare(options, progress.say)
+        progress.say(messages.source_text(prepared))
+        with quiet_logs:
+            estimate = estimate_time(prepared)
+        plan = prepared.plan
+        return Encoded(
+            cache=options.out,
+            num_cached=plan.num_kept_items,
+            num_encoded=plan.num_new_items,
+            num_retexted=plan.num_retexted_items,
+            changes=tuple(plan.changes),
+            skips=tuple(plan.skips),
+            failures=(),
+            seconds=estimate.seconds if estimate is not None else 0.0,
+            report=messages.plan_text(prepared, estimate),
+            is_dry_run=True,
+        )
+
+
+def update(options: EncodeOptions, progress: Progress) -> Encoded:
+    """Bring a cache up to date, whose lock this process holds."""
+    from latentprep import messages
+    from latentprep.cache.leftovers import clear_orphans, clear_temporaries
+    from latentprep.prepare.encode import encode
+    from latentprep.prepare.survey import prepare
+
+    prepared = prepare(options, progress.say)
+    progress.say(messages.source_text(prepared))
+    plan = prepared.plan
+    if prepared.is_done and prepared.manifest is not None:
+        clear_temporaries(prepared.storage)
+        cleared = clear_orphans(prepared.storage, prepared.manifest)
+        return Encoded(
+            cache=options.out,
+            num_cached=prepared.manifest.num_images,
+            num_encoded=0,
+            num_retexted=0,
+            changes=tuple(plan.changes),
+            skips=tuple(plan.skips),
+            failures=(),
+            seconds=0.0,
+            report=messages.done_text(prepared, cleared),
+            is_strict=options.strict,
+        )
+    with quiet_logs:
+        outcome = encode(prepared, progress.bar)
+    return Encoded(
+        cache=options.out,
+        num_cached=outcome.num_cached,
+        num_encoded=outcome.num_encoded,
+        num_retexted=outcome.num_retexted,
+        changes=tuple(plan.changes),
+        skips=tuple(outcome.skips),
+        failures=tuple(outcome.failures),
+        seconds=outcome.seconds,
+        report=messages.outcome_text(prepared, outcome),
+        is_strict=options.strict,
+    )
+
+
+def run_inspect(cache: str, key: str | None, most_cropped: int) -> Summary:
+    """What is in a cache, or of one image in it. Raises UserError."""
+    from latentprep.cache.readers import Reading
+    from latentprep.look import summary
+
+    storage = Storage(cache)
+    with Reading(storage):
+        return Summary(summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped))
+
+
+def run_verify(
+    cache: str,
+    progress: Progress,
+    *,
+    source: Path | None,
+    masks: Path | None,
+    re_encode: int,
+    seed: int,
+    model: str | None,
+    vae: str | None,
+    no_cond: bool,
+    device: str,
+) -> Verified:
+    """Every file of a cache against its manifest, and its images against those of `source`. Raises UserError."""
+    from latentprep.cache.readers import Reading
+    from latentprep.look.verify import verify
+
+    if re_encode and source is None:
+        raise UserError("--re-encode needs the images: give their folder with --source.")
+    storage = Storage(cache)
+    with progress.bar(None, "hash", "B") as bar:
+        manifest, found = verify(storage, bar.update)
+    problems, differences, not_compared = list(found), {}, None
+    if source is not None and problems:
+        not_compared = f"{source}: not compared; mend the cache first"
+    elif source is not None and manifest is not None:
+        from latentprep.prepare.recheck import compare_source, find_masks, reencode
+        from latentprep.prepare.recheck_text import find_text, reencode_text
+
+        with Reading(storage), quiet_warnings:
+            own_masks = find_masks(manifest, masks)
+            with progress.bar(None, "source") as bar:
+                problems += compare_source(storage, manifest, source, own_masks, bar.update)
+            if re_encode:
+                with quiet_logs:
+                    text = None if no_cond else find_text(manifest, model, vae)
+                    more, differences["latents"] = reencode(
+                        storage, manifest, source, own_masks, re_encode, seed=seed, model=model, vae=vae, device=device
+                    )
+                    problems += more
+                    if text is not None:
+                        more, differences["cond"] = reencode_text(
+                            storage, manifest, text, re_encode, seed=seed, device=device
+                        )
+                        problems += more
+    return Verified(
+        cache=cache,
+        problems=tuple(problems),
+        num_images=manifest.num_images if manifest is not None else None,
+        num_shards=len(manifest.shards) if manifest is not None else None,
+        not_compared=not_compared,
+        differences=differences,
+    )
+
+
+def run_compact(cache: str, min_share: float) -> Compacted:
+    """Rewrite the shards that hold many dead rows. Raises UserError."""
+    from latentprep.cache.compact import compact
+    from latentprep.cache.lock import hold
+    from latentprep.cache.manifest import open_manifest
+
+    storage = Storage(cache)
+    open_manifest(storage)  # before the lock, which would make the folder
+    with hold(storage):
+        done = compact(storage, min_share)
+    return Compacted(
+        cache, done.num_shards, done.num_rows, done.num_left, max(0, done.nbytes), done.num_read, tuple(done.damaged)
+    )
