@@ -11,8 +11,8 @@ from latentprep.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
-    "BucketBatchSampler", "LatentBatch", "LatentDataset", "LatentLoader", "UserError", "__version__", "compact",
-    "encode", "inspect", "verify",
+    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "Summary", "UserError",
+    "Verified", "__version__", "compact", "encode", "inspect", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
     from latentprep.read.sampler import BucketBatchSampler, LatentLoader
+    from latentprep.results import Compacted, Encoded, Summary, Verified
 
 # where the public names live; imported on first use, since `latentprep --help` must not wait for torch
 _HOMES = {
     "compact": "api", "encode": "api", "inspect": "api", "verify": "api",
+    "Compacted": "results", "Encoded": "results", "Summary": "results", "Verified": "results",
     "LatentBatch": "read.batch", "LatentDataset": "read.dataset",
     "BucketBatchSampler": "read.sampler", "LatentLoader": "read.sampler",
 }  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from latentprep.door import CAPTIONS, GEOMETRY, INPUT, MACHINES, MODEL, OUTPUT, PERFORMANCE, Option, door, keywords_of
+from latentprep.errors import UserError
 from latentprep.geometry import Geometry
 from latentprep.options import (
     CAPTION_COLUMN,
@@ -102,6 +103,8 @@ def encode(
     from latentprep.prompts import load_template
     from latentprep.runs import run_encode
 
+    if not str(source):
+        raise UserError("SOURCE: is empty, expected a folder of images.")
     source = Path(source)
     images = ImageOptions.from_options(
         background=background, weights=str(weights), animated=animated, draft=not no_draft
