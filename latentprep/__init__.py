@@ -11,8 +11,8 @@ from latentprep.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
-    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "Summary", "UserError",
-    "Verified", "__version__", "compact", "encode", "inspect", "verify",
+    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "Summary",
+    "UserError", "Verified", "__version__", "compact", "encode", "inspect", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:

@@ -60,18 +60,15 @@ class Parameter:
         """An argument as one of the kinds. Raises UserError."""
         if not set(self.kinds) <= KINDS.keys():
             return value  # the function's own to check
-        for kind in self.kinds:
-            if is_kind(value, kind):
-                value = kind(value) if kind in (int, float) else value
-                break
-        else:
+        kind = next((kind for kind in self.kinds if is_kind(value, kind)), None)
+        if kind is None:
             expected = " or ".join(KINDS[kind] for kind in self.kinds)
             raise UserError(f"{self.name}={value!r:.80}: expected {expected}.")
         least, most = self.option.least, self.option.most
         if (least is not None and not value >= least) or (most is not None and not value <= most):
-            limits = f"{least:g} to {most:g}" if least is not None and most is not None else f"at least {least:g}"
+            limits = f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
             raise UserError(f"{self.name}={value!r}: expected {limits}.")
-        return value
+        return kind(value) if kind in (int, float) else value
 
 
 def is_kind(value: Any, kind: Any) -> bool:
