@@ -161,7 +161,7 @@ def verify(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
     source: Annotated[str | Path | None, Option("DIR", "Compare with the images too: changed, gone and new ones.")] = None,
-    masks: Annotated[str | Path | None, Option("DIR", "Masks of encode --weights DIR, if they are elsewhere now.")] = None,
+    masks: Annotated[str | Path | None, Option("DIR", "Folder of the masks that the weights came from, if it is elsewhere now.")] = None,
     re_encode: Annotated[int, Option("N", "Encode N random images of --source and their prompts again, and compare.", least=0)] = 0,
     seed: Annotated[int, Option(help="Which images --re-encode takes.")] = 0,
     model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model of --re-encode.", shown="the cache's own")] = None,

@@ -47,10 +47,12 @@ class Silent:
 
 def make_bar(kind: Any, total: int | None, stage: str, unit: str, disable: bool | None) -> Any:
     """A bar of one of tqdm's classes."""
-    return kind(
+    bar = kind(
         total=total, desc=stage, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, smoothing=0.1,
         file=sys.stderr, disable=disable,
     )  # fmt: skip
+    bar.initial = 0  # a bar that is not shown has none
+    return bar
 
 
 def open_progress(progress: bool | Progress, keywords: Keywords) -> Progress:
