@@ -9,12 +9,16 @@ from typing import Annotated, Literal
 
 from latentprep.door import CAPTIONS, GEOMETRY, INPUT, MACHINES, MODEL, OUTPUT, PERFORMANCE, Option, door, keywords_of
 from latentprep.errors import UserError
-from latentprep.geometry import Geometry
+from latentprep.geometry import Crop, Filter, Fit, Geometry
 from latentprep.options import (
     CAPTION_COLUMN,
     DEFAULT_MODEL,
+    Animated,
+    Dtype,
     EncodeOptions,
     ImageOptions,
+    Only,
+    Store,
     TextOptions,
     count_pixels,
     default_out,
@@ -30,7 +34,7 @@ def encode(
     out: Annotated[str | Path | None, Option("DIR", "Where the cache goes.", OUTPUT, shown="SOURCE.latents")] = None,
     *,
     max_megapixels: Annotated[float, Option("MEGAPIXELS", "Larger images are skipped unread: they may be decompression bombs.", INPUT)] = 180,
-    animated: Annotated[Literal["first", "skip"], Option("first|skip", "Of an image with several frames: take the first, or leave it out.", INPUT)] = "first",
+    animated: Annotated[Animated, Option(help="Of an image with several frames: take the first, or leave it out.", panel=INPUT)] = "first",
     background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
     weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT)] = "alpha",
     no_draft: Annotated[bool, Option(help="Decode large JPEGs in full, and not at a fraction that is still twice what is needed.", panel=INPUT)] = False,
@@ -39,10 +43,10 @@ def encode(
     allow_gone: Annotated[bool, Option(help="Go on though most of the images in the cache are not in SOURCE.", panel=INPUT)] = False,
     retry_skipped: Annotated[bool, Option(help="Try again all that was skipped; else only that for which something has changed.", panel=INPUT)] = False,
     seed: Annotated[int, Option(help="Seed of every random choice.", panel=INPUT)] = 0,
-    store: Annotated[Literal["mean+std", "mean"], Option("mean+std|mean", "What to keep of the VAE posterior.", OUTPUT)] = "mean+std",
-    store_dtype: Annotated[Literal["float16", "bfloat16", "float32"], Option("float16|bfloat16|float32", "Number type of latents and cond on disk.", OUTPUT)] = "float16",
+    store: Annotated[Store, Option(help="What to keep of the VAE posterior.", panel=OUTPUT)] = "mean+std",
+    store_dtype: Annotated[Dtype, Option(help="Number type of latents and cond on disk.", panel=OUTPUT)] = "float16",
     shard_size: Annotated[str | int | None, Option("BYTES", "Largest size of a shard file; a run that is stopped loses at most one.", OUTPUT, shown="256MB, on a CPU 16MB")] = None,
-    only: Annotated[Literal["latents", "text"] | None, Option("latents|text", "Encode images alone, or the prompts of what is encoded; a later run does the rest.", OUTPUT, shown="both, one after the other")] = None,
+    only: Annotated[Only | None, Option(help="Encode images alone, or the prompts of what is encoded; a later run does the rest.", panel=OUTPUT, shown="both, one after the other")] = None,
     overwrite: Annotated[bool, Option(help="Delete what the cache holds and start anew.", panel=OUTPUT)] = False,
     dry_run: Annotated[bool, Option(help="List what would be done and why, with the time and space it takes; write nothing.", panel=OUTPUT)] = False,
     strict: Annotated[bool, Option(help="Count it as a failure if any image was skipped: exit code 1.", panel=OUTPUT)] = False,
@@ -52,7 +56,7 @@ def encode(
     revision: Annotated[str | None, Option("REV", "Branch, tag or commit of a hub model.", MODEL, shown="main")] = None,
     device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the models run.", MODEL)] = "auto",
     devices: Annotated[str | None, Option("all|cuda:N,cuda:N", "Several devices of this machine at once, with a process for each.", MODEL, shown="--device alone")] = None,
-    dtype: Annotated[Literal["auto", "float32", "float16", "bfloat16"], Option("auto|float32|float16|bfloat16", "Number type of the models; auto: float16 on CUDA, else float32.", MODEL)] = "auto",
+    dtype: Annotated[Literal["auto"] | Dtype, Option(help="Number type of the models; auto: float16 on CUDA, else float32.", panel=MODEL)] = "auto",
     resolution: Annotated[int | str, Option("PIXELS|native", "Buckets have at most PIXELS x PIXELS; native: no resizing.", GEOMETRY)] = 512,
     bucket_step: Annotated[int, Option("PIXELS", "Sides of buckets are multiples of this.", GEOMETRY)] = 64,
     min_side: Annotated[int | None, Option("PIXELS", "Shortest side of a bucket; of an image with a fixed or native size.", GEOMETRY, shown="resolution / 2; with --no-upscale the step")] = None,
@@ -61,9 +65,9 @@ def encode(
     no_upscale: Annotated[bool, Option(help="No image is enlarged: each has a bucket of its own size, or of its own shape.", panel=GEOMETRY)] = False,
     width: Annotated[int | None, Option("PIXELS", "One fixed size for all, with --height.", GEOMETRY)] = None,
     height: Annotated[int | None, Option("PIXELS", "One fixed size for all, with --width.", GEOMETRY)] = None,
-    fit: Annotated[Literal["crop", "stretch", "pad"], Option("crop|stretch|pad", "How an image fills its bucket; padding weighs 0.", GEOMETRY)] = "crop",
-    filter: Annotated[Literal["lanczos", "bicubic", "bilinear", "hamming", "box", "nearest"], Option("NAME", "lanczos, bicubic, bilinear, hamming, box or nearest.", GEOMETRY)] = "lanczos",  # noqa: A002
-    crop: Annotated[Literal["center", "random", "focus"], Option("center|random|focus", "Which part of an image its bucket keeps; focus: where there is most to see.", GEOMETRY)] = "center",
+    fit: Annotated[Fit, Option(help="How an image fills its bucket; padding weighs 0.", panel=GEOMETRY)] = "crop",
+    filter: Annotated[Filter, Option("NAME", "lanczos, bicubic, bilinear, hamming, box or nearest.", GEOMETRY)] = "lanczos",  # noqa: A002
+    crop: Annotated[Crop, Option(help="Which part of an image its bucket keeps; focus: where there is most to see.", panel=GEOMETRY)] = "center",
     crops: Annotated[int, Option("COUNT", "Crops of each image, as views; an epoch takes one of them.", GEOMETRY)] = 1,
     flip: Annotated[bool, Option(help="Encode the mirrored image too, as a second view.", panel=GEOMETRY)] = False,
     template: Annotated[str | Path | None, Option("NAME|FILE", "Template lines with [name] and [filewords]; see `latentprep templates`.", CAPTIONS, shown="the caption alone")] = None,
@@ -96,7 +100,7 @@ def encode(
     In Python it returns what became of it. A skipped image is no error: it is counted in the result, as are failures
     (faults of latentprep's own); `result.ok` is False if there were any. With dry_run=True the result says what there is
     to do. Raises UserError for what the caller can mend: arguments, models, a full disk, a cache that another process
-    writes to. Raises KeyboardInterrupt after Ctrl-C, once what is done is safe on disk; the same call goes on from there.
+    writes to; and OSError as the file system does. Raises KeyboardInterrupt after Ctrl-C, once what is done is safe on disk; the same call goes on from there.
     """
     # fmt: on
     from latentprep.human import parse_bytes

@@ -31,7 +31,7 @@ KINDS = {
 class Option:
     """What an argument is for; stands in its Annotated."""
 
-    metavar: str = ""  # what is given: PIXELS, or the choices with | between them
+    metavar: str = ""  # PIXELS, or auto|PIXELS; of a Literal it may be left out
     help: str = ""
     panel: str = ""  # one of PANELS: the heading of its part of --help
     shown: str = ""  # the default in words, if it is None
@@ -47,7 +47,7 @@ class Parameter:
 
     name: str
     kinds: tuple[Any, ...]  # types; those of KINDS are checked
-    choices: tuple[str, ...]  # lower-case values that have a meaning, upper-case words for others
+    literals: tuple[str, ...]  # the only texts that it may be; (): any
     default: Any  # inspect.Parameter.empty: it is to be given
     option: Option
 
@@ -55,6 +55,11 @@ class Parameter:
     def flag(self) -> str:
         """What it is called on the command line, and in errors."""
         return self.option.metavar if self.option.is_argument else "--" + self.name.replace("_", "-")
+
+    @property
+    def metavar(self) -> str:
+        """What may be given: choices, and words for others in capitals, with | between them."""
+        return self.option.metavar or "|".join(self.literals)
 
     def check(self, value: Any) -> Any:
         """An argument as one of the kinds. Raises UserError."""
@@ -92,8 +97,7 @@ def list_parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     for name, parameter in inspect.signature(inspect.unwrap(function)).parameters.items():
         plain, option = get_args(hints[name])
         kinds, literals = split_type(plain)
-        parts = tuple(part for part in option.metavar.split("|") if part)
-        found.append(Parameter(name, kinds, tuple(dict.fromkeys((*literals, *parts))), parameter.default, option))
+        found.append(Parameter(name, kinds, literals, parameter.default, option))
     return tuple(found)
 
 
@@ -116,7 +120,8 @@ def keywords_of(function: Callable[..., Any]) -> Keywords:
     """How errors that speak of the options of a command become those of its function."""
     parameters = list_parameters(function)
     names = {p.flag: f"{p.name}=True" if p.kinds == (bool,) else p.name for p in parameters}
-    return Keywords(names, {p.flag: p.choices for p in parameters if p.kinds != (bool,)})
+    values = {p.flag: (*p.literals, *p.metavar.split("|")) for p in parameters if p.kinds != (bool,)}
+    return Keywords(names, values)
 
 
 def door(function: Callable[P, R]) -> Callable[P, R]:
@@ -160,7 +165,7 @@ def describe(parameters: Sequence[Parameter], keywords: Keywords) -> Iterator[st
             panel = p.option.panel
             yield f"\n{panel or 'Arguments'}:"
         default = "" if p.default is inspect.Parameter.empty else f"={p.default!r}"
-        takes = f"{p.option.metavar}: " if p.option.metavar and not p.option.is_argument else ""
+        takes = f"{p.metavar}: " if p.metavar and not p.option.is_argument else ""
         shown = f" Default: {keywords.translate(p.option.shown)}." if p.option.shown else ""
         yield f"  {p.name}{default}  {takes}{keywords.translate(p.option.help)}{shown}"
 

@@ -2,14 +2,15 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from latentprep.errors import UserError, check_choice
 from latentprep.records import Size
 
-FITS = ("crop", "stretch", "pad")
-CROPS = ("center", "random", "focus")
-FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+Fit = Literal["crop", "stretch", "pad"]
+Crop = Literal["center", "random", "focus"]
+Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+FITS, CROPS, FILTERS = (get_args(choices) for choices in (Fit, Crop, Filter))
 MAX_SIDE = 2**14  # pixels; with twice this side, and a bucket for every step, a table takes seconds to make
 
 

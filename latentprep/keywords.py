@@ -45,7 +45,7 @@ class Keywords:
         if said and re.compile(rf"{re.escape(said)}(?!\w)").match(text, start):
             return f"{name}={given[name]!r}", start + len(said)
         for choice in self.values[option]:
-            if re.compile(rf"{re.escape(choice)}(?![\w-])").match(text, start):
+            if choice and re.compile(rf"{re.escape(choice)}(?![\w-])").match(text, start):
                 return f"{name}={choice if choice.isupper() else repr(choice)}", start + len(choice)
         found = re.compile(f"{NUMBER}|{QUOTED}").match(text, start)
         return (f"{name}={found[0]}", found.end()) if found else (name, end)

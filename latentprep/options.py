@@ -3,14 +3,16 @@
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
 from latentprep.errors import UserError, check_choice
 from latentprep.geometry import Geometry
 
-ANIMATED = ("first", "skip")
-ONLY = ("latents", "text")
-STORES = ("mean+std", "mean")
-DTYPES = ("float32", "float16", "bfloat16")
+Animated = Literal["first", "skip"]
+Only = Literal["latents", "text"]
+Store = Literal["mean+std", "mean"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+ANIMATED, ONLY, STORES, DTYPES = (get_args(choices) for choices in (Animated, Only, Store, Dtype))
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 

@@ -1,5 +1,6 @@
 """What each public function does, once its arguments are checked. Its errors speak of options, as all of them do."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from latentprep.cache.storage import Storage
@@ -26,7 +27,8 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
                 with hold(Storage(options.out)):
                     return update(options, progress)
             except KeyboardInterrupt as stop:
-                stop.add_note(f"{messages.kept_text(options.out)}. The same call goes on from there.")
+                with suppress(OSError, UserError):  # the disk may have gone; the stop is what is to be told
+                    stop.add_note(f"{messages.kept_text(options.out)}. The same call goes on from there.")
                 raise
         prepared = prepare(options, progress.say)
         progress.say(messages.source_text(prepared))

@@ -30,7 +30,7 @@ def option_of(parameter: Parameter) -> inspect.Parameter:
     """An argument as typer wants it."""
     option, default = parameter.option, parameter.default
     kind: Any = next(kind for kind in (bool, list, str, int, float) if kind in command_line_kinds(parameter))
-    common: dict[str, Any] = {"help": option.help, "metavar": option.metavar or None}
+    common: dict[str, Any] = {"help": option.help, "metavar": parameter.metavar or None}
     if option.is_argument:
         info = typer.Argument(show_default=False, **common)
     else:
