@@ -327,11 +327,12 @@ def test_it_works_in_a_thread_and_in_two_at_once(images, tmp_path):
     assert warnings.filters == filters
 
 
-def test_a_cache_that_another_thread_writes_is_refused(images, tmp_path):
+def test_a_cache_that_another_thread_writes_is_refused(images, tmp_path, monkeypatch):
     from latentprep.cache.lock import hold
     from latentprep.cache.storage import Storage
 
-    with hold(Storage(tmp_path / "c")), pytest.raises(UserError, match="another latentprep is at work on it"):
+    monkeypatch.setattr(sys, "argv", ["/home/me/train.py", "--fast"])
+    with hold(Storage(tmp_path / "c")), pytest.raises(UserError, match=r"another latentprep is .*: train\.py --fast\)"):
         encode_once(images, tmp_path / "c")
 
 
