@@ -68,7 +68,9 @@ class Summary(dict[str, Any]):
         from rich.console import Console
 
         page = StringIO()
-        Console(file=page, width=120, color_system=None, highlight=False).print(self.table(), markup=False)
+        Console(file=page, width=120, force_jupyter=False, color_system=None, highlight=False).print(
+            self.table(), markup=False
+        )
         return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
     __str__ = __repr__
