@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -23,6 +24,7 @@ from latentprep import UserError
 from latentprep.cli import commands as cli
 from latentprep.door import PANELS, Option, door, list_parameters
 from latentprep.keywords import Keywords
+from latentprep.quiet import quiet_warnings
 from tests.test_encode import files
 
 SMALL = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32, "device": "cpu"}
@@ -528,3 +530,22 @@ def test_a_users_script_is_checked_strictly_by_mypy(tmp_path):
     first = USER.splitlines().index('    latentprep.encode("photos", fit="zoom")') + 1
     found = {int(line.split(":")[1]) for line in wrong if "error:" in line}
     assert found == {first, first + 1, first + 2}, result.stdout + result.stderr
+
+
+def test_what_all_threads_share_ends_with_the_last_of_them():
+    filters = list(warnings.filters)
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(quiet_warnings)
+        second.enter_context(quiet_warnings)
+        first.close()
+        assert warnings.filters != filters
+        second.close()
+        assert warnings.filters == filters
+        assert quiet_warnings.num_inside == 0
+
+
+def test_in_a_notebook_a_summary_is_what_repr_gives(images, tmp_path, monkeypatch, capfd):
+    encode_once(images, tmp_path / "c")
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert "Buckets" in repr(latentprep.inspect(tmp_path / "c"))
+    assert capfd.readouterr().out == ""
