@@ -32,9 +32,8 @@ JSON = signatures.Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")],
 )
 # the functions whose errors speak of options, as their commands do; those of api speak of keywords
-encode_, inspect_, verify_, compact_ = (
-    signatures.unwrap(f) for f in (api.encode, api.inspect, api.verify, api.compact)
-)
+encode_, inspect_ = signatures.unwrap(api.encode), signatures.unwrap(api.inspect)
+verify_, compact_ = signatures.unwrap(api.verify), signatures.unwrap(api.compact)
 
 
 def _version(wanted: bool) -> None:
