@@ -8,7 +8,7 @@ Sides are drawn evenly in their logarithm, 64 to 4,000 pixels; kohya's rule is w
 import math
 import random
 
-from latentprep.options import Geometry
+from latentprep.geometry import Geometry
 from latentprep.prepare.plan.buckets import cropped_away, make_place
 from latentprep.records import Placement, Size
 

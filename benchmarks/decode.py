@@ -19,7 +19,8 @@ import torch
 import typer
 from PIL import Image
 
-from latentprep.options import Geometry, ImageOptions
+from latentprep.geometry import Geometry
+from latentprep.options import ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.models.find import find_model
 from latentprep.prepare.models.vae_encoder import VaeEncoder

@@ -20,7 +20,8 @@ import typer
 from diffusers import AutoencoderKL
 from PIL import Image
 
-from latentprep.options import EncodeOptions, Geometry, TextOptions
+from latentprep.geometry import Geometry
+from latentprep.options import EncodeOptions, TextOptions
 from latentprep.prepare.devices import quiet_libraries
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.vae_encoder import VaeEncoder

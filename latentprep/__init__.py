@@ -1,22 +1,41 @@
-"""Encode an image folder once into a latent cache; train diffusion models from it many times."""
+"""Encode an image folder once into a latent cache; train diffusion models from it many times.
+
+Make and check caches: encode, inspect, verify, compact; each is a command of the same name. Train from them:
+LatentDataset, LatentLoader. What the caller can mend is raised as UserError.
+"""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from latentprep.errors import UserError
+
 __version__ = "0.1.0"
-__all__ = ["BucketBatchSampler", "LatentBatch", "LatentDataset", "LatentLoader", "__version__"]
+__all__ = [
+    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "Summary",
+    "UserError", "Verified", "__version__", "compact", "encode", "inspect", "verify",
+]  # fmt: skip
 
 if TYPE_CHECKING:
+    from latentprep.api import compact, encode, inspect, verify
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
     from latentprep.read.sampler import BucketBatchSampler, LatentLoader
+    from latentprep.results import Compacted, Encoded, Summary, Verified
+
+# where the public names live; imported on first use, since `latentprep --help` must not wait for torch
+_HOMES = {
+    "compact": "api", "encode": "api", "inspect": "api", "verify": "api",
+    "Compacted": "results", "Encoded": "results", "Summary": "results", "Verified": "results",
+    "LatentBatch": "read.batch", "LatentDataset": "read.dataset",
+    "BucketBatchSampler": "read.sampler", "LatentLoader": "read.sampler",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> object:
-    """The reader's classes, imported on first use: `latentprep --help` must not wait for torch."""
-    homes = {
-        "LatentBatch": "batch", "LatentDataset": "dataset", "BucketBatchSampler": "sampler", "LatentLoader": "sampler",
-    }  # fmt: skip
-    if name in homes:
-        return getattr(import_module(f"latentprep.read.{homes[name]}"), name)
+    if name in _HOMES:
+        return getattr(import_module(f"latentprep.{_HOMES[name]}"), name)
     raise AttributeError(f"module 'latentprep' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

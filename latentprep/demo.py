@@ -14,6 +14,7 @@ SKIES = {"a morning": ((255, 214, 170), (120, 170, 220)), "a noon": ((190, 225, 
 HILLS = {"green": (70, 130, 60), "brown": (120, 90, 60), "snowy": (225, 230, 240)}
 THINGS = {"red house": (190, 50, 40), "white tower": (235, 230, 215), "blue tent": (50, 90, 190)}
 MARK = ".latentprep-demo"  # an empty file: the images of this folder are the demo's
+OPTIONS: dict[str, Any] = {"model": "tiny", "resolution": 256, "flip": True}  # of encode, for these images
 SCALE = 2  # drawn larger and shrunk, so that edges are smooth
 
 

@@ -15,3 +15,9 @@ class WriteError(UserError):
 
 class LockedError(UserError):
     """Another latentprep is at work on a cache."""
+
+
+def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
+    """Raise UserError if a value is not one of the choices."""
+    if value not in choices:
+        raise UserError(f"{option} {value}: expected one of {', '.join(choices)}.")

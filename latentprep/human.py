@@ -1,5 +1,7 @@
 """Bytes, times, counts and names as people write them."""
 
+from collections.abc import Iterator
+
 from latentprep.errors import UserError
 
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
@@ -49,3 +51,18 @@ def printable(text: str) -> str:
 def shortened(text: str, length: int = 60) -> str:
     """The beginning of a text, in which nothing is left for a terminal to obey."""
     return printable(text if len(text) <= length else text[: length - 3] + "...")
+
+
+def harmless(text: str) -> str:
+    """The text, in which a terminal has nothing to obey but ends of lines and tabs."""
+    return "".join(part if part in "\n\t" else printable(part) for part in _split(text))
+
+
+def _split(text: str) -> Iterator[str]:
+    for number, line in enumerate(text.split("\n")):
+        if number:
+            yield "\n"
+        for place, part in enumerate(line.split("\t")):
+            if place:
+                yield "\t"
+            yield part

@@ -1,21 +1,18 @@
-"""The options of a run, checked once, where they enter."""
+"""What a run was told: images, text, models and engine, checked once, where it enters."""
 
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal, get_args
 
-from latentprep.errors import UserError
-from latentprep.records import Size
+from latentprep.errors import UserError, check_choice
+from latentprep.geometry import Geometry
 
-FITS = ("crop", "stretch", "pad")
-ANIMATED = ("first", "skip")
-CROPS = ("center", "random", "focus")
-FILTERS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
-ONLY = ("latents", "text")
-STORES = ("mean+std", "mean")
-DTYPES = ("float32", "float16", "bfloat16")
-MAX_SIDE = 2**14  # pixels; with twice this side, and a bucket for every step, a table takes seconds to make
+Animated = Literal["first", "skip"]
+Only = Literal["latents", "text"]
+Store = Literal["mean+std", "mean"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+ANIMATED, ONLY, STORES, DTYPES = (get_args(choices) for choices in (Animated, Only, Store, Dtype))
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -27,116 +24,13 @@ def count_pixels(megapixels: float) -> int:
     return max(1, int(megapixels * 1e6))
 
 
-@dataclass(frozen=True)
-class Geometry:
-    """How an image becomes a bucket of pixels. `mode` says which of the fields count."""
-
-    mode: str  # buckets | fixed | native
-    resolution: int | None = None  # buckets: a bucket has at most resolution x resolution pixels
-    size: Size | None = None  # fixed: (height, width)
-    bucket_step: int | None = None  # buckets: both sides are multiples of it
-    min_side: int | None = None
-    max_side: int | None = None
-    max_aspect: float | None = None  # buckets: longer side over shorter side
-    upscale: bool = True
-    fit: str = "crop"
-    filter: str = "lanczos"
-    crop: str = "center"
-    crops: int = 1  # crops of each image, as views
-    crop_seed: int | None = None  # of --crop random
-
-    @classmethod
-    def from_options(
-        cls,
-        *,
-        resolution: str = "512",
-        width: int | None = None,
-        height: int | None = None,
-        bucket_step: int = 64,
-        min_side: int | None = None,
-        max_side: int | None = None,
-        max_aspect: float = 4.0,
-        upscale: bool = True,
-        fit: str = "crop",
-        filter: str = "lanczos",  # noqa: A002
-        crop: str = "center",
-        crops: int = 1,
-        seed: int = 0,
-    ) -> "Geometry":
-        """The geometry that the options of the command line ask for. Raises UserError."""
-        check_choice("--fit", fit, FITS)
-        check_choice("--filter", filter, FILTERS)
-        check_choice("--crop", crop, CROPS)
-        if crops < 1:
-            raise UserError(f"--crops {crops}: must be at least 1.")
-        if crops > 1 and crop == "center":
-            raise UserError(f"--crops {crops}: there is only one centre. Add --crop random or --crop focus.")
-        if crop != "center" and (fit != "crop" or resolution == "native"):
-            what = "--resolution native" if resolution == "native" else f"--fit {fit}"
-            raise UserError(f"--crop {crop} with {what}: nothing is cropped there. Leave --crop out.")
-        cropping: dict[str, Any] = {"crop": crop, "crops": crops, "crop_seed": seed if crop == "random" else None}
-        for option, value in (("--min-side", min_side), ("--max-side", max_side), ("--bucket-step", bucket_step)):
-            if value is not None and value < 1:
-                raise UserError(f"{option} {value}: must be at least 1 pixel.")
-        if min_side is not None and max_side is not None and min_side > max_side:
-            raise UserError(f"--min-side {min_side}: larger than --max-side {max_side}.")
-        if (width is None) != (height is None):
-            given, missing = ("--width", "--height") if height is None else ("--height", "--width")
-            raise UserError(f"{given} without {missing}: a fixed size needs both.")
-        if width is not None and height is not None:
-            if width < 1 or height < 1:
-                raise UserError(f"--width {width} --height {height}: both must be at least 1 pixel.")
-            return cls(
-                "fixed", size=(height, width), min_side=min_side, max_side=max_side,
-                upscale=upscale, fit=fit, filter=filter, **cropping,
-            )  # fmt: skip
-        if resolution == "native":
-            if fit != "crop":
-                raise UserError(f"--resolution native --fit {fit}: a native image is not resized. Leave --fit out.")
-            return cls("native", min_side=min_side, max_side=max_side)
-        if not resolution.isdigit() or int(resolution) < 1:
-            raise UserError(f"--resolution {resolution}: expected a number of pixels, such as 512, or 'native'.")
-        side = int(resolution)
-        if side < bucket_step:
-            raise UserError(
-                f"--resolution {side}: smaller than --bucket-step {bucket_step}, so there is no bucket. "
-                f"Try --bucket-step {max(8, side // 8 // 8 * 8)}."
-            )
-        if side > MAX_SIDE:
-            raise UserError(f"--resolution {resolution}: expected at most {MAX_SIDE:,} pixels.")
-        if not 1 <= max_aspect < math.inf:
-            raise UserError(f"--max-aspect {max_aspect:g}: longer side over shorter side, so at least 1.")
-        return cls(
-            "buckets",
-            resolution=side,
-            bucket_step=bucket_step,
-            min_side=min_side if min_side is not None else max(bucket_step, side // 2 if upscale else 0),
-            max_side=max_side if max_side is not None else side * 2 if upscale else side**2 // bucket_step,
-            max_aspect=max_aspect,
-            upscale=upscale,
-            fit=fit,
-            filter=filter,
-            **cropping,
-        )
-
-    @property
-    def longest_side(self) -> int | None:
-        """Longest side of a bucket in pixels; None: as long as the images."""
-        return max(self.size) if self.size is not None else self.max_side
-
-    def check_factor(self, factor: int) -> None:
-        """Raise UserError where this VAE's spatial factor does not divide the sides."""
-        sides: list[tuple[str, int]] = []
-        if self.bucket_step is not None:
-            sides.append(("--bucket-step", self.bucket_step))
-        if self.size is not None:
-            sides += [("--width", self.size[1]), ("--height", self.size[0])]
-        for option, value in sides:
-            if value % factor:
-                raise UserError(
-                    f"{option} {value}: not a multiple of {factor}, this model's factor. "
-                    f"Try {(value // factor + 1) * factor}."
-                )
+def default_out(source: Path) -> str:
+    """SOURCE.latents, beside it. Raises UserError for the root of a disk."""
+    if source.name in ("", ".."):  # of the folder that one is in
+        source = source.resolve()
+    if not source.name:
+        raise UserError(f"SOURCE {source}: the cache cannot lie beside it. Say where it goes: --out DIR.")
+    return f"{source}.latents"
 
 
 @dataclass(frozen=True)
@@ -220,9 +114,9 @@ class EncodeOptions:
     store: str = "mean+std"
     store_dtype: str = "float16"
     device: str = "auto"
-    devices: str | None = None  # several of this machine, between commas, or all
-    rank: int | None = None  # of this run among world_size that share the work; None: as the environment says
-    world_size: int | None = None
+    devices: str | None = None  # several of this machine: cuda:0,cuda:1 or all; None: `device` alone
+    rank: int | None = None  # which share of the units this process takes, counted from 0; None: of torchrun or SLURM
+    world_size: int | None = None  # how many processes share the units
     dtype: str = "auto"
     tiling: int | None = None  # larger images are encoded in tiles of this side in pixels; None: none are
     compile: bool = False  # torch.compile the VAE's encoder
@@ -250,6 +144,8 @@ class EncodeOptions:
         for option, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1.")
+        check_devices(self.device, self.devices)
+        check_rank(self.rank, self.world_size)
         if self.max_pixels < 1:
             raise UserError("--max-megapixels: must be more than 0.")
         lines = self.text.template or ()
@@ -280,6 +176,25 @@ class EncodeOptions:
             )
 
 
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(f"{option} {value}: expected one of {', '.join(choices)}.")
+def check_devices(device: str, devices: str | None) -> None:
+    """Raise UserError if --devices is no list of devices, or if --device says something else."""
+    if devices is None:
+        return
+    if device != "auto":
+        raise UserError(f"--device {device} with --devices {devices}: both say where the models run. Give one of them.")
+    names = devices.split(",")
+    if devices != "all" and not all(name and name == name.strip() and name not in ("auto", "all") for name in names):
+        raise UserError(f"--devices {devices}: expected all, or names with commas between them, such as cuda:0,cuda:1.")
+
+
+def check_rank(rank: int | None, world_size: int | None) -> None:
+    """Raise UserError if these do not say which share of the work is this process's."""
+    if (rank is None) != (world_size is None):
+        given, missing = ("--rank", "--world-size") if world_size is None else ("--world-size", "--rank")
+        raise UserError(f"{given} without {missing}: a share of the work needs both.")
+    if rank is None or world_size is None:
+        return
+    if world_size < 1:
+        raise UserError(f"--world-size {world_size}: must be at least 1.")
+    if not 0 <= rank < world_size:
+        raise UserError(f"--rank {rank}: expected 0 to {world_size - 1}, since --world-size is {world_size}.")

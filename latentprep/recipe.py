@@ -8,7 +8,8 @@ from typing import Annotated, Any, ClassVar, Self
 
 from msgspec import Meta
 
-from latentprep.options import Geometry, ImageOptions, TextOptions
+from latentprep.geometry import Geometry
+from latentprep.options import ImageOptions, TextOptions
 from latentprep.records import list_views
 
 Dtype = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]  # options.DTYPES

@@ -16,8 +16,9 @@ from latentprep import BucketBatchSampler, LatentDataset
 from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
+from latentprep.geometry import Geometry
 from latentprep.look import verify as verifying
-from latentprep.options import Geometry, ImageOptions
+from latentprep.options import ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels, place_weight
 from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
 from latentprep.prepare.plan.buckets import make_place

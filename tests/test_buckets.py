@@ -7,7 +7,7 @@ import random
 import pytest
 
 from latentprep.errors import UserError
-from latentprep.options import Geometry
+from latentprep.geometry import Geometry
 from latentprep.prepare.plan.buckets import cropped_away, list_buckets, make_place, nearest_bucket
 from latentprep.records import Placement
 

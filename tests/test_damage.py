@@ -175,7 +175,7 @@ def test_16_bits_a_channel_are_said(tmp_path, channels):
 def test_a_strip_of_one_row_is_a_skip_that_takes_no_memory(tmp_path):
     path = save(tmp_path, Image.new("RGB", (30000, 1), (9, 8, 7)))
     tracemalloc.start()
-    from latentprep.options import Geometry
+    from latentprep.geometry import Geometry
     from latentprep.prepare.plan.buckets import make_place
 
     reason, detail = make_place(Geometry.from_options(), 8)(read_item(path, "x").size)

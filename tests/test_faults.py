@@ -35,7 +35,7 @@ import torch
 torch.set_num_threads(1)
 from latentprep.cli import commands as cli
 from latentprep.prepare import encode
-from latentprep.cli import messages
+from latentprep import messages
 from latentprep.prepare.work import latents as worker
 from latentprep.prepare.models import vae_encoder as vae
 from latentprep.prepare.models import text_encoder as text

@@ -11,7 +11,8 @@ import PIL
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from latentprep.options import FILTERS, Geometry, ImageOptions
+from latentprep.geometry import FILTERS, Geometry
+from latentprep.options import ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.models.vae_encoder import LEVELS
 from latentprep.prepare.plan.buckets import make_place

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
+import latentprep
 from latentprep.cli import commands as cli
+from latentprep.door import list_parameters
 from latentprep.prompts import list_templates
 from latentprep.records import REASONS
 from tests.conftest import make_model
@@ -71,8 +73,10 @@ def test_continuous_integration_runs_the_readmes_commands():
     assert {"make demo", "make test"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
 
 
-def test_options_and_files_that_it_names_exist(run):
-    shown = " ".join(run(command, "--help").out for command in ("encode", "inspect", "verify", "compact", "demo"))
+def test_options_and_files_that_it_names_exist():
+    functions = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact)
+    table = {parameter.flag for function in functions for parameter in list_parameters(function)}
+    shown = table | {"--json", "--help", "--version"}
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
     assert len(scripts) >= 4
     for script, arguments in scripts:
@@ -87,6 +91,14 @@ def test_options_and_files_that_it_names_exist(run):
         assert name in list_templates()
     for command in set(re.findall(r"`latentprep (\w+)", README)):
         assert hasattr(cli, command)
+
+
+@pytest.mark.parametrize("name", ["encode", "inspect", "verify", "compact"])
+def test_every_option_is_named(name):
+    for parameter in list_parameters(getattr(latentprep, name)):
+        if not parameter.option.in_python_only and not parameter.option.is_argument:
+            assert re.search(rf"{parameter.flag}(?![\w-])", README), parameter.flag
+    assert f"latentprep.{name}" in README or f"latentprep {name}" in README
 
 
 def test_reasons_that_it_lists_are_those_of_the_code():

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentprep.errors import UserError
-from latentprep.options import EncodeOptions, Geometry, TextOptions
+from latentprep.geometry import Geometry
+from latentprep.options import EncodeOptions, TextOptions
 from latentprep.prepare.models.checkpoint import KINDS
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer, make_vocabulary
 from latentprep.prepare.models.model_set import open_models

@@ -15,8 +15,8 @@ import pytest
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
-from latentprep.cli.terminal import harmless
 from latentprep.errors import UserError
+from latentprep.human import harmless
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files
 

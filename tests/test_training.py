@@ -5,26 +5,15 @@ import torch
 import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 
-from latentprep import LatentDataset, LatentLoader
+from latentprep import LatentDataset, LatentLoader, encode
 from latentprep.demo import draw_folder
-from latentprep.options import EncodeOptions, Geometry, TextOptions
-from latentprep.prepare.encode import encode
-from latentprep.prepare.survey import prepare
-from tests.conftest import NoBar
 
 
 @pytest.mark.slow
 def test_a_unets_loss_falls_clearly_on_the_demo_images(tmp_path):
     draw_folder(tmp_path / "images")
-    options = EncodeOptions(
-        tmp_path / "images",
-        str(tmp_path / "cache"),
-        Geometry.from_options(resolution="128", bucket_step=32, min_side=32),
-        TextOptions(),
-        model="tiny",
-        flip=True,
-    )
-    encode(prepare(options, lambda line: None), NoBar)
+    options = {"model": "tiny", "resolution": 128, "bucket_step": 32, "min_side": 32, "flip": True}
+    assert encode(tmp_path / "images", tmp_path / "cache", **options, progress=False).ok
 
     torch.manual_seed(0)
     unet = UNet2DConditionModel(

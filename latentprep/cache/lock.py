@@ -127,8 +127,14 @@ def _myself() -> dict[str, str | int]:
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "command": shlex.join(["latentprep", *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    """What this process runs: latentprep, or the script or notebook that called one of its functions."""
+    path = Path(sys.argv[0])
+    return path.parent.name if path.stem == "__main__" else path.name  # of `python -m latentprep`
 
 
 def _holder(path: Path) -> str:

@@ -5,10 +5,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
 import typer
 
-from latentprep.human import printable
+from latentprep.human import harmless, printable
+from latentprep.progress import make_bar
 
 
 def say(text: str) -> None:
@@ -32,19 +34,20 @@ def fail(message: str) -> None:
     say(printable(message))
 
 
-def harmless(text: str) -> str:
-    """The text, in which a terminal has nothing to obey but ends of lines and tabs."""
-    return "".join(part if part in "\n\t" else printable(part) for part in _split(text))
+class Terminal:
+    """How a run gets on: lines on stderr, and tqdm's bars. `has_bars` None: only if somebody looks at stderr."""
 
+    def __init__(self, has_bars: bool | None = True) -> None:
+        self.has_bars = has_bars
 
-def _split(text: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n")):
-        if number:
-            yield "\n"
-        for place, part in enumerate(line.split("\t")):
-            if place:
-                yield "\t"
-            yield part
+    def say(self, text: str) -> None:
+        say(text)
+
+    def bar(self, total: int | None, stage: str, unit: str = "img") -> Any:
+        from tqdm import tqdm
+
+        disable = None if self.has_bars is None else not self.has_bars or total == 0
+        return make_bar(tqdm, total, stage, unit, disable)
 
 
 class Unbreakable(io.RawIOBase):

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from latentprep.errors import UserError
-from latentprep.options import EncodeOptions, Geometry, ImageOptions, TextOptions
+from latentprep.geometry import Geometry
+from latentprep.options import EncodeOptions, ImageOptions, TextOptions
 from latentprep.personalized.models import DTYPES, make_live_vae
 from latentprep.personalized.update import Interrupted, check_without_models, keywords_for_options, update_cache
 from latentprep.prompts import load_template, vary_tags

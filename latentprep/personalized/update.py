@@ -1,6 +1,5 @@
 """The cache behind a PersonalizedBase, brought up to date by models that are in memory already."""
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
@@ -15,6 +14,7 @@ from latentprep.cache.names import FOLDER, PARTIAL_NAME, SHARD_NAME
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted
+from latentprep.keywords import Keywords
 from latentprep.options import EncodeOptions
 from latentprep.personalized.models import (
     Autocast,
@@ -33,14 +33,13 @@ from latentprep.records import is_flipped
 
 Interrupted = Callable[[], bool]
 
-# what an option of the command line is called here
-KEYWORDS = {
+# what an option of the command line is called here; the values behind them are left as they are
+KEYWORDS = Keywords({
     "--out": "cache", "--allow-gone": "allow_gone=True", "--overwrite": "overwrite=True",
     "--store-dtype": "store_dtype", "--template": "template_file", "--placeholder": "placeholder_token",
     "--word-regex": "filename_word_regex", "--width": "width", "--height": "height", "--model": "cond_model",
     "--flip": "flip_p", "--dtype": "the model's dtype", "SOURCE": "data_root",
-}  # fmt: skip
-OPTION = re.compile(rf"(?<![\w/.-])(?:{'|'.join(KEYWORDS)})(?![\w/-]|\.\w)")
+})  # fmt: skip
 
 
 class Stopped(KeyboardInterrupt):
@@ -195,4 +194,4 @@ def keywords_for_options() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise UserError(OPTION.sub(lambda found: KEYWORDS[found[0]], str(error))) from None
+        raise type(error)(KEYWORDS.translate(str(error))) from None

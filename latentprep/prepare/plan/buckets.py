@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from latentprep.errors import UserError
-from latentprep.options import Geometry
+from latentprep.geometry import Geometry
 from latentprep.records import Placement, Size
 
 Verdict = tuple[str, str]  # reason, detail of a Skip

@@ -193,18 +193,20 @@ def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:
     return f"truncated {counted(truncated.count, 'prompt')} of more than {limit:,} tokens{hint}: {named}{others}"
 
 
-def interrupted_text(options: EncodeOptions, arguments: list[str]) -> str:
-    """What is safe, and what to type to go on; --overwrite would throw it away, once it has deleted the old cache."""
-    storage = Storage(options.out)
-    if not storage.exists(MANIFEST_NAME):
-        arguments = [word for word in arguments if word != "--overwrite"]
-    command = shlex.join(["latentprep", *arguments])
-    names = storage.names(FOLDER)
+def kept_text(out: str) -> str:
+    """What of a run that was stopped is safe."""
+    names = Storage(out).names(FOLDER)
     finished, started = (sum(part in name for name in names) for part in (".latents.", ".partial."))
     parts = [counted(finished, "finished shard")] if finished else []
     parts += ["what is encoded of the next"] if started else []
-    kept = f"{' and '.join(parts)} safe in {options.out}" if parts else "nothing was encoded yet"
-    return f"\nStopped; {kept}. To go on, type:\n  {command}"
+    return f"Stopped; {' and '.join(parts)} safe in {out}" if parts else "Stopped; nothing was encoded yet"
+
+
+def interrupted_text(out: str, arguments: list[str]) -> str:
+    """What is safe, and what to type to go on; --overwrite would throw it away, once it has deleted the old cache."""
+    if not Storage(out).exists(MANIFEST_NAME):
+        arguments = [word for word in arguments if word != "--overwrite"]
+    return f"\n{kept_text(out)}. To go on, type:\n  {shlex.join(['latentprep', *arguments])}"
 
 
 def skip_lines(skips: Sequence[Skip]) -> list[str]:
@@ -215,11 +217,6 @@ def skip_lines(skips: Sequence[Skip]) -> list[str]:
         named = [f"{printable(skip.key)}: {printable(skip.detail)}" for skip in skips if skip.reason == reason][:2]
         lines.append(f"skipped  {count:,} {reason} ({'; '.join(named)}{'; ...' if count > 2 else ''})")
     return lines
-
-
-def exit_code(skips: Sequence[Skip], failures: list[str], strict: bool) -> int:
-    """0 where everything is as it should be; 1 for failed units, and with --strict for skipped images."""
-    return int(bool(failures) or (strict and bool(skips)))
 
 
 def _name(keys: list[str], count: int | None = None) -> str:

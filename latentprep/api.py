@@ -1,0 +1,217 @@
+"""What `import latentprep` offers for making and checking caches: each argument is an option of the command of that name.
+
+These signatures are all there is of the options: the command line, help() and the checks are made from them.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from latentprep.door import CAPTIONS, GEOMETRY, INPUT, MACHINES, MODEL, OUTPUT, PERFORMANCE, Option, door, keywords_of
+from latentprep.errors import UserError
+from latentprep.geometry import Crop, Filter, Fit, Geometry
+from latentprep.options import (
+    CAPTION_COLUMN,
+    DEFAULT_MODEL,
+    Animated,
+    Dtype,
+    EncodeOptions,
+    ImageOptions,
+    Only,
+    Store,
+    TextOptions,
+    count_pixels,
+    default_out,
+)
+from latentprep.progress import Progress, open_progress
+from latentprep.results import Compacted, Encoded, Summary, Verified
+
+
+# fmt: off
+@door
+def encode(
+    source: Annotated[str | Path, Option("SOURCE", "Folder of images, searched recursively.", is_argument=True)],
+    out: Annotated[str | Path | None, Option("DIR", "Where the cache goes.", OUTPUT, shown="SOURCE.latents")] = None,
+    *,
+    max_megapixels: Annotated[float, Option("MEGAPIXELS", "Larger images are skipped unread: they may be decompression bombs.", INPUT)] = 180,
+    animated: Annotated[Animated, Option(help="Of an image with several frames: take the first, or leave it out.", panel=INPUT)] = "first",
+    background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
+    weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT)] = "alpha",
+    no_draft: Annotated[bool, Option(help="Decode large JPEGs in full, and not at a fraction that is still twice what is needed.", panel=INPUT)] = False,
+    strict_images: Annotated[bool, Option(help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", panel=INPUT)] = False,
+    check_content: Annotated[bool, Option(help="Read and compare every image, also those whose size and time are as they were.", panel=INPUT)] = False,
+    allow_gone: Annotated[bool, Option(help="Go on though most of the images in the cache are not in SOURCE.", panel=INPUT)] = False,
+    retry_skipped: Annotated[bool, Option(help="Try again all that was skipped; else only that for which something has changed.", panel=INPUT)] = False,
+    seed: Annotated[int, Option(help="Seed of every random choice.", panel=INPUT)] = 0,
+    store: Annotated[Store, Option(help="What to keep of the VAE posterior.", panel=OUTPUT)] = "mean+std",
+    store_dtype: Annotated[Dtype, Option(help="Number type of latents and cond on disk.", panel=OUTPUT)] = "float16",
+    shard_size: Annotated[str | int | None, Option("BYTES", "Largest size of a shard file; a run that is stopped loses at most one.", OUTPUT, shown="256MB, on a CPU 16MB")] = None,
+    only: Annotated[Only | None, Option(help="Encode images alone, or the prompts of what is encoded; a later run does the rest.", panel=OUTPUT, shown="both, one after the other")] = None,
+    overwrite: Annotated[bool, Option(help="Delete what the cache holds and start anew.", panel=OUTPUT)] = False,
+    dry_run: Annotated[bool, Option(help="List what would be done and why, with the time and space it takes; write nothing.", panel=OUTPUT)] = False,
+    strict: Annotated[bool, Option(help="Count it as a failure if any image was skipped: exit code 1.", panel=OUTPUT)] = False,
+    model: Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or the built-in miniature.", MODEL)] = DEFAULT_MODEL,
+    vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "Another VAE than the model's own.", MODEL, shown="the model's")] = None,
+    config: Annotated[str | Path | None, Option("DIR", "Diffusers folder with the configs and tokenizers of a checkpoint.", MODEL, shown="what its tensors tell")] = None,
+    revision: Annotated[str | None, Option("REV", "Branch, tag or commit of a hub model.", MODEL, shown="main")] = None,
+    device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the models run.", MODEL)] = "auto",
+    devices: Annotated[str | None, Option("all|cuda:N,cuda:N", "Several devices of this machine at once, with a process for each.", MODEL, shown="--device alone")] = None,
+    dtype: Annotated[Literal["auto"] | Dtype, Option(help="Number type of the models; auto: float16 on CUDA, else float32.", panel=MODEL)] = "auto",
+    resolution: Annotated[int | str, Option("PIXELS|native", "Buckets have at most PIXELS x PIXELS; native: no resizing.", GEOMETRY)] = 512,
+    bucket_step: Annotated[int, Option("PIXELS", "Sides of buckets are multiples of this.", GEOMETRY)] = 64,
+    min_side: Annotated[int | None, Option("PIXELS", "Shortest side of a bucket; of an image with a fixed or native size.", GEOMETRY, shown="resolution / 2; with --no-upscale the step")] = None,
+    max_side: Annotated[int | None, Option("PIXELS", "Longest side, likewise.", GEOMETRY, shown="resolution x 2; with --no-upscale none")] = None,
+    max_aspect: Annotated[float, Option("RATIO", "Longest side of a bucket over its shortest.", GEOMETRY)] = 4.0,
+    no_upscale: Annotated[bool, Option(help="No image is enlarged: each has a bucket of its own size, or of its own shape.", panel=GEOMETRY)] = False,
+    width: Annotated[int | None, Option("PIXELS", "One fixed size for all, with --height.", GEOMETRY)] = None,
+    height: Annotated[int | None, Option("PIXELS", "One fixed size for all, with --width.", GEOMETRY)] = None,
+    fit: Annotated[Fit, Option(help="How an image fills its bucket; padding weighs 0.", panel=GEOMETRY)] = "crop",
+    filter: Annotated[Filter, Option("NAME", "lanczos, bicubic, bilinear, hamming, box or nearest.", GEOMETRY)] = "lanczos",  # noqa: A002
+    crop: Annotated[Crop, Option(help="Which part of an image its bucket keeps; focus: where there is most to see.", panel=GEOMETRY)] = "center",
+    crops: Annotated[int, Option("COUNT", "Crops of each image, as views; an epoch takes one of them.", GEOMETRY)] = 1,
+    flip: Annotated[bool, Option(help="Encode the mirrored image too, as a second view.", panel=GEOMETRY)] = False,
+    template: Annotated[str | Path | None, Option("NAME|FILE", "Template lines with [name] and [filewords]; see `latentprep templates`.", CAPTIONS, shown="the caption alone")] = None,
+    placeholder: Annotated[str, Option("TEXT", "What [name] stands for.", CAPTIONS)] = "",
+    word_regex: Annotated[str, Option("REGEX", "Words of a file name that make its caption.", CAPTIONS, shown="the whole name")] = "",
+    joiner: Annotated[str, Option("TEXT", "Between the words that --word-regex finds.", CAPTIONS, shown="a space")] = " ",
+    caption_lines: Annotated[bool, Option(help="Each line of a caption file is a caption of its own.", panel=CAPTIONS)] = False,
+    caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN)] = None,
+    prompts_per_image: Annotated[int, Option("K", "Prompts of each image: other captions, template lines, tags and wildcards.", CAPTIONS)] = 1,
+    shuffle_tags: Annotated[bool, Option(help="Shuffle the comma-separated tags of a caption.", panel=CAPTIONS)] = False,
+    tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS)] = 0.0,
+    keep_tags: Annotated[int, Option("N", "The first N tags are neither shuffled nor left out.", CAPTIONS)] = 0,
+    wildcards: Annotated[bool, Option(help="{a|b|c} in captions and templates becomes one of its parts.", panel=CAPTIONS)] = False,
+    no_cond: Annotated[bool, Option(help="Store captions and prompts, but no text embeddings.", panel=CAPTIONS)] = False,
+    max_tokens: Annotated[int | None, Option("TOKENS", "Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", CAPTIONS, shown="75; SD 3: 256; FLUX: 512")] = None,
+    clip_skip: Annotated[int, Option("LAYER", "Layer of CLIP to take, from the end; 2 is the penultimate. Stable Diffusion 1 and 2.", CAPTIONS)] = 1,
+    emphasis: Annotated[bool, Option(help="Weigh (words), [words] and (words:1.3) as stable-diffusion-webui does. CLIP alone.", panel=CAPTIONS)] = False,
+    tiling: Annotated[int | None, Option("PIXELS", "Encode larger images in overlapping tiles of this side: less memory, but other numbers.", PERFORMANCE, shown="no tiles")] = None,
+    compile: Annotated[bool, Option(help="Compile the VAE's encoder (torch.compile): starts minutes later, needs a C++ compiler.", panel=PERFORMANCE)] = False,  # noqa: A002
+    batch_size: Annotated[int | None, Option("IMAGES", "Images the VAE sees at once.", PERFORMANCE, shown="8 at 512x512 on a GPU, 1 on a CPU")] = None,
+    workers: Annotated[int | None, Option("THREADS", "Threads that decode images.", PERFORMANCE, shown="CPU cores, at most 8")] = None,
+    rank: Annotated[int | None, Option("RANK", "Which share of the work this process takes, counted from 0; with --world-size.", MACHINES, shown="that of torchrun or SLURM")] = None,
+    world_size: Annotated[int | None, Option("PROCESSES", "How many processes share the work, with nothing in common but the cache.", MACHINES, shown="that of torchrun or SLURM")] = None,
+    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+) -> Encoded:
+    """Encode a folder of images into a latent cache.
+
+    Run it again to go on after an interruption, or after images or captions changed: what is done is not done again.
+
+    In Python it returns what became of it. A skipped image is no error: it is counted in the result, as are failures
+    (faults of latentprep's own); `result.ok` is False if there were any. With dry_run=True the result says what there is
+    to do. Raises UserError for what the caller can mend: arguments, models, a full disk, a cache that another process
+    writes to; and OSError as the file system does. Raises KeyboardInterrupt after Ctrl-C, once what is done is safe on disk; the same call goes on from there.
+    """
+    # fmt: on
+    from latentprep.human import parse_bytes
+    from latentprep.prompts import load_template
+    from latentprep.runs import run_encode
+
+    if not str(source):
+        raise UserError("SOURCE: is empty, expected a folder of images.")
+    source = Path(source)
+    images = ImageOptions.from_options(
+        background=background, weights=str(weights), animated=animated, draft=not no_draft
+    )
+    columns = [caption_column] if isinstance(caption_column, str) else caption_column or [CAPTION_COLUMN]
+    options = EncodeOptions(
+        source=source,
+        out=str(out or default_out(source)),
+        geometry=Geometry.from_options(
+            resolution=str(resolution), width=width, height=height, bucket_step=bucket_step, min_side=min_side,
+            max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter, crop=crop,
+            crops=crops, seed=seed,
+        ),
+        images=images,
+        masks=Path(weights) if images.weights == "masks" else None,
+        text=TextOptions(
+            load_template(str(template)) if template else None, placeholder, word_regex, joiner, not no_cond,
+            prompts_per_image=prompts_per_image, shuffle_tags=shuffle_tags, tag_drop_out=tag_drop_out,
+            keep_tags=keep_tags, wildcards=wildcards, caption_lines=caption_lines, caption_columns=tuple(columns),
+            max_tokens=max_tokens, clip_skip=clip_skip, emphasis=emphasis,
+        ),
+        model=str(model), vae=name_or_none(vae), config=name_or_none(config), revision=revision or None, flip=flip,
+        store=store, store_dtype=store_dtype, device=device, devices=devices, dtype=dtype, rank=rank,
+        world_size=world_size, tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
+        shard_bytes=parse_bytes("--shard-size", str(shard_size)) if shard_size not in (None, "") else None,
+        max_pixels=count_pixels(max_megapixels), only=only or None, overwrite=overwrite, strict=strict,
+        strict_images=strict_images, check_content=check_content, allow_gone=allow_gone, retry_skipped=retry_skipped,
+    )  # fmt: skip
+    return run_encode(options, open_progress(progress, keywords_of(encode)), dry_run=dry_run)
+
+
+# fmt: off
+@door
+def inspect(
+    cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
+    *,
+    key: Annotated[str | None, Option("NAME", "One image, by its path relative to the image folder.")] = None,
+    most_cropped: Annotated[int, Option("COUNT", "How many of the most cropped images to name.", least=0)] = 5,
+) -> Summary:
+    """Show what is in a cache: counts, recipe, buckets, statistics, captions, skips.
+
+    In Python it returns a dict of plain JSON values that prints as tables. Raises UserError if there is no such cache, or
+    no such image in it.
+    """
+    # fmt: on
+    from latentprep.runs import run_inspect
+
+    return run_inspect(str(cache), key, most_cropped)
+
+
+# fmt: off
+@door
+def verify(
+    cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
+    *,
+    source: Annotated[str | Path | None, Option("DIR", "Compare with the images too: changed, gone and new ones.")] = None,
+    masks: Annotated[str | Path | None, Option("DIR", "Folder of the masks that the weights came from, if it is elsewhere now.")] = None,
+    re_encode: Annotated[int, Option("N", "Encode N random images of --source and their prompts again, and compare.", least=0)] = 0,
+    seed: Annotated[int, Option(help="Which images --re-encode takes.")] = 0,
+    model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model of --re-encode.", shown="the cache's own")] = None,
+    vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE of --re-encode, if it is not that of --model.", shown="the cache's own")] = None,
+    no_cond: Annotated[bool, Option(help="Of --re-encode: compare latents alone; needs no text encoder.")] = False,
+    device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where --re-encode runs.")] = "auto",
+    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+) -> Verified:
+    """Check a cache: every byte, shape and number, and on request the images it came from.
+
+    Exit code 0: nothing wrong. 1: problems, which are listed.
+
+    In Python it returns the problems; `result.ok` is True if there are none. Raises UserError for arguments, folders and
+    models that are not those of the cache.
+    """
+    # fmt: on
+    from latentprep.runs import run_verify
+
+    return run_verify(
+        str(cache), open_progress(progress, keywords_of(verify)), source=path_or_none(source),
+        masks=path_or_none(masks), re_encode=re_encode, seed=seed, model=name_or_none(model), vae=name_or_none(vae),
+        no_cond=no_cond, device=device,
+    )  # fmt: skip
+
+
+# fmt: off
+@door
+def compact(
+    cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
+    *,
+    min_share: Annotated[float, Option("SHARE", "Rewrite shards of which at least this share is tombstones.", least=0, most=1)] = 0.2,  # compact.MIN_SHARE
+) -> Compacted:
+    """Free the space of images that changed or were removed: rewrite the shards that hold many of them.
+
+    In Python it returns what was done; `result.ok` is False if a shard is damaged and was left alone. Raises UserError if
+    there is no such cache, or another process writes to it.
+    """
+    # fmt: on
+    from latentprep.runs import run_compact
+
+    return run_compact(str(cache), min_share)
+
+
+def name_or_none(name: str | Path | None) -> str | None:
+    return str(name) if name is not None and str(name) else None
+
+
+def path_or_none(path: str | Path | None) -> Path | None:
+    return Path(path) if path is not None else None

@@ -1,0 +1,144 @@
+"""What the public functions return: numbers to go on with, and a few lines to look at."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from math import isfinite
+from typing import Any
+
+from latentprep.human import counted, harmless, human_bytes, printable
+from latentprep.records import Change, Problem, Skip
+
+
+@dataclass(frozen=True, repr=False)
+class Encoded:
+    """What encode() did; of a dry run, what it would do.
+
+    A failure is a fault of latentprep's own or of the disk: it stopped one unit, whose images are not in the cache.
+    """
+
+    cache: str  # where it is: a folder, or a URL
+    num_cached: int  # images in the cache now
+    num_encoded: int  # of them by this run; of a dry run: to be encoded
+    num_retexted: int  # images whose text alone was made anew, or is to be
+    changes: tuple[Change, ...]  # the images that there was something to do for, and why
+    skips: tuple[Skip, ...]  # the images that are not in the cache, and why
+    failures: tuple[str, ...]
+    seconds: float  # of the run; of a dry run: about what it would take
+    report: str  # the page that `latentprep encode` prints
+    is_dry_run: bool = False
+    is_strict: bool = False  # whether a skipped image is a fault
+
+    @property
+    def ok(self) -> bool:
+        """Whether all is as it should be: no failures, and with strict=True no skipped images."""
+        return not self.failures and not (self.is_strict and self.skips)
+
+    @property
+    def num_skipped(self) -> dict[str, int]:
+        """Reason -> images that were skipped for it."""
+        return dict(sorted(Counter(skip.reason for skip in self.skips).items()))
+
+    def __repr__(self) -> str:
+        did, took = ("to encode", "about ") if self.is_dry_run else ("encoded", "")
+        lines = [
+            f"Encoded {printable(self.cache)}: {'ok' if self.ok else 'NOT OK'}" + " (dry run)" * self.is_dry_run,
+            f"  {counted(self.num_cached, 'image')} cached, {self.num_encoded:,} {did}, {took}{self.seconds:.1f} s",
+        ]
+        if self.num_retexted:
+            lines.append(f"  new text for {counted(self.num_retexted, 'image')}")
+        if self.skips:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.num_skipped.items())
+            lines.append(f"  skipped: {reasons}")
+        lines += [f"  FAILED: {printable(failure)}" for failure in self.failures]
+        return "\n".join(lines)
+
+
+class Summary(dict[str, Any]):
+    """What is in a cache, or of one image in it: plain JSON values, which print as tables."""
+
+    def table(self) -> Any:
+        """It as rich's tables."""
+        from latentprep.look.tables import render_sample, render_summary
+
+        return render_sample(self) if "key" in self else render_summary(self)
+
+    def __repr__(self) -> str:
+        from io import StringIO
+
+        from rich.console import Console
+
+        page = StringIO()
+        Console(file=page, width=120, force_jupyter=False, color_system=None, highlight=False).print(
+            self.table(), markup=False
+        )
+        return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
+
+    __str__ = __repr__
+
+
+@dataclass(frozen=True, repr=False)
+class Verified:
+    """What verify() found."""
+
+    cache: str
+    problems: tuple[Problem, ...]
+    num_images: int | None  # None: there is no manifest that can be read
+    num_shards: int | None
+    not_compared: str | None  # why its images were not compared, though they were to be
+    differences: dict[str, float]  # of re_encode: "latents" and "cond" -> the largest, in standard deviations
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `latentprep verify --json` prints them; a difference that is no number is None."""
+        found: dict[str, Any] = {"cache": self.cache}
+        if self.num_images is not None:
+            found |= {"images": self.num_images, "shards": self.num_shards}
+        if self.not_compared is not None:
+            found["source"] = self.not_compared
+        names = {"latents": "largest_difference", "cond": "largest_cond_difference"}
+        for name, value in self.differences.items():
+            found[names[name]] = value if isfinite(value) else None  # JSON knows no NaN
+        found["problems"] = [asdict(problem) for problem in self.problems]
+        return found
+
+    def __repr__(self) -> str:
+        from latentprep.look.tables import render_problems
+
+        return render_problems(self.to_json())
+
+
+@dataclass(frozen=True, repr=False)
+class Compacted:
+    """What compact() did. A tombstone is the row of an image that changed or was removed."""
+
+    cache: str
+    num_shards: int  # rewritten or removed
+    num_rows: int  # tombstones that are gone
+    num_left: int  # tombstones that stay, in shards that have few
+    num_bytes: int  # freed
+    num_read: int  # old files that a training loop may still read: they go with a later encode or compact
+    damaged: tuple[str, ...]  # what is wrong with the shards that were left alone
+
+    @property
+    def ok(self) -> bool:
+        """Whether no shard is damaged."""
+        return not self.damaged
+
+    def __repr__(self) -> str:
+        left = f"; {counted(self.num_left, 'tombstone')} left in shards that have few" if self.num_left else ""
+        lines = [
+            f"{self.cache}: {counted(self.num_shards, 'shard')} rewritten or removed, {counted(self.num_rows, 'row')} "
+            f"and {human_bytes(self.num_bytes)} freed{left}"
+        ]
+        if self.num_read:
+            lines.append(
+                f"{counted(self.num_read, 'old file')} stay while a training loop may read them; the next latentprep "
+                "encode or compact deletes them"
+            )
+        advice = "The shard was left alone: delete this file and run latentprep encode again."
+        lines += [f"damaged  {line} {advice}" for line in self.damaged]
+        return harmless("\n".join(lines))

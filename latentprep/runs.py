@@ -1,0 +1,193 @@
+"""What each public function does, once its arguments are checked. Its errors speak of options, as all of them do."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.options import EncodeOptions
+from latentprep.progress import Progress
+from latentprep.quiet import quiet_logs, quiet_warnings
+from latentprep.results import Compacted, Encoded, Summary, Verified
+
+if TYPE_CHECKING:
+    from latentprep.prepare.survey import Prepared
+
+
+def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> Encoded:
+    """Plan, encode and commit; or only plan. Raises UserError, and KeyboardInterrupt once all that is done is safe."""
+    from latentprep import messages
+    from latentprep.cache.lock import hold
+    from latentprep.prepare.encode import encode
+    from latentprep.prepare.engine.where import find_share
+    from latentprep.prepare.survey import check_paths, prepare
+
+    with quiet_warnings:
+        check_paths(options, progress.say)
+        if dry_run:
+            return estimate(options, progress)
+        share = find_share(options.rank, options.world_size)
+        ranks = (share.rank, share.world_size) if share.world_size > 1 else None
+        with told_where_it_is_safe(options.out), hold(Storage(options.out), ranks):
+            prepared = prepare(options, progress.say)
+            progress.say(messages.source_text(prepared))
+            if prepared.is_done:
+                return nothing_to_do(prepared)
+            with quiet_logs:
+                outcome = encode(prepared, progress.bar)
+            return Encoded(
+                cache=options.out,
+                num_cached=outcome.num_cached,
+                num_encoded=outcome.num_encoded,
+                num_retexted=outcome.num_retexted,
+                changes=prepared.plan.changes,
+                skips=tuple(outcome.skips),
+                failures=tuple(outcome.failures),
+                seconds=outcome.seconds,
+                report=messages.outcome_text(prepared, outcome),
+                is_strict=options.strict,
+            )
+
+
+@contextmanager
+def told_where_it_is_safe(out: str) -> Iterator[None]:
+    """Adds a note to a KeyboardInterrupt: what is kept, and how to go on."""
+    from latentprep import messages
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        with suppress(OSError, UserError):  # the disk may have gone; the stop is what is to be told
+            stop.add_note(f"{messages.kept_text(out)}. The same call goes on from there.")
+        raise
+
+
+def nothing_to_do(prepared: "Prepared") -> Encoded:
+    """Of a cache that is complete already; what runs before have left behind is cleared away."""
+    from latentprep import messages
+    from latentprep.cache.leftovers import clear_orphans, clear_temporaries
+
+    assert prepared.manifest is not None
+    cleared = (0, 0)
+    if prepared.where.world_size == 1:
+        clear_temporaries(prepared.storage)
+        cleared = clear_orphans(prepared.storage, prepared.manifest)
+    return Encoded(
+        cache=prepared.options.out,
+        num_cached=prepared.manifest.num_images,
+        num_encoded=0,
+        num_retexted=0,
+        changes=prepared.plan.changes,
+        skips=prepared.plan.skips,
+        failures=(),
+        seconds=0.0,
+        report=messages.done_text(prepared, cleared),
+        is_strict=prepared.options.strict,
+    )
+
+
+def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
+    """What there is to do, and how long it would take."""
+    from latentprep import messages
+    from latentprep.prepare.plan.estimate import estimate_time
+    from latentprep.prepare.survey import prepare
+
+    prepared = prepare(options, progress.say)
+    progress.say(messages.source_text(prepared))
+    with quiet_logs:
+        found = estimate_time(prepared)
+    plan = prepared.plan
+    return Encoded(
+        cache=options.out,
+        num_cached=plan.num_kept_items,
+        num_encoded=plan.num_unit_items,
+        num_retexted=plan.num_text_items,
+        changes=plan.changes,
+        skips=plan.skips,
+        failures=(),
+        seconds=found.seconds if found is not None else 0.0,
+        report=messages.plan_text(prepared, found),
+        is_dry_run=True,
+    )
+
+
+def run_inspect(cache: str, key: str | None, most_cropped: int) -> Summary:
+    """What is in a cache, or of one image in it. Raises UserError."""
+    from latentprep.cache.readers import Reading
+    from latentprep.look import summary
+
+    storage = Storage(cache)
+    with Reading(storage):
+        return Summary(summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped))
+
+
+def run_verify(
+    cache: str,
+    progress: Progress,
+    *,
+    source: Path | None,
+    masks: Path | None,
+    re_encode: int,
+    seed: int,
+    model: str | None,
+    vae: str | None,
+    no_cond: bool,
+    device: str,
+) -> Verified:
+    """Every file of a cache against its manifest, and its images against those of `source`. Raises UserError."""
+    from latentprep.cache.readers import Reading
+    from latentprep.look.verify import verify
+
+    if re_encode and source is None:
+        raise UserError("--re-encode needs the images: give their folder with --source.")
+    storage = Storage(cache)
+    with progress.bar(None, "hash", "B") as bar:
+        manifest, found = verify(storage, bar.update)
+    problems, differences, not_compared = list(found), {}, None
+    if source is not None and problems:
+        not_compared = f"{source}: not compared; mend the cache first"
+    elif source is not None and manifest is not None:
+        from latentprep.prepare.recheck import compare_source, find_masks, reencode
+        from latentprep.prepare.recheck_text import find_text, reencode_text
+
+        with Reading(storage), quiet_warnings:
+            own_masks = find_masks(manifest, masks)
+            with progress.bar(None, "source") as bar:
+                problems += compare_source(storage, manifest, source, own_masks, bar.update)
+            if re_encode:
+                with quiet_logs:
+                    text = None if no_cond else find_text(manifest, model, vae)
+                    more, differences["latents"] = reencode(
+                        storage, manifest, source, own_masks, re_encode, seed=seed, model=model, vae=vae, device=device
+                    )
+                    problems += more
+                    if text is not None:
+                        more, differences["cond"] = reencode_text(
+                            storage, manifest, text, re_encode, seed=seed, device=device
+                        )
+                        problems += more
+    return Verified(
+        cache=cache,
+        problems=tuple(problems),
+        num_images=manifest.num_images if manifest is not None else None,
+        num_shards=len(manifest.shards) if manifest is not None else None,
+        not_compared=not_compared,
+        differences=differences,
+    )
+
+
+def run_compact(cache: str, min_share: float) -> Compacted:
+    """Rewrite the shards that hold many dead rows. Raises UserError."""
+    from latentprep.cache.compact import compact
+    from latentprep.cache.lock import hold
+    from latentprep.cache.manifest import open_manifest
+
+    storage = Storage(cache)
+    open_manifest(storage)  # before the lock, which would make the folder
+    with hold(storage):
+        done = compact(storage, min_share)
+    return Compacted(
+        cache, done.num_shards, done.num_rows, done.num_left, max(0, done.nbytes), done.num_read, tuple(done.damaged)
+    )
