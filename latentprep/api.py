@@ -24,7 +24,7 @@ from latentprep.options import (
     default_out,
 )
 from latentprep.progress import Progress, open_progress
-from latentprep.results import Compacted, Encoded, Summary, Verified
+from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 
 
 # fmt: off
@@ -138,6 +138,23 @@ def encode(
         strict_images=strict_images, check_content=check_content, allow_gone=allow_gone, retry_skipped=retry_skipped,
     )  # fmt: skip
     return run_encode(options, open_progress(progress, keywords_of(encode)), dry_run=dry_run)
+
+
+# fmt: off
+@door
+def merge(
+    cache: Annotated[str | Path, Option("CACHE", "A cache folder or URL.", is_argument=True)],
+    *,
+    incomplete: Annotated[bool, Option(help="Commit what is there although ranks are missing; a later encode does the rest.")] = False,
+) -> Merged:
+    """Commit what several processes have encoded together, if the last of them could not.
+
+    In Python it returns what was committed. Raises UserError if ranks have not finished, or planned different work.
+    """
+    # fmt: on
+    from latentprep.runs import run_merge
+
+    return run_merge(str(cache), incomplete)
 
 
 # fmt: off

@@ -168,6 +168,13 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
         lines.append(f"FAILED   {printable(failure)}")
     if outcome.failures:
         lines.append("         these units are not in the cache; run the same command again to retry them")
+    if outcome.absent:
+        where, named = prepared.where, ", ".join(map(str, outcome.absent))
+        done = counted(outcome.num_cached, "image")
+        return "\n".join([*lines, (
+            f"rank     {where.rank} of {where.world_size} is done with {done}. Ranks {named} are not: the last of them "
+            f"commits the cache, or {shlex.join(['latentprep', 'merge', prepared.options.out])}"
+        )])  # fmt: skip
     count = prepared.options.text.prompts_per_image
     images = counted(outcome.num_cached, "image") + (f" with {count} prompts each" if count > 1 else "")
     lines.append(f"cache    {prepared.options.out}: {images}, {human_bytes(outcome.num_bytes)}")

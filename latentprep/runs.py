@@ -10,7 +10,7 @@ from latentprep.errors import UserError
 from latentprep.options import EncodeOptions
 from latentprep.progress import Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
-from latentprep.results import Compacted, Encoded, Summary, Verified
+from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 
 if TYPE_CHECKING:
     from latentprep.prepare.survey import Prepared
@@ -111,6 +111,14 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
         report=messages.plan_text(prepared, found),
         is_dry_run=True,
     )
+
+
+def run_merge(cache: str, incomplete: bool) -> Merged:
+    """Commit the parts of ranks. Raises UserError."""
+    from latentprep.prepare.engine.ranks import merge
+
+    manifest, absent = merge(Storage(cache), incomplete)
+    return Merged(cache, manifest.num_images, len(manifest.shards), absent)
 
 
 def run_inspect(cache: str, key: str | None, most_cropped: int) -> Summary:

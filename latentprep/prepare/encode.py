@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Sequence
-from itertools import chain
 from typing import Any
 
 from latentprep.cache.leftovers import clear_cache, clear_temporaries
@@ -50,8 +49,9 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
             skipped = {skip.key for skip in result.skips}
             rows = tuple(item.row for item in units[result.id].items if item.key not in skipped)
             made.append(TextTask(result.shard, rows, units[result.id].number))
+    made.sort(key=lambda task: task.number)
     empty = [EmptyPrompt(prepared.where.rank)] if prepared.models.text is not None else []
-    return list(chain(sorted(made, key=lambda task: task.number), prepared.plan.text_tasks, empty))
+    return [*made, *prepared.plan.text_tasks, *empty]
 
 
 def count_images(tasks: Sequence[TextTask | EmptyPrompt]) -> int:

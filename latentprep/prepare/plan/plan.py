@@ -127,18 +127,12 @@ class Planner:
                 changes += [change for change in explain_text(matched, self.recipe) if change.key not in explained]
 
         planned, left_out = self._place(matching, known_skips, changes)
-        units = [
-            Unit(
-                make_unit_id(
-                    [item.row for item, _ in rows],
-                    self.recipe.latents,
-                    [matching.content_of(item) for item, _ in rows],
-                ),
-                *zip(*rows, strict=True),
-                number=number,
-            )
-            for number, rows in enumerate(cut_rows(planned, self.row_bytes, self.shard_bytes))
-        ]
+        units = []
+        for number, pairs in enumerate(cut_rows(planned, self.row_bytes, self.shard_bytes)):
+            items, placements = zip(*pairs, strict=True)
+            contents = [matching.content_of(item) for item in items]
+            unit_id = make_unit_id([item.row for item in items], self.recipe.latents, contents)
+            units.append(Unit(unit_id, items, placements, number))
         changes.sort(key=lambda change: (change.key, change.what))
         return Plan(
             tuple(units), tuple(tasks), tuple(kept), tuple(left_out), tuple(changes), len(matching.held),
