@@ -9,9 +9,14 @@ from PIL import Image
 
 from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import limit_pixels
-from latentprep.prepare.source.folder import list_folder, read_item
+from latentprep.prepare.source.listing import list_images
+from latentprep.prepare.source.sources import open_source
 from latentprep.records import Item
-from tests.conftest import gradient
+from tests.conftest import gradient, read_item
+
+
+def list_folder(folder, without=()):
+    return list_images(open_source(folder, without=without))
 
 
 def exif(orientation):
@@ -28,7 +33,7 @@ def test_folder_is_searched_recursively_and_sorted(tmp_path):
     found = list_folder(tmp_path)
     assert [item.key for item in found.items] == ["a/b/d.webp", "a/c.JPG", "b.png"]
     assert {item.size for item in found.items} == {(6, 10)}
-    assert found.others == ["a/notes.md"]
+    assert found.others == {"a/notes.md": 1}
     status = (tmp_path / "b.png").stat()
     assert (found.items[-1].nbytes, found.items[-1].version) == (status.st_size, status.st_mtime_ns)
 

@@ -19,8 +19,10 @@ from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import VaeFolder
-from latentprep.prepare.source.folder import hash_images, list_folder
-from latentprep.prepare.source.masks import Masks, list_masks, paths_of
+from latentprep.prepare.source.content import hash_images
+from latentprep.prepare.source.listing import list_images
+from latentprep.prepare.source.masks import Masks, list_masks
+from latentprep.prepare.source.sources import open_source
 from latentprep.records import Item, Placement, Problem, Skip
 
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
@@ -36,13 +38,14 @@ def compare_source(
     Reads every image, whatever its time says. Raises UserError where there is no such folder.
     """
     without = [Path(storage.path)] if storage.is_local else []
-    source = list_folder(folder, without=without if masks is None else [*without, masks.folder])
+    without += [Path(masks.source.where)] if masks is not None else []
+    listing = list_images(open_source(folder, without=without))
     rows = list(live_rows(storage, manifest))
     problems = []
-    there = [*(item.key for item in source.items), *(skip.key for skip in source.skips)]
+    there = [*(item.key for item in listing.items), *(skip.key for skip in listing.skips)]
     listed = frozenset(there)  # images, and folders that cannot be listed
-    files = (paths_of(key, folder, masks) for key, _ in rows)
-    for (key, digest), found in zip(rows, hash_images(files), strict=True):
+    files = ((key, nbytes) for key, nbytes, _ in rows)
+    for (key, _, digest), found in zip(rows, hash_images(listing.source, masks, files), strict=True):
         progress(1)
         if found is None and not listed.isdisjoint({key, *map(str, PurePosixPath(key).parents)}):
             problems.append(Problem(key, "unreadable", "in the cache; it, its mask or its folder cannot be read now"))
@@ -50,7 +53,7 @@ def compare_source(
             problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
         elif found != digest:
             problems.append(Problem(key, "changed", "its content is not what was encoded"))
-    known = {key for key, _ in rows} | {skip.key for skip in read_skips(storage)}
+    known = {key for key, _, _ in rows} | {skip.key for skip in read_skips(storage)}
     return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
 
 
@@ -59,19 +62,20 @@ def find_masks(manifest: Manifest, folder: Path | None) -> Masks | None:
     if manifest.recipe["latents"]["images"].get("weights") != "masks":
         return None
     name = str(folder or manifest.made_with.get("masks") or "")
-    if not name or not Path(name).is_dir():
-        raise UserError(f"--masks {name}: no such folder. Give that of this cache's masks.")
-    return list_masks(Path(name), "--masks")
+    missing = "no such folder. Give that of this cache's masks."
+    if not name:
+        raise UserError(f"--masks {name}: {missing}")
+    return list_masks(name, "--masks", missing)
 
 
-def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
-    """key and content hash of every image in the cache."""
+def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:
+    """key, bytes (with its mask) and content hash of every image in the cache."""
     for entry in manifest.shards:
         text = open_text(storage, entry.unit, entry.text, entry.groups)
         latents = open_latents(storage, entry.unit, entry.groups)
         for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
             for row in live.tolist():
-                yield words.key[row], bytes(group.digest[row].tolist())
+                yield words.key[row], int(words.nbytes[row]), bytes(group.digest[row].tolist())
 
 
 def reencode(
@@ -90,12 +94,12 @@ def reencode(
 
     Raises UserError where the model is not the one that the cache was made with.
     """
-    source = find_vae(manifest, model, vae)
+    made_vae = find_vae(manifest, model, vae)
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
-    encoder = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
+    encoder = VaeEncoder(made_vae, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
     try:
-        options = LoadOptions.from_recipe(folder, manifest.latent["factor"], masks, recipe)
+        options = LoadOptions.from_recipe(open_source(folder), manifest.latent["factor"], masks, recipe)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{storage.root}: its recipe does not say how images are decoded ({error}).") from None
     problems, worst = [], 0.0

@@ -26,8 +26,11 @@ from latentprep.prepare.models.vae_folder import VaeFacts
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.plan.plan import Plan, RowBytes, is_current, make_plan
 from latentprep.prepare.source.captions import Captioned, add_captions
-from latentprep.prepare.source.folder import Source, hash_images, list_folder
-from latentprep.prepare.source.masks import Masks, add_masks, list_masks, paths_of
+from latentprep.prepare.source.content import hash_images
+from latentprep.prepare.source.door import Source
+from latentprep.prepare.source.listing import Listing, list_images
+from latentprep.prepare.source.masks import Masks, add_masks, list_masks
+from latentprep.prepare.source.sources import open_source
 from latentprep.recipe import latents_recipe, recipe_changes, text_recipe
 from latentprep.records import REASONS, Item, Skip
 
@@ -47,6 +50,7 @@ class Prepared:
     bare_recipe: dict[str, Any]  # the same without cond: what the first pass writes
     manifest: Manifest | None
     found: dict[str, Stamp]  # units of the plan whose latents an unfinished run has left, and those files
+    source: Source
     captioned: Captioned
     masks: Masks | None
     row_bytes: RowBytes
@@ -55,7 +59,7 @@ class Prepared:
     @property
     def load_options(self) -> LoadOptions:
         return LoadOptions.from_recipe(
-            self.options.source, self.models.vae.factor, self.masks, self.recipe["latents"], self.options.strict_images
+            self.source, self.models.vae.factor, self.masks, self.recipe["latents"], self.options.strict_images
         )
 
     @property
@@ -104,18 +108,19 @@ def check_paths(options: EncodeOptions, say: Say) -> None:
     check_ours(storage)
 
 
-def list_source(options: EncodeOptions, say: Say) -> tuple[Source, Masks | None]:
-    """The image folder, and the masks of its images where there are such. Raises UserError."""
+def list_source(options: EncodeOptions, say: Say) -> tuple[Listing, Masks | None]:
+    """The images, and the masks of its images where there are such. Raises UserError."""
     own = [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
-    source = list_folder(options.source, without=own)  # which hold no images to encode, though they may lie in it
+    # which hold no images to encode, though they may lie in it
+    listing = list_images(open_source(options.source, without=own))
     if options.masks is None:
-        return source, None
+        return listing, None
     masks = list_masks(options.masks)
-    items, without = add_masks(source.items, masks)
-    source = replace(source, items=items, skips=[*source.skips, *without])
-    with_mask = sum(masks.path_of(item.key) is not None for item in source.items)
-    say(f"masks    {masks.folder}: {with_mask:,} of {counted(len(source.items), 'image')} have one")
-    return source, masks
+    items, without = add_masks(listing.items, masks)
+    listing = replace(listing, items=items, skips=[*listing.skips, *without])
+    with_mask = sum(masks.find(item.key) is not None for item in items)
+    say(f"masks    {masks.source.where}: {with_mask:,} of {counted(len(items), 'image')} have one")
+    return listing, masks
 
 
 def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> Prepared:
@@ -124,8 +129,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     `models` are those of the options, or others that are in memory already.
     """
     limit_pixels(options.max_pixels)
-    source, masks = list_source(options, say)
-    captioned = add_captions(source, options.text)
+    listing, masks = list_source(options, say)
+    captioned = add_captions(listing, options.text)
     models = models or open_models(options, say)
     vae, text = models.vae, models.text
     place = make_place(options.geometry, vae.factor * models.patch)
@@ -147,13 +152,13 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     row_bytes = estimate_row_bytes(recipe, vae, cond_values)
     shard_bytes = options.shard_bytes or default_shard_bytes(device)
     conditions = skip_conditions(options)
-    skips = [*source.skips, *captioned.skips]
+    skips = [*listing.skips, *captioned.skips]
     unread = {skip.key for skip in skips if REASONS[skip.reason][0] == "machine"}
 
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
         say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        return list(hash_images(paths_of(item.key, options.source, masks) for item in items))
+        return list(hash_images(listing.source, masks, ((item.key, item.nbytes) for item in items)))
 
     def make(shards: list[ShardEntry], known_skips: list[Skip]) -> Plan:
         return make_plan(
@@ -174,7 +179,19 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     if manifest is None and not plan.new and not plan.kept and not plan.retext:
         raise UserError(nothing_usable(options.source, plan.skips))
     return Prepared(
-        options, storage, models, device, recipe, bare_recipe, manifest, found, captioned, masks, row_bytes, plan
+        options,
+        storage,
+        models,
+        device,
+        recipe,
+        bare_recipe,
+        manifest,
+        found,
+        listing.source,
+        captioned,
+        masks,
+        row_bytes,
+        plan,
     )
 
 
