@@ -14,7 +14,6 @@ from latentprep.cache.lock import hold
 from latentprep.cache.manifest import open_manifest, read_skips
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare.images import pillow
 from latentprep.prepare.source.folder import Folder
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files, rows
@@ -87,7 +86,7 @@ def test_one_image_that_cannot_be_read_now_costs_no_row(encode, images, tmp_path
             raise PermissionError(13, "Permission denied")
         return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(pillow.os, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     assert "unread   1 image cannot be read now" in encode().err
     monkeypatch.undo()
     assert len(rows(tmp_path / "c")) == 8

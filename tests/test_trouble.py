@@ -15,7 +15,6 @@ from latentprep.cache.manifest import find_manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
 from latentprep.prepare.engine import local
-from latentprep.prepare.images import pillow
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.source.folder import Folder
 from tests.conftest import SMALL, TINY, gradient
@@ -180,7 +179,7 @@ def test_verify_does_not_call_an_unreadable_image_gone(run, encode, images, tmp_
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(pillow.os, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     (images / "wide2.png").unlink()
     result = run("verify", tmp_path / "c", "--source", images, "--json")
     assert '"problem": "unreadable"' in result.out

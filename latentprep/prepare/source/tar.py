@@ -78,7 +78,7 @@ class Tars(Source):
                 yield from self._list_tar(found)
 
     def _list_tar(self, tar: File) -> Iterator[File | Skip]:
-        """The members of a tar, then what is wrong with it, if anything: what a cache has of its rest stays as it is."""
+        """The members of a tar, then what is wrong with it, if anything: what a cache has of the rest stays."""
         hashes: list[int] = []
         offsets: list[int] = []
         try:
