@@ -20,7 +20,7 @@ class File:
     key: str  # its path in the source, POSIX style; never absolute, and without ".."
     nbytes: int  # -1: cannot be looked at; reading it will say why
     version: int  # says cheaply that the content may have changed: a time, a checksum; only compared, never ordered
-    open: Callable[[], IO[bytes]]  # a seekable file, for its header, while it is listed. Raises OSError
+    open: Callable[[], IO[bytes]]  # a seekable file, for its header, until the next is listed. Raises OSError
 
 
 class Source(Protocol):

@@ -130,7 +130,7 @@ class Tars(Source):
         """Where the members of a tar are: as it was listed, or looked for now."""
         with self._lock:
             if tar not in self._known:
-                members = [(hash_name(member.name), member.offset) for member in list_members(file)]
+                members = [(hash_name(m.name), m.offset) for m in list_members(file) if not m.is_outside]
                 self._known[tar] = Offsets.from_members([n for n, _ in members], [offset for _, offset in members])
             return self._known[tar]
 
