@@ -69,7 +69,7 @@ def main(
         print(f"{heads} {'mean':>6} {'largest':>8} {'PSNR':>8} {'latent':>7}")
         ratios = []
         for path in sorted(folder.glob("*.jpg")):
-            item = read_item(file_at(path, path.name))
+            item = read_item(file_at(path, path.name), Folder(str(path.parent)))
             assert isinstance(item, Item)
             placement = place(item.size)
             seconds: dict[bool, list[float]] = {False: [], True: []}

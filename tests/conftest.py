@@ -16,7 +16,7 @@ from latentprep.cache.normalization import Normalization
 from latentprep.cli import commands as cli
 from latentprep.prepare.devices import quiet_libraries
 from latentprep.prepare.source import listing
-from latentprep.prepare.source.folder import file_at
+from latentprep.prepare.source.folder import Folder, file_at
 from latentprep.records import Item, Skip
 
 quiet_libraries()
@@ -100,7 +100,7 @@ class NoBar:
 
 def read_item(path: Path, key: str) -> Item | Skip:
     """What a listing says of one file."""
-    return listing.read_item(file_at(path, key))
+    return listing.read_item(file_at(path, key), Folder(str(path.parent)))
 
 
 def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:

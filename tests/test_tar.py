@@ -441,14 +441,12 @@ def test_names_that_lead_outside_are_skips(run, tmp_path):
     found, skipped = keys(tmp_path / "tars")
     assert found == ["x.tar/e\x1b[2J.png", "x.tar/g.png"]
     assert skipped == {
-        f"x.tar/{name}.png": ("unreadable", "its name leads outside of the tar")
+        f"x.tar/{name}.png": ("unreadable", "its name leads outside of the source")
         for name in ("/etc/a", "../b", "c/../../d")
     }
     result = run("encode", tmp_path / "tars", "--out", tmp_path / "c", *SMALL)
     assert (result.code, "\x1b" in result.out + result.err) == (0, False)
     assert run("verify", tmp_path / "c", "--source", tmp_path / "tars").code == 0
-    with pytest.raises(FileNotFoundError):
-        open_source(tmp_path / "tars").read("x.tar/../b.png", 10)
 
 
 def test_of_equal_names_the_last_counts_as_in_unpacking(tmp_path):

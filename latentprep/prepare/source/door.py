@@ -15,12 +15,12 @@ class NotRegularError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class File:
-    """One file of a source, as it is listed."""
+    """One file of a source, as it is listed. Without `open` (which raises OSError) all of it is read for its header."""
 
-    key: str  # its path in the source, POSIX style; never absolute, and without ".."
+    key: str  # its path in the source, POSIX style; an image whose key has an empty part, "." or ".." is a skip
     nbytes: int  # -1: cannot be looked at; reading it will say why
     version: int  # says cheaply that the content may have changed: a time, a checksum; only compared, never ordered
-    open: Callable[[], IO[bytes]]  # a seekable file, for its header, until the next is listed. Raises OSError
+    open: Callable[[], IO[bytes]] | None = None  # a seekable file, for its header alone, until the next is listed
 
 
 class Source(Protocol):
@@ -40,7 +40,7 @@ class Source(Protocol):
         ...
 
     def read(self, key: str, limit: int) -> bytes:
-        """All bytes of a file, or limit + 1 of a larger one. Raises OSError, whatever is wrong; it may be retried."""
+        """All bytes of a file, or limit + 1 of a larger one. Raises OSError, whatever is wrong."""
         ...
 
     def is_there(self) -> bool:

@@ -1,6 +1,7 @@
 """The files of a source -> items: every image by its header; no pixel is decoded."""
 
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import PurePosixPath
 
 from latentprep.errors import UserError
@@ -38,8 +39,11 @@ def list_images(source: Source) -> Listing:
         for found in source.list():
             if isinstance(found, Skip):
                 images[found.key] = found
+            elif not is_plain(found.key):
+                if is_image_name(found.key):
+                    images[found.key] = Skip(found.key, "unreadable", "its name leads outside of the source")
             elif is_image_name(found.key):
-                images[found.key] = read_item(found)
+                images[found.key] = read_item(found, source)
             else:
                 others[found.key] = found.nbytes
     except OSError as error:
@@ -64,7 +68,12 @@ def list_images(source: Source) -> Listing:
     )
 
 
-def read_item(file: File) -> Item | Skip:
+def is_plain(key: str) -> bool:
+    """Whether a key is a path inside its source, and the only way to write it: archives hold names of any kind."""
+    return {"", ".", ".."}.isdisjoint(key.split("/")) and "\0" not in key
+
+
+def read_item(file: File, source: Source) -> Item | Skip:
     """The item of a file, or the Skip that says why it is none."""
     key, nbytes, version = file.key, file.nbytes, file.version & MAX_VERSION
 
@@ -74,7 +83,10 @@ def read_item(file: File) -> Item | Skip:
     if nbytes > max_bytes():
         return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
     try:
-        with file.open() as opened, open_image(opened) as image:
+        with (
+            file.open() if file.open else BytesIO(source.read(key, max_bytes())) as opened,
+            open_image(opened) as image,
+        ):
             return Item(key, oriented_size(image), nbytes, version)
     except NotRegularError as error:
         return skip("unreadable", str(error))

@@ -49,14 +49,9 @@ class Member:
     end: int  # where the next one begins
 
     @property
-    def is_outside(self) -> bool:
-        """Whether unpacking would put it outside of the tar's folder."""
-        return self.name.startswith("/") or ".." in self.name.split("/") or "\0" in self.name
-
-    @property
     def is_hidden(self) -> bool:
         """Whether it, or a folder above it, has a name that begins with a dot."""
-        return not self.is_outside and any(part.startswith(".") for part in self.name.split("/"))
+        return any(part.startswith(".") and part != ".." for part in self.name.split("/"))
 
 
 def list_members(file: IO[bytes]) -> Iterator[Member]:

@@ -4,7 +4,9 @@ The key of a member is that of its tar and its name: `00000.tar/0001.jpg`.
 """
 
 import re
+from array import array
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -34,7 +36,7 @@ class Offsets:
     offsets: np.ndarray  # [N] int64: of the first of the member's headers
 
     @classmethod
-    def from_members(cls, hashes: list[int], offsets: list[int]) -> "Offsets":
+    def from_members(cls, hashes: "array[int]", offsets: "array[int]") -> "Offsets":
         """Of equal names, the last one stays last."""
         order = np.argsort(found := np.array(hashes, np.uint64), kind="stable")
         return cls(found[order], np.array(offsets, np.int64)[order])
@@ -79,19 +81,15 @@ class Tars(Source):
 
     def _list_tar(self, tar: File) -> Iterator[File | Skip]:
         """The members of a tar, then what is wrong with it, if anything: what a cache has of the rest stays."""
-        hashes: list[int] = []
-        offsets: list[int] = []
+        hashes, offsets = array("Q"), array("q")
         try:
             check_not_compressed(tar.key)
-            with tar.open() as file:
+            with open_regular(self._root / tar.key) as file:
                 for member in list_members(file):
-                    key = f"{tar.key}/{member.name}"
-                    if member.is_outside:
-                        yield Skip(key, "unreadable", "its name leads outside of the tar")
-                        continue
                     hashes.append(hash_name(member.name))
                     offsets.append(member.offset)
-                    yield File(key, member.nbytes, member.version, partial(open_member, file, member))
+                    opens = partial(open_member, file, member)
+                    yield File(f"{tar.key}/{member.name}", member.nbytes, member.version, opens)
         except (TarError, OSError) as error:
             yield Skip(tar.key, "unreadable_folder", str(error) if isinstance(error, TarError) else describe(error))
         with self._lock:
@@ -130,9 +128,18 @@ class Tars(Source):
         """Where the members of a tar are: as it was listed, or looked for now."""
         with self._lock:
             if tar not in self._known:
-                members = [(hash_name(m.name), m.offset) for m in list_members(file) if not m.is_outside]
-                self._known[tar] = Offsets.from_members([n for n, _ in members], [offset for _, offset in members])
+                self._known[tar] = search_tar(file)
             return self._known[tar]
+
+
+def search_tar(file: IO[bytes]) -> Offsets:
+    """Where the members of a tar are; of a damaged one those that stand before the damage."""
+    hashes, offsets = array("Q"), array("q")
+    with suppress(TarError):
+        for member in list_members(file):
+            hashes.append(hash_name(member.name))
+            offsets.append(member.offset)
+    return Offsets.from_members(hashes, offsets)
 
 
 def open_tars(where: str, without: tuple[Path, ...]) -> Tars | None:
