@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import random
 import shutil
 import tarfile
 import time
@@ -549,3 +550,31 @@ def test_a_tar_that_is_written_anew_while_it_is_read(tars):
     write_tar(tars / "00000.tar", [member("other.png", png()), *sample("0000", png(), txt="moved")])
     with pytest.raises(OSError, match=r"00000\.tar"):
         source.read("00000.tar/0000.png", 10**6)
+
+
+def test_whatever_a_tar_holds_ends_as_an_item_or_a_skip(tmp_path):
+    luck = random.Random(3)
+    rows = [*sample("a", png(), txt="of a", json='{"text": "x"}'), *sample("l" * 150, png()), *sample("c", png())]
+    made = [write_tar(tmp_path / "x.tar", rows, format=kind).read_bytes() for kind in (1, 2)]
+    reasons = set()
+    for _ in range(300):
+        data = bytearray(luck.choice(made))
+        for _ in range(luck.choice((1, 3, 30))):
+            at = luck.randrange(len(data) // 512) * 512 + luck.randrange(512)
+            data[at] = luck.choice((0, 255, 48 + luck.randrange(8), luck.randrange(256)))
+            if luck.random() < 0.7:  # with a good checksum
+                here = at // 512 * 512
+                data[here + 148 : here + 156] = b" " * 8
+                data[here + 148 : here + 156] = b"%06o\0 " % sum(data[here : here + 512])
+        (tmp_path / "x.tar").write_bytes(data[: luck.randrange(len(data))] if luck.random() < 0.3 else data)
+        try:
+            listing = list_images(open_source(tmp_path))
+        except UserError as error:
+            assert "no images" in str(error)  # noqa: PT017
+            continue
+        add_captions(listing, TextOptions())
+        for item in listing.items:
+            assert len(listing.source.read(item.key, 10**6)) == item.nbytes
+            assert open_source(tmp_path).read(item.key, 10**6) == listing.source.read(item.key, 10**6)
+        reasons |= {skip.reason for skip in listing.skips}
+    assert {"unreadable_folder", "unreadable"} <= reasons

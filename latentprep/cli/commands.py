@@ -64,7 +64,7 @@ def latentprep(
 # fmt: off
 @app.command()
 def encode(
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, searched recursively.", show_default=False)],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of images, searched recursively, or of WebDataset tars.", show_default=False)],
     max_megapixels: Annotated[float, typer.Option(metavar="MEGAPIXELS", help="Larger images are skipped unread: they may be decompression bombs.", rich_help_panel=INPUT)] = 180,
     animated: Annotated[str, typer.Option(metavar="first|skip", help="Of an image with several frames: take the first, or leave it out.", rich_help_panel=INPUT)] = "first",
     background: Annotated[str, typer.Option(metavar="auto|keep|COLOR", help="Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", rich_help_panel=INPUT)] = "auto",
@@ -107,7 +107,7 @@ def encode(
     word_regex: Annotated[str, typer.Option(metavar="REGEX", help="Words of a file name that make its caption.", show_default="the whole name", rich_help_panel=CAPTIONS)] = "",
     joiner: Annotated[str, typer.Option(metavar="TEXT", help="Between the words that --word-regex finds.", show_default="a space", rich_help_panel=CAPTIONS)] = " ",
     caption_lines: Annotated[bool, typer.Option("--caption-lines", help="Each line of a caption file is a caption of its own.", rich_help_panel=CAPTIONS)] = False,
-    caption_column: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Column of metadata files that holds captions; may be given again.", show_default=CAPTION_COLUMN, rich_help_panel=CAPTIONS)] = None,
+    caption_column: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Column of metadata files, and of the .json files in tars, that holds captions; may be given again.", show_default=CAPTION_COLUMN, rich_help_panel=CAPTIONS)] = None,
     prompts_per_image: Annotated[int, typer.Option(metavar="K", help="Prompts of each image: other captions, template lines, tags and wildcards.", rich_help_panel=CAPTIONS)] = 1,
     shuffle_tags: Annotated[bool, typer.Option("--shuffle-tags", help="Shuffle the comma-separated tags of a caption.", rich_help_panel=CAPTIONS)] = False,
     tag_drop_out: Annotated[float, typer.Option(metavar="PROBABILITY", help="How often each tag is left out.", rich_help_panel=CAPTIONS)] = 0.0,

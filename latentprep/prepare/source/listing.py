@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import PurePosixPath
+from typing import IO
 
 from latentprep.errors import UserError
 from latentprep.human import human_bytes
@@ -83,10 +84,7 @@ def read_item(file: File, source: Source) -> Item | Skip:
     if nbytes > max_bytes():
         return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
     try:
-        with (
-            file.open() if file.open else BytesIO(source.read(key, max_bytes())) as opened,
-            open_image(opened) as image,
-        ):
+        with open_file(file, source) as opened, open_image(opened) as image:
             return Item(key, oriented_size(image), nbytes, version)
     except NotRegularError as error:
         return skip("unreadable", str(error))
@@ -103,6 +101,11 @@ def read_item(file: File, source: Source) -> Item | Skip:
     if extra and nbytes:
         detail += f"; pip install 'latentprep[{extra}]'"
     return skip("not_an_image", detail)
+
+
+def open_file(file: File, source: Source) -> IO[bytes]:
+    """A file for its header. Raises OSError."""
+    return file.open() if file.open is not None else BytesIO(source.read(file.key, max_bytes()))
 
 
 def stem(key: str) -> str:
