@@ -26,7 +26,8 @@ from latentprep.prepare.models.find import find_model
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.plan.buckets import make_place
-from latentprep.prepare.source.folder import read_item
+from latentprep.prepare.source.folder import Folder, file_at
+from latentprep.prepare.source.listing import read_item
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import Item, Pixels
 
@@ -51,7 +52,7 @@ def make_options(folder: Path, geometry: Geometry, draft: bool) -> LoadOptions:
     recipe = LatentsRecipe.of(
         vae="", geometry=geometry, images=ImageOptions(draft=draft), flip=False, dtype="", store="mean", store_dtype=""
     )
-    return LoadOptions.from_recipe(folder, 8, None, recipe)
+    return LoadOptions.from_recipe(Folder(str(folder)), 8, None, recipe)
 
 
 def main(
@@ -69,7 +70,7 @@ def main(
         print(f"{heads} {'mean':>6} {'largest':>8} {'PSNR':>8} {'latent':>7}")
         ratios = []
         for path in sorted(folder.glob("*.jpg")):
-            item = read_item(path, path.name)
+            item = read_item(file_at(path, path.name), Folder(str(path.parent)))
             assert isinstance(item, Item)
             placement = place(item.size)
             seconds: dict[bool, list[float]] = {False: [], True: []}

@@ -30,7 +30,7 @@ from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 # fmt: off
 @door
 def encode(
-    source: Annotated[str | Path, Option("SOURCE", "Folder of images, searched recursively.", is_argument=True)],
+    source: Annotated[str | Path, Option("SOURCE", "Folder of images, searched recursively, or of WebDataset tars.", is_argument=True)],
     out: Annotated[str | Path | None, Option("DIR", "Where the cache goes.", OUTPUT, shown="SOURCE.latents")] = None,
     *,
     max_megapixels: Annotated[float, Option("MEGAPIXELS", "Larger images are skipped unread: they may be decompression bombs.", INPUT)] = 180,
@@ -75,7 +75,7 @@ def encode(
     word_regex: Annotated[str, Option("REGEX", "Words of a file name that make its caption.", CAPTIONS, shown="the whole name")] = "",
     joiner: Annotated[str, Option("TEXT", "Between the words that --word-regex finds.", CAPTIONS, shown="a space")] = " ",
     caption_lines: Annotated[bool, Option(help="Each line of a caption file is a caption of its own.", panel=CAPTIONS)] = False,
-    caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN)] = None,
+    caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files, and of the .json files in tars, that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN)] = None,
     prompts_per_image: Annotated[int, Option("K", "Prompts of each image: other captions, template lines, tags and wildcards.", CAPTIONS)] = 1,
     shuffle_tags: Annotated[bool, Option(help="Shuffle the comma-separated tags of a caption.", panel=CAPTIONS)] = False,
     tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS)] = 0.0,

@@ -29,6 +29,7 @@ def source_text(prepared: Prepared) -> str:
     origins = {
         "txt": "from .txt",
         "caption": "from .caption",
+        "json": "from .json",
         "metadata": "from metadata files",
         "filename": "from file names",
     }

@@ -15,12 +15,12 @@ Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 class Item:
     """One image of a source, before decoding."""
 
-    key: str  # path relative to the source, POSIX style, with its extension
+    key: str  # path relative to the source, POSIX style, with its extension; of a member of a tar, that of its tar/name
     size: Size  # after EXIF orientation
     nbytes: int  # with its mask
     version: int  # plus that of its mask, where it has one
     captions: tuple[str, ...] = ()  # one or more, once they were looked for; "" where there is nothing to say
-    caption_origin: str = ""  # where they came from: txt, caption, metadata, filename
+    caption_origin: str = ""  # where they came from: txt, caption, json, metadata, filename
 
     def skip(self, reason: str, detail: str) -> "Skip":
         return Skip(self.key, reason, detail, self.nbytes, self.version)
@@ -80,7 +80,10 @@ REASONS = {
     "too_large": ("limits", "more pixels than --max-megapixels, or beyond --max-side"),
     "extreme_aspect": ("decoder", "its bucket would keep less than a fiftieth of it"),
     "non_finite": ("encoder", "the VAE overflows on it even in float32"),
-    "unreadable_folder": ("machine", "a folder whose files cannot be listed; the next run tries again"),
+    "unreadable_folder": (
+        "machine",
+        "a folder, or a tar, whose files cannot be listed, or not all; the next run tries again",
+    ),
     "io_error": ("machine", "the file cannot be read; the next run tries again"),
     "changed": ("machine", "the file changed between listing and encoding; the next run tries again"),
     "out_of_memory": ("machine", "the device, or this machine, cannot hold this one image; the next run tries again"),

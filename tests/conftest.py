@@ -15,6 +15,9 @@ import latentprep
 from latentprep.cache.normalization import Normalization
 from latentprep.cli import commands as cli
 from latentprep.prepare.devices import quiet_libraries
+from latentprep.prepare.source import listing
+from latentprep.prepare.source.folder import Folder, file_at
+from latentprep.records import Item, Skip
 
 quiet_libraries()
 torch.set_num_threads(1)
@@ -93,6 +96,11 @@ class NoBar:
 
     def update(self, count):
         pass
+
+
+def read_item(path: Path, key: str) -> Item | Skip:
+    """What a listing says of one file."""
+    return listing.read_item(file_at(path, key), Folder(str(path.parent)))
 
 
 def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:

@@ -23,13 +23,13 @@ from latentprep.prepare.images.load import LoadOptions, load_pixels, place_weigh
 from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.plan.plan import RowBytes, cut_rows
-from latentprep.prepare.source import folder as source
+from latentprep.prepare.source.sources import open_source
 from latentprep.prepare.work.cond import check_finite
 from latentprep.prompts import make_prompt
 from latentprep.read.sampler import BucketPlan, plan_bucket
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import Item, Placement, Skip
-from tests.conftest import SMALL
+from tests.conftest import SMALL, read_item
 from tests.test_incremental import SHARDS
 
 
@@ -75,13 +75,13 @@ def test_a_batch_is_never_larger_than_asked_for(run, images, tmp_path, monkeypat
 
 @pytest.mark.parametrize("change", [{"size": (80, 65)}, {"nbytes": 5}])
 def test_an_image_that_is_not_what_was_listed_is_a_skip(images, change):
-    item = source.read_item(images / "tall0.png", "tall0.png")
+    item = read_item(images / "tall0.png", "tall0.png")
     geometry = Geometry.from_options(resolution="64", bucket_step=32)
     recipe = LatentsRecipe.of(
         vae="", geometry=geometry, images=ImageOptions(), flip=False, dtype="float32", store="mean",
         store_dtype="float32",
     )  # fmt: skip
-    options = LoadOptions.from_recipe(images, 8, None, recipe)
+    options = LoadOptions.from_recipe(open_source(images), 8, None, recipe)
     placement = make_place(geometry, 8)(item.size)
     assert not isinstance(load_pixels(item, placement, options), Skip)
     found = load_pixels(dataclasses.replace(item, **change), placement, options)

@@ -11,7 +11,8 @@ import regex
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.source.captions import add_captions, caption_from_name
-from latentprep.prepare.source.folder import list_folder
+from latentprep.prepare.source.listing import list_images
+from latentprep.prepare.source.sources import open_source
 from latentprep.prompts import list_templates, load_template, make_prompt
 from tests.conftest import SMALL, gradient
 
@@ -34,7 +35,7 @@ def folder(tmp_path):
 
 
 def captions(folder, **options):
-    return add_captions(list_folder(folder), TextOptions(**options))
+    return add_captions(list_images(open_source(folder)), TextOptions(**options))
 
 
 def test_files_that_are_neither_images_nor_captions_are_counted(folder, run):
@@ -90,7 +91,7 @@ def test_bad_regex(folder):
 def test_captions_that_are_not_text_are_named_and_counted(folder):
     (folder / "b.txt").write_bytes(b"caf\xe9")
     (folder / "d.txt").write_bytes(b"\xff\xff\xff")
-    found = add_captions(list_folder(folder), TextOptions())
+    found = add_captions(list_images(open_source(folder)), TextOptions())
     assert [(skip.key, skip.reason, skip.detail) for skip in found.skips] == [
         ("b.png", "bad_caption", "b.txt: not UTF-8 text at byte 3. Save it as UTF-8."),
         ("d.png", "bad_caption", "d.txt: not UTF-8 text at byte 0. Save it as UTF-8."),
@@ -100,7 +101,7 @@ def test_captions_that_are_not_text_are_named_and_counted(folder):
 
 def test_a_caption_file_that_cannot_be_read(folder):
     (folder / "c.txt").symlink_to(folder / "nowhere")
-    (skip,) = add_captions(list_folder(folder), TextOptions()).skips
+    (skip,) = add_captions(list_images(open_source(folder)), TextOptions()).skips
     assert (skip.key, skip.detail) == ("c.png", "c.txt: cannot be read (No such file or directory).")
 
 
@@ -314,14 +315,14 @@ def test_template_errors(tmp_path, content, message):
 
 def test_captions_and_expressions_without_measure(folder):
     (folder / "b.txt").write_text("cat " * 2_500_000)
-    found = add_captions(list_folder(folder), TextOptions())
+    found = add_captions(list_images(open_source(folder)), TextOptions())
     assert [(skip.key, skip.reason) for skip in found.skips] == [("b.png", "bad_caption")]
     assert found.skips[0].detail == "b.txt: 10.0 MB, expected at most 64.0 kB. Shorten it."
     (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "x" * 64_001}))
     with pytest.raises(UserError, match=r"metadata.jsonl line 1: a caption of over 64,000 characters"):
-        add_captions(list_folder(folder), TextOptions())
+        add_captions(list_images(open_source(folder)), TextOptions())
     (folder / "metadata.jsonl").unlink()
     gradient(8, 8).save(folder / ("x" * 60 + "!.png"))
     (folder / "b.txt").unlink()
     with pytest.raises(UserError, match=r"--word-regex .*: takes over 2 s for the file name x+!.png"):
-        add_captions(list_folder(folder), TextOptions(word_regex="((x|x)+)+[yz]$"))
+        add_captions(list_images(open_source(folder)), TextOptions(word_regex="((x|x)+)+[yz]$"))

@@ -15,9 +15,8 @@ from PIL import Image
 from latentprep.prepare.images.cicp import Cicp, apply_cicp
 from latentprep.prepare.images.jpeg import check_jpeg
 from latentprep.prepare.images.pillow import MAX_CHUNKS, PNG_MAGIC, DecodeError
-from latentprep.prepare.source.folder import read_item
 from latentprep.records import Skip
-from tests.conftest import PHOTOS, SMALL, find_photo, gradient
+from tests.conftest import PHOTOS, SMALL, find_photo, gradient, read_item
 from tests.test_load import load, save
 
 WAYS = ({}, {"progressive": True}, {"restart_marker_rows": 1}, {"subsampling": 0}, {"quality": 30})

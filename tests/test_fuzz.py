@@ -23,7 +23,8 @@ from latentprep.look.summary import describe_sample, summarize
 from latentprep.look.verify import verify
 from latentprep.options import TextOptions
 from latentprep.prepare.source.captions import add_captions
-from latentprep.prepare.source.folder import list_folder
+from latentprep.prepare.source.listing import list_images
+from latentprep.prepare.source.sources import open_source
 from latentprep.records import REASONS
 from tests.conftest import SMALL, gradient
 from tests.test_encode import rows
@@ -140,7 +141,7 @@ def test_captions(images):
             (images / "tall0.txt").write_bytes(mutate(luck.choice((text, text.decode().encode("utf-16"))), luck))
             (images / "metadata.jsonl").write_bytes(mutate(line * 3, luck) if n % 2 else line)
             try:
-                found = add_captions(list_folder(images), TextOptions())
+                found = add_captions(list_images(open_source(images)), TextOptions())
             except UserError as error:
                 messages.append(str(error))
                 continue

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from latentprep.prepare.images import load as loading
 from latentprep.prepare.images import pillow
 from latentprep.prepare.images.alpha import split_alpha
 from latentprep.prepare.images.cicp import Cicp, apply_cicp
@@ -22,9 +21,9 @@ from latentprep.prepare.images.jpeg import MAX_SEGMENTS, check_jpeg, read_outlin
 from latentprep.prepare.images.load import LARGE_BYTES, is_large
 from latentprep.prepare.images.pillow import MAX_CHUNK, MAX_PYTHON_PIXELS, MAX_READS, DecodeError
 from latentprep.prepare.images.png import scale_transparency
-from latentprep.prepare.source.folder import read_item
+from latentprep.prepare.source.folder import Folder
 from latentprep.records import Item, Skip
-from tests.conftest import PHOTOS, SMALL, find_photo, gradient
+from tests.conftest import PHOTOS, SMALL, find_photo, gradient, read_item
 from tests.test_damage import as_jpeg, png, taller
 from tests.test_load import load, save
 
@@ -227,15 +226,13 @@ def test_damaged_images_are_named(run, tmp_path, images):
 
 
 def test_a_mask_of_no_end_is_not_read(tmp_path, monkeypatch):
-    from latentprep.prepare.images import load as loading
-
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
     masks = tmp_path / "masks"
     masks.mkdir()
     save(tmp_path, gradient(64, 64))
     with (masks / "x.png").open("wb") as file:
         file.truncate(1 << 40)  # of no bytes on disk
-    monkeypatch.setattr(loading, "read_regular", None)  # nothing is read
+    monkeypatch.setattr(Folder, "read", None)  # nothing is read
     started = time.perf_counter()
     found = load(tmp_path / "x.png", resolution="64", masks=masks)
     assert (found.reason, time.perf_counter() - started < 1) == ("bad_mask", True)
@@ -297,12 +294,14 @@ def test_a_bound_without_measure_takes_no_memory(run, images, tmp_path, megapixe
 
 
 def test_an_image_that_does_not_fit_into_memory_is_a_skip(run, images, tmp_path, monkeypatch):
-    def read(path):
-        if path.name == "wide0.png":
-            raise MemoryError
-        return path.read_bytes()
+    read = Folder.read
 
-    monkeypatch.setattr(loading, "read_regular", read)
+    def fails(self, key, limit):
+        if key == "wide0.png":
+            raise MemoryError
+        return read(self, key, limit)
+
+    monkeypatch.setattr(Folder, "read", fails)
     result = run("encode", images, "--out", tmp_path / "c", *SMALL)
     assert result.code == 0
     assert "skipped  1 out_of_memory (wide0.png" in result.out

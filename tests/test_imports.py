@@ -45,16 +45,21 @@ def test_cache_knows_none_of_the_wings():
 def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
-        "source/captions.py": {"source.folder", "source.metadata"},  # what list_folder found, and its metadata files
-        "source/folder.py": {"images.pillow"},  # reads headers
+        "source/captions.py": {"source.door", "source.listing", "source.metadata"},
+        "source/content.py": {"source.door", "source.masks"},  # an image's content is its mask's, too
+        "source/folder.py": {"source.door", "images.pillow"},
+        "source/listing.py": {"source.door", "images.pillow"},  # reads headers
+        "source/metadata.py": {"source.door", "source.listing"},  # what list_images found
+        "source/sources.py": {"source.door", "source.folder", "source.tar"},  # the table
+        "source/tar.py": {"source.door", "source.folder", "source.members", "images.pillow"},  # a folder of tars
         "images/alpha.py": {"images.pillow"},
         "images/color.py": {"images.cicp", "images.pillow"},
         "images/jpeg.py": {"images.pillow"},
         "images/load.py": {
-            "source.folder", "images.alpha", "images.cicp", "images.color", "images.crops", "images.jpeg",
-            "source.masks", "images.pillow", "images.png",
+            "source.content", "source.door", "images.alpha", "images.cicp", "images.color", "images.crops",
+            "images.jpeg", "source.masks", "images.pillow", "images.png",
         },
-        "source/masks.py": {"source.folder", "images.pillow"},  # lists a folder, as source does
+        "source/masks.py": {"source.door", "source.listing", "source.sources", "images.pillow"},  # masks are a source
         "images/png.py": {"images.pillow"},
         "models/vae_encoder.py": {"models.vae_folder", "devices"},  # halves its batches
         "models/text_encoder.py": {"models.families", "models.windows"},

@@ -16,11 +16,11 @@ from latentprep.options import ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.models.vae_encoder import LEVELS
 from latentprep.prepare.plan.buckets import make_place
-from latentprep.prepare.source.folder import read_item
 from latentprep.prepare.source.masks import add_masks, list_masks
+from latentprep.prepare.source.sources import open_source
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import Pixels, Skip
-from tests.conftest import PHOTOS, find_photo, gradient
+from tests.conftest import PHOTOS, find_photo, gradient, read_item
 
 
 def load_views(path, *, folder=None, masks=None, animated="first", background="auto", draft=True, **geometry):
@@ -39,7 +39,7 @@ def load_views(path, *, folder=None, masks=None, animated="first", background="a
     if found_masks is not None:
         ((item,), _) = add_masks([item], found_masks)
     placement = make_place(geometry, 8)(item.size)
-    return load_pixels(item, placement, LoadOptions.from_recipe(path.parent, 8, found_masks, recipe))
+    return load_pixels(item, placement, LoadOptions.from_recipe(open_source(path.parent), 8, found_masks, recipe))
 
 
 def load(path, filter_name="lanczos", **options):
@@ -350,7 +350,9 @@ def load_item(folder, item):
     recipe = LatentsRecipe.of(
         vae="", geometry=geometry, images=ImageOptions(), flip=False, dtype="", store="mean", store_dtype=""
     )
-    return load_pixels(item, make_place(geometry, 8)(item.size), LoadOptions.from_recipe(folder, 8, None, recipe))
+    return load_pixels(
+        item, make_place(geometry, 8)(item.size), LoadOptions.from_recipe(open_source(folder), 8, None, recipe)
+    )
 
 
 def cut(data):

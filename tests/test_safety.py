@@ -14,8 +14,7 @@ from latentprep.cache.lock import hold
 from latentprep.cache.manifest import open_manifest, read_skips
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare.images import load as loading
-from latentprep.prepare.images import pillow
+from latentprep.prepare.source.folder import Folder
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files, rows
 
@@ -87,7 +86,7 @@ def test_one_image_that_cannot_be_read_now_costs_no_row(encode, images, tmp_path
             raise PermissionError(13, "Permission denied")
         return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(pillow.os, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     assert "unread   1 image cannot be read now" in encode().err
     monkeypatch.undo()
     assert len(rows(tmp_path / "c")) == 8
@@ -113,14 +112,14 @@ def test_a_bad_caption_is_a_skip_that_heals_and_costs_no_row(encode, images, tmp
 
 
 def test_a_source_that_vanishes_stops_the_run(encode, images, tmp_path, monkeypatch):
-    read = loading.read_regular
+    read = Folder.read
 
-    def unplugged(path):
-        if path.name == "wide0.png":
+    def unplugged(self, key, limit):
+        if key == "wide0.png":
             images.rename(tmp_path / "elsewhere")
-        return read(path)
+        return read(self, key, limit)
 
-    monkeypatch.setattr(loading, "read_regular", unplugged)
+    monkeypatch.setattr(Folder, "read", unplugged)
     result = encode("--workers", 1)
     assert (result.code, "vanished while its images were read" in result.err) == (1, True)
     assert not (tmp_path / "c" / "cache.json").exists()

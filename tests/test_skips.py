@@ -6,6 +6,8 @@ import pytest
 from PIL import Image
 
 from latentprep.prepare.images import load as loading
+from latentprep.prepare.images.pillow import is_image_name
+from latentprep.prepare.source.folder import Folder
 from tests.conftest import gradient
 
 OPTIONS = ("--model", "tiny", "--resolution", 64, "--device", "cpu")
@@ -33,7 +35,13 @@ def break_png(path):
 def test_a_skip_stays_while_nothing_has_changed(encode, images, tmp_path, monkeypatch):
     break_png(images / "wide0.png")
     assert "skipped  1 unreadable" in encode().out
-    monkeypatch.setattr(loading, "read_regular", None)  # nothing is read for that
+    read = Folder.read
+
+    def reads(self, key, limit):
+        assert not is_image_name(key)  # no image is read for that
+        return read(self, key, limit)
+
+    monkeypatch.setattr(Folder, "read", reads)
     result = encode()
     assert "nothing to do" in result.out
     assert "skipped  1 unreadable" in result.out
@@ -51,14 +59,14 @@ def test_another_decoder_tries_again(encode, images, monkeypatch):
 
 
 def test_what_this_machine_caused_is_tried_again(encode, tmp_path, monkeypatch):
-    read = loading.read_regular
+    read = Folder.read
 
-    def fails(path):
-        if path.name == "wide0.png":
+    def fails(self, key, limit):
+        if key == "wide0.png":
             raise OSError(5, "Input/output error")
-        return read(path)
+        return read(self, key, limit)
 
-    monkeypatch.setattr(loading, "read_regular", fails)
+    monkeypatch.setattr(Folder, "read", fails)
     assert "skipped  1 io_error (wide0.png: OSError: [Errno 5] Input/output error)" in encode().out
     assert skips(tmp_path)["wide0.png"]["condition"] == ""
     assert "skipped  1 io_error" in encode().out

@@ -1,17 +1,33 @@
-"""prepare/source.py: what is found in a folder, by headers alone."""
+"""prepare/source: what is found in a folder, by headers alone; and a source that is new."""
 
+import inspect
 import os
+import pickle
 import struct
 import zlib
+from io import BytesIO
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 from PIL import Image
 
 from latentprep.errors import UserError
+from latentprep.options import Geometry, ImageOptions
+from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import limit_pixels
-from latentprep.prepare.source.folder import list_folder, read_item
+from latentprep.prepare.source import sources
+from latentprep.prepare.source.listing import list_images
+from latentprep.prepare.source.masks import list_masks
+from latentprep.prepare.source.sources import open_source
+from latentprep.recipe import latents_recipe
 from latentprep.records import Item
-from tests.conftest import gradient
+from tests import zip_source
+from tests.conftest import SMALL, gradient, read_item
+from tests.zip_source import open_zips
+
+
+def list_folder(folder, without=()):
+    return list_images(open_source(folder, without=without))
 
 
 def exif(orientation):
@@ -28,7 +44,7 @@ def test_folder_is_searched_recursively_and_sorted(tmp_path):
     found = list_folder(tmp_path)
     assert [item.key for item in found.items] == ["a/b/d.webp", "a/c.JPG", "b.png"]
     assert {item.size for item in found.items} == {(6, 10)}
-    assert found.others == ["a/notes.md"]
+    assert found.others == {"a/notes.md": 1}
     status = (tmp_path / "b.png").stat()
     assert (found.items[-1].nbytes, found.items[-1].version) == (status.st_size, status.st_mtime_ns)
 
@@ -186,3 +202,64 @@ def test_pipes_and_postscript_are_not_opened(tmp_path, monkeypatch):
     assert [(skip.key, skip.reason) for skip in found.skips] == [
         ("pipe.png", "unreadable"), ("script.png", "not_an_image"),
     ]  # fmt: skip
+
+
+# a source of one's own
+
+
+@pytest.fixture
+def zips(tmp_path, monkeypatch):
+    """Two zip files, and the row that opens such folders."""
+    monkeypatch.setattr(sources, "SOURCES", [open_zips, *sources.SOURCES])
+    folder = tmp_path / "zips"
+    folder.mkdir()
+    for number in range(2):
+        with ZipFile(folder / f"{number}.zip", "w", ZIP_DEFLATED) as archive:
+            for name in ("a.png", "sub/b.png"):
+                file = BytesIO()
+                gradient(64, 80 + number).rotate(len(name)).save(file, "PNG")
+                archive.writestr(name, file.getvalue())
+            archive.writestr("a.txt", f"picture {number}")
+            archive.writestr("../outside.png", b"x")
+            archive.writestr("metadata.csv", "file_name,text\nsub/b.png,of a table\n")
+    (folder / "broken.zip").write_bytes(b"no zip")
+    return folder
+
+
+def test_a_new_source_is_one_file_and_one_row(run, zips, tmp_path):
+    result = run("encode", zips, "--out", tmp_path / "c", *SMALL)
+    assert result.code == 0
+    assert "4 images; captions: 2 from .txt, 2 from metadata files" in result.err
+    assert "encoded  4 images" in result.out
+    assert "skipped  1 unreadable_folder" in result.out
+    assert "skipped  2 unreadable (0.zip/../outside.png" in result.out
+    assert "nothing to do" in run("encode", zips, "--out", tmp_path / "c", *SMALL).out
+    assert "picture 1" in run("inspect", tmp_path / "c", "--key", "1.zip/a.png").out
+    assert run("verify", tmp_path / "c", "--source", zips, "--re-encode", 2).code == 0
+
+
+def test_an_example_of_a_source_is_short():
+    lines = inspect.getsource(zip_source).partition("@dataclass")[2].splitlines()
+    assert len([line for line in lines if line.strip()]) < 30
+
+
+def test_sources_and_how_images_are_loaded_can_go_to_other_processes(zips, tmp_path, images):
+    for source in (open_source(zips), open_source(images)):
+        listing = list_images(source)
+        geometry = Geometry.from_options(resolution="64", bucket_step=32)
+        recipe = latents_recipe(
+            vae="", geometry=geometry, images=ImageOptions(), flip=False, dtype="float32", store="mean",
+            store_dtype="float32",
+        )  # fmt: skip
+        data = pickle.dumps(LoadOptions.from_recipe(source, 8, list_masks(images), recipe))
+        assert len(data) < 3000
+        options = pickle.loads(data)
+        assert options.source.read(listing.items[0].key, 10**6) == source.read(listing.items[0].key, 10**6)
+
+
+def test_versions_fit_into_the_cache_whatever_they_are(tmp_path):
+    gradient(8, 8).save(tmp_path / "a.png")
+    for seconds in (-5, 2**33):
+        os.utime(tmp_path / "a.png", (seconds, seconds))
+        (item,) = list_folder(tmp_path).items
+        assert 0 <= item.version < 2**63

@@ -132,8 +132,14 @@ def test_a_terminal_that_is_closed_stops_the_run_in_good_order(run, images, tmp_
 @pytest.mark.slow
 def test_a_slow_read_holds_up_no_signal(images, tmp_path):
     code = (
-        "import sys, time; from latentprep.prepare.images import load; from latentprep.cli import commands as cli\n"
-        "load.read_regular = lambda path: (print('reading', flush=True), time.sleep(600))\n"
+        "import sys, time\n"
+        "from latentprep.cli import commands as cli\n"
+        "from latentprep.prepare.source.folder import Folder\n"
+        "read = Folder.read\n"
+        "def slow(self, key, limit):\n"
+        "    if key.endswith('.png'): print('reading', flush=True); time.sleep(600)\n"
+        "    return read(self, key, limit)\n"
+        "Folder.read = slow\n"
         "cli.main()"
     )
     command = [sys.executable, "-c", code, "encode", images, "--out", tmp_path / "c", *SMALL]

@@ -14,9 +14,8 @@ from latentprep.cache.lock import hold
 from latentprep.cache.manifest import find_manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare.images import pillow
 from latentprep.prepare.models.vae_encoder import VaeEncoder
-from latentprep.prepare.source import folder as listing
+from latentprep.prepare.source.folder import Folder
 from latentprep.prepare.work.finish import Finisher
 from tests.conftest import SMALL, TINY, gradient
 from tests.test_encode import files, rows
@@ -180,7 +179,7 @@ def test_verify_does_not_call_an_unreadable_image_gone(run, encode, images, tmp_
             raise PermissionError(errno.EACCES, "Permission denied")
         return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(pillow.os, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     (images / "wide2.png").unlink()
     result = run("verify", tmp_path / "c", "--source", images, "--json")
     assert '"problem": "unreadable"' in result.out
@@ -190,8 +189,8 @@ def test_verify_does_not_call_an_unreadable_image_gone(run, encode, images, tmp_
 def test_a_touched_image_that_cannot_be_read_costs_no_row(encode, images, tmp_path, monkeypatch):
     encode()
     (images / "wide1.png").touch()
-    hashing = listing.hash_image
-    monkeypatch.setattr(listing, "hash_image", lambda path, mask=None: hashing(path.with_name("none"), mask))
+    read = Folder.read
+    monkeypatch.setattr(Folder, "read", lambda self, key, limit: read(self, key.replace("wide1.png", "none"), limit))
     result = encode()
     assert "unread   1 image cannot be read now, what the cache has stays: wide1.png" in result.err
     assert len(rows(tmp_path / "c")) == 8

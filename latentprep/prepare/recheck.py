@@ -20,8 +20,10 @@ from latentprep.prepare.images.pillow import limit_pixels, max_pixels
 from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
-from latentprep.prepare.source.folder import hash_images, list_folder
-from latentprep.prepare.source.masks import Masks, list_masks, paths_of
+from latentprep.prepare.source.content import hash_images
+from latentprep.prepare.source.listing import list_images
+from latentprep.prepare.source.masks import Masks, list_masks
+from latentprep.prepare.source.sources import open_source
 from latentprep.records import Item, Placement, Problem, Skip
 
 if TYPE_CHECKING:
@@ -40,13 +42,14 @@ def compare_source(
     Reads every image, whatever its time says. Raises UserError where there is no such folder.
     """
     without = [Path(storage.path)] if storage.is_local else []
-    source = list_folder(folder, without=without if masks is None else [*without, masks.folder])
+    without += [Path(masks.source.where)] if masks is not None else []
+    listing = list_images(open_source(folder, without=without))
     rows = list(live_rows(storage, manifest))
     problems = []
-    there = [*(item.key for item in source.items), *(skip.key for skip in source.skips)]
+    there = [*(item.key for item in listing.items), *(skip.key for skip in listing.skips)]
     listed = frozenset(there)  # images, and folders that cannot be listed
-    files = (paths_of(key, folder, masks) for key, _ in rows)
-    for (key, digest), found in zip(rows, hash_images(files), strict=True):
+    files = ((key, nbytes) for key, nbytes, _ in rows)
+    for (key, _, digest), found in zip(rows, hash_images(listing.source, masks, files), strict=True):
         progress(1)
         if found is None and not listed.isdisjoint({key, *map(str, PurePosixPath(key).parents)}):
             problems.append(Problem(key, "unreadable", "in the cache; it, its mask or its folder cannot be read now"))
@@ -54,7 +57,7 @@ def compare_source(
             problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
         elif found != digest:
             problems.append(Problem(key, "changed", "its content is not what was encoded"))
-    known = {key for key, _ in rows} | {skip.key for skip in read_skips(storage)}
+    known = {key for key, _, _ in rows} | {skip.key for skip in read_skips(storage)}
     return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
 
 
@@ -63,19 +66,20 @@ def find_masks(manifest: Manifest, folder: Path | None) -> Masks | None:
     if manifest.recipe.latents.images.weights != "masks":
         return None
     name = str(folder or manifest.made_with.masks or "")
-    if not name or not Path(name).is_dir():
-        raise UserError(f"--masks {name}: no such folder. Give that of this cache's masks.")
-    return list_masks(Path(name), "--masks")
+    missing = "no such folder. Give that of this cache's masks."
+    if not name:
+        raise UserError(f"--masks {name}: {missing}")
+    return list_masks(name, "--masks", missing)
 
 
-def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
-    """key and content hash of every image in the cache."""
+def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:
+    """key, bytes (with its mask) and content hash of every image in the cache."""
     for entry in manifest.shards:
         text = entry.open_text(storage)
         latents = entry.open_latents(storage)
         for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
             for row in live.tolist():
-                yield words.key[row], bytes(group.digest[row].tolist())
+                yield words.key[row], int(words.nbytes[row]), bytes(group.digest[row].tolist())
 
 
 def reencode(
@@ -94,11 +98,11 @@ def reencode(
 
     Raises UserError where the model is not the one that the cache was made with.
     """
-    source = find_vae(manifest, model, vae)
+    made_vae = find_vae(manifest, model, vae)
     recipe = manifest.recipe.latents
     (chosen, *_), _ = choose_devices(device)
-    encoder = source.open(torch.device(chosen), TORCH_DTYPES[recipe.dtype], tiling=recipe.tiling)
-    options = LoadOptions.from_recipe(folder, manifest.latent.factor, masks, recipe)
+    encoder = made_vae.open(torch.device(chosen), TORCH_DTYPES[recipe.dtype], tiling=recipe.tiling)
+    options = LoadOptions.from_recipe(open_source(folder), manifest.latent.factor, masks, recipe)
     problems, worst = [], 0.0
     for entry, number, row in sample_rows(manifest, count, seed):
         words = entry.open_text(storage).groups[number]

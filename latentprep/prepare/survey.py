@@ -25,8 +25,10 @@ from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
 from latentprep.prepare.source.captions import Captioned, add_captions
-from latentprep.prepare.source.folder import Source, hash_images, list_folder
-from latentprep.prepare.source.masks import Masks, add_masks, list_masks, paths_of
+from latentprep.prepare.source.content import hash_images
+from latentprep.prepare.source.listing import Listing, list_images
+from latentprep.prepare.source.masks import Masks, add_masks, list_masks
+from latentprep.prepare.source.sources import open_source
 from latentprep.prepare.work.latents import LatentsWorker
 from latentprep.prepare.work.text import TextWorker
 from latentprep.recipe import LatentsRecipe, Recipe, TextRecipe, recipe_changes
@@ -103,8 +105,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     """
     limit_pixels(options.max_pixels)
     storage = Storage(options.out)
-    source, masks = list_source(options, say)
-    captioned = add_captions(source, options.text)
+    listing, masks = list_source(options, say)
+    captioned = add_captions(listing, options.text)
     models = models or open_models(options, say)
     where, dtype = choose_where(options, models, say)
     recipe = make_recipe(options, models, dtype)
@@ -122,9 +124,9 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
         say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        return list(hash_images(paths_of(item.key, options.source, masks) for item in items))
+        return list(hash_images(listing.source, masks, ((item.key, item.nbytes) for item in items)))
 
-    skips = [*source.skips, *captioned.skips]
+    skips = [*listing.skips, *captioned.skips]
     planner = Planner(
         captioned.items, skips, make_place(options.geometry, models.vae.factor * models.patch), row_bytes, recipe,
         options.shard_bytes or default_shard_bytes(where.devices[0]), conditions, hash_items,
@@ -140,23 +142,24 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
         raise UserError(nothing_usable(options, plan.skips))
     return Prepared(
         options, storage, models, where, recipe, make_facts(models, recipe), manifest, tuple(known_skips), captioned,
-        LoadOptions.from_recipe(options.source, models.vae.factor, masks, recipe.latents, options.strict_images),
+        LoadOptions.from_recipe(listing.source, models.vae.factor, masks, recipe.latents, options.strict_images),
         conditions, row_bytes, plan, manifest is not None and has_uncond(storage, manifest),
     )  # fmt: skip
 
 
-def list_source(options: EncodeOptions, say: Say) -> tuple[Source, Masks | None]:
-    """The image folder, and the masks of its images where there are such. Raises UserError."""
+def list_source(options: EncodeOptions, say: Say) -> tuple[Listing, Masks | None]:
+    """The images, and the masks of its images where there are such. Raises UserError."""
     own = [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
-    source = list_folder(options.source, without=own)  # which hold no images to encode, though they may lie in it
+    # which hold no images to encode, though they may lie in it
+    listing = list_images(open_source(options.source, without=own))
     if options.masks is None:
-        return source, None
+        return listing, None
     masks = list_masks(options.masks)
-    items, without = add_masks(source.items, masks)
-    source = replace(source, items=items, skips=[*source.skips, *without])
-    with_mask = sum(masks.path_of(item.key) is not None for item in source.items)
-    say(f"masks    {masks.folder}: {with_mask:,} of {counted(len(source.items), 'image')} have one")
-    return source, masks
+    items, without = add_masks(listing.items, masks)
+    listing = replace(listing, items=items, skips=[*listing.skips, *without])
+    with_mask = sum(masks.find(item.key) is not None for item in items)
+    say(f"masks    {masks.source.where}: {with_mask:,} of {counted(len(items), 'image')} have one")
+    return listing, masks
 
 
 def check_paths(options: EncodeOptions, say: Say) -> None:

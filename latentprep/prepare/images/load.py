@@ -3,7 +3,6 @@
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
@@ -18,7 +17,6 @@ from latentprep.prepare.images.jpeg import MAGIC as JPEG_MAGIC
 from latentprep.prepare.images.jpeg import check_jpeg
 from latentprep.prepare.images.pillow import (
     DecodeError,
-    NotRegularError,
     decoding,
     describe,
     find_chunk,
@@ -26,10 +24,10 @@ from latentprep.prepare.images.pillow import (
     open_image,
     oriented_size,
     read_orientation,
-    read_regular,
 )
 from latentprep.prepare.images.png import check_rows, check_sums, scale_transparency
-from latentprep.prepare.source.folder import new_hash
+from latentprep.prepare.source.content import new_hash
+from latentprep.prepare.source.door import NotRegularError, Source
 from latentprep.prepare.source.masks import Masks
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
@@ -54,7 +52,7 @@ ASPECT_TOLERANCE = 0.02  # between an image and its mask
 class LoadOptions:
     """All that decides how image files become pixels, other than their placement."""
 
-    folder: Path
+    source: Source
     factor: int  # pixels of a latent pixel, each way
     masks: Masks | None
     filter: Image.Resampling
@@ -69,12 +67,12 @@ class LoadOptions:
 
     @classmethod
     def from_recipe(
-        cls, folder: Path, factor: int, masks: Masks | None, recipe: LatentsRecipe, strict: bool = False
+        cls, source: Source, factor: int, masks: Masks | None, recipe: LatentsRecipe, strict: bool = False
     ) -> "LoadOptions":
         """The options that the latents part of a recipe says; `strict` is --strict-images, which decides no numbers."""
         geometry = recipe.geometry
         return cls(
-            folder, factor, masks, strict=strict,
+            source, factor, masks, strict=strict,
             filter=Image.Resampling[geometry.filter.upper()],
             crop=geometry.crop, crops=geometry.crops, seed=geometry.crop_seed or 0,
             **vars(recipe.images),
@@ -95,41 +93,48 @@ def load_pixels(
 ) -> Pixels | Skip:
     """The pixels of an item as the VAE is to see them, or the Skip that says why not.
 
-    `crops` are boxes that are known already: those of a row in a cache. Raises ImageError; UserError if the folder of
-    the images is not there any more.
+    `crops` are boxes that are known already: those of a row in a cache. Raises ImageError; UserError if the source is
+    not there any more.
     """
-    mask_path = options.masks.path_of(item.key) if options.masks is not None else None
+    masks, limit = options.masks, max_bytes()
+    mask = masks.find(item.key) if masks is not None else None
+    mask_where = masks.locate(mask) if masks is not None and mask is not None else ""
+    if mask is not None and mask.nbytes > limit:
+        return item.skip("bad_mask", f"{mask_where}: {human_bytes(mask.nbytes)}, expected at most {human_bytes(limit)}")
     try:
-        if mask_path is not None and (size := mask_path.stat().st_size) > max_bytes():
-            return item.skip(
-                "bad_mask", f"{mask_path}: {human_bytes(size)}, expected at most {human_bytes(max_bytes())}"
-            )
-        data = read_regular(options.folder / item.key)
-        mask_data = read_regular(mask_path) if mask_path is not None else b""
+        data = options.source.read(item.key, limit)
+        mask_data = masks.source.read(mask.key, limit) if masks is not None and mask is not None else b""
     except NotRegularError as error:
         return item.skip("unreadable", str(error))
     except OSError as error:
-        if not options.folder.is_dir():
-            raise UserError(
-                f"SOURCE {options.folder}: vanished while its images were read. What is encoded is kept: mount it "
-                "again, and run the same command."
-            ) from None
+        check_there(options)
         return item.skip("io_error", describe(error))
     except MemoryError as error:
         return item.skip("out_of_memory", describe(error))
     if len(data) + len(mask_data) != item.nbytes:
         return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data) + len(mask_data)}: run again")
     try:
-        return make_pixels(data, mask_data if mask_path is not None else None, item, placement, options, crops)
+        return make_pixels(data, mask_data if mask is not None else None, item, placement, options, crops)
     except DecodeError as error:
         if error.reason == "not_an_image":  # it was one when it was listed
             return item.skip("unreadable", error.detail)
-        where = f"{mask_path}: " if error.reason == "bad_mask" else ""
+        where = f"{mask_where}: " if error.reason == "bad_mask" else ""
         return item.skip(error.reason, where + error.detail)
     except MemoryError as error:
         return item.skip("out_of_memory", describe(error))
     except Exception as error:  # whatever it is, it is to say which image it was
         raise ImageError(f"{item.key}: {describe(error)}") from error
+
+
+def check_there(options: LoadOptions) -> None:
+    """Raise UserError if the source, or that of the masks, is not there any more."""
+    sources = {"SOURCE": options.source} | ({"--weights": options.masks.source} if options.masks is not None else {})
+    for option, source in sources.items():
+        if not source.is_there():
+            raise UserError(
+                f"{option} {source.where}: vanished while its images were read. What is encoded is kept: mount it "
+                "again, and run the same command."
+            ) from None
 
 
 def make_pixels(

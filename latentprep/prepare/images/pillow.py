@@ -1,18 +1,16 @@
-"""What Pillow may open, how files are opened for it, and what it raises. No pixel is decoded here.
+"""What Pillow may open, what it is given, and what it raises. No pixel is decoded here.
 
 Only what Pillow raises is the fault of an image: its calls stand inside `decoding()`, and our own code outside.
 """
 
 import logging
-import os
-import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import IO, Any, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -114,32 +112,9 @@ def decoder_versions() -> str:
     return ", ".join(found)
 
 
-class NotRegularError(OSError):
-    """A pipe, a socket, a device or a folder in the place of a file."""
-
-
-def open_regular(path: Path) -> IO[bytes]:
-    """A regular file, open for reading. Raises OSError; NotRegularError at once for a pipe, which may have no end."""
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise NotRegularError("not a regular file")
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
-
-
 def max_bytes() -> int:
     """The largest file that is read: one of limit_pixels' pixels, stored as they are."""
     return max_pixels() * MAX_BYTES_PER_PIXEL
-
-
-def read_regular(path: Path) -> bytes:
-    """All bytes of a regular file; a larger file is cut at max_bytes + 1 bytes. Raises OSError like open_regular."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        return file.read(min(size, max_bytes()) + 1)  # Python takes memory for all that is asked for
 
 
 class CountedFile:

@@ -3,17 +3,21 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import regex  # re's syntax, with a limit of time
 
 from latentprep.errors import UserError
-from latentprep.options import TextOptions
-from latentprep.prepare.source.folder import Source, stem
-from latentprep.prepare.source.metadata import MAX_CAPTION, READERS, read_metadata, read_text
+from latentprep.options import CAPTION_COLUMN, TextOptions
+from latentprep.prepare.source.door import TEXTS
+from latentprep.prepare.source.listing import Listing, stem
+from latentprep.prepare.source.metadata import MAX_CAPTION, READERS, list_tables, read_json, read_metadata, read_text
 from latentprep.records import Item, Skip
 
-SIDECARS = (".txt", ".caption")
+JSON_COLUMNS = (
+    CAPTION_COLUMN,
+    "caption",
+)  # of .json sidecars, if no column was asked for: img2dataset writes "caption"
 REGEX_SECONDS = 2  # for one file name
 
 
@@ -37,31 +41,35 @@ class Captioned:
     ignored: Counter[str]  # suffix -> how many files that are neither images nor captions
 
 
-def add_captions(source: Source, options: TextOptions) -> Captioned:
+def add_captions(listing: Listing, options: TextOptions) -> Captioned:
     """Each item's captions: a sidecar of the same stem, else a metadata file, else the file name.
 
-    An image whose caption cannot be read is a skip. Raises UserError for a bad --word-regex and a broken metadata file.
+    The source says which suffixes are sidecars. A .json of the same stem is one in tars alone: in a folder of photos
+    it is as often another program's. An image whose caption cannot be read is a skip. Raises UserError for a bad
+    --word-regex and a broken metadata file.
     """
     try:
         word = regex.compile(options.word_regex) if options.word_regex else None
     except regex.error as error:
         raise UserError(f"--word-regex {options.word_regex}: not a regular expression ({error}).") from None
-    sidecars = {(stem(key), suffix): key for key in source.others if (suffix := _suffix(key)) in SIDECARS}
-    metadata = read_metadata(source.folder, source.others, options.caption_columns)
+    keys = {item.key for item in listing.items} | {skip.key for skip in listing.skips}
+    stems = Counter(map(stem, keys))
+    sidecars = list_sidecars(listing, stems)
+    check_column(listing, sidecars, options)
+    metadata = read_metadata(listing, options.caption_columns)
     items: list[Item] = []
     skips: list[Skip] = []
-    for item in source.items:
+    for item in listing.items:
         try:
-            texts, origin = _find_texts(item.key, source.folder, sidecars, metadata, word, options)
+            texts, origin = _find_texts(item.key, listing, sidecars, metadata, word, options)
         except TooSlowError:
             raise
         except UserError as error:
             skips.append(item.skip("bad_caption", str(error)))
         else:
             items.append(replace(item, captions=tidy(texts), caption_origin=origin))
-    keys = {item.key for item in source.items} | {skip.key for skip in source.skips}
-    stems = Counter(map(stem, keys))
     with_sidecar = {name for name, _ in sidecars}
+    used = set(sidecars.values())
     return Captioned(
         items,
         Counter(item.caption_origin for item in items),
@@ -69,13 +77,38 @@ def add_captions(source: Source, options: TextOptions) -> Captioned:
         + [key for key in metadata if key not in keys],
         shared=sorted(name for name, count in stems.items() if count > 1 and name in with_sidecar),
         skips=skips,
-        num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in SIDECARS and "\n" in i.captions[0]}),
+        num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in TEXTS and "\n" in i.captions[0]}),
         ignored=Counter(
             _suffix(key) or PurePosixPath(key).name
-            for key in source.others
-            if _suffix(key) not in SIDECARS and PurePosixPath(key).name not in READERS
+            for key in listing.others
+            if key not in used and _suffix(key) not in TEXTS and PurePosixPath(key).name not in READERS
         ),
     )
+
+
+def list_sidecars(listing: Listing, stems: Counter[str]) -> dict[tuple[str, str], str]:
+    """(stem, suffix) -> key of the files that caption one image; texts also if there is no such image."""
+    suffixes = listing.source.sidecars
+    return {
+        (stem(key), suffix): key
+        for key in listing.others
+        if (suffix := _suffix(key)) in suffixes and (suffix in TEXTS or stem(key) in stems)
+    }
+
+
+def check_column(listing: Listing, sidecars: dict[tuple[str, str], str], options: TextOptions) -> None:
+    """Raise UserError if a column is asked for, and nothing has columns."""
+    has_json = any(suffix not in TEXTS for _, suffix in sidecars)
+    if is_asked(options) and not has_json and not list_tables(listing):
+        kinds = [*READERS, *(f"{suffix} beside images" for suffix in listing.source.sidecars if suffix not in TEXTS)]
+        raise UserError(
+            f"--caption-column {options.caption_columns[0]}: SOURCE {listing.source.where} holds no {', '.join(kinds)}."
+        )
+
+
+def is_asked(options: TextOptions) -> bool:
+    """Whether a column was asked for."""
+    return options.caption_columns != (CAPTION_COLUMN,)
 
 
 def _suffix(key: str) -> str:
@@ -84,17 +117,27 @@ def _suffix(key: str) -> str:
 
 def _find_texts(
     key: str,
-    folder: Path,
+    listing: Listing,
     sidecars: dict[tuple[str, str], str],
     metadata: dict[str, list[str]],
     word: "regex.Pattern[str] | None",
     options: TextOptions,
 ) -> tuple[list[str], str]:
-    """What stands somewhere as the captions of an image, and where. Raises UserError."""
-    for suffix in SIDECARS:
-        if (sidecar := sidecars.get((stem(key), suffix))) is not None:
-            text = read_text(folder, sidecar, MAX_CAPTION)
-            return text.splitlines() if options.caption_lines else [text], suffix[1:]
+    """What stands somewhere as the captions of an image, and where. Raises UserError.
+
+    If a column was asked for, a .json goes before a .txt: img2dataset writes both.
+    """
+    asked = options.caption_columns if is_asked(options) else None
+    suffixes = listing.source.sidecars
+    for suffix in sorted(suffixes, key=TEXTS.__contains__) if asked else suffixes:
+        if (sidecar := sidecars.get((stem(key), suffix))) is None:
+            continue
+        if suffix not in TEXTS:
+            if (texts := read_json(listing, sidecar, asked, JSON_COLUMNS)) is not None:
+                return texts, suffix[1:]
+            continue
+        text = read_text(listing, sidecar, MAX_CAPTION)
+        return text.splitlines() if options.caption_lines else [text], suffix[1:]
     if key in metadata:
         return metadata[key], "metadata"
     return [caption_from_name(key, word, options.joiner)], "filename"

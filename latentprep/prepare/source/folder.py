@@ -1,73 +1,69 @@
-"""A folder -> items: every image under it by its header; no pixel is decoded."""
+"""A folder as a source: every file in and below it."""
 
-import hashlib
 import os
+import stat
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
+from typing import IO
 
-from latentprep.errors import UserError
-from latentprep.human import human_bytes
-from latentprep.prepare.images.pillow import (
-    WITH_A_PLUGIN,
-    DecodeError,
-    NotRegularError,
-    describe,
-    is_image_name,
-    max_bytes,
-    open_image,
-    open_regular,
-    oriented_size,
-)
-from latentprep.records import Item, Skip
-
-HASHERS = 4  # threads that read files; a disk has no use for more
+from latentprep.prepare.images.pillow import describe
+from latentprep.prepare.source.door import File, NotRegularError, Source
+from latentprep.records import Skip
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What a folder holds: images that can be planned, files that only look like images, and all the rest."""
+@dataclass(frozen=True)
+class Folder(Source):
+    """The files of a folder, searched recursively. The version of a file is its time."""
 
-    folder: Path
-    items: list[Item]
-    skips: list[Skip]
-    others: list[str]  # keys of the files that are not images: captions and the like
+    where: str
+    without: tuple[Path, ...] = ()  # folders that are left out
 
+    def list(self) -> Iterator[File | Skip]:
+        root = Path(self.where)
+        for found in walk(root, self.without):
+            yield found if isinstance(found, Skip) else file_at(found, found.relative_to(root).as_posix())
 
-def list_folder(folder: Path, *, without: Iterable[Path] = ()) -> Source:
-    """Every image under a folder, sorted by key; the folders `without` are left out. Raises UserError."""
-    if not folder.exists():
-        raise UserError(f"SOURCE {folder}: no such folder. Give the folder that holds the images.")
-    if not folder.is_dir():
-        raise UserError(f"SOURCE {folder}: a file, expected a folder of images.")
-    items: list[Item] = []
-    skips: list[Skip] = []
-    others: list[str] = []
-    for path in walk(folder, without, skips):
-        key = path.relative_to(folder).as_posix()
-        if not is_image_name(key):
-            others.append(key)
-            continue
-        entry = read_item(path, key)
-        (items if isinstance(entry, Item) else skips).append(entry)  # type: ignore[arg-type]
-    if not folder.is_dir():
-        raise UserError(f"SOURCE {folder}: vanished while it was listed. Mount it again, and run the same command.")
-    if not items and not skips:
-        found = f"{len(others)} other files" if others else "it is empty"
-        raise UserError(f"SOURCE {folder}: no images ({found}). Expected files such as .jpg, .png or .webp.")
-    return Source(folder, sorted(items, key=lambda i: i.key), sorted(skips, key=lambda s: s.key), sorted(others))
+    def read(self, key: str, limit: int) -> bytes:
+        with open_regular(Path(self.where) / key) as file:
+            size = os.fstat(file.fileno()).st_size
+            return file.read(max(0, min(size, limit)) + 1)  # Python takes memory for all that is asked for
+
+    def is_there(self) -> bool:
+        return Path(self.where).is_dir()
 
 
-def stem(key: str) -> str:
-    """A key without its suffix: what an image, its caption file and its mask have in common."""
-    return PurePosixPath(key).with_suffix("").as_posix()
+def open_folder(where: str, without: tuple[Path, ...]) -> Folder | None:
+    """A folder, whatever is in it."""
+    return Folder(where, without) if Path(where).is_dir() else None
 
 
-def walk(folder: Path, without: Iterable[Path], skips: list[Skip]) -> Iterator[Path]:
+def file_at(path: Path, key: str) -> File:
+    """A file on a disk, under a key."""
+    try:
+        status = path.stat()
+    except OSError:
+        return File(key, -1, -1, partial(open_regular, path))
+    return File(key, status.st_size, status.st_mtime_ns, partial(open_regular, path))
+
+
+def open_regular(path: Path) -> IO[bytes]:
+    """A regular file, open for reading. Raises OSError; NotRegularError at once for a pipe, which may have no end."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise NotRegularError("not a regular file")
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def walk(folder: Path, without: Iterable[Path] = ()) -> Iterator[Path | Skip]:
     """Files under a folder, following links to folders but never in a circle; hidden files and caches are left out.
 
-    A folder below it that cannot be listed is added to `skips`. Raises UserError if `folder` itself cannot be.
+    A folder below it that cannot be listed is a Skip. Raises OSError if `folder` itself cannot be.
     """
     seen: set[tuple[int, int]] = set()
     pending = [folder]
@@ -85,8 +81,8 @@ def walk(folder: Path, without: Iterable[Path], skips: list[Skip]) -> Iterator[P
                 entries = [entry for entry in listing if not entry.name.startswith(".")]
         except OSError as error:
             if here == folder:
-                raise UserError(f"SOURCE {here}: cannot be listed ({error.strerror}). Make it readable.") from error
-            skips.append(Skip(here.relative_to(folder).as_posix(), "unreadable_folder", describe(error)))
+                raise
+            yield Skip(here.relative_to(folder).as_posix(), "unreadable_folder", describe(error))
             continue
         for entry in entries:
             if is_folder(entry):
@@ -101,58 +97,3 @@ def is_folder(entry: "os.DirEntry[str]") -> bool:
         return entry.is_dir()
     except OSError:
         return False
-
-
-def read_item(path: Path, key: str) -> Item | Skip:
-    """The item of a file, or the Skip that says why it is none."""
-    nbytes = version = -1
-
-    def skip(reason: str, detail: str) -> Skip:
-        return Skip(key, reason, detail, nbytes, version)
-
-    try:
-        with open_regular(path) as file:
-            status = os.fstat(file.fileno())
-            nbytes, version = status.st_size, status.st_mtime_ns
-            if nbytes > max_bytes():
-                return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
-            with open_image(file) as image:
-                return Item(key, oriented_size(image), nbytes, version)
-    except NotRegularError as error:
-        return skip("unreadable", str(error))
-    except OSError as error:
-        return skip("io_error", describe(error))
-    except MemoryError as error:
-        return skip("out_of_memory", describe(error))
-    except DecodeError as error:
-        if error.reason != "not_an_image":  # it is the header that was read, and not the pixels
-            return skip("unreadable" if error.reason == "truncated" else error.reason, error.detail)
-    extra = WITH_A_PLUGIN.get(path.suffix.lower())
-    detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({path.suffix})"
-    if extra and nbytes:
-        detail += f"; pip install 'latentprep[{extra}]'"
-    return skip("not_an_image", detail)
-
-
-def hash_image(image: Path, mask: Path | None = None) -> bytes | None:
-    """16 bytes: the content hash that a cache keeps of every image and its mask; None where they cannot be read."""
-    made = new_hash()
-    try:
-        for path in (image, mask) if mask is not None else (image,):
-            with open_regular(path) as file:
-                while block := file.read(1 << 20):
-                    made.update(block)
-    except OSError:
-        return None
-    return made.digest()
-
-
-def hash_images(files: Iterable[tuple[Path, Path | None]]) -> Iterator[bytes | None]:
-    """hash_image of many, in their order."""
-    with ThreadPoolExecutor(HASHERS) as pool:
-        yield from pool.map(lambda pair: hash_image(*pair), files)
-
-
-def new_hash(data: bytes = b"") -> "hashlib.blake2b":
-    """BLAKE2b of 16 bytes, of everything in an image file and its mask."""
-    return hashlib.blake2b(data, digest_size=16)

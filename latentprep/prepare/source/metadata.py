@@ -2,45 +2,48 @@
 
 import csv
 import json
-import stat
 from collections.abc import Callable, Collection, Iterator
 from io import StringIO
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from latentprep.errors import UserError
 from latentprep.human import human_bytes
-from latentprep.options import CAPTION_COLUMN
+from latentprep.prepare.source.door import NotRegularError
+from latentprep.prepare.source.listing import Listing
 
 MAX_CAPTION = (
     64_000  # bytes of a caption file, characters of a cell: 15,000 words; a tokenizer takes a minute for 10 MB
 )
+MAX_JSON = 2**20  # bytes of one image's .json: img2dataset puts all of EXIF into it
 MAX_METADATA = 2**30  # bytes of a metadata file, which is read as a whole
 FILE_NAME = "file_name"  # the column that names the image, relative to the metadata file
 Line = tuple[str, dict[str, Any]]  # where it stands; column -> value
 
 
-def read_metadata(folder: Path, names: list[str], columns: tuple[str, ...]) -> dict[str, list[str]]:
-    """Key -> captions, of every metadata file among `names`: what `columns` hold, in order; rows of one image add up.
+def list_tables(listing: Listing) -> list[str]:
+    """Keys of the metadata files of a source."""
+    return [key for key in listing.others if PurePosixPath(key).name in READERS]
+
+
+def read_metadata(listing: Listing, columns: tuple[str, ...]) -> dict[str, list[str]]:
+    """Key -> captions, of every metadata file: what `columns` hold, in order; rows of one image add up.
 
     Raises UserError, naming file and line, for what is no such file, and for a column that it does not have.
     """
-    tables = [name for name in names if PurePosixPath(name).name in READERS]
-    if not tables and columns != (CAPTION_COLUMN,):
-        raise UserError(f"--caption-column {columns[0]}: SOURCE {folder} holds no {', '.join(READERS)}.")
     captions: dict[str, list[str]] = {}
-    for name in tables:
-        for where, row in READERS[PurePosixPath(name).name](folder, name, (FILE_NAME, *columns)):
+    for name in list_tables(listing):
+        for where, row in READERS[PurePosixPath(name).name](listing, name, (FILE_NAME, *columns)):
             image = row[FILE_NAME]
             if not isinstance(image, str):
                 raise UserError(f"{where}: expected a text as {FILE_NAME!r}, got {_short(image)}.")
             own = captions.setdefault((PurePosixPath(name).parent / image).as_posix(), [])
             for column in columns:
-                own += _texts(row[column], where, column)
+                own += texts_of(row[column], where, column)
     return captions
 
 
-def _texts(value: Any, where: str, column: str) -> list[str]:
+def texts_of(value: Any, where: str, column: str) -> list[str]:
     """The captions of one cell: a text, a list of texts, or nothing."""
     texts = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) for text in texts):
@@ -54,7 +57,7 @@ def _short(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)[:80]
 
 
-def _check_columns(where: str, wanted: tuple[str, ...], there: Collection[str]) -> None:
+def check_columns(where: str, wanted: tuple[str, ...], there: Collection[str]) -> None:
     """Raise UserError, naming those that are there, where a column is missing."""
     for column in wanted:
         if column not in there:
@@ -62,9 +65,9 @@ def _check_columns(where: str, wanted: tuple[str, ...], there: Collection[str]) 
             raise UserError(f"{where}: no column {column!r}, only {', '.join(map(repr, there)) or 'none'}.{hint}")
 
 
-def read_jsonl(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+def read_jsonl(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
     """A JSON object a line."""
-    for number, line in enumerate(read_text(folder, name).split("\n"), 1):
+    for number, line in enumerate(read_text(listing, name).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{name} line {number}"
@@ -74,16 +77,16 @@ def read_jsonl(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Li
             row = None
         if not isinstance(row, dict):
             raise UserError(f'{where}: expected {{"{FILE_NAME}": "...", "{columns[-1]}": "..."}}, got {line[:80]}')
-        _check_columns(where, columns, row)
+        check_columns(where, columns, row)
         yield where, row
 
 
-def read_csv(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+def read_csv(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
     """Values between commas; the first line names the columns."""
-    lines = csv.reader(StringIO(read_text(folder, name), newline=""), strict=True)
+    lines = csv.reader(StringIO(read_text(listing, name), newline=""), strict=True)
     try:
         header = next(lines, [])
-        _check_columns(name, columns, header)
+        check_columns(name, columns, header)
         for values in filter(None, lines):  # blank lines have no values
             where = f"{name} line {lines.line_num}"
             if len(values) != len(header):
@@ -96,17 +99,16 @@ def read_csv(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Line
         raise UserError(f"{name} line {lines.line_num}: not CSV ({error}).") from None
 
 
-def read_parquet(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+def read_parquet(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
     """A Parquet table, of which only `columns` are read: others may hold the images."""
     try:
-        from pyarrow import ArrowException, parquet
+        from pyarrow import ArrowException, BufferReader, parquet
     except ModuleNotFoundError:
         raise UserError(f"{name}: reading it takes pyarrow. Type: pip install 'latentprep[parquet]'") from None
-    if not (folder / name).is_file():
-        raise UserError(f"{name}: not a regular file. Remove it.")
+    data = read_bytes(listing, name, MAX_METADATA)
     try:
-        with parquet.ParquetFile(folder / name) as file:
-            _check_columns(name, columns, file.schema_arrow.names)
+        with parquet.ParquetFile(BufferReader(data)) as file:
+            check_columns(name, columns, file.schema_arrow.names)
             batches = file.iter_batches(columns=list(dict.fromkeys(columns)))
             for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                 yield f"{name} row {number}", row
@@ -114,28 +116,50 @@ def read_parquet(folder: Path, name: str, columns: tuple[str, ...]) -> Iterator[
         raise UserError(f"{name}: cannot be read as Parquet ({' '.join(str(error).split())[:200]}).") from None
 
 
-READERS: dict[str, Callable[[Path, str, tuple[str, ...]], Iterator[Line]]] = {
+READERS: dict[str, Callable[[Listing, str, tuple[str, ...]], Iterator[Line]]] = {
     "metadata.jsonl": read_jsonl,
     "metadata.csv": read_csv,
     "metadata.parquet": read_parquet,
 }
 
 
-def read_text(folder: Path, name: str, max_bytes: int = MAX_METADATA) -> str:
-    """Text of a file: UTF-8, or UTF-16 with its byte order mark. Raises UserError, also beyond `max_bytes`."""
+def read_json(listing: Listing, name: str, columns: tuple[str, ...] | None, usual: tuple[str, ...]) -> list[str] | None:
+    """The captions in the .json of one image: what all `columns` hold, or, if None are asked for, the first of the
+    `usual` ones that is there; None if none is. Raises UserError."""
     try:
-        status = (folder / name).stat()
-        if not stat.S_ISREG(status.st_mode):
-            raise UserError(f"{name}: not a regular file. Remove it.")
-        if status.st_size > max_bytes:
-            size, limit = human_bytes(status.st_size), human_bytes(max_bytes)
-            raise UserError(f"{name}: {size}, expected at most {limit}. Shorten it.")
-        data = (folder / name).read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read ({error.strerror}).") from error
+        row = json.loads(read_text(listing, name, MAX_JSON))
+    except (ValueError, RecursionError):
+        row = None
+    if not isinstance(row, dict):
+        raise UserError(f"{name}: not a JSON object. Mend or remove it.")
+    if columns is None:
+        columns = tuple(column for column in usual if column in row)[:1]
+        if not columns:
+            return None
+    check_columns(name, columns, row)
+    return [text for column in columns for text in texts_of(row[column], name, column)]
+
+
+def read_text(listing: Listing, name: str, max_bytes: int = MAX_METADATA) -> str:
+    """Text of a file: UTF-8, or UTF-16 with its byte order mark. Raises UserError, also beyond `max_bytes`."""
+    data = read_bytes(listing, name, max_bytes)
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
         return data.decode(encoding)
     except UnicodeDecodeError as error:
         said = encoding.upper().removesuffix("-SIG")
         raise UserError(f"{name}: not {said} text at byte {error.start}. Save it as UTF-8.") from None
+
+
+def read_bytes(listing: Listing, name: str, max_bytes: int) -> bytes:
+    """All of a file that was listed. Raises UserError, also beyond `max_bytes`."""
+    nbytes = listing.others[name]
+    try:
+        data = listing.source.read(name, max_bytes) if nbytes <= max_bytes else b""
+    except NotRegularError:
+        raise UserError(f"{name}: not a regular file. Remove it.") from None
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror or error}).") from error
+    if (nbytes := max(nbytes, len(data))) > max_bytes:
+        raise UserError(f"{name}: {human_bytes(nbytes)}, expected at most {human_bytes(max_bytes)}. Shorten it.")
+    return data

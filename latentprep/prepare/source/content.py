@@ -1,0 +1,43 @@
+"""The content of images as 16 bytes: what tells, once an image was read, that it is the one that was encoded."""
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from threading import Lock
+
+from latentprep.prepare.source.door import Source
+from latentprep.prepare.source.masks import Masks
+
+HASHERS = 4  # threads that read files; a disk has no use for more
+LARGE_BYTES = (
+    32_000_000  # of such files one is read at a time: so many bytes of each thread, and one file, are in memory
+)
+
+
+def hash_images(source: Source, masks: Masks | None, files: Iterable[tuple[str, int]]) -> Iterator[bytes | None]:
+    """The content hash of each image and its mask, by key and bytes of both; None where they cannot be read.
+
+    A file that has more bytes now is not read to its end: its hash is another in any case.
+    """
+    large = Lock()
+
+    def hash_image(file: tuple[str, int]) -> bytes | None:
+        key, nbytes = file[0], max(0, file[1])
+        mask = masks.find(key) if masks is not None else None
+        try:
+            with large if nbytes > LARGE_BYTES else nullcontext():
+                made = new_hash(source.read(key, nbytes))
+                if masks is not None and mask is not None:
+                    made.update(masks.source.read(mask.key, nbytes))
+                return made.digest()
+        except (OSError, MemoryError):
+            return None
+
+    with ThreadPoolExecutor(HASHERS) as pool:
+        yield from pool.map(hash_image, files)
+
+
+def new_hash(data: bytes = b"") -> "hashlib.blake2b":
+    """BLAKE2b of 16 bytes, of everything in an image file and its mask."""
+    return hashlib.blake2b(data, digest_size=16)

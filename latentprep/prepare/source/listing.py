@@ -1,0 +1,118 @@
+"""The files of a source -> items: every image by its header; no pixel is decoded."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import PurePosixPath
+from typing import IO
+
+from latentprep.errors import UserError
+from latentprep.human import human_bytes
+from latentprep.prepare.images.pillow import (
+    WITH_A_PLUGIN,
+    DecodeError,
+    describe,
+    is_image_name,
+    max_bytes,
+    open_image,
+    oriented_size,
+)
+from latentprep.prepare.source.door import File, NotRegularError, Source
+from latentprep.records import Item, Skip
+
+MAX_VERSION = 2**63 - 1  # it is stored as an int64
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What a source holds: images that can be planned, files that only look like images, and all the rest."""
+
+    source: Source
+    items: list[Item]
+    skips: list[Skip]
+    others: dict[str, int]  # key -> bytes of the files that are no images: captions and the like. All sorted by key
+
+
+def list_images(source: Source) -> Listing:
+    """Every image of a source. Raises UserError."""
+    images: dict[str, Item | Skip] = {}
+    others: dict[str, int] = {}
+    try:
+        for found in source.list():
+            if isinstance(found, Skip):
+                images[found.key] = found
+            elif not is_plain(found.key):
+                if is_image_name(found.key):
+                    images[found.key] = Skip(found.key, "unreadable", "its name leads outside of the source")
+            elif is_image_name(found.key):
+                images[found.key] = read_item(found, source)
+            else:
+                others[found.key] = found.nbytes
+    except OSError as error:
+        raise UserError(
+            f"SOURCE {source.where}: cannot be listed ({error.strerror or error}). Make it readable."
+        ) from error
+    if not source.is_there():
+        raise UserError(
+            f"SOURCE {source.where}: vanished while it was listed. Mount it again, and run the same command."
+        )
+    if not images:
+        found_instead = f"{len(others)} other files" if others else "it is empty"
+        raise UserError(
+            f"SOURCE {source.where}: no images ({found_instead}). Expected files such as .jpg, .png or .webp."
+        )
+    in_order = [images[key] for key in sorted(images)]
+    return Listing(
+        source,
+        [entry for entry in in_order if isinstance(entry, Item)],
+        [entry for entry in in_order if isinstance(entry, Skip)],
+        dict(sorted(others.items())),
+    )
+
+
+def is_plain(key: str) -> bool:
+    """Whether a key is a path inside its source, and the only way to write it: archives hold names of any kind."""
+    return {"", ".", ".."}.isdisjoint(key.split("/")) and "\0" not in key
+
+
+def read_item(file: File, source: Source) -> Item | Skip:
+    """The item of a file, or the Skip that says why it is none."""
+    key, nbytes, version = file.key, file.nbytes, file.version & MAX_VERSION
+
+    def skip(reason: str, detail: str) -> Skip:
+        return Skip(key, reason, detail, nbytes, version)
+
+    if nbytes > max_bytes():
+        return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
+    try:
+        with open_file(file, source) as opened, open_image(opened) as image:
+            return Item(key, oriented_size(image), nbytes, version)
+    except NotRegularError as error:
+        return skip("unreadable", str(error))
+    except OSError as error:
+        return skip("io_error", describe(error))
+    except MemoryError as error:
+        return skip("out_of_memory", describe(error))
+    except DecodeError as error:
+        if error.reason != "not_an_image":  # it is the header that was read, and not the pixels
+            return skip("unreadable" if error.reason == "truncated" else error.reason, error.detail)
+    suffix = PurePosixPath(key).suffix.lower()
+    extra = WITH_A_PLUGIN.get(suffix)
+    detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({PurePosixPath(key).suffix})"
+    if extra and nbytes:
+        detail += f"; pip install 'latentprep[{extra}]'"
+    return skip("not_an_image", detail)
+
+
+def open_file(file: File, source: Source) -> IO[bytes]:
+    """A file for its header. Raises OSError."""
+    return file.open() if file.open is not None else BytesIO(source.read(file.key, max_bytes()))
+
+
+def stem(key: str) -> str:
+    """A key without its suffix: what an image, its caption file and its mask have in common.
+
+    The suffix begins at the last dot. WebDataset's begins at the first one of the file name, so that `1.seg.png`
+    belongs to its sample `1`; here that is an image of its own, in a tar as in a folder, and `a v1.5.png` has its
+    caption in `a v1.5.txt`.
+    """
+    return PurePosixPath(key).with_suffix("").as_posix()
