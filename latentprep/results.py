@@ -1,6 +1,7 @@
 """What the public functions return: numbers to go on with, and a few lines to look at."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -85,7 +86,7 @@ class Verified:
     num_images: int | None  # None: there is no manifest that can be read
     num_shards: int | None
     not_compared: str | None  # why its images were not compared, though they were to be
-    differences: dict[str, float]  # of re_encode: "latents" and "cond" -> the largest, in standard deviations
+    differences: Mapping[str, float]  # of re_encode: "latents" and "cond" -> the largest, in standard deviations
 
     @property
     def ok(self) -> bool:

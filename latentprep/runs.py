@@ -122,7 +122,8 @@ def run_verify(
     storage = Storage(cache)
     with progress.bar(None, "hash", "B") as bar:
         manifest, found = verify(storage, bar.update)
-    problems, differences, not_compared = list(found), {}, None
+    problems, not_compared = list(found), None
+    differences: dict[str, float] = {}
     if source is not None and problems:
         not_compared = f"{source}: not compared; mend the cache first"
     elif source is not None and manifest is not None:
