@@ -27,7 +27,7 @@ from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.source.folder import read_item
-from latentprep.recipe import latents_recipe
+from latentprep.recipe import LatentsRecipe
 from latentprep.records import Item, Pixels
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
@@ -48,7 +48,7 @@ def write_photos(folder: Path, width: int) -> None:
 
 
 def make_options(folder: Path, geometry: Geometry, draft: bool) -> LoadOptions:
-    recipe = latents_recipe(
+    recipe = LatentsRecipe.of(
         vae="", geometry=geometry, images=ImageOptions(draft=draft), flip=False, dtype="", store="mean", store_dtype=""
     )
     return LoadOptions.from_recipe(folder, 8, None, recipe)

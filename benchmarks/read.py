@@ -23,9 +23,12 @@ import torch
 import typer
 
 from latentprep import LatentDataset, LatentLoader
+from latentprep.cache.group import LatentGroup, TextGroup
+from latentprep.cache.latents import write_latents
 from latentprep.cache.manifest import Manifest, commit
-from latentprep.cache.shard import LatentGroup, ShardEntry, Text, TextGroup, write_latents, write_text, write_uncond
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
+from latentprep.cache.text import Text, write_text, write_uncond
 
 SHAPE = (4, 64, 64)
 
@@ -62,7 +65,7 @@ def write_cache(
         )
         text = Text([group], names, {"prompt_embeds": noise(rows, 77, width)})
         stamps = write_latents(storage, f"u{n}", [latents], {}), write_text(storage, f"u{n}", "t", text, {})
-        entries.append(ShardEntry(f"u{n}", "t", (("h512w512", rows, shape),), *stamps))
+        entries.append(Shard(f"u{n}", "t", (("h512w512", rows, shape),), *stamps))
     uncond = write_uncond(storage, "empty", {"prompt_embeds": noise(1, 77, width)}, {})
     latents_recipe = {
         "vae": "", "geometry": {}, "images": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",

@@ -17,7 +17,7 @@ import typer
 from read import write_cache
 
 from latentprep.cache.manifest import commit, open_manifest
-from latentprep.cache.shard import latents_name, text_name
+from latentprep.cache.names import latents_name, text_name
 from latentprep.cache.storage import Storage
 
 

@@ -100,7 +100,7 @@ def main(
         raise typer.BadParameter(f"--name {name}: expected the name of a file, and not 'state'.")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     probe = LatentDataset(cache)
-    flip_p = 0.5 if any(map(is_flipped, probe.manifest.latent["views"])) else 0.0
+    flip_p = 0.5 if any(map(is_flipped, probe.manifest.latent.views)) else 0.0
     data = LatentDataset(cache, latent_sampling_method="random", flip_p=flip_p, use_weight=True, seed=seed)
     loader = LatentLoader(data, batch_size, gradient_step=gradient_step, seed=seed)
     if model is None:

@@ -2,4 +2,5 @@
 
 from latentprep.cli.commands import main
 
-main()
+if __name__ == "__main__":  # the processes of several devices import it too
+    main()

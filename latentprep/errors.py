@@ -9,6 +9,14 @@ class UnreadableError(UserError):
     """A file of a cache that is there and cannot be read: this machine's trouble, so nothing is made anew for it."""
 
 
+class WriteError(UserError):
+    """A file of a cache that cannot be written: what was to be in it is made again by the next run."""
+
+
+class LockedError(UserError):
+    """Another latentprep is at work on a cache."""
+
+
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
     """Raise UserError if a value is not one of the choices."""
     if value not in choices:

@@ -2,21 +2,22 @@
 
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from latentprep.cache.manifest import NAME as MANIFEST_NAME
-from latentprep.cache.shard import FOLDER
+from latentprep.cache.names import FOLDER
+from latentprep.cache.names import MANIFEST as MANIFEST_NAME
 from latentprep.cache.storage import Storage
 from latentprep.human import counted, human_bytes, human_seconds, printable, shortened
 from latentprep.options import EncodeOptions
-from latentprep.prepare.encode import Outcome
+from latentprep.prepare.outcome import Outcome
 from latentprep.prepare.plan.buckets import cropped_away
 from latentprep.prepare.plan.estimate import Estimate
 from latentprep.prepare.survey import Prepared
 from latentprep.records import CHANGES, NOTES, Change, Size, Skip
 
 if TYPE_CHECKING:
-    from latentprep.prepare.work.job import Truncated
+    from latentprep.prepare.work.events import Truncated
 
 NUM_CROPPED = 20  # images whose crop a dry run shows
 NAMED = 5  # how many keys a line names before it says "and N more"
@@ -93,11 +94,11 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
                 f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps their pixels)"
             )
     disk = sum(row_bytes.latents(bucket) * len(losses) for bucket, losses in rows.items())
-    text = (plan.num_new_items + plan.num_retexted_items) * row_bytes.per_row
+    text = (plan.num_unit_items + plan.num_text_items) * row_bytes.per_row
     if disk or text:
         lines.append(
             f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, "
-            f"{counted(len(plan.new), 'new shard')}"
+            f"{counted(len(plan.units), 'new shard')}"
         )
     to_encode = (
         f", {estimate.num_prompts:,} distinct to encode" if estimate is not None and estimate.num_prompts else ""
@@ -117,7 +118,7 @@ def summary_of_changes(prepared: Prepared) -> str:
     """3 new, 1 renamed, ... in the order of CHANGES; what was found of an unfinished run is said apart."""
     counts = Counter(change.what for change in prepared.plan.changes)
     parts = [f"{counts[what]:,} {what}" for what in CHANGES if counts[what]]
-    found = sum(len(unit.items) for unit in prepared.plan.new if unit.id in prepared.found)
+    found = sum(len(unit.items) for unit in prepared.plan.units if unit.id in prepared.plan.found)
     if found:
         parts.append(f"of the new {found:,} encoded by a run that did not finish")
     return ", ".join(parts)
@@ -170,10 +171,10 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     count = prepared.options.text.prompts_per_image
     images = counted(outcome.num_cached, "image") + (f" with {count} prompts each" if count > 1 else "")
     lines.append(f"cache    {prepared.options.out}: {images}, {human_bytes(outcome.num_bytes)}")
-    if outcome.num_tombstones:
+    if outcome.num_dead:
         command = shlex.join(["latentprep", "compact", prepared.options.out])
         frees = f"; {command} frees their space" if outcome.can_compact else ", too few to compact"
-        lines.append(f"         and {counted(outcome.num_tombstones, 'row')} of changed or removed images{frees}")
+        lines.append(f"         and {counted(outcome.num_dead, 'row')} of changed or removed images{frees}")
     return "\n".join([*lines, _next(prepared.options)])
 
 
@@ -208,7 +209,7 @@ def interrupted_text(out: str, arguments: list[str]) -> str:
     return f"\n{kept_text(out)}. To go on, type:\n  {shlex.join(['latentprep', *arguments])}"
 
 
-def skip_lines(skips: list[Skip]) -> list[str]:
+def skip_lines(skips: Sequence[Skip]) -> list[str]:
     """A line for each reason, naming the first images."""
     reasons = Counter(skip.reason for skip in skips)
     lines = []

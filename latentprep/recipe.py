@@ -3,12 +3,134 @@
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Annotated, Any, ClassVar, Self
+
+from msgspec import Meta
 
 from latentprep.geometry import Geometry
 from latentprep.options import ImageOptions, TextOptions
 from latentprep.records import list_views
+
+Dtype = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]  # options.DTYPES
+Store = Annotated[str, Meta(pattern=r"^mean(\+std)?$")]  # options.STORES
+
+
+class Part:
+    """A part of a recipe."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, those that are None left out: so a field that comes later changes no digest."""
+        found: dict[str, Any] = to_json(self)
+        return found
+
+
+@dataclass(frozen=True)
+class LatentsRecipe(Part):
+    """What decides the numbers in the latents files."""
+
+    vae: str  # hash of its weights and config
+    geometry: Geometry
+    images: ImageOptions
+    views: tuple[str, ...]
+    dtype: Dtype  # that the VAE runs in
+    store: Store
+    store_dtype: Dtype
+    tiling: Annotated[int, Meta(ge=4)] | None = None  # side of a tile in pixels; None: images are encoded whole
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        vae: str,
+        geometry: Geometry,
+        images: ImageOptions,
+        flip: bool,
+        dtype: str,
+        store: str,
+        store_dtype: str,
+        tiling: int | None = None,
+    ) -> Self:
+        """The recipe of options, with the views that they ask for."""
+        views = tuple(list_views(geometry.crops, flip))
+        return cls(vae, geometry, images, views, dtype, store, store_dtype, tiling)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(Part):
+    """What decides the text files, captions aside."""
+
+    text_encoder: str | None = None  # hash of its weights, config and tokenizer; None: there is no cond
+    template: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
+    placeholder: str
+    prompts_per_image: int
+    shuffle_tags: bool
+    tag_drop_out: float
+    keep_tags: int
+    wildcards: bool
+    seed: int | None = None  # None: nothing is chosen
+    dtype: Dtype | None = None  # of the text encoder
+    store_dtype: Dtype | None = None
+    # these three are None unless they are not the default
+    max_tokens: int | None = None
+    clip_skip: int | None = None
+    emphasis: bool | None = None
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        text_encoder: str | None,
+        settings: dict[str, Any],
+        options: TextOptions,
+        seed: int,
+        dtype: str,
+        store_dtype: str,
+    ) -> Self:
+        """The recipe of options; `settings` are max_tokens, clip_skip and emphasis if they are not the default."""
+        return cls(
+            text_encoder=text_encoder,
+            template=options.template,
+            placeholder=options.placeholder,
+            prompts_per_image=options.prompts_per_image,
+            shuffle_tags=options.shuffle_tags,
+            tag_drop_out=float(options.tag_drop_out),
+            keep_tags=options.keep_tags,
+            wildcards=options.wildcards,
+            seed=seed if options.has_choices else None,
+            dtype=dtype if text_encoder else None,
+            store_dtype=store_dtype if text_encoder else None,
+            **settings,
+        )
+
+    COND_FIELDS: ClassVar = ("text_encoder", "dtype", "store_dtype", "max_tokens", "clip_skip", "emphasis")
+
+    @property
+    def cond(self) -> dict[str, Any]:
+        """The part that decides the cond of a prompt, in JSON."""
+        return self.cond_of(self.to_json())
+
+    @classmethod
+    def cond_of(cls, recipe: dict[str, Any]) -> dict[str, Any]:
+        """The same of a recipe in JSON."""
+        return {name: recipe[name] for name in cls.COND_FIELDS if name in recipe}
+
+
+@dataclass(frozen=True)
+class Recipe(Part):
+    latents: LatentsRecipe
+    text: TextRecipe
+    libraries: dict[str, str] = field(default_factory=dict)  # name -> version; not compared
+
+
+def to_json(value: Any) -> Any:
+    """JSON values of dataclasses within each other; fields that are None are left out."""
+    if is_dataclass(value):
+        named = ((part.name, getattr(value, part.name)) for part in fields(value))
+        return {name: to_json(inner) for name, inner in named if inner is not None}
+    if isinstance(value, tuple | list):
+        return [to_json(inner) for inner in value]
+    return value
 
 
 def digest_of(value: Any) -> str:
@@ -17,64 +139,8 @@ def digest_of(value: Any) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def latents_recipe(
-    *,
-    vae: str,
-    geometry: Geometry,
-    images: ImageOptions,
-    flip: bool,
-    dtype: str,
-    store: str,
-    store_dtype: str,
-    tiling: int | None = None,
-) -> dict[str, Any]:
-    """What decides the numbers in the latents files; `vae` is the hash of its weights and config."""
-    used = {name: value for name, value in asdict(geometry).items() if value is not None}
-    if geometry.size is not None:
-        used["size"] = list(geometry.size)
-    return {
-        "vae": vae,
-        "geometry": used,
-        "images": asdict(images),
-        "views": list_views(geometry.crops, flip),
-        "dtype": dtype,
-        "store": store,
-        "store_dtype": store_dtype,
-        **({"tiling": tiling} if tiling is not None else {}),
-    }
-
-
-def text_recipe(
-    *,
-    text_encoder: str | None,
-    settings: dict[str, Any],
-    options: TextOptions,
-    seed: int,
-    dtype: str,
-    store_dtype: str,
-) -> dict[str, Any]:
-    """What decides the text files, captions aside; `text_encoder` is the hash of its weights, config and tokenizer.
-
-    `settings` are those of max_tokens, clip_skip and emphasis that are not the default.
-    """
-    return {
-        "text_encoder": text_encoder,
-        "template": list(options.template) if options.template is not None else None,
-        "placeholder": options.placeholder,
-        "prompts_per_image": options.prompts_per_image,
-        "shuffle_tags": options.shuffle_tags,
-        "tag_drop_out": float(options.tag_drop_out),
-        "keep_tags": options.keep_tags,
-        "wildcards": options.wildcards,
-        "seed": seed if options.has_choices else None,
-        "dtype": dtype if text_encoder else None,
-        "store_dtype": store_dtype if text_encoder else None,
-        **settings,
-    }
-
-
 def recipe_changes(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    """'field: value before -> value after' for every leaf that differs."""
+    """'field: value before -> value after' for every leaf of two JSON values that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             yield from recipe_changes(before.get(name), after.get(name), f"{at}.{name}" if at else name)

@@ -170,6 +170,7 @@ class Unit:
     id: str
     items: tuple[Item, ...]
     placements: tuple[Placement, ...]
+    number: int = 0  # in its plan
 
 
 @dataclass(frozen=True, slots=True, eq=False)

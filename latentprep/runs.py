@@ -1,7 +1,9 @@
 """What each public function does, once its arguments are checked. Its errors speak of options, as all of them do."""
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
@@ -10,83 +12,104 @@ from latentprep.progress import Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 from latentprep.results import Compacted, Encoded, Summary, Verified
 
+if TYPE_CHECKING:
+    from latentprep.prepare.survey import Prepared
+
 
 def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> Encoded:
     """Plan, encode and commit; or only plan. Raises UserError, and KeyboardInterrupt once all that is done is safe."""
     from latentprep import messages
     from latentprep.cache.lock import hold
-    from latentprep.prepare.plan.estimate import estimate_time
+    from latentprep.prepare.encode import encode
+    from latentprep.prepare.engine.where import find_share
     from latentprep.prepare.survey import check_paths, prepare
 
-    if options.devices is not None or options.world_size is not None:
-        raise UserError("--devices, --rank: this version encodes on one device in one process. Leave them out.")
     with quiet_warnings:
         check_paths(options, progress.say)
-        if not dry_run:
-            try:
-                with hold(Storage(options.out)):
-                    return update(options, progress)
-            except KeyboardInterrupt as stop:
-                with suppress(OSError, UserError):  # the disk may have gone; the stop is what is to be told
-                    stop.add_note(f"{messages.kept_text(options.out)}. The same call goes on from there.")
-                raise
-        prepared = prepare(options, progress.say)
-        progress.say(messages.source_text(prepared))
-        with quiet_logs:
-            estimate = estimate_time(prepared)
-        plan = prepared.plan
-        return Encoded(
-            cache=options.out,
-            num_cached=plan.num_kept_items,
-            num_encoded=plan.num_new_items,
-            num_retexted=plan.num_retexted_items,
-            changes=tuple(plan.changes),
-            skips=tuple(plan.skips),
-            failures=(),
-            seconds=estimate.seconds if estimate is not None else 0.0,
-            report=messages.plan_text(prepared, estimate),
-            is_dry_run=True,
-        )
+        if dry_run:
+            return estimate(options, progress)
+        share = find_share(options.rank, options.world_size)
+        ranks = (share.rank, share.world_size) if share.world_size > 1 else None
+        with told_where_it_is_safe(options.out), hold(Storage(options.out), ranks):
+            prepared = prepare(options, progress.say)
+            progress.say(messages.source_text(prepared))
+            if prepared.is_done:
+                return nothing_to_do(prepared)
+            with quiet_logs:
+                outcome = encode(prepared, progress.bar)
+            return Encoded(
+                cache=options.out,
+                num_cached=outcome.num_cached,
+                num_encoded=outcome.num_encoded,
+                num_retexted=outcome.num_retexted,
+                changes=prepared.plan.changes,
+                skips=tuple(outcome.skips),
+                failures=tuple(outcome.failures),
+                seconds=outcome.seconds,
+                report=messages.outcome_text(prepared, outcome),
+                is_strict=options.strict,
+            )
 
 
-def update(options: EncodeOptions, progress: Progress) -> Encoded:
-    """Bring a cache up to date, whose lock this process holds."""
+@contextmanager
+def told_where_it_is_safe(out: str) -> Iterator[None]:
+    """Adds a note to a KeyboardInterrupt: what is kept, and how to go on."""
+    from latentprep import messages
+
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        with suppress(OSError, UserError):  # the disk may have gone; the stop is what is to be told
+            stop.add_note(f"{messages.kept_text(out)}. The same call goes on from there.")
+        raise
+
+
+def nothing_to_do(prepared: "Prepared") -> Encoded:
+    """Of a cache that is complete already; what runs before have left behind is cleared away."""
     from latentprep import messages
     from latentprep.cache.leftovers import clear_orphans, clear_temporaries
-    from latentprep.prepare.encode import encode
+
+    assert prepared.manifest is not None
+    cleared = (0, 0)
+    if prepared.where.world_size == 1:
+        clear_temporaries(prepared.storage)
+        cleared = clear_orphans(prepared.storage, prepared.manifest)
+    return Encoded(
+        cache=prepared.options.out,
+        num_cached=prepared.manifest.num_images,
+        num_encoded=0,
+        num_retexted=0,
+        changes=prepared.plan.changes,
+        skips=prepared.plan.skips,
+        failures=(),
+        seconds=0.0,
+        report=messages.done_text(prepared, cleared),
+        is_strict=prepared.options.strict,
+    )
+
+
+def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
+    """What there is to do, and how long it would take."""
+    from latentprep import messages
+    from latentprep.prepare.plan.estimate import estimate_time
     from latentprep.prepare.survey import prepare
 
     prepared = prepare(options, progress.say)
     progress.say(messages.source_text(prepared))
-    plan = prepared.plan
-    if prepared.is_done and prepared.manifest is not None:
-        clear_temporaries(prepared.storage)
-        cleared = clear_orphans(prepared.storage, prepared.manifest)
-        return Encoded(
-            cache=options.out,
-            num_cached=prepared.manifest.num_images,
-            num_encoded=0,
-            num_retexted=0,
-            changes=tuple(plan.changes),
-            skips=tuple(plan.skips),
-            failures=(),
-            seconds=0.0,
-            report=messages.done_text(prepared, cleared),
-            is_strict=options.strict,
-        )
     with quiet_logs:
-        outcome = encode(prepared, progress.bar)
+        found = estimate_time(prepared)
+    plan = prepared.plan
     return Encoded(
         cache=options.out,
-        num_cached=outcome.num_cached,
-        num_encoded=outcome.num_encoded,
-        num_retexted=outcome.num_retexted,
-        changes=tuple(plan.changes),
-        skips=tuple(outcome.skips),
-        failures=tuple(outcome.failures),
-        seconds=outcome.seconds,
-        report=messages.outcome_text(prepared, outcome),
-        is_strict=options.strict,
+        num_cached=plan.num_kept_items,
+        num_encoded=plan.num_unit_items,
+        num_retexted=plan.num_text_items,
+        changes=plan.changes,
+        skips=plan.skips,
+        failures=(),
+        seconds=found.seconds if found is not None else 0.0,
+        report=messages.plan_text(prepared, found),
+        is_dry_run=True,
     )
 
 

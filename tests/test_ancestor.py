@@ -167,7 +167,7 @@ def test_the_callers_own_autocast_stays(images, vae):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         data = base(images, vae, model=model, latent_sampling_method="deterministic", store_dtype="float32")
         wanted = ancestors_latents(unscaled(model), data[1].filename, 64, 64).float()
-    assert data.data.manifest.recipe["latents"]["dtype"] == "bfloat16"
+    assert data.data.manifest.recipe.latents.dtype == "bfloat16"
     assert torch.equal(data[1].latent_sample, wanted * np.float32(vae.config.scaling_factor))
 
 
@@ -627,7 +627,7 @@ def test_a_stop_in_the_first_shard_is_gone_on_from_on_another_device(images, vae
     again = Noisy(vae)
     data = base(images, vae, model=again, flip_p=0)
     assert len(data) == 28
-    assert data.data.manifest.latent["views"] == ["plain", "flipped"]
+    assert data.data.manifest.latent.views == ["plain", "flipped"]
     assert 0 < done <= 10**9 - 1 - again.left + done <= 2 * 28 + 2  # one batch at most is encoded twice
 
 

@@ -56,8 +56,8 @@ def test_compact_leaves_a_damaged_shard_alone(run, encode, images, tmp_path, kin
         (images / f"wide{2 * n}.png").unlink()  # one row of each of two shards
     encode()
     cache = tmp_path / "c"
-    shard = next(s for s in open_manifest(Storage(cache)).shards if s.tombstones)
-    name = shard.names()[0 if kind == "latents" else 1]
+    shard = next(s for s in open_manifest(Storage(cache)).shards if s.dead)
+    name = shard.latents_name if kind == "latents" else shard.text_name
     flip(cache / name)
     before = (cache / name).read_bytes()
     result = run("compact", cache, "--min-share", 0)
@@ -74,7 +74,7 @@ def test_a_new_caption_over_damaged_cond_encodes_all_of_it_again(run, encode, im
     encode()
     cache = tmp_path / "c"
     shard = next(s for s in open_manifest(Storage(cache)).shards if "tall0.png" in rows_of(cache, s))
-    flip(cache / shard.names()[1], 0.9)
+    flip(cache / shard.text_name, 0.9)
     (images / "tall0.txt").write_text("another caption")
     result = encode()
     assert (result.code, "damaged" in result.out, "It was made anew." in result.out) == (0, True, True)
@@ -86,9 +86,8 @@ def test_a_new_caption_over_damaged_cond_encodes_all_of_it_again(run, encode, im
 
 
 def rows_of(cache, shard):
-    from latentprep.cache.shard import open_text
 
-    return [row.key for row in open_text(Storage(cache), shard.unit, shard.text).rows()]
+    return [row.key for row in shard.open_text(Storage(cache)).rows()]
 
 
 @pytest.mark.parametrize("kind", ["latents", "text"])

@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,6 @@ from PIL import Image
 
 from latentprep import BucketBatchSampler, LatentDataset
 from latentprep.cache.manifest import commit, open_manifest
-from latentprep.cache.shard import open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.geometry import Geometry
@@ -24,10 +24,10 @@ from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.plan.plan import RowBytes, cut_rows
 from latentprep.prepare.source import folder as source
-from latentprep.prepare.work.text import check_finite
+from latentprep.prepare.work.cond import check_finite
 from latentprep.prompts import make_prompt
 from latentprep.read.sampler import BucketPlan, plan_bucket
-from latentprep.recipe import latents_recipe
+from latentprep.recipe import LatentsRecipe
 from latentprep.records import Item, Placement, Skip
 from tests.conftest import SMALL
 from tests.test_incremental import SHARDS
@@ -77,7 +77,7 @@ def test_a_batch_is_never_larger_than_asked_for(run, images, tmp_path, monkeypat
 def test_an_image_that_is_not_what_was_listed_is_a_skip(images, change):
     item = source.read_item(images / "tall0.png", "tall0.png")
     geometry = Geometry.from_options(resolution="64", bucket_step=32)
-    recipe = latents_recipe(
+    recipe = LatentsRecipe.of(
         vae="", geometry=geometry, images=ImageOptions(), flip=False, dtype="float32", store="mean",
         store_dtype="float32",
     )  # fmt: skip
@@ -104,7 +104,7 @@ def test_cond_that_is_not_finite_stops_the_run():
         (bad, bad, "float32", r"^--model: its text encoder gives no finite numbers for 'two', even in float32"),
         (bad, bad, "float16", r"^--dtype float16: the text encoder overflows for 'two'"),
     ):
-        recipe = {"store_dtype": "float16", "dtype": dtype}
+        recipe = SimpleNamespace(store_dtype="float16", dtype=dtype)
         with pytest.raises(UserError, match=message):
             check_finite(["one", "two"], {"a": encoded}, {"a": stored}, recipe)
     check_finite(["one", "two"], {"a": good}, {"a": good}, recipe)
@@ -118,8 +118,8 @@ def test_what_is_gone_has_no_prompt_in_a_new_text_file(run, images, tmp_path):
     assert run(*options).code == 0
     storage = Storage(tmp_path / "c")
     (entry,) = open_manifest(storage).shards
-    text = open_text(storage, entry.unit, entry.text, entry.groups)
-    assert len(entry.tombstones) == 1
+    text = entry.open_text(storage)
+    assert len(entry.dead) == 1
     assert "another" in text.prompt
     assert "picture number 0" not in list(text.prompt)
 
@@ -166,7 +166,7 @@ def test_which_of_several_prompts_is_taken_follows_from_the_seed(run, images, tm
 
 def test_a_shard_that_is_not_what_the_manifest_promises_is_not_read(cache):
     data = LatentDataset(cache)
-    data.manifest.recipe["latents"]["store_dtype"] = "float32"
+    object.__setattr__(data.manifest.recipe.latents, "store_dtype", "float32")
     with pytest.raises(UserError, match="this shard and its text do not fit the others"):
         data[0]
     data = LatentDataset(cache)

@@ -124,7 +124,7 @@ def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(run, images, tmp_pa
     process = subprocess.Popen([sys.executable, "-m", "latentprep", *options], stderr=subprocess.PIPE, text=True)
     shards = tmp_path / "c" / "shards"
     deadline = time.monotonic() + 60
-    while not (shards.is_dir() and len(list(shards.glob("*.text.*"))) >= 3):
+    while not (shards.is_dir() and len(list(shards.glob("*.latents.*"))) >= 3):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.005)

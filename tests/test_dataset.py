@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
 from latentprep.cache.manifest import commit, open_manifest
-from latentprep.cache.shard import Text, open_text, write_text
 from latentprep.cache.storage import Storage
+from latentprep.cache.text import Text, write_text
 from latentprep.errors import UserError
 from latentprep.read.batch import rescale_weight
 from latentprep.read.counters import mix
@@ -351,16 +351,16 @@ def test_of_several_stored_prompts_each_epoch_takes_one_with_its_cond(cache):
     storage = Storage(cache)
     manifest = open_manifest(storage)
     (entry,) = manifest.shards
-    text = open_text(storage, entry.unit, entry.text)
+    text = entry.open_text(storage)
     prompts = [f"prompt {n}" for n in range(24)]
     numbers = np.arange(24, dtype=np.int32).reshape(8, 3)
     edges = np.cumsum([len(group) for group in text.groups])[:-1]
     parts = np.split(numbers, edges)
-    groups = [replace(group, prompt_of=own) for group, own in zip(text.groups, parts, strict=True)]
+    groups = [group.having(prompt_of=own) for group, own in zip(text.groups, parts, strict=True)]
     cond = {"prompt_embeds": torch.arange(24.0).half()[:, None, None].repeat(1, 77, 64)}
-    made = Text(groups, prompts, cond, np.zeros(24, np.int32), 77)
-    stamp = write_text(storage, entry.unit, "k3", made, {"recipe": {}})
-    commit(storage, replace(manifest, shards=[replace(entry, text="k3", text_file=stamp)]), [])
+    made = Text(groups, prompts, cond, np.zeros(24, np.int32), 77, {"recipe": {}})
+    stamp = write_text(storage, entry.id, "k3", made)
+    commit(storage, replace(manifest, shards=[entry.with_text("k3", stamp)]), [])
     data = LatentDataset(cache)
     seen = set()
     for epoch in range(30):

@@ -12,9 +12,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.schema import LATENT_FIELDS
-from latentprep.cache.shard import open_latents, open_text, open_uncond
+from latentprep.cache.schema import LATENTS
 from latentprep.cache.storage import Storage
+from latentprep.cache.text import open_uncond
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import SMALL, TINY, gradient, make_model
@@ -24,10 +24,10 @@ def rows(cache):
     """key -> dict of tensors of its row, over all the rows that count."""
     storage = Storage(cache)
     found = {}
-    fields = LATENT_FIELDS.keys() - {"flipped"}
+    fields = {field.name for field in LATENTS} - {"flipped", "key", "nbytes", "version"}
     for entry in open_manifest(storage).shards:
-        latents = open_latents(storage, entry.unit, entry.groups)
-        text = open_text(storage, entry.unit, entry.text, entry.groups)
+        latents = entry.open_latents(storage)
+        text = entry.open_text(storage)
         for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
             for row in live:
                 own = {name: getattr(group, name)[row] for name in fields if getattr(group, name) is not None}
@@ -216,7 +216,7 @@ def test_templates_become_prompts_and_distinct_ones_are_encoded_once(run, images
     assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--template", "none").code == 0
     storage = Storage(tmp_path / "c")
     (entry,) = open_manifest(storage).shards
-    assert open_text(storage, entry.unit, entry.text).cond["prompt_embeds"].shape[0] == 1
+    assert entry.open_text(storage).cond["prompt_embeds"].shape[0] == 1
     assert LatentDataset(tmp_path / "c")[0].cond_text == ["an image"]
     template = ("--template", "subject_filewords", "--placeholder", "sks")
     assert run("encode", images, "--out", tmp_path / "d", *SMALL, *template).code == 0

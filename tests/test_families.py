@@ -29,7 +29,6 @@ from transformers import (
 )
 
 from latentprep import LatentDataset
-from latentprep.cache.shard import open_text as open_text_file
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
@@ -39,7 +38,7 @@ from latentprep.prepare.models.families import FAMILIES, find_family
 from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import family_of, open_text
 from latentprep.prepare.models.vae_folder import open_vae
-from latentprep.prepare.work.job import Truncated
+from latentprep.prepare.work.events import Truncated
 from tests.conftest import TINY
 
 CPU, PROMPTS = torch.device("cpu"), ["a red house, snow", "", "x" * 90 + " end"]
@@ -457,11 +456,10 @@ def test_a_t5_that_is_left_out_is_said(minis, images, tmp_path, run):
 
 
 def test_the_longest_truncated_prompts_are_named_once():
-    truncated = Truncated()
-    for _ in range(2):  # a prompt may stand in two shards
-        truncated.add([f"prompt {n}" for n in range(9)], np.arange(74, 83, dtype=np.int32), 77)
+    one = Truncated.of([f"prompt {n}" for n in range(9)], np.arange(74, 83, dtype=np.int32), 77)
+    truncated = Truncated() + one + one  # a prompt may stand in two shards
     assert (truncated.count, truncated.max_tokens) == (10, 77)
-    assert truncated.longest == [(74 + n, f"prompt {n}") for n in (8, 7, 6, 5, 4)]
+    assert truncated.longest == tuple((74 + n, f"prompt {n}") for n in (8, 7, 6, 5, 4))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -493,7 +491,7 @@ def test_from_images_to_batches(minis, images, tmp_path, run, name):
 
     facts = open_text(mini.folder)
     storage, entry = Storage(str(cache)), data.manifest.shards[0]
-    text = open_text_file(storage, entry.unit, entry.text)
+    text = entry.open_text(storage)
     stored = sum(value.nbytes for value in text.cond.values()) / len(text.prompt)
     assert facts.num_values(TextOptions()) * 4 == stored
     assert entry.text_file.nbytes / len(text.prompt) == pytest.approx(stored + 512, rel=0.1)
@@ -535,7 +533,7 @@ def test_sdxls_vae_is_in_float32_where_float16_is_only_the_default(
     minis, images, tmp_path, run, monkeypatch, name, force_upcast, asked, vae_dtype
 ):
     # as on CUDA, where "auto" is float16
-    monkeypatch.setattr(survey, "choose_device", lambda device, dtype: ("cpu", "float16", "auto: pretended"))
+    monkeypatch.setattr(survey, "choose_dtype", lambda dtype, device: "float16")
     folder = copy(minis[name], tmp_path)
     edit(folder / "vae" / "config.json", force_upcast=force_upcast)
     size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)

@@ -169,7 +169,7 @@ def test_scraps_of_a_killed_run_are_cleared(run, images, tmp_path):
 
 def wait_for_shards(process, cache, count):
     deadline = time.monotonic() + 60
-    while not ((cache / "shards").is_dir() and len(list((cache / "shards").glob("*.text.*"))) >= count):
+    while not ((cache / "shards").is_dir() and len(list((cache / "shards").glob("*.latents.*"))) >= count):
         assert time.monotonic() < deadline
         assert process.poll() is None
         time.sleep(0.005)

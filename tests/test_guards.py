@@ -15,11 +15,12 @@ from latentprep import LatentDataset
 from latentprep.cache import compact as compacting
 from latentprep.cache import readers
 from latentprep.cache.compact import would_rewrite
+from latentprep.cache.group import check_numbers
 from latentprep.cache.leftovers import clear_orphans
 from latentprep.cache.lock import hold
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.schema import TEXT_FIELDS, check_fields
-from latentprep.cache.shard import ShardEntry
+from latentprep.cache.schema import TEXT
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import check_offsets
 from latentprep.errors import UserError
@@ -241,7 +242,7 @@ def test_no_orphan_of_a_remote_is_cleared(run, cache, monkeypatch):
 
 def test_a_shard_with_just_the_share_of_tombstones_is_rewritten():
     def shard(num_dead):
-        return ShardEntry("u", "t", (("g", 5, (4, 8, 8)),), Stamp(1, ""), Stamp(1, ""), tuple(range(num_dead)))
+        return Shard("u", (("g", 5, (4, 8, 8)),), Stamp(5, ""), "t", Stamp(1, ""), tuple(range(num_dead)))
 
     assert [would_rewrite(shard(dead), 0.4) for dead in range(4)] == [False, False, True, True]
     assert not would_rewrite(shard(0), 0.0)
@@ -278,9 +279,9 @@ def test_compact_keeps_every_prompt_with_its_cond(run, images, tmp_path):
 
 
 def test_a_field_without_values_is_refused():
-    fields = {"nbytes": torch.zeros(0, dtype=torch.int64)}
+    (field,) = [field for field in TEXT if field.name == "nbytes"]
     with pytest.raises(ValueError, match=r"x/nbytes is torch.int64 \[0\], expected \[N\]"):
-        check_fields("x", fields, TEXT_FIELDS, {})
+        check_numbers(field, torch.zeros(0, dtype=torch.int64), "x/nbytes", {})
 
 
 def test_a_row_that_counts_goes_before_a_tombstone_of_the_same_content(run, images, tmp_path):

@@ -290,7 +290,7 @@ def test_compact_frees_what_tombstones_hold_and_changes_no_row(run, images, tmp_
         (images / f"{name}.png").unlink()
     assert run("encode", images, *options).code == 0
     before, held = rows(tmp_path / "c"), open_manifest(Storage(tmp_path / "c"))
-    assert (held.num_images, held.num_tombstones) == (4, 4)
+    assert (held.num_images, held.num_dead) == (4, 4)
     few = run("compact", tmp_path / "c", "--min-share", 0.9)
     assert few.code == 0
     assert "left in shards that have few" in few.out
@@ -298,7 +298,7 @@ def test_compact_frees_what_tombstones_hold_and_changes_no_row(run, images, tmp_
     assert re.search(r"rewritten or removed, \d rows? and [\d.]+ kB freed\n", result.out)
     same_rows(rows(tmp_path / "c"), before)
     held = open_manifest(Storage(tmp_path / "c"))
-    assert (held.num_images, held.num_tombstones) == (4, 0)
+    assert (held.num_images, held.num_dead) == (4, 0)
     assert run("verify", tmp_path / "c", "--source", images).code == 0
     assert "nothing to do" in run("encode", images, *options).out
     assert "0 shards rewritten" in run("compact", tmp_path / "c").out

@@ -18,7 +18,7 @@ from latentprep.prepare.models.vae_encoder import LEVELS
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.source.folder import read_item
 from latentprep.prepare.source.masks import add_masks, list_masks
-from latentprep.recipe import latents_recipe
+from latentprep.recipe import LatentsRecipe
 from latentprep.records import Pixels, Skip
 from tests.conftest import PHOTOS, find_photo, gradient
 
@@ -30,7 +30,7 @@ def load_views(path, *, folder=None, masks=None, animated="first", background="a
     images = ImageOptions.from_options(
         background=background, weights=str(masks or "alpha"), animated=animated, draft=draft
     )
-    recipe = latents_recipe(
+    recipe = LatentsRecipe.of(
         vae="", geometry=geometry, images=images, flip=False, dtype="float32", store="mean", store_dtype="float32"
     )
     item = read_item(path, path.name)
@@ -347,7 +347,7 @@ def test_digest_is_of_the_files_bytes(tmp_path):
 def load_item(folder, item):
     """An item that was listed before, in its own size."""
     geometry = Geometry.from_options(resolution="native")
-    recipe = latents_recipe(
+    recipe = LatentsRecipe.of(
         vae="", geometry=geometry, images=ImageOptions(), flip=False, dtype="", store="mean", store_dtype=""
     )
     return load_pixels(item, make_place(geometry, 8)(item.size), LoadOptions.from_recipe(folder, 8, None, recipe))

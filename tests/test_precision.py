@@ -2,6 +2,7 @@
 
 import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -149,13 +150,13 @@ SIZE = ("--model", "tiny", "--no-cond", "--width", 96, "--height", 64)
 def test_tiling_is_part_of_the_recipe(run, images, tmp_path):
     cache, source = tmp_path / "c", ("--source", images, "--re-encode", 8)
     assert run("encode", images, "--out", cache, *SIZE).code == 0
-    assert "tiling" not in open_manifest(Storage(cache)).recipe["latents"]
+    assert open_manifest(Storage(cache)).recipe.latents.tiling is None
     result = run("encode", images, "--out", cache, *SIZE, "--tiling", 64)
     assert result.code == 1
     assert "holds a cache of another recipe (tiling: null -> 64; cache -> asked)" in result.err
     assert run("encode", images, "--out", tmp_path / "t", *SIZE, "--tiling", 64).code == 0
-    recipe = open_manifest(Storage(tmp_path / "t")).recipe["latents"]
-    assert recipe == {**open_manifest(Storage(cache)).recipe["latents"], "tiling": 64}
+    recipe = open_manifest(Storage(tmp_path / "t")).recipe.latents
+    assert recipe == replace(open_manifest(Storage(cache)).recipe.latents, tiling=64)
     assert "encoded in float32 in tiles of 64 pixels" in run("inspect", tmp_path / "t").out
     whole, tiled = rows(cache), rows(tmp_path / "t")
     assert all(not torch.equal(whole[key]["latent_mean"], tiled[key]["latent_mean"]) for key in whole)
@@ -219,7 +220,7 @@ def test_compile_stands_in_made_with_and_not_in_the_recipe(quick_compiler, run, 
     assert run("encode", images, "--out", tmp_path / "d", *options).code == 0
     compiled, plain = (open_manifest(Storage(tmp_path / name)) for name in "cd")
     assert compiled.recipe == plain.recipe
-    assert (compiled.made_with["compile"], plain.made_with["compile"]) == (True, False)
+    assert (compiled.made_with.compile, plain.made_with.compile) == (True, False)
     found, wanted = rows(tmp_path / "c"), rows(tmp_path / "d")
     for key in wanted:
         mean = wanted[key]["latent_mean"].float()

@@ -11,13 +11,12 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.shard import open_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prompts import expand_wildcards, load_template, make_prompt, make_prompts
-from latentprep.recipe import text_recipe
+from latentprep.recipe import TextRecipe
 from tests.conftest import SMALL, TINY
 from tests.test_encode import files, rows
 
@@ -156,7 +155,7 @@ def test_what_makes_no_sense_is_refused(options, message):
 
 def test_the_recipe_holds_the_seed_only_where_it_counts():
     def recipe(seed, **options):
-        return text_recipe(
+        return TextRecipe.of(
             text_encoder="x", settings={}, options=TextOptions(**options), seed=seed, dtype="float32",
             store_dtype="float16",
         )  # fmt: skip
@@ -165,8 +164,8 @@ def test_the_recipe_holds_the_seed_only_where_it_counts():
         assert recipe(1, **options) == recipe(2, **options)
     choices = ({"template": ("a",)}, {"shuffle_tags": True}, {"tag_drop_out": 0.1}, {"wildcards": True})
     for options in (*choices, {"shuffle_tags": True, "keep_tags": 1}):
-        assert recipe(1, **options)["seed"] == 1
-    made = [json.dumps(recipe(1, **options)) for options in ({}, {"prompts_per_image": 2}, *choices)]
+        assert recipe(1, **options).seed == 1
+    made = [json.dumps(recipe(1, **options).to_json()) for options in ({}, {"prompts_per_image": 2}, *choices)]
     assert len(set(made)) == len(made)
 
 
@@ -200,7 +199,7 @@ def encoded(monkeypatch):
 
 def texts_of(cache):
     storage = Storage(cache)
-    return [open_text(storage, e.unit, e.text, e.groups) for e in open_manifest(storage).shards]
+    return [e.open_text(storage) for e in open_manifest(storage).shards]
 
 
 def test_every_distinct_prompt_is_encoded_once_a_shard(run, captioned, tmp_path, encoded):

@@ -121,7 +121,7 @@ def test_verify_inspect_and_compact_know_it(cache, images, run):
     assert result.code == 0
     assert f"prompt_embeds [T, {WIDTH}]" in result.out
     assert run("compact", cache[0]).code == 0
-    assert not open_manifest(Storage(cache[0])).num_tombstones
+    assert not open_manifest(Storage(cache[0])).num_dead
     assert lengths_of(cache[0]) == [77] * 3 + [154]
     assert verify(Storage(cache[0]), lambda n: None)[1] == []
 

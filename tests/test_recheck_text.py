@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from latentprep import LatentDataset
-from latentprep.cache.manifest import commit, open_manifest, read_skips
-from latentprep.cache.shard import open_text, open_uncond, write_text, write_uncond
+from latentprep.cache.manifest import Uncond, commit, open_manifest, read_skips
 from latentprep.cache.storage import Storage
+from latentprep.cache.text import open_uncond, write_text, write_uncond
 from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.text_encoder import TextEncoder
@@ -62,16 +62,17 @@ def rewrite(cache, change=lambda text: text, uncond=lambda cond: cond, **recipe)
     """Text files and manifest written anew by the cache's own writers, so that every seal and every hash is right."""
     storage = Storage(cache)
     manifest = open_manifest(storage)
-    text_recipe = {name: value for name, value in (manifest.recipe["text"] | recipe).items() if value != "left out"}
+    text_recipe = replace(manifest.recipe.text, **recipe)
     shards = []
     for entry in manifest.shards:
-        text = change(open_text(storage, entry.unit, entry.text, entry.groups))
-        metadata = {**text.metadata, "recipe": text_recipe}
-        shards.append(replace(entry, text_file=write_text(storage, entry.unit, entry.text, text, metadata)))
-    metadata, cond = open_uncond(storage, manifest.uncond)
-    stamp = write_uncond(storage, manifest.uncond, uncond(cond), metadata)
-    recipe = {**manifest.recipe, "text": text_recipe}
-    commit(storage, replace(manifest, recipe=recipe, shards=shards, uncond_file=stamp), read_skips(storage))
+        text = change(entry.open_text(storage))
+        text = replace(text, metadata={**text.metadata, "recipe": text_recipe.to_json()})
+        shards.append(entry.with_text(entry.text_id, write_text(storage, entry.id, entry.text_id, text)))
+    metadata, cond = open_uncond(storage, manifest.uncond.id)
+    stamp = write_uncond(storage, manifest.uncond.id, uncond(cond), metadata)
+    recipe = replace(manifest.recipe, text=text_recipe)
+    made = replace(manifest, recipe=recipe, shards=shards, uncond=Uncond(manifest.uncond.id, stamp))
+    commit(storage, made, read_skips(storage))
 
 
 def changed(name, value):
@@ -90,7 +91,7 @@ def one_row(row, value):
 def prompt_number(cache, prompt):
     storage = Storage(cache)
     (entry,) = open_manifest(storage).shards
-    return list(open_text(storage, entry.unit, entry.text, entry.groups).prompt).index(prompt)
+    return list(entry.open_text(storage).prompt).index(prompt)
 
 
 def test_a_healthy_cache_and_how_near_it_comes(run, cache, photos, check):
@@ -148,7 +149,7 @@ def test_images_that_are_gone_are_not_compared(run, cache, photos, check):
     number = prompt_number(cache, PROMPTS[2])
     (photos / "2.png").unlink()
     assert run("encode", photos, "--out", cache, *SMALL).code == 0
-    assert open_manifest(Storage(cache)).num_tombstones == 1
+    assert open_manifest(Storage(cache)).num_dead == 1
     rewrite(cache, changed("prompt_embeds", one_row(number, torch.zeros_like)))
     assert check()[0] == []
     rewrite(cache, changed("prompt_embeds", torch.zeros_like))
@@ -197,7 +198,7 @@ def test_what_encode_can_be_told_is_done_again(run, photos, tmp_path, check, opt
 def test_rows_that_point_to_others_prompts_are_found(run, cache, check):
     def turn(text):
         (group,) = text.groups
-        return replace(text, groups=[replace(group, prompt_of=group.prompt_of[::-1].copy())])
+        return replace(text, groups=[group.having(prompt_of=group.prompt_of[::-1].copy())])
 
     rewrite(cache, turn)
     assert run("verify", cache).code == 0
@@ -214,7 +215,7 @@ def test_a_row_without_a_caption_is_found_and_a_prompt_of_several_images_is_name
 
     def empty(text):  # no writer leaves a row so
         (group,) = text.groups
-        return replace(text, groups=[replace(group, caption=[[], *list(group.caption)[1:]])])
+        return replace(text, groups=[group.having(caption=[[], *list(group.caption)[1:]])])
 
     rewrite(cache, empty)
     assert check()[0] == [("0.png", "prompt"), ("1.png", "cond")]
@@ -231,10 +232,17 @@ def test_a_recipe_that_made_other_prompts_is_found(cache, check):
 
 @pytest.mark.parametrize(
     "recipe",
-    [{"clip_skip": 99}, {"clip_skip": "2"}, {"max_tokens": 7}, {"max_tokens": 7.5}, {"dtype": "int8"}, {"dtype": []},
-     {"seed": "x"}, {"template": [1]}, {"template": []}, {"placeholder": 5}, {"tag_drop_out": "left out"},
-     {"prompts_per_image": 0}, {"emphasis": 1}],
+    [{"clip_skip": "2"}, {"max_tokens": 7.5}, {"dtype": "int8"}, {"dtype": []}, {"seed": "x"}, {"template": [1]},
+     {"template": []}, {"placeholder": 5}, {"tag_drop_out": None}, {"emphasis": 1}],
 )  # fmt: skip
+def test_a_recipe_of_other_types_is_one_line(run, cache, photos, recipe):
+    rewrite(cache, **recipe)
+    result = run("verify", cache, "--source", photos, "--re-encode", 1)
+    assert (result.code, len(result.out.splitlines())) == (1, 2)
+    assert "cache.json: not a complete manifest (" in result.out
+
+
+@pytest.mark.parametrize("recipe", [{"clip_skip": 99}, {"max_tokens": 7}, {"prompts_per_image": 0}])
 def test_a_recipe_that_nobody_understands_is_one_line(run, cache, photos, recipe):
     rewrite(cache, **recipe)
     result = run("verify", cache, "--source", photos, "--re-encode", 1)
@@ -339,7 +347,7 @@ def test_a_model_that_is_gone_or_another_is_one_line_and_nothing_is_compared(run
     shutil.copytree(make_model(tmp_path / "other", seed=3) / "text_encoder", model / "text_encoder", dirs_exist_ok=True)
     code, line = ask()  # the same VAE, and another text encoder
     assert (code, len(line.splitlines())) == (1, 1)
-    wanted = open_manifest(Storage(cache)).recipe["text"]["text_encoder"]
+    wanted = open_manifest(Storage(cache)).recipe.text.text_encoder
     found = open_encoder(model).digest
     assert (
         line == f"error: --model {model}: its text encoder is {found}, this cache was made with {wanted}. "
@@ -409,7 +417,7 @@ def test_prompts_are_taken_from_the_shards_of_the_chosen_images(run, photos, tmp
         assert len({problem.name for problem in problems}) == count
     with pytest.raises(UserError, match="--device tpu: expected auto"):
         reencode_text(storage, manifest, source, 1, seed=0, device="tpu")
-    assert Path(manifest.made_with["source"]) == photos
+    assert Path(manifest.made_with.source) == photos
 
 
 def test_one_wrong_token_counts_however_many_there_are():

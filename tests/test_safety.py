@@ -9,7 +9,7 @@ import torch
 from filelock import FileLock
 
 from latentprep import LatentDataset
-from latentprep.cache import shard as shard_files
+from latentprep.cache import files as cache_files
 from latentprep.cache.lock import hold
 from latentprep.cache.manifest import open_manifest, read_skips
 from latentprep.cache.storage import Storage
@@ -281,14 +281,14 @@ def test_check_content_finds_what_size_and_time_hide(run, encode, images, tmp_pa
 def test_files_of_a_cache_that_cannot_be_read_are_not_made_again(encode, images, tmp_path, monkeypatch, error, kind):
     encode()
     before = files(tmp_path / "c")
-    opened = shard_files.safe_open
+    opened = cache_files.safe_open
 
     def denied(path, *arguments, **options):
         if f".{kind}." in path:
             raise error
         return opened(path, *arguments, **options)
 
-    monkeypatch.setattr(shard_files, "safe_open", denied)
+    monkeypatch.setattr(cache_files, "safe_open", denied)
     gradient(64, 80).save(images / "wide0.png")
     (images / "wide1.png").touch()
     result = encode()
@@ -337,5 +337,5 @@ def test_a_cache_of_no_images_is_an_error_and_leaves_nothing(encode, images, tmp
 
 def test_the_source_is_recorded(encode, images, tmp_path):
     encode()
-    assert open_manifest(Storage(tmp_path / "c")).made_with["source"] == str(images)
+    assert open_manifest(Storage(tmp_path / "c")).made_with.source == str(images)
     assert json.loads((tmp_path / "c" / "cache.json").read_text())["made_with"]["source"] == str(images)

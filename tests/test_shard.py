@@ -12,20 +12,17 @@ import torch
 from fsspec.asyn import AsyncFileSystem
 
 from latentprep.cache import manifest as manifests
-from latentprep.cache.manifest import Manifest, commit, open_manifest, read_skips
-from latentprep.cache.schema import LATENT_FIELDS
-from latentprep.cache.shard import (
-    LatentGroup,
-    ShardEntry,
-    Text,
-    TextGroup,
-    open_latents,
-    open_text,
-    write_latents,
-    write_text,
-)
+from latentprep.cache.group import LatentGroup, TextGroup
+from latentprep.cache.latents import Latents, open_latents, write_latents
+from latentprep.cache.manifest import LatentFacts, MadeWith, Manifest, commit, open_manifest, read_skips
+from latentprep.cache.normalization import Normalization
+from latentprep.cache.schema import LATENTS
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
+from latentprep.cache.text import Text, open_text, write_text
 from latentprep.errors import UserError
+from latentprep.options import Geometry, ImageOptions
+from latentprep.recipe import LatentsRecipe, Recipe, TextRecipe
 from latentprep.records import Row, Skip
 
 KEYS = ["a/b.jpg", "é.png", "bad-\udcff.png", "x..y.png"]
@@ -41,28 +38,33 @@ def latent_group(label="h16w8", rows=4, **changes):
         "crop": torch.zeros(rows, 1, 4, dtype=torch.int32),
         "flipped": torch.zeros(1, dtype=torch.uint8),
         "digest": torch.zeros(rows, 16, dtype=torch.uint8),
+        "key": KEYS[:rows],
+        "nbytes": torch.arange(rows),
+        "version": torch.arange(rows) * 10**14,
     }
-    return LatentGroup(label, **{**fields, **changes})
+    return LatentGroup(label, **{name: value for name, value in {**fields, **changes}.items() if value is not None})
 
 
-def text(rows=4):
+def text(rows=4, **metadata):
     numbers = np.arange(rows, dtype=np.int64)
     captions = [["one", ""], ["zwei"], [], ["ü"]][:rows]
     prompt_of = np.array([[0], [1], [0], [1]], np.int32)[:rows]
-    group = TextGroup("h16w8", KEYS[:rows], captions, prompt_of, numbers, numbers * 10**15)
+    group = TextGroup(
+        "h16w8", key=KEYS[:rows], caption=captions, prompt_of=prompt_of, nbytes=numbers, version=numbers * 10**15
+    )
     cond = {"prompt_embeds": torch.arange(12, dtype=torch.float16).reshape(2, 3, 2)}
-    return Text([group], ["first", "second ☃"], cond, np.array([4, 9], np.int32), 77)
+    return Text([group], ["first", "second ☃"], cond, np.array([4, 9], np.int32), 77, metadata)
 
 
-def test_header_and_bytes_of_format_1_are_pinned(tmp_path):
+def test_header_and_bytes_of_format_2_are_pinned(tmp_path):
     storage = Storage(tmp_path)
-    write_latents(storage, "u", [latent_group()], {"recipe": "r", "scaling_factor": 0.5})
+    write_latents(storage, "u", Latents([latent_group()], {"recipe": "r", "scaling_factor": 0.5}))
     data = (tmp_path / "shards" / "u.latents.safetensors").read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
     assert header.pop("__metadata__") == {
-        "latentprep": '{"format":1,"groups":[["h16w8",4]],"kind":"latents","recipe":"r","scaling_factor":0.5,'
-        '"seal":"1d579934c8f94b03d648c6cb04ef2973"}'
+        "latentprep": '{"format":2,"groups":[["h16w8",4]],"kind":"latents","recipe":"r","scaling_factor":0.5,'
+        '"seal":"66e4368062399066432bae3ca8b9a66f"}'
     }
     assert {name.removeprefix("h16w8/"): (t["dtype"], t["shape"]) for name, t in header.items()} == {
         "latent_mean": ("F16", [4, 1, 4, 2, 2]),
@@ -73,22 +75,27 @@ def test_header_and_bytes_of_format_1_are_pinned(tmp_path):
         "crop": ("I32", [4, 1, 4]),
         "flipped": ("U8", [1]),
         "digest": ("U8", [4, 16]),
+        "key": ("U8", [30]),
+        "key_offsets": ("I64", [5]),
+        "nbytes": ("I64", [4]),
+        "version": ("I64", [4]),
     }
-    write_text(storage, "u", "t", text(), {})
+    write_text(storage, "u", "t", text())
     data += (tmp_path / "shards" / "u.t.text.safetensors").read_bytes()
     assert hashlib.sha256(data).hexdigest() == "de19a914f79f32d33b87c324e04e0cb3f1581c1c6c4e04cf705a3c0c3ba4a931"
 
 
 def test_round_trip_of_both_files(tmp_path):
     storage = Storage(tmp_path)
-    write_latents(storage, "u", [latent_group(), latent_group("h8w16", weight=None, latent_std=None)], {})
-    write_text(storage, "u", "t", text(), {"recipe": "r"})
+    write_latents(storage, "u", Latents([latent_group(), latent_group("h8w16", weight=None, latent_std=None)], {}))
+    write_text(storage, "u", "t", text(recipe="r"))
     groups = (("h16w8", 4, (4, 2, 2)), ("h8w16", 4, (4, 2, 2)))
     latents = open_latents(storage, "u", groups)
     words = open_text(storage, "u", "t", groups[:1])
     assert latents.table() == groups
-    for name in LATENT_FIELDS:
-        assert torch.equal(getattr(latents.groups[0], name), getattr(latent_group(), name))
+    for field in LATENTS:
+        one, other = (getattr(group, field.name) for group in (latents.groups[0], latent_group()))
+        assert torch.equal(one, other) if field.name != "key" else list(one) == other
     assert latents.groups[1].weight is None
     assert latents.groups[1].latent_std is None
     assert list(words.groups[0].key) == KEYS
@@ -105,7 +112,7 @@ def test_round_trip_of_both_files(tmp_path):
 def test_every_store_dtype_can_be_read(tmp_path, dtype):
     storage = Storage(tmp_path)
     group = latent_group(latent_mean=latent_group().latent_mean.to(dtype))
-    write_latents(storage, "u", [group], {})
+    write_latents(storage, "u", Latents([group], {}))
     assert open_latents(storage, "u").groups[0].latent_mean.dtype == dtype
 
 
@@ -113,7 +120,7 @@ def test_every_store_dtype_can_be_read(tmp_path, dtype):
 def test_tensors_at_odd_addresses_are_read_too(tmp_path, shift):
     """safetensors pads its header so that all is aligned; other writers need not."""
     storage = Storage(tmp_path)
-    write_text(storage, "u", "t", text(), {})
+    write_text(storage, "u", "t", text())
     path = tmp_path / "shards" / "u.t.text.safetensors"
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
@@ -127,7 +134,7 @@ def test_tensors_at_odd_addresses_are_read_too(tmp_path, shift):
 
 def test_writing_twice_gives_the_same_bytes(tmp_path):
     for name in ("a", "b"):
-        write_text(Storage(tmp_path / name), "u", "t", text(), {"one": 1, "two": {"b": 1, "a": 2}, "three": [3]})
+        write_text(Storage(tmp_path / name), "u", "t", text(one=1, two={"b": 1, "a": 2}, three=[3]))
     assert (tmp_path / "a/shards/u.t.text.safetensors").read_bytes() == (
         tmp_path / "b/shards/u.t.text.safetensors"
     ).read_bytes()
@@ -138,7 +145,7 @@ def test_what_is_not_a_shard_is_one_clear_line_with_its_name(tmp_path, damage):
     from safetensors.torch import save_file
 
     storage = Storage(tmp_path)
-    write_latents(storage, "u", [latent_group()], {})
+    write_latents(storage, "u", Latents([latent_group()], {}))
     path = tmp_path / "shards" / "u.latents.safetensors"
     if damage == "truncated":
         path.write_bytes(path.read_bytes()[:-7])
@@ -147,7 +154,7 @@ def test_what_is_not_a_shard_is_one_clear_line_with_its_name(tmp_path, damage):
     elif damage == "empty":
         path.write_bytes(b"")
     elif damage == "newer":
-        save_file({"x": torch.zeros(1)}, path, {"latentprep": '{"format": 2}'})
+        save_file({"x": torch.zeros(1)}, path, {"latentprep": '{"format": 3}'})
     else:
         save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(UserError) as error:
@@ -155,7 +162,7 @@ def test_what_is_not_a_shard_is_one_clear_line_with_its_name(tmp_path, damage):
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
     if damage == "newer":
-        assert "format 2, this latentprep reads up to format 1. Upgrade latentprep." in str(error.value)
+        assert "format 3, this latentprep reads up to format 2. Upgrade latentprep." in str(error.value)
 
 
 def test_missing_shard_is_named(tmp_path):
@@ -192,31 +199,28 @@ def test_delete_says_where_it_cannot(tmp_path, monkeypatch):
 
 def test_cache_on_another_file_system(tmp_path):
     storage = Storage("memory://somewhere/cache")
-    write_latents(storage, "u", [latent_group()], {"recipe": "r"})
+    write_latents(storage, "u", Latents([latent_group()], {"recipe": "r"}))
     found = open_latents(storage, "u")
     assert torch.equal(found.groups[0].latent_mean, latent_group().latent_mean)
     assert found.metadata["recipe"] == "r"
     assert storage.names("shards") == ["shards/u.latents.safetensors"]
 
 
-RECIPE = {
-    "latents": {
-        "vae": "x", "geometry": {}, "images": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
-        "store_dtype": "float16",
-    },
-    "text": {},
-    "libraries": {},
-}  # fmt: skip
-LATENT = {"normalization": {"shift": [0.0], "scale": [0.5]}, "factor": 8, "channels": 4, "views": ["plain"]}
+RECIPE = Recipe(
+    LatentsRecipe("x", Geometry("native"), ImageOptions(), ("plain",), "float32", "mean+std", "float16", 64),
+    TextRecipe(placeholder="", prompts_per_image=1, shuffle_tags=False, tag_drop_out=0.0, keep_tags=0, wildcards=False),
+)
+FACTS = LatentFacts(Normalization((0.0,), (0.5,)), 8, 4, ("plain",))
+MADE_WITH = MadeWith("m", config="c", masks="m")
 
 
 def manifest(**changes):
     groups = (("h16w8", 3, (4, 2, 1)), ("h8w16", 1, (4, 1, 2)))
     shards = [
-        ShardEntry("u1", "t1", groups, Stamp(10, "aa"), Stamp(20, "bb"), tombstones=(1, 3)),
-        ShardEntry("u2", "t2", groups[:1], Stamp(10, "cc"), Stamp(2, "dd")),
+        Shard("u1", groups, Stamp(10, "aa"), "t1", Stamp(20, "bb"), dead=(1, 3)),
+        Shard("u2", groups[:1], Stamp(10, "cc"), "t2", Stamp(2, "dd")),
     ]
-    return Manifest(**{"recipe": RECIPE, "latent": LATENT, "made_with": {"model": "m"}, "shards": shards, **changes})
+    return Manifest(**{"recipe": RECIPE, "latent": FACTS, "made_with": MADE_WITH, "shards": shards, **changes})
 
 
 def test_manifest_round_trip(tmp_path):
@@ -225,7 +229,7 @@ def test_manifest_round_trip(tmp_path):
     commit(storage, manifest(), skips)
     found = open_manifest(storage)
     assert found.shards == manifest().shards
-    assert (found.num_images, found.num_tombstones, found.num_skipped) == (5, 2, 2)
+    assert (found.num_images, found.num_dead, found.num_skipped) == (5, 2, 2)
     assert [rows.tolist() for rows in found.shards[0].live_rows()] == [[0, 2], []]
     assert read_skips(storage) == [skips[1], skips[0]]
     assert found.skipped_file == storage.stamp("skipped.jsonl")
@@ -242,8 +246,8 @@ def test_manifest_round_trip(tmp_path):
         ("[]", "not a manifest"),
         ("{}", "no format number"),
         ('{"format": true}', "no format number"),
-        ('{"format": 7}', "format 7, this latentprep reads up to format 1. Upgrade latentprep."),
-        ('{"format": 1}', "changed since latentprep wrote it"),
+        ('{"format": 7}', "format 7, this latentprep reads up to format 2. Upgrade latentprep."),
+        ('{"format": 2}', "changed since latentprep wrote it"),
     ],
 )
 def test_manifests_that_are_none(tmp_path, content, message):
@@ -281,20 +285,22 @@ def sealed(tmp_path, change):
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        (["shards", 0, "unit"], "../../etc/passwd"), (["shards", 0, "text"], "a/b"), (["shards", 0, "unit"], 7),
-        (["shards", 0, "unit"], "u2"), (["shards", 0, "groups"], []), (["shards", 0, "groups", 0, 1], -3),
+        (["shards", 0, "id"], "../../etc/passwd"), (["shards", 0, "text_id"], "a/b"), (["shards", 0, "id"], 7),
+        (["shards", 0, "id"], "u2"), (["shards", 0, "groups"], []), (["shards", 0, "groups", 0, 1], -3),
         (["shards", 0, "groups", 0, 1], 10**12), (["shards", 0, "groups", 0, 2], [4, 2]),
-        (["shards", 0, "groups", 0, 2, 0], 5), (["shards", 0, "bytes"], [1]), (["shards", 0, "bytes", 0], -1),
-        (["shards", 0, "blake2b", 0], None), (["shards", 0], None), (["shards"], {}),
-        (["tombstones", "u1"], [4]), (["tombstones", "u1"], [-1]),
-        (["tombstones", "u1"], [1, 1]), (["tombstones"], []), (["latent", "normalization"], "x"),
+        (["shards", 0, "groups", 0, 2, 0], 5), (["shards", 0, "latents_file"], [1]), (["shards", 0, "text_file"], None),
+        (["shards", 0, "latents_file", "nbytes"], -1), (["shards", 0, "latents_file", "blake2b"], None),
+        (["shards", 0], None), (["shards"], {}), (["shards", 0, "dead"], [4]), (["shards", 0, "dead"], [-1]),
+        (["shards", 0, "dead"], [1, 1]), (["shards", 0, "dead"], {}), (["latent", "normalization"], "x"),
         (["latent", "normalization", "scale"], [float("nan")]), (["latent", "normalization", "scale"], [0]),
         (["latent", "normalization", "scale"], [1.0, 2.0]), (["latent", "normalization", "shift"], 0.5),
         (["latent", "factor"], 0), (["latent", "views"], ["plain", "inside out"]), (["recipe"], None),
         (["recipe", "latents", "store_dtype"], "int8"), (["recipe", "latents", "geometry"], []),
+        (["recipe", "latents", "store"], "std"), (["recipe", "latents", "images", "draft"], "yes"),
+        (["recipe", "latents", "views"], ["plain", "flipped"]), (["recipe", "text"], {}),
         (["made_with", "config"], 5), (["made_with", "masks"], []), (["recipe", "latents", "tiling"], "x"),
-        (["recipe", "latents", "tiling"], 1), (["made_with"], {}), (["counts"], None), (["skipped"], 5),
-        (["uncond"], {}),
+        (["recipe", "latents", "tiling"], 1), (["made_with"], {}), (["num_skipped"], None), (["skipped_file"], 5),
+        (["uncond"], {}), (["uncond"], {"id": "../x", "file": {"nbytes": 1, "blake2b": ""}}),
     ],
 )  # fmt: skip
 def test_crafted_manifests_are_refused_with_the_name_of_the_file(tmp_path, path, value):
@@ -325,7 +331,7 @@ def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(tmp_path, name):
 
 
 def test_unfinished_cache_says_how_to_finish_it(tmp_path):
-    write_latents(Storage(tmp_path), "u", [latent_group()], {})
+    write_latents(Storage(tmp_path), "u", Latents([latent_group()], {}))
     with pytest.raises(UserError, match=r"an unfinished cache. Run the same latentprep encode again"):
         open_manifest(Storage(tmp_path))
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -82,8 +83,8 @@ def test_a_strangers_manifest_is_not_obeyed(run, images, tmp_path):
     run("encode", images, "--out", tmp_path / "c", *SMALL)
     storage = Storage(tmp_path / "c")
     manifest = open_manifest(storage)
-    manifest.made_with.update(model=EVIL, vae=EVIL, source=EVIL)
-    manifest.recipe["libraries"]["torch"] = EVIL
+    manifest = replace(manifest, made_with=replace(manifest.made_with, model=EVIL, vae=EVIL, source=EVIL))
+    manifest.recipe.libraries["torch"] = EVIL
     from latentprep.cache.manifest import commit
 
     commit(storage, manifest, [])

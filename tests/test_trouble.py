@@ -14,10 +14,10 @@ from latentprep.cache.lock import hold
 from latentprep.cache.manifest import find_manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare.engine import local
 from latentprep.prepare.images import pillow
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.source import folder as listing
+from latentprep.prepare.work.finish import Finisher
 from tests.conftest import SMALL, TINY, gradient
 from tests.test_encode import files, rows
 
@@ -285,19 +285,18 @@ def test_demo_on_a_full_disk_is_one_line(run, tmp_path, monkeypatch):
 @pytest.mark.parametrize("pattern", ["*", "shards/*", "shards/*.latents.*"])
 @pytest.mark.parametrize("options", [(), ("--no-cond", "--shard-size", "5kB")])
 def test_a_cache_that_vanishes_in_mid_run_is_not_committed(encode, tmp_path, monkeypatch, pattern, options):
-    cache, run_unit, units = tmp_path / "c", local.run_unit, []
+    cache, write, shards = tmp_path / "c", Finisher._write, []
 
-    def deleting(unit, loaded, job, submit, progress):
-        if len(units) == 1:
-            submit(lambda: None).result()  # the files of the first are on disk now
+    def deleting(self, latents, result, results):
+        write(self, latents, result, results)
+        if not shards:  # the file of the first is on disk now
             for path in list(cache.glob(pattern)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        units.append(unit)
-        return run_unit(unit, loaded, job, submit, progress)
+        shards.append(result.id)
 
-    monkeypatch.setattr(local, "run_unit", deleting)
+    monkeypatch.setattr(Finisher, "_write", deleting)
     result = encode(*options)
-    assert len(units) > 1
+    assert len(shards) > 1
     assert (result.code, "missing" in result.err) == (1, True)
     assert not (cache / "cache.json").exists()
     monkeypatch.undo()

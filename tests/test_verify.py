@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,11 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from latentprep.cache import manifest as manifests
-from latentprep.cache.shard import METADATA_KEY
+from latentprep.cache.files import METADATA_KEY
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
 from latentprep.look.verify import verify
-from latentprep.prepare.recheck import reencode
 from tests.conftest import SMALL, gradient, make_model
 from tests.test_encode import files
 
@@ -91,9 +91,8 @@ def rewrite(cache, kind, change):
     change(tensors, metadata)
     save_file(tensors, path, {METADATA_KEY: json.dumps(metadata)})
     data = json.loads((cache / "cache.json").read_text())
-    (shard,) = [shard for shard in data["shards"] if path.name.startswith(shard["unit"])]
-    stamp, place = Stamp.of(path.read_bytes()), ["latents", "text"].index(kind)
-    shard["bytes"][place], shard["blake2b"][place] = stamp.nbytes, stamp.blake2b
+    (shard,) = [shard for shard in data["shards"] if path.name.startswith(shard["id"])]
+    shard[f"{kind}_file"] = asdict(Stamp.of(path.read_bytes()))
     del data["blake2b"]
     body = json.dumps(data)[:-1] + ",\n"
     (cache / "cache.json").write_text(body + manifests._seal(body))
@@ -231,13 +230,15 @@ def test_reencode_with_another_model_is_refused(run, cache, images, tmp_path):
     assert "give their folder with --source" in run("verify", cache, "--re-encode", 1).err
 
 
-@pytest.mark.parametrize("images_part", [{}, {"draft": True}, {"background": "auto", "unheard": 1}])
-def test_reencode_of_a_recipe_that_nobody_understands(cache, images, images_part):
-    storage = Storage(cache)
-    manifest = manifests.open_manifest(storage)
-    manifest.recipe["latents"]["images"] = images_part
-    with pytest.raises(UserError, match="its recipe does not say how images are decoded"):
-        reencode(storage, manifest, images, None, 1, seed=0, model="tiny", device="cpu")
+@pytest.mark.parametrize("images_part", [{"draft": 1}, {"background": None}, [], "auto"])
+def test_a_recipe_of_other_types_is_no_manifest(cache, images_part):
+    data = json.loads((cache / "cache.json").read_text())
+    data["recipe"]["latents"]["images"] = images_part
+    del data["blake2b"]
+    body = json.dumps(data)[:-1] + ",\n"
+    (cache / "cache.json").write_text(body + manifests._seal(body))
+    with pytest.raises(UserError, match=r"not a complete manifest \(.*images"):
+        manifests.open_manifest(Storage(cache))
 
 
 def test_what_is_no_cache(run, tmp_path):

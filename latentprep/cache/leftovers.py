@@ -1,85 +1,89 @@
-"""What runs that did not finish left behind: whole shards to take up, and scraps to clear away."""
+"""What runs that did not finish left behind: latents files to take up, and scraps to clear away."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from latentprep.cache.manifest import NAME as MANIFEST_NAME
-from latentprep.cache.manifest import SKIPPED_NAME, Manifest, skip_from_json
+from latentprep.cache.latents import open_latents
+from latentprep.cache.manifest import Manifest, skips_from_json
+from latentprep.cache.names import FOLDER, MANIFEST, SHARD_NAME, SKIPPED, is_ours, is_temporary, latents_name, text_name
 from latentprep.cache.readers import free
+from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_seal
-from latentprep.cache.shard import (
-    FOLDER,
-    PARTIAL_NAME,
-    SHARD_NAME,
-    UNCOND_NAME,
-    Groups,
-    ShardEntry,
-    latents_name,
-    open_latents,
-    open_text,
-    text_name,
-)
-from latentprep.cache.storage import Stamp, Storage, is_temporary
+from latentprep.cache.shard import Shard
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UnreadableError, UserError
 from latentprep.records import Skip
 
 
 @dataclass(frozen=True)
 class Leftover:
-    """A whole latents file that no manifest names, and the text files of its unit."""
+    """A latents file that no manifest names, by its header: its bytes were not checked yet."""
 
-    unit: str
-    recipe: dict[str, Any]  # the latents part
+    id: str
+    recipe: dict[str, Any]  # the latents part, in JSON
     groups: Groups
     skips: tuple[Skip, ...]
-    texts: tuple[str, ...]
-    latents_file: Stamp
+    notes: Counter[str]  # what had to be done to its images
+    text_ids: tuple[str, ...]  # of the text files that are there for it
+
+    @property
+    def num_rows(self) -> int:
+        return sum(rows for _, rows, _ in self.groups)
+
+    def check(self, storage: Storage) -> Shard | None:
+        """The shard, if its latents are as they were written; with a text, if there is a whole one.
+
+        Raises UnreadableError.
+        """
+        latents_file = _find(storage, latents_name(self.id))
+        if latents_file is None:
+            return None
+        shard = Shard(self.id, self.groups, latents_file)
+        for text_id in self.text_ids:
+            text_file = _find(storage, text_name(self.id, text_id))
+            if text_file is not None:
+                return shard.with_text(text_id, text_file)
+        return shard
+
+
+def _find(storage: Storage, name: str) -> Stamp | None:
+    """A file, if it is as it was written. Raises UnreadableError."""
+    try:
+        return check_seal(storage, name)
+    except UnreadableError:
+        raise  # it may be whole: to make it again would be a waste
+    except (UserError, FileNotFoundError):
+        return None
 
 
 def find_leftovers(storage: Storage, manifest: Manifest | None) -> dict[str, Leftover]:
-    """unit -> every whole latents file that the manifest does not name; damaged ones are as if they were not there.
-
-    Each is read whole, to be checked by its own seal.
-    """
-    named = {shard.unit for shard in manifest.shards} if manifest else set()
+    """id -> every latents file that the manifest does not name; those that cannot be ours are left out."""
+    named = {shard.id for shard in manifest.shards} if manifest else set()
+    matches = [SHARD_NAME.fullmatch(name) for name in storage.names(FOLDER)]
     texts: defaultdict[str, list[str]] = defaultdict(list)
-    units = []
-    for name in storage.names(FOLDER):
-        match = SHARD_NAME.fullmatch(name)
-        if match is None or match[1] in named:
-            continue
-        if match[2] is None:
-            units.append(match[1])
-        else:
-            texts[match[1]].append(match[2])
-    found = {}
-    for unit in units:
-        try:
-            latents_file = check_seal(storage, latents_name(unit))
-            latents = open_latents(storage, unit)
-            skips = tuple(skip_from_json(skip) for skip in latents.metadata["skipped"])
-            table, recipe = latents.table(), latents.metadata["recipe"]
-            found[unit] = Leftover(unit, recipe, table, skips, tuple(texts[unit]), latents_file)
-        except UnreadableError:
-            raise  # it may be whole: to encode it again would be a waste
-        except (UserError, KeyError, TypeError, ValueError, FileNotFoundError):
-            continue
-    return found
+    for match in matches:
+        if match is not None and match[1] not in named:
+            texts[match[1]] += [match[2]] if match[2] is not None else []
+    leftovers = ((id, find_leftover(storage, id, text_ids)) for id, text_ids in texts.items())  # noqa: A001
+    return {id: leftover for id, leftover in leftovers if leftover is not None}  # noqa: A001
 
 
-def recover(storage: Storage, leftover: Leftover) -> ShardEntry | None:
-    """The manifest entry of a leftover; None where it has no whole text file, so that its rows have no names."""
-    for text in leftover.texts:
-        try:
-            text_file = check_seal(storage, text_name(leftover.unit, text))
-            open_text(storage, leftover.unit, text, leftover.groups)
-        except UnreadableError:
-            raise
-        except (UserError, FileNotFoundError):
-            continue
-        return ShardEntry(leftover.unit, text, leftover.groups, leftover.latents_file, text_file)
-    return None
+def find_leftover(storage: Storage, id: str, text_ids: Iterable[str] = ()) -> Leftover | None:  # noqa: A002
+    """What the latents file of a unit says, if there is one and its header is whole. Raises UnreadableError."""
+    if not storage.exists(latents_name(id)):
+        return None
+    try:
+        latents = open_latents(storage, id)
+        recipe, notes = dict(latents.metadata["recipe"]), Counter(dict(latents.metadata["notes"]))
+        return Leftover(
+            id, recipe, latents.table(), skips_from_json(latents.metadata["skipped"]), notes, tuple(text_ids)
+        )
+    except UnreadableError:
+        raise
+    except (UserError, KeyError, TypeError, ValueError):
+        return None
 
 
 def clear_temporaries(storage: Storage) -> None:
@@ -93,12 +97,6 @@ def list_orphans(storage: Storage, manifest: Manifest) -> list[str]:
     """Files of ours that the manifest does not name."""
     files = manifest.files()
     return [name for name in (*storage.names(), *storage.names(FOLDER)) if name not in files and is_ours(name)]
-
-
-def is_ours(name: str) -> bool:
-    """Whether a name is one that latentprep gives: of a shard's file, the empty prompt's, or one being written."""
-    patterns = (SHARD_NAME, PARTIAL_NAME, UNCOND_NAME)
-    return is_temporary(name) or any(pattern.fullmatch(name) for pattern in patterns)
 
 
 def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:
@@ -115,19 +113,19 @@ def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:
 
 def clear_cache(storage: Storage) -> None:
     """Delete a cache's own files and nothing else, the manifest first; files that somebody reads stay."""
-    for name in (MANIFEST_NAME, SKIPPED_NAME):
+    for name in (MANIFEST, SKIPPED):
         storage.delete(name)
     free(storage, [name for name in (*storage.names(), *storage.names(FOLDER)) if is_ours(name)])
 
 
-def find_missing(storage: Storage, shards: list[ShardEntry]) -> dict[str, str]:
-    """unit -> what is wrong, of every shard whose files are missing or have another size; no file is opened."""
+def find_missing(storage: Storage, shards: list[Shard]) -> dict[str, str]:
+    """id -> what is wrong, of every shard whose files are missing or have another size; no file is opened."""
     sizes = storage.sizes(FOLDER)
-    found = {}
+    missing = {}
     for shard in shards:
         for name, stamp in shard.files().items():
             if name not in sizes:
-                found[shard.unit] = f"{name} is missing"
+                missing[shard.id] = f"{name} is missing"
             elif sizes[name] != stamp.nbytes:
-                found[shard.unit] = f"{name} has {sizes[name]:,} bytes, expected {stamp.nbytes:,}"
-    return found
+                missing[shard.id] = f"{name} has {sizes[name]:,} bytes, expected {stamp.nbytes:,}"
+    return missing

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import socket
 import stat
@@ -15,31 +16,53 @@ from filelock import FileLock, Timeout
 
 from latentprep.cache.ours import LOCK_NAME, check_ours
 from latentprep.cache.storage import Storage
-from latentprep.errors import UserError
+from latentprep.errors import LockedError, UserError
 
 NAME = LOCK_NAME
+RANK_NAME = re.compile(r"\.lock\.\d+-of-\d+")  # beside it, of each of several runs that share the work
 
 
 @contextmanager
-def hold(storage: Storage) -> Iterator[None]:
+def hold(storage: Storage, share: tuple[int, int] | None = None, *, beside_ranks: bool = False) -> Iterator[None]:
     """Keep every other latentprep from writing to this cache. The folder is made; it goes again if nothing was written.
 
-    Raises UserError that says who holds it, or that the folder holds another program's files. A remote cache has no
-    lock: there, same work writes the same files.
+    `share` is rank and world size of a run that works beside others: it keeps away whoever is none of them, and
+    a second run of its rank. With `beside_ranks` such runs may go on.
+
+    Raises LockedError that says who holds it, or UserError if the folder holds another program's files. A remote cache
+    has no lock: there, same work writes the same files.
     """
     if not storage.is_local:
         yield
         return
     check_ours(storage)
     folder = Path(storage.path)
-    path = folder / NAME
     made = _make_folder(folder)
+    path = folder / (NAME if share is None else f"{NAME}.{share[0]}-of-{share[1]}")
+    try:
+        with _lock(storage, path):
+            if share is not None:
+                _check_free(storage, [folder / NAME])
+            elif not beside_ranks:
+                _check_free(storage, [other for other in folder.iterdir() if RANK_NAME.fullmatch(other.name)])
+            yield
+    finally:
+        with suppress(OSError):
+            for empty in made:
+                if any(empty.iterdir()):
+                    break
+                empty.rmdir()
+
+
+@contextmanager
+def _lock(storage: Storage, path: Path) -> Iterator[None]:
+    """Hold one lock. Raises LockedError, UserError."""
     _check_lock(path)
     lock = FileLock(path, timeout=0)
     try:
         lock.acquire()
     except Timeout:
-        raise UserError(
+        raise LockedError(
             f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
             "what it has finished by then is taken up."
         ) from None
@@ -55,15 +78,28 @@ def hold(storage: Storage) -> Iterator[None]:
     finally:
         # Here nothing may fail: it would hide what went wrong before. What is left behind is locked anew, or empty.
         # First unlink, then release: whoever opened the file meanwhile sees that it lost its name, and tries again.
-        with suppress(OSError):
+        with suppress(OSError):  # Windows unlinks no open file: there it stays, empty of meaning
             path.unlink(missing_ok=True)
         with suppress(OSError):
             lock.release()
-        with suppress(OSError):
-            for empty in made:
-                if any(empty.iterdir()):
-                    break
-                empty.rmdir()
+
+
+def _check_free(storage: Storage, paths: list[Path]) -> None:
+    """Raise LockedError if somebody holds one of these locks."""
+    for path in paths:
+        if not path.exists():
+            continue
+        lock = FileLock(path, timeout=0)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise LockedError(
+                f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
+                "what it has finished by then is taken up."
+            ) from None
+        except (OSError, NotImplementedError):
+            continue  # it cannot be told
+        lock.release()
 
 
 def _check_lock(path: Path) -> None:

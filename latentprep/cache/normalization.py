@@ -44,6 +44,15 @@ def normalization_from_json(data: Any, channels: int) -> Normalization:
     return Normalization(tuple(data["shift"]), tuple(data["scale"]))
 
 
+def check_channels(normalization: Normalization, channels: int) -> None:
+    """Raise ValueError unless there is one number for all channels, or one for each."""
+    for name in ("shift", "scale"):
+        if len(getattr(normalization, name)) not in (1, channels):
+            raise ValueError(
+                f"normalization.{name} has {len(getattr(normalization, name))} numbers, expected 1 or {channels}"
+            )
+
+
 def normalization_of_config(config: Any, channels: int) -> Normalization:
     """What a VAE's config asks for; `config` is diffusers' own, in which defaults are filled in. Raises ValueError.
 

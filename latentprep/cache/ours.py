@@ -4,11 +4,10 @@ import json
 import os
 from pathlib import Path
 
-from latentprep.cache.manifest import NAME, SKIPPED_NAME
+from latentprep.cache.names import FOLDER, MANIFEST, PARTIAL_NAME, SHARD_NAME, SKIPPED, is_temporary
 from latentprep.cache.readers import NAME as READERS_NAME
 from latentprep.cache.readers import SUPERSEDED_NAME
-from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME
-from latentprep.cache.storage import Storage, is_temporary
+from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
 LOCK_NAME = ".lock"
@@ -23,7 +22,7 @@ def check_ours(storage: Storage) -> None:
     folder = Path(storage.path)
     if not storage.is_local or not os.path.isdir(folder) or _is_cache(storage):
         return
-    for name in (NAME, SKIPPED_NAME, FOLDER, LOCK_NAME, READERS_NAME, SUPERSEDED_NAME):
+    for name in (MANIFEST, SKIPPED, FOLDER, LOCK_NAME, READERS_NAME, SUPERSEDED_NAME):
         if os.path.lexists(folder / name) and not _may_be_ours(folder / name):
             raise UserError(
                 f"--out {storage.root}: holds {name}, which latentprep did not write. "
@@ -34,7 +33,7 @@ def check_ours(storage: Storage) -> None:
 def _is_cache(storage: Storage) -> bool:
     """Whether a folder holds a manifest or shards of ours, of a run that finished or not."""
     try:
-        with open(storage.locate(NAME), "rb") as file:
+        with open(storage.locate(MANIFEST), "rb") as file:
             if file.read(len(MANIFEST_START)) == MANIFEST_START:
                 return True
     except OSError:

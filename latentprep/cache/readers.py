@@ -12,10 +12,10 @@ from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from latentprep.cache.names import MANIFEST
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
-MANIFEST = "cache.json"  # manifest.NAME
 NAME = ".readers"  # the file that is locked; it is empty
 SUPERSEDED_NAME = ".superseded.json"  # name of a file -> when nobody needed it any more, in seconds since 1970
 GRACE = 24 * 3600  # seconds

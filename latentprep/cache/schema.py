@@ -1,80 +1,73 @@
-"""What a file of a cache must hold: dtypes, shapes, offsets and keys. Everything that is opened passes here first."""
+"""The fields of a shard's files: ONE table, from which writer, checks, compact and reader are made.
 
-from pathlib import PurePosixPath
-from typing import Any
+A field that is added here, and given by whoever makes the rows, is written, checked, kept by compact and read.
+"""
 
-import numpy as np
+from dataclasses import dataclass
+from typing import Annotated
+
 import torch
+from msgspec import Meta
 
-from latentprep.cache.strings import Strings, Tensors
 from latentprep.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+STORED = frozenset(TORCH_DTYPES.values())  # of latents and cond: --store-dtype
+STRINGS = "strings"  # a text per row, as cache/strings.py stores them
+LISTS = "lists"  # one or more texts per row
+SIZES = {"2": 2, "4": 4, "D": 16}  # letters of a shape that stand for a number; the others are as large as they are
 
-# field -> dtypes, and its shape: a letter is the same number in all fields of a group
-STORED = frozenset(TORCH_DTYPES.values())
-LATENT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
-    "latent_mean": (STORED, "NVChw"),
-    "latent_std": (STORED, "NVChw"),
-    "weight": (frozenset({torch.float16}), "NVhw"),
-    "original_size": (frozenset({torch.int32}), "N2"),
-    "resized_size": (frozenset({torch.int32}), "NV2"),
-    "crop": (frozenset({torch.int32}), "NV4"),
-    "flipped": (frozenset({torch.uint8}), "V"),
-    "digest": (frozenset({torch.uint8}), "ND"),
-}
-TEXT_FIELDS: dict[str, tuple[frozenset[torch.dtype], str]] = {
-    "prompt_of": (frozenset({torch.int32}), "NK"),
-    "nbytes": (frozenset({torch.int64}), "N"),
-    "version": (frozenset({torch.int64}), "N"),
-}
-OPTIONAL = ("latent_std", "weight")
-SIZES = {"2": 2, "4": 4, "D": 16}
+Count = Annotated[int, Meta(ge=1, le=2**40)]
+Groups = tuple[tuple[str, Count, tuple[Count, Count, Count]], ...]  # label, rows, and the [C,h,w] of a latent
 
 
-def check_fields(
-    label: str, fields: Tensors, spec: dict[str, tuple[frozenset[torch.dtype], str]], sizes: dict[str, int]
-) -> None:
-    """Raise ValueError unless all fields have their dtypes, and shapes that agree with each other."""
-    for name, tensor in fields.items():
-        dtypes, shape = spec[name]
-        found = list(tensor.shape)
-        wanted = [sizes.setdefault(letter, size) for letter, size in zip(shape, found, strict=False)]
-        if tensor.dtype not in dtypes or len(found) != len(shape) or found != wanted or 0 in found:
-            raise ValueError(f"{label}/{name} is {tensor.dtype} {found}, expected [{','.join(shape)}]")
+@dataclass(frozen=True, slots=True)
+class Field:
+    """What a file holds of every row of a group, or of the group.
+
+    shape: a letter for each dimension; the same letter is the same number in all fields of a group. N: rows (images),
+    V: views of each, C, h, w: a latent, K: prompts of an image. A field without N is the same for all rows.
+    """
+
+    name: str
+    kind: str | frozenset[torch.dtype]  # STRINGS, LISTS, or the number types that it may have
+    shape: str = "N"
+    is_optional: bool = False
+    fill: float | None = None  # of rows that have none, if others of the group do
+
+    @property
+    def is_per_row(self) -> bool:
+        return self.shape.startswith("N")
+
+    @property
+    def is_per_view(self) -> bool:
+        return self.shape.startswith("NV")
 
 
-def check_keys(keys: Strings) -> None:
-    """Raise ValueError where a key is not a path inside the source: absolute, with .. in it, or empty."""
-    data, starts = keys.data.tobytes(), keys.offsets[:-1]
-    if len(starts) and (starts == keys.offsets[1:]).any():
-        raise ValueError("a key is empty")
-    if b".." not in data and b"\0" not in data and not (keys.data[starts] == ord("/")).any():
-        return  # the usual case, without decoding a string
-    for key in keys:
-        path = PurePosixPath(key)
-        if path.is_absolute() or ".." in path.parts or "\0" in key:
-            raise ValueError(f"key {key!r} leads outside the image folder")
-
-
-def check_num_tokens(tensors: Tensors, num_prompts: int) -> np.ndarray | None:
-    found = tensors.get("num_tokens")
-    if found is None:
-        return None
-    if found.dtype != torch.int32 or list(found.shape) != [num_prompts]:
-        raise ValueError(f"num_tokens is {found.dtype} {list(found.shape)}, expected int32 [{num_prompts}]")
-    return found.numpy()
-
-
-def check_table(metadata: dict[str, Any]) -> list[tuple[str, int]]:
-    table = metadata["groups"]
-    is_good = isinstance(table, list) and all(
-        isinstance(row, list) and [type(value) for value in row] == [str, int] for row in table
-    )
-    if not is_good or not table or len({row[0] for row in table}) < len(table):
-        raise ValueError("its table of groups is none")
-    return [(label, rows) for label, rows in table]
+INT32, INT64, UINT8 = frozenset({torch.int32}), frozenset({torch.int64}), frozenset({torch.uint8})
+KEY = (
+    Field("key", STRINGS),  # path of the image in its source
+    Field("nbytes", INT64),  # of the image and its mask
+    Field("version", INT64),  # what says cheaply that they may have changed
+)
+LATENTS = (
+    Field("latent_mean", STORED, "NVChw"),  # unscaled
+    Field("latent_std", STORED, "NVChw", is_optional=True),  # none with --store mean
+    Field("weight", frozenset({torch.float16}), "NVhw", is_optional=True, fill=1.0),  # 0..1; none: all weigh 1
+    Field("original_size", INT32, "N2"),  # height, width after orientation
+    Field("resized_size", INT32, "NV2"),
+    Field("crop", INT32, "NV4"),  # top, left, height, width in the resized image
+    Field("flipped", UINT8, "V"),  # 1 where the view is mirrored
+    Field("digest", UINT8, "ND"),  # content hash of the image and its mask
+    *KEY,  # as they were when it was encoded
+)
+TEXT = (
+    *KEY,  # as they are now
+    Field("caption", LISTS),
+    Field("prompt_of", INT32, "NK"),  # its prompts, by their numbers in the file
+)
+TABLES = {"latents": LATENTS, "partial": LATENTS, "text": TEXT}  # kind of a file -> fields of its groups
 
 
 def check_format(found: object, where: str) -> None:
@@ -83,3 +76,5 @@ def check_format(found: object, where: str) -> None:
         raise UserError(f"{where}: no format number, so not a latentprep cache.")
     if found > FORMAT:
         raise UserError(f"{where}: format {found}, this latentprep reads up to format {FORMAT}. Upgrade latentprep.")
+    if found < FORMAT:
+        raise UserError(f"{where}: format {found}, of an older latentprep. Encode the images again into another --out.")

@@ -2,27 +2,26 @@
 
 import hashlib
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import fsspec
+from msgspec import Meta
 
-from latentprep.errors import UnreadableError, UserError
+from latentprep.errors import UnreadableError, UserError, WriteError
 from latentprep.human import human_bytes
 
 LARGEST_JSON = 2**30  # bytes of a manifest: 50,000 shards need 20 MB, and no crafted one is to fill the memory
 CHUNK = 2**22
-# as write_atomic calls it; other programs have temporary files of their own
-TEMPORARY_NAME = re.compile(r"\.[\w.]+\.(?:jsonl?|safetensors)\.\d+\.tmp")
 
 
 @dataclass(frozen=True, slots=True)
 class Stamp:
     """A file's bytes, counted and hashed."""
 
-    nbytes: int
+    nbytes: Annotated[int, Meta(ge=0)]
     blake2b: str  # 32 hex digits
 
     @classmethod
@@ -121,11 +120,15 @@ class Storage:
         """All of the bytes under the final name, or nothing.
 
         Local: temporary file in the same folder, fsync, rename, fsync of the folder. Remote: one put.
-        Raises UserError where the disk is full or read-only.
+        Raises WriteError if the disk is full or read-only, and whatever a remote says.
         """
         stamp = Stamp.of(data)
         if not self.is_local:
-            self.fs.pipe_file(self.locate(name), data)
+            try:
+                self.fs.pipe_file(self.locate(name), data)
+            except Exception as error:  # the libraries behind a remote raise kinds of their own
+                reason = getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+                raise WriteError(f"{self.locate(name)}: cannot write ({reason}).") from error
             return stamp
         target = Path(self.locate(name))
         try:
@@ -142,7 +145,7 @@ class Storage:
                 raise
             _sync_folder(target.parent)
         except OSError as error:
-            raise UserError(
+            raise WriteError(
                 f"{target}: cannot write ({error.strerror or error}). Nothing was left half-written; "
                 "mend that, and run the same command again to go on."
             ) from error
@@ -158,12 +161,10 @@ class Storage:
             raise UserError(f"{self.locate(name)}: cannot delete ({error.strerror or error}).") from error
 
 
-def is_temporary(name: str) -> bool:
-    """Whether a name is one that write_atomic writes under, before the file has its own."""
-    return bool(TEMPORARY_NAME.fullmatch(name.rpartition("/")[2]))
-
-
 def _sync_folder(folder: Path) -> None:
+    """Have the disk know the new name; Windows has no such call for folders."""
+    if os.name == "nt":
+        return
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest
-from latentprep.cache.shard import LatentGroup, open_latents, open_text
 from latentprep.cache.storage import Storage
 from latentprep.records import NOTES
 
@@ -16,12 +16,12 @@ def image_statistics(storage: Storage, manifest: Manifest, num_named: int) -> tu
     """How many images had which of records.NOTES when they were encoded; and shares of the images, 0..1, that lie
     outside their crop: mean and worst by bucket, and the worst images. Of several crops of an image all lose the same.
     """
-    factor = manifest.latent["factor"]
+    factor = manifest.latent.factor
     by_bucket: defaultdict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
     worst: list[tuple[float, int, int, int]] = []  # share, shard, group, row
     notes: Counter[str] = Counter()
     for n, shard in enumerate(manifest.shards):
-        latents = open_latents(storage, shard.unit, shard.groups)
+        latents = shard.open_latents(storage)
         found = latents.metadata.get("notes")
         if isinstance(found, dict):
             notes.update({note: found[note] for note in NOTES if isinstance(found.get(note), int)})
@@ -36,7 +36,7 @@ def image_statistics(storage: Storage, manifest: Manifest, num_named: int) -> tu
     images = []
     for loss, n, number, row in worst:
         shard = manifest.shards[-n]
-        text = open_text(storage, shard.unit, shard.text, shard.groups)
+        text = shard.open_text(storage)
         images.append({"key": text.groups[-number].key[-row], "cropped_away": round(loss, 4)})
     buckets = {size: np.concatenate(parts) for size, parts in sorted(by_bucket.items())}
     return dict(notes.most_common()), {

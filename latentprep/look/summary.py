@@ -1,6 +1,7 @@
 """What is in a cache, as plain JSON values: counts, recipe, buckets, statistics, skips; or one sample of it."""
 
 from collections import Counter
+from dataclasses import asdict
 from heapq import nlargest
 from typing import Any
 
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 
 from latentprep.cache.compact import would_rewrite
+from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.ragged import row_shape
-from latentprep.cache.shard import LatentGroup, ShardEntry, latents_name, open_latents, open_text
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.look.images import image_statistics
@@ -25,7 +27,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
     """
     manifest = open_manifest(storage)
     skips = read_skips(storage)
-    factor = manifest.latent["factor"]
+    factor = manifest.latent.factor
     buckets: Counter[tuple[int, int]] = Counter()
     for shard in manifest.shards:
         for (_, _, (_, height, width)), live in zip(shard.groups, shard.live_rows(), strict=True):
@@ -34,17 +36,17 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
     return {
         "cache": storage.root,
         "images": manifest.num_images,
-        "views": manifest.latent["views"],
+        "views": list(manifest.latent.views),
         "shards": len(manifest.shards),
         "bytes": {
             "latents": sum(shard.latents_file.nbytes for shard in manifest.shards),
-            "text": sum(shard.text_file.nbytes for shard in manifest.shards),
+            "text": sum(shard.nbytes - shard.latents_file.nbytes for shard in manifest.shards),
         },
-        "tombstones": manifest.num_tombstones,
+        "tombstones": manifest.num_dead,
         "can_compact": any(map(would_rewrite, manifest.shards)),
-        "made_with": manifest.made_with,
-        "recipe": manifest.recipe,
-        "latent": manifest.latent,
+        "made_with": asdict(manifest.made_with),
+        "recipe": manifest.recipe.to_json(),
+        "latent": manifest.latent.to_json(),
         "buckets": {f"{width}x{height}": count for (height, width), count in sorted(buckets.items()) if count},
         "notes": notes,
         "cropped": cropped,
@@ -57,13 +59,13 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
 
 def latent_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     """Per channel, over all pixels of the rows read: mean and std of latent_mean, and mean of latent_std; unscaled."""
-    channels = manifest.latent["channels"]
+    channels = manifest.latent.channels
     count, rows_read, weighted = 0, 0, 0
     total, squares, spread = (torch.zeros(channels, dtype=torch.float64) for _ in range(3))
     groups = (
         pair
         for shard in spread_out(manifest)
-        for pair in zip(open_latents(storage, shard.unit, shard.groups).groups, shard.live_rows(), strict=True)
+        for pair in zip(shard.open_latents(storage).groups, shard.live_rows(), strict=True)
     )
     for group, live in groups:
         mean = group.latent_mean[live].double()
@@ -80,12 +82,12 @@ def latent_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
         "rows_read": rows_read,
         "mean": _rounded(mean),
         "std": _rounded((squares / max(count, 1) - mean.square()).clamp(min=0).sqrt()),
-        "posterior_std": _rounded(spread / max(count, 1)) if manifest.recipe["latents"]["store"] != "mean" else None,
+        "posterior_std": _rounded(spread / max(count, 1)) if manifest.recipe.latents.store != "mean" else None,
         "rows_with_weight": weighted,
     }
 
 
-def spread_out(manifest: Manifest) -> list[ShardEntry]:
+def spread_out(manifest: Manifest) -> list[Shard]:
     """Shards of about STATISTICS_ROWS rows together, evenly spread over the cache, so that no bucket is left out."""
     shards = manifest.shards
     wanted = min(len(shards), -(-STATISTICS_ROWS * len(shards) // max(1, manifest.num_images)))
@@ -107,7 +109,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     for shard in manifest.shards:
         if not shard.num_images:
             continue
-        text = open_text(storage, shard.unit, shard.text, shard.groups)
+        text = shard.open_text(storage)
         for group, live in zip(text.groups, shard.live_rows(), strict=True):
             found = [caption for row in live for caption in group.caption[row]]
             captions += len(found)
@@ -141,19 +143,19 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
     """Everything the cache says of one image. Raises UserError where it holds no such key."""
     manifest = open_manifest(storage)
     for shard in manifest.shards:
-        text = open_text(storage, shard.unit, shard.text, shard.groups)
+        text = shard.open_text(storage)
         for number, (words, live) in enumerate(zip(text.groups, shard.live_rows(), strict=True)):
             row = next((row for row in live.tolist() if words.key[row] == key), None)
             if row is None:
                 continue
-            group = open_latents(storage, shard.unit, shard.groups).groups[number]
+            group = shard.open_latents(storage).groups[number]
             chosen = words.prompt_of[row].tolist()
             return {
                 "key": key,
-                "shard": latents_name(shard.unit),
+                "shard": shard.latents_name,
                 "group": group.label,
                 "row": row,
-                "views": manifest.latent["views"],
+                "views": list(manifest.latent.views),
                 **describe_latents(group, row),
                 "caption": words.caption[row],
                 "prompt": [text.prompt[n] for n in chosen],

@@ -7,12 +7,15 @@ from functools import partial
 
 import torch
 
+from latentprep.cache.latents import Latents
 from latentprep.cache.leftovers import list_orphans
-from latentprep.cache.manifest import NAME, SKIPPED_NAME, Manifest, open_manifest, read_skips
+from latentprep.cache.manifest import Manifest, open_manifest, read_skips
+from latentprep.cache.names import MANIFEST, SKIPPED, uncond_name
 from latentprep.cache.ragged import finite_rows
 from latentprep.cache.readers import Reading, list_waiting
-from latentprep.cache.shard import Latents, ShardEntry, Text, open_latents, open_text, open_uncond, uncond_name
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
+from latentprep.cache.text import Text, open_uncond
 from latentprep.errors import UserError
 from latentprep.records import Problem, is_flipped
 
@@ -28,7 +31,7 @@ def verify(storage: Storage, progress: Callable[[int], object]) -> tuple[Manifes
     try:
         manifest = open_manifest(storage)
     except UserError as error:
-        return None, [Problem(NAME, "manifest", str(error))]
+        return None, [Problem(MANIFEST, "manifest", str(error))]
     scraps = list_scraps(storage, manifest)  # before this process is a reader itself
     with Reading(storage):  # what the manifest names stays meanwhile, if encode or compact run beside this
         manifest = open_manifest(storage)
@@ -77,49 +80,49 @@ def check_file(storage: Storage, name: str, stamp: Stamp) -> list[Problem]:
     return []
 
 
-def check_shard(storage: Storage, manifest: Manifest, entry: ShardEntry) -> tuple[list[Problem], list[str]]:
+def check_shard(storage: Storage, manifest: Manifest, entry: Shard) -> tuple[list[Problem], list[str]]:
     """What is wrong with a shard, and the keys of its rows that count."""
     problems: list[Problem] = []
     for name, stamp in entry.files().items():
         problems += check_file(storage, name, stamp)
     try:
-        latents = open_latents(storage, entry.unit, entry.groups)
-        problems += check_latents(manifest, latents)
+        latents = entry.open_latents(storage)
+        problems += check_latents(manifest, latents, entry.latents_name)
     except UserError as error:
-        problems.append(Problem(entry.names()[0], "structure", str(error)))
+        problems.append(Problem(entry.latents_name, "structure", str(error)))
     keys: list[str] = []
     try:
-        text = open_text(storage, entry.unit, entry.text, entry.groups)
+        text = entry.open_text(storage)
         if entry.num_images:
             problems += check_text(manifest, entry, text)
         for group, live in zip(text.groups, entry.live_rows(), strict=True):
             keys += [group.key[row] for row in live.tolist()]
     except UserError as error:
-        problems.append(Problem(entry.names()[1], "structure", str(error)))
+        problems.append(Problem(entry.text_name, "structure", str(error)))
     return problems, keys
 
 
-def check_latents(manifest: Manifest, latents: Latents) -> list[Problem]:
+def check_latents(manifest: Manifest, latents: Latents, file: str) -> list[Problem]:
     """Recipe, views, dtypes and finiteness of a latents file."""
-    recipe, metadata = manifest.recipe["latents"], latents.metadata
+    recipe, metadata, facts = manifest.recipe.latents, latents.metadata, manifest.latent.to_json()
     problems = []
 
     def wrong(problem: str, detail: str) -> None:
-        problems.append(Problem(latents.name, problem, detail))
+        problems.append(Problem(file, problem, detail))
 
-    if metadata.get("recipe") != recipe:
+    if metadata.get("recipe") != recipe.to_json():
         wrong("recipe", "made with another recipe than cache.json holds")
     for name in HEADER_PARTS:
-        if metadata.get(name) != manifest.latent.get(name):
-            wrong("header", f"{name} {metadata.get(name)!r}, cache.json has {manifest.latent.get(name)!r}")
-    flipped = [is_flipped(view) for view in manifest.latent["views"]]
+        if metadata.get(name) != facts[name]:
+            wrong("header", f"{name} {metadata.get(name)!r}, cache.json has {facts[name]!r}")
+    flipped = [is_flipped(view) for view in manifest.latent.views]
     for group in latents.groups:
-        if str(group.latent_mean.dtype) != f"torch.{recipe['store_dtype']}":
-            wrong("dtype", f"{group.label}: {group.latent_mean.dtype}, expected {recipe['store_dtype']}")
+        if str(group.latent_mean.dtype) != f"torch.{recipe.store_dtype}":
+            wrong("dtype", f"{group.label}: {group.latent_mean.dtype}, expected {recipe.store_dtype}")
         if group.flipped.tolist() != flipped:
-            wrong("views", f"{group.label}: flipped {group.flipped.tolist()}, expected {manifest.latent['views']}")
-        if (group.latent_std is not None) != (recipe["store"] != "mean"):
-            wrong("std", f"{group.label}: latent_std does not fit --store {recipe['store']}")
+            wrong("views", f"{group.label}: flipped {group.flipped.tolist()}, expected {facts['views']}")
+        if (group.latent_std is not None) != (recipe.store != "mean"):
+            wrong("std", f"{group.label}: latent_std does not fit --store {recipe.store}")
         for name in ("latent_mean", "latent_std", "weight"):
             bad = _not_finite(getattr(group, name))
             if bad:
@@ -131,17 +134,17 @@ def check_latents(manifest: Manifest, latents: Latents) -> list[Problem]:
     return problems
 
 
-def check_text(manifest: Manifest, entry: ShardEntry, text: Text) -> list[Problem]:
+def check_text(manifest: Manifest, entry: Shard, text: Text) -> list[Problem]:
     """Recipe, cond and finiteness of a text file."""
-    name = entry.names()[1]
+    name = entry.text_name
     problems = []
-    if text.metadata.get("recipe") != manifest.recipe["text"]:
+    if text.metadata.get("recipe") != manifest.recipe.text.to_json():
         problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
-    if bool(text.cond) != (manifest.uncond_file is not None):
+    if bool(text.cond) != (manifest.uncond is not None):
         problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
     for cond, value in text.cond.items():
-        if str(value.dtype) != f"torch.{manifest.recipe['text']['store_dtype']}":
-            expected = manifest.recipe["text"]["store_dtype"]
+        if str(value.dtype) != f"torch.{manifest.recipe.text.store_dtype}":
+            expected = manifest.recipe.text.store_dtype
             problems.append(Problem(name, "dtype", f"cond/{cond}: {value.dtype}, expected {expected}"))
         bad = int((~finite_rows(value)).sum())
         if bad:
@@ -154,24 +157,24 @@ def check_skips(storage: Storage, manifest: Manifest, keys: Counter[str]) -> lis
     try:
         skips = read_skips(storage)
     except UserError as error:
-        return [Problem(SKIPPED_NAME, "structure", str(error))]
+        return [Problem(SKIPPED, "structure", str(error))]
     problems = [
-        Problem(SKIPPED_NAME, "duplicate", f"{skip.key} is skipped, and in the cache too")
+        Problem(SKIPPED, "duplicate", f"{skip.key} is skipped, and in the cache too")
         for skip in skips
         if skip.key in keys
     ]
     if len(skips) != manifest.num_skipped:
-        problems.append(Problem(SKIPPED_NAME, "count", f"{len(skips)} lines, expected {manifest.num_skipped}"))
+        problems.append(Problem(SKIPPED, "count", f"{len(skips)} lines, expected {manifest.num_skipped}"))
     return problems
 
 
 def check_uncond(storage: Storage, manifest: Manifest) -> list[Problem]:
     """Whether the cond of the empty prompt can be opened, and is finite."""
-    if manifest.uncond_file is None:
+    if manifest.uncond is None:
         return []
-    name = uncond_name(manifest.uncond)
+    name = uncond_name(manifest.uncond.id)
     try:
-        _, tensors = open_uncond(storage, manifest.uncond)
+        _, tensors = open_uncond(storage, manifest.uncond.id)
     except UserError as error:
         return [Problem(name, "structure", str(error))]
     return [Problem(name, "non_finite", cond) for cond, value in tensors.items() if not finite_rows(value).all()]

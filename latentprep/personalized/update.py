@@ -2,14 +2,15 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from latentprep.cache.latents import open_latents, open_partial
 from latentprep.cache.lock import hold
 from latentprep.cache.manifest import Manifest, find_manifest, open_manifest
-from latentprep.cache.shard import FOLDER, PARTIAL_NAME, SHARD_NAME, open_latents, open_partial
+from latentprep.cache.names import FOLDER, PARTIAL_NAME, SHARD_NAME
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted
@@ -27,7 +28,7 @@ from latentprep.personalized.models import (
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.survey import check_paths, prepare
-from latentprep.recipe import recipe_changes
+from latentprep.recipe import recipe_changes, to_json
 from latentprep.records import is_flipped
 
 Interrupted = Callable[[], bool]
@@ -96,20 +97,12 @@ def check_without_models(options: EncodeOptions) -> None:
     if not options.source.is_dir():
         raise UserError(f"data_root {options.source}: no such folder.")
     recipe = open_manifest(Storage(options.out)).recipe
-    if not is_fingerprint(recipe["latents"]["vae"]):
+    if not is_fingerprint(recipe.latents.vae):
         return  # made by latentprep encode, with settings of its own
-    geometry = {name: value for name, value in asdict(options.geometry).items() if value is not None}
-    if options.geometry.size is not None:
-        geometry["size"] = list(options.geometry.size)
-    lines = options.text.template
-    asked = {
-        "geometry": geometry, "template": list(lines) if lines is not None else None,
-        "placeholder": options.text.placeholder,
-    }  # fmt: skip
-    made = {
-        "geometry": recipe["latents"]["geometry"],
-        **{name: recipe["text"][name] for name in ("template", "placeholder")},
-    }
+    asked, made = ({
+        "geometry": to_json(geometry), "template": list(text.template) if text.template is not None else None,
+        "placeholder": text.placeholder,
+    } for geometry, text in ((options.geometry, options.text), (recipe.latents.geometry, recipe.text)))  # fmt: skip
     changes = list(recipe_changes(made, asked))
     if changes:
         raise UserError(
@@ -123,7 +116,7 @@ def keep_what_is_there(options: EncodeOptions, storage: Storage, cond_model: Any
         return options
     manifest = find_manifest(storage)
     text = options.text
-    if not text.include_cond and manifest is not None and manifest.uncond_file is not None:
+    if not text.include_cond and manifest is not None and manifest.uncond is not None:
         if cond_model is not None:
             text = replace(text, include_cond=True)
         else:
@@ -148,7 +141,7 @@ def find_models(
             options = replace(options, overwrite=True)
     text_facts = text.facts(version) if text is not None else None
     if text is not None and text_facts is not None and manifest is not None:
-        before = manifest.recipe["text"]["text_encoder"]
+        before = manifest.recipe.text.text_encoder
         text_facts = replace(text_facts, digest=recognize(text_facts.digest, [before], text.dtype))
     models = Models(
         facts,
@@ -164,12 +157,12 @@ def find_models(
 def list_recipes(storage: Storage, manifest: Manifest | None) -> list[dict[str, Any]]:
     """The latents recipes of a cache; of one that is not finished, those of its files."""
     if manifest is not None:
-        return [manifest.recipe["latents"]]
+        return [manifest.recipe.latents.to_json()]
     recipes = []
     for name in storage.names(FOLDER):
         try:
             if match := PARTIAL_NAME.fullmatch(name):
-                metadata = open_partial(storage, match[1])[0]
+                metadata = open_partial(storage, match[1]).metadata
             elif (match := SHARD_NAME.fullmatch(name)) and not match[2]:
                 metadata = open_latents(storage, match[1]).metadata
             else:

@@ -11,30 +11,55 @@ from latentprep.records import Size
 T = TypeVar("T")
 
 
-def choose_device(device: str, dtype: str) -> tuple[str, str, str]:
-    """device, dtype and the reason for them. Raises UserError where the device is not there."""
+def choose_devices(asked: str, local_rank: int | None = None) -> tuple[tuple[str, ...], str]:
+    """The devices that an option asks for, and why: "auto", "all", one or several between commas.
+
+    With "auto" each of several runs on one machine has the GPU of its number there, `local_rank`. Raises UserError if
+    a device is not there.
+    """
     import torch
 
-    reason = "asked for"
-    if device == "auto":
+    if asked == "auto":
         if torch.cuda.is_available():
-            device, reason = "cuda", "auto: " + torch.cuda.get_device_name()
-        elif torch.backends.mps.is_available():
-            device, reason = "mps", "auto: Apple GPU"
-        else:
-            device, reason = "cpu", "auto: no GPU that torch can use"
-    else:
-        kind, _, index = device.partition(":")
-        there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-        if kind not in there or (index and (kind != "cuda" or not index.isdigit())):
-            raise UserError(f"--device {device}: expected auto, cuda, cuda:N, mps or cpu.")
-        if not there[kind]:
-            raise UserError(f"--device {device}: torch {torch.__version__} finds none here. Use --device auto or cpu.")
-        if index and int(index) >= torch.cuda.device_count():
-            raise UserError(f"--device {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
-    if dtype == "auto":
-        dtype = "float16" if device.startswith("cuda") else "float32"
-    return device, dtype, reason
+            number = (local_rank or 0) % torch.cuda.device_count()
+            device = f"cuda:{number}" if local_rank is not None else "cuda"
+            return (device,), "auto: " + torch.cuda.get_device_name(number)
+        if torch.backends.mps.is_available():
+            return ("mps",), "auto: Apple GPU"
+        return ("cpu",), "auto: no GPU that torch can use"
+    if asked == "all":
+        if not torch.cuda.is_available():
+            raise UserError("--devices all: torch finds no CUDA device here. Use --device auto or cpu.")
+        return tuple(f"cuda:{n}" for n in range(torch.cuda.device_count())), "all that torch can use"
+    option = "--devices" if "," in asked else "--device"
+    devices = tuple(part.strip() for part in asked.split(","))
+    for device in devices:
+        check_device(device, option)
+    twice = {device for device in devices if devices.count(device) > 1 and device != "cpu"}
+    if twice:
+        raise UserError(f"--devices {asked}: {min(twice)} stands twice in it.")
+    return devices, "asked for"
+
+
+def check_device(device: str, option: str = "--device") -> None:
+    """Raise UserError unless torch has such a device here."""
+    import torch
+
+    kind, _, index = device.partition(":")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in there or (index and (kind != "cuda" or not index.isdigit())):
+        raise UserError(f"{option} {device}: expected auto, cuda, cuda:N, mps or cpu.")
+    if not there[kind]:
+        raise UserError(f"{option} {device}: torch {torch.__version__} finds none here. Use --device auto or cpu.")
+    if index and int(index) >= torch.cuda.device_count():
+        raise UserError(f"{option} {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
+
+
+def choose_dtype(dtype: str, device: str) -> str:
+    """The number type of models; auto: float16 on CUDA, else float32."""
+    if dtype != "auto":
+        return dtype
+    return "float16" if device.startswith("cuda") else "float32"
 
 
 def default_batch_size(device: str, buckets: Iterable[Size]) -> int:

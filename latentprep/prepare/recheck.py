@@ -3,25 +3,29 @@
 from collections.abc import Callable, Iterator
 from math import isnan
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest, read_skips
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.shard import LatentGroup, ShardEntry, open_latents, open_text
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.prepare.devices import choose_device
+from latentprep.prepare.devices import choose_devices
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.images.pillow import limit_pixels, max_pixels
 from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.single_file import VaeFile
-from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import VaeFolder
 from latentprep.prepare.source.folder import hash_images, list_folder
 from latentprep.prepare.source.masks import Masks, list_masks, paths_of
 from latentprep.records import Item, Placement, Problem, Skip
+
+if TYPE_CHECKING:
+    from latentprep.prepare.models.vae_encoder import VaeEncoder
 
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
 # library stays far below, another image, crop or model far above: bfloat16 alone costs 0.013.
@@ -56,9 +60,9 @@ def compare_source(
 
 def find_masks(manifest: Manifest, folder: Path | None) -> Masks | None:
     """The masks that a cache's weights came from; None where they did not come from masks. Raises UserError."""
-    if manifest.recipe["latents"]["images"].get("weights") != "masks":
+    if manifest.recipe.latents.images.weights != "masks":
         return None
-    name = str(folder or manifest.made_with.get("masks") or "")
+    name = str(folder or manifest.made_with.masks or "")
     if not name or not Path(name).is_dir():
         raise UserError(f"--masks {name}: no such folder. Give that of this cache's masks.")
     return list_masks(Path(name), "--masks")
@@ -67,8 +71,8 @@ def find_masks(manifest: Manifest, folder: Path | None) -> Masks | None:
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, bytes]]:
     """key and content hash of every image in the cache."""
     for entry in manifest.shards:
-        text = open_text(storage, entry.unit, entry.text, entry.groups)
-        latents = open_latents(storage, entry.unit, entry.groups)
+        text = entry.open_text(storage)
+        latents = entry.open_latents(storage)
         for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
             for row in live.tolist():
                 yield words.key[row], bytes(group.digest[row].tolist())
@@ -91,30 +95,27 @@ def reencode(
     Raises UserError where the model is not the one that the cache was made with.
     """
     source = find_vae(manifest, model, vae)
-    recipe = manifest.recipe["latents"]
-    device, _, _ = choose_device(device, recipe["dtype"])
-    encoder = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
-    try:
-        options = LoadOptions.from_recipe(folder, manifest.latent["factor"], masks, recipe)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{storage.root}: its recipe does not say how images are decoded ({error}).") from None
+    recipe = manifest.recipe.latents
+    (chosen, *_), _ = choose_devices(device)
+    encoder = source.open(torch.device(chosen), TORCH_DTYPES[recipe.dtype], tiling=recipe.tiling)
+    options = LoadOptions.from_recipe(folder, manifest.latent.factor, masks, recipe)
     problems, worst = [], 0.0
     for entry, number, row in sample_rows(manifest, count, seed):
-        words = open_text(storage, entry.unit, entry.text, entry.groups).groups[number]
-        group = open_latents(storage, entry.unit, entry.groups).groups[number]
+        words = entry.open_text(storage).groups[number]
+        group = entry.open_latents(storage).groups[number]
         key = words.key[row]
         result = encode_row(key, int(words.nbytes[row]), group, row, options, encoder)
         if isinstance(result, Skip):
             problems.append(Problem(key, result.reason, result.detail))
             continue
         worst = larger(worst, result)
-        if not result <= TOLERANCES[recipe["dtype"]]:
-            detail = f"{result:.4f} standard deviations from what is stored, allowed {TOLERANCES[recipe['dtype']]}"
+        if not result <= TOLERANCES[recipe.dtype]:
+            detail = f"{result:.4f} standard deviations from what is stored, allowed {TOLERANCES[recipe.dtype]}"
             problems.append(Problem(key, "latents", detail))
     return problems, worst
 
 
-def sample_rows(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[ShardEntry, int, int]]:
+def sample_rows(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[Shard, int, int]]:
     """Shard, group and row of `count` random images, in the order of the cache."""
     edges = np.cumsum([0, *(shard.num_images for shard in manifest.shards)])
     chosen = np.sort(np.random.default_rng(seed % 2**64).permutation(manifest.num_images)[:count])
@@ -128,22 +129,22 @@ def sample_rows(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[Sha
 def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> VaeFolder | VaeFile:
     """The VAE that a cache was made with, by its hash; `model` and `vae` are those of the command line."""
     made_with = manifest.made_with
-    wanted = manifest.recipe["latents"]["vae"]
+    wanted = manifest.recipe.latents.vae
     if wanted.count(".") == 2:  # personalized.models.fingerprint
         raise UserError(
             "--re-encode: this cache was made by PersonalizedBase, with a model in memory that cannot be loaded again. "
             "Leave it out."
         )
-    option, name = ("--vae", vae) if vae else ("--model", model or made_with.get("vae") or made_with["model"])
-    found = open_made_vae(made_with, name, option, beside=model if vae and model else made_with["model"])
+    option, name = ("--vae", vae) if vae else ("--model", model or made_with.vae or made_with.model)
+    found = open_made_vae(made_with, name, option, beside=model if vae and model else made_with.model)
     if found.digest != wanted:
-        advice = "Give that one" + (" with --vae." if made_with.get("vae") and not vae else ".")
+        advice = "Give that one" + (" with --vae." if made_with.vae and not vae else ".")
         raise UserError(f"{option} {name}: its VAE is {found.digest}, this cache was made with {wanted}. {advice}")
     return found
 
 
 def encode_row(
-    key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: VaeEncoder
+    key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: "VaeEncoder"
 ) -> float | Skip:
     """How far one image, encoded again, is from its row: the worst of its views, mean and std."""
     height, width = group.original_size[row].tolist()

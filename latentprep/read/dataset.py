@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from latentprep.cache.latents import Latents
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.ragged import Conds, pad, row_shape
 from latentprep.cache.readers import Reading
-from latentprep.cache.shard import Latents, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
+from latentprep.cache.text import Text, open_uncond
 from latentprep.errors import UserError
 from latentprep.prompts import expand_wildcards, load_template, make_prompt, vary_tags
 from latentprep.read.batch import CondModel, LatentBatch, rescale_weight
@@ -121,9 +122,9 @@ class LatentDataset(Dataset[LatentBatch]):
         self.template = load_template(str(template)) if template is not None else None
         self.wildcards = wildcards
         self.makes_prompts = template is not None or shuffle_tags or tag_drop_out > 0 or wildcards
-        self.normalization = self.manifest.normalization
+        self.normalization = self.manifest.latent.normalization
         self._check()
-        views = self.manifest.latent["views"]
+        views = self.manifest.latent.views
         self._flipped = torch.tensor([is_flipped(view) for view in views])  # [V] bool
         self._mirrors = 2 if self._flipped.any() else 1  # views of each crop
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are kept between epochs
@@ -133,7 +134,7 @@ class LatentDataset(Dataset[LatentBatch]):
         counts = [rows for shard in self.manifest.shards for _, rows, _ in shard.groups]
         self._rows: dict[int, np.ndarray] = {}  # of groups with tombstones: the rows that count
         for group, (shard, number) in enumerate(self._groups):
-            if self.manifest.shards[shard].tombstones:
+            if self.manifest.shards[shard].dead:
                 self._rows[group] = self.manifest.shards[shard].live_rows()[number]
                 counts[group] = len(self._rows[group])
         self._starts = np.cumsum([0, *counts], dtype=np.int64)
@@ -148,10 +149,10 @@ class LatentDataset(Dataset[LatentBatch]):
         self._cond: dict[str, Any] | None = None  # name -> dtype and shape of a row, the same in all shards
 
     def _check(self) -> None:
-        method, views, recipe = self.latent_sampling_method, self.manifest.latent["views"], self.manifest.recipe
+        method, views, recipe = self.latent_sampling_method, self.manifest.latent.views, self.manifest.recipe
         if method not in SAMPLING_METHODS:
             raise UserError(f"latent_sampling_method={method!r}: expected one of {', '.join(SAMPLING_METHODS)}.")
-        if method != "deterministic" and recipe["latents"]["store"] == "mean":
+        if method != "deterministic" and recipe.latents.store == "mean":
             raise UserError(
                 f"latent_sampling_method={method!r}: {self.storage.root} holds means only. "
                 "Use 'deterministic', or encode with --store mean+std."
@@ -172,7 +173,7 @@ class LatentDataset(Dataset[LatentBatch]):
             raise UserError(f"{self.storage.root}: the cache is empty, there is nothing to train on.")
 
     def _check_prompts(self) -> None:
-        has_cond = self.manifest.uncond_file is not None
+        has_cond = self.manifest.uncond is not None
         if self.makes_prompts and self.include_cond and self.cond_model is None and has_cond:
             raise UserError(
                 "template, shuffle_tags, tag_drop_out and wildcards make prompts anew, which the stored cond does not "
@@ -226,7 +227,7 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def uncond(self) -> dict[str, Tensor] | None:
         """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond."""
-        if self.manifest.uncond_file is None:
+        if self.manifest.uncond is None:
             return None
         return {name: value[0][None].float() for name, value in self._empty_cond().items()}
 
@@ -254,9 +255,9 @@ class LatentDataset(Dataset[LatentBatch]):
         if group is None:
             shard, own = self._groups[number]
             entry = self.manifest.shards[shard]
-            latents = open_latents(self.storage, entry.unit, entry.groups)
-            group = OpenGroup(latents, open_text(self.storage, entry.unit, entry.text, entry.groups), own)
-            self._check_group(group, latents.name)
+            latents = entry.open_latents(self.storage)
+            group = OpenGroup(latents, entry.open_text(self.storage), own)
+            self._check_group(group, entry.latents_name)
             if len(self._open) >= MAX_OPEN:
                 del self._open[next(iter(self._open))]  # the one that was opened first
             self._open[number] = group
@@ -264,13 +265,13 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def _check_group(self, group: OpenGroup, name: str) -> None:
         """Raise UserError where a shard is not what the manifest, and the shards read before, promise of it."""
-        recipe = self.manifest.recipe["latents"]
-        promised = (len(self.manifest.latent["views"]), recipe["store_dtype"], recipe["store"] != "mean")
+        recipe = self.manifest.recipe.latents
+        promised = (len(self.manifest.latent.views), recipe.store_dtype, recipe.store != "mean")
         found = (group.num_views, str(group.mean.dtype).removeprefix("torch."), group.std is not None)
         cond = {key: (value.dtype, row_shape(value)) for key, value in group.cond.items()}
         if not self.include_cond:
             cond = self._cond = {}  # what there is of it does not matter
-        has_cond = self.manifest.uncond_file is not None
+        has_cond = self.manifest.uncond is not None
         if self._cond is None and bool(cond) == has_cond:
             self._cond = cond
         if self.include_cond and found == promised and has_cond and not cond:
@@ -419,7 +420,7 @@ class LatentDataset(Dataset[LatentBatch]):
     def _empty_cond(self) -> Conds:
         """Cond of the empty prompt, as stored; read once."""
         if self._uncond is None:
-            self._uncond = open_uncond(self.storage, self.manifest.uncond)[1]
+            self._uncond = open_uncond(self.storage, self.manifest.uncond.id)[1]
         return self._uncond
 
     def _gather_weight(self, runs: list[Run], rows: list[np.ndarray]) -> Tensor:

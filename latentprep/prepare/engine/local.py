@@ -1,126 +1,166 @@
-"""Runs units on this machine: decode threads ahead of one encoder, and one writer behind it."""
+"""Runs a worker on this machine's devices: in this process for one, in a process each for several.
 
+A process is given a task when it asks for one. If it dies, its tasks go to another process, each once.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
 
-from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
-from latentprep.prepare.plan.plan import Retext
-from latentprep.prepare.work.job import Job
-from latentprep.prepare.work.latents import UnitResult, retext_unit, run_unit
-from latentprep.prepare.work.partial import count_partial
-from latentprep.records import Item, Pixels, Placement, Skip, Unit
+from latentprep.prepare.engine.where import Where
+from latentprep.prepare.work.events import Event, Failure, Step
 
-Load = Callable[[Item, Placement], Pixels | Skip]
+ASK = "next"  # what a process sends to be given a task; it is sent None if there is none
 
 
-@dataclass
-class RunResult:
-    units: list[UnitResult] = field(default_factory=list)
-    failures: dict[str, Exception] = field(default_factory=dict)  # of units that raised, by id; they are not done
+def run(worker: Any, tasks: Sequence[Any], where: Where) -> Iterator[Event]:
+    """What a worker tells of its tasks, on one device or several. Raises UserError, and KeyboardInterrupt."""
+    if len(where.devices) == 1:
+        yield from replace(worker, device=where.devices[0]).run(tasks)
+    else:
+        yield from Pool(worker, tasks).run(where.devices)
 
 
-class LoadAhead:
-    """Decodes the images of unit after unit in threads, at most `depth` ahead, and hands them out in order."""
+@dataclass(eq=False)
+class Child:
+    """A process with a worker, and the tasks that it was given and has not done."""
 
-    def __init__(
-        self, pool: ThreadPoolExecutor, load: Load, units: list[Unit], done: dict[str, int], depth: int
-    ) -> None:
-        """`done`: unit -> how many of its first items are not to be loaded."""
-        self.pool, self.load, self.depth = pool, load, depth
-        self.waiting = (
-            (unit.id, unit.items[n], unit.placements[n])
-            for unit in units
-            for n in range(done.get(unit.id, 0), len(unit.items))
-        )
-        self.ahead: deque[tuple[str, Future[Pixels | Skip]]] = deque()
-
-    def take(self, unit: Unit) -> Iterator[Pixels | Skip]:
-        """The loaded items of a unit; units are to be taken in the order they were given."""
-        self._fill()
-        while self.ahead and self.ahead[0][0] != unit.id:  # left behind by a unit that failed
-            self.ahead.popleft()[1].cancel()
-            self._fill()
-        while self.ahead and self.ahead[0][0] == unit.id:
-            result = self.ahead.popleft()[1].result()
-            self._fill()
-            yield result
-
-    def _fill(self) -> None:
-        while len(self.ahead) < self.depth and (following := next(self.waiting, None)) is not None:
-            unit_id, item, placement = following
-            self.ahead.append((unit_id, self.pool.submit(self.load, item, placement)))
+    process: Any
+    connection: Connection
+    device: str
+    tasks: dict[str, Any] = field(default_factory=dict)
 
 
-class Writer:
-    """Writes files one after the other in a thread; waits for the one before, so that at most two are in memory."""
+class Pool:
+    """Processes with a worker each, and the tasks that are left."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
-        self.pool = ThreadPoolExecutor(1, thread_name_prefix="write")
-        self.last: Future[Stamp] | None = None
+    def __init__(self, worker: Any, tasks: Sequence[Any]) -> None:
+        self.worker = worker
+        self.left = deque(tasks)
+        self.tried: set[str] = set()  # ids of tasks whose process died
+        self.children: list[Child] = []
 
-    def submit(self, write: Callable[[], Stamp]) -> "Future[Stamp]":
-        self.wait()
-        self.last = self.pool.submit(write)
-        return self.last
-
-    def wait(self) -> None:
-        """Wait for the last write. Raises what it raised."""
-        if self.last is not None:
-            with self.job.watch.on("write"):
-                self.last.result()
-
-
-def run(
-    units: list[Unit],
-    retexts: Iterable[Retext],
-    to_encode: set[str],
-    load: Load,
-    job: Job,
-    workers: int,
-    progress: Callable[[int, bool], None],
-) -> RunResult:
-    """Run every unit, then every retext; one that raises stops only itself.
-
-    The units in `to_encode` have no latents file yet; the others only get their text file, if that is missing.
-    `progress` hears of images done, and if they were encoded.
-
-    Raises UserError (a full disk stops everything) and KeyboardInterrupt; what is finished by then is on disk.
-    """
-    result = RunResult()
-    decoders = ThreadPoolExecutor(workers, thread_name_prefix="decode")
-    writer = Writer(job)
-    own = [unit for unit in units if unit.id in to_encode]
-    done = {unit.id: count for unit in own if (count := count_partial(job.storage, unit))}
-    ahead = LoadAhead(decoders, load, own, done, depth=max(2 * job.batch_size, 2 * workers))
-
-    def attempt(unit: str, work: Callable[[], UnitResult]) -> None:
+    def run(self, devices: Sequence[str]) -> Iterator[Event]:
+        """The events of all processes, as they come."""
         try:
-            result.units.append(work())
-        except UserError:
-            raise
-        except Exception as error:
-            result.failures[unit] = error
+            for device in devices[: len(self.left)]:
+                self._start(device)
+            while self.children:
+                for ready in wait([child.connection for child in self.children]):
+                    child = next(child for child in self.children if child.connection is ready)
+                    yield from self._hear(child)
+                if self.left and not self.children:  # all have ended, and one has left its tasks behind
+                    self._start(devices[0])
+        finally:
+            self._stop()
 
-    is_whole = False
+    def _start(self, device: str) -> None:
+        import torch
+
+        context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
+        ours, theirs = context.Pipe()
+        arguments = (replace(self.worker, device=device), theirs, torch.get_num_threads())
+        process = context.Process(target=serve, args=arguments, name=f"latentprep on {device}")
+        process.start()
+        theirs.close()
+        self.children.append(Child(process, ours, device))
+
+    def _hear(self, child: Child) -> Iterator[Event]:
+        """What a process has to say."""
+        try:
+            message = child.connection.recv()
+        except (EOFError, OSError):
+            yield from self._bury(child)
+            return
+        if isinstance(message, UserError):
+            raise message
+        if message != ASK:
+            if not isinstance(message, Step):
+                child.tasks.pop(message.id, None)
+            yield message
+            return
+        task = self.left.popleft() if self.left else None
+        if task is not None:
+            child.tasks[task.id] = task
+        with suppress(OSError):  # it has died: that is heard next
+            child.connection.send(task)
+
+    def _bury(self, child: Child) -> Iterator[Failure]:
+        """A process has ended: what it was given and has not done goes to another, the second time it is a failure."""
+        child.process.join()
+        child.connection.close()
+        self.children.remove(child)
+        for task in child.tasks.values():
+            if task.id in self.tried:
+                code = child.process.exitcode
+                yield Failure(
+                    task.id, f"two processes died with it; the last, on {child.device}, with exit code {code}"
+                )
+            else:
+                self.tried.add(task.id)
+                self.left.append(task)
+
+    def _stop(self) -> None:
+        """End the processes that still run; each keeps what its device has done."""
+        for child in self.children:
+            child.process.terminate()
+        for child in self.children:
+            child.process.join()
+            child.connection.close()
+
+
+def serve(worker: Any, connection: Connection, num_threads: int) -> None:
+    """The life of a process: ask for tasks, do them, tell what happens."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent decides
+    signal.signal(signal.SIGTERM, _stop)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    import warnings
+
+    import torch
+
+    from latentprep.prepare.devices import quiet_libraries
+
+    warnings.filterwarnings("ignore")
+    quiet_libraries()
+    torch.set_num_threads(num_threads)  # the same bytes as in the parent's process
+    lock = threading.Lock()
+
+    def send(message: object) -> None:
+        with lock:
+            connection.send(message)
+
+    def ask() -> Iterator[Any]:
+        send(ASK)
+        while (task := connection.recv()) is not None:
+            yield task
+            send(ASK)
+
     try:
-        for unit in units:
-            loaded = ahead.take(unit) if unit.id in to_encode else None
-            attempt(unit.id, partial(run_unit, unit, loaded, job, writer.submit, lambda n: progress(n, True)))
-            if loaded is None:
-                progress(len(unit.items), False)
-        for retext in retexts:
-            attempt(retext.entry.unit, partial(retext_unit, retext, job, writer.submit))
-            progress(retext.entry.num_images, True)
-        writer.wait()
-        is_whole = True
-    finally:
-        decoders.shutdown(
-            wait=is_whole, cancel_futures=True
-        )  # a read that hangs is not to hold up a run that is stopped
-        writer.pool.shutdown(wait=True)
-    return result
+        with closing(worker.run(ask())) as events:
+            for event in events:
+                send(event)
+    except UserError as error:
+        send(error)
+    except (KeyboardInterrupt, BrokenPipeError):
+        pass  # what is done is kept
+
+
+def _stop(number: int, frame: object) -> None:
+    signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _end_with_parent() -> None:
+    """End this process if its parent is gone, however it went."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

@@ -4,7 +4,6 @@ import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
@@ -32,6 +31,7 @@ from latentprep.prepare.images.pillow import (
 from latentprep.prepare.images.png import check_rows, check_sums, scale_transparency
 from latentprep.prepare.source.folder import new_hash
 from latentprep.prepare.source.masks import Masks
+from latentprep.recipe import LatentsRecipe
 from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
 
 TRANSPOSE = {  # EXIF orientation -> what undoes it (TIFF 6.0, tag 274)
@@ -69,15 +69,15 @@ class LoadOptions:
 
     @classmethod
     def from_recipe(
-        cls, folder: Path, factor: int, masks: Masks | None, recipe: dict[str, Any], strict: bool = False
+        cls, folder: Path, factor: int, masks: Masks | None, recipe: LatentsRecipe, strict: bool = False
     ) -> "LoadOptions":
         """The options that the latents part of a recipe says; `strict` is --strict-images, which decides no numbers."""
-        geometry, images = recipe["geometry"], recipe["images"]
+        geometry = recipe.geometry
         return cls(
             folder, factor, masks, strict=strict,
-            filter=Image.Resampling[geometry["filter"].upper()],
-            crop=geometry["crop"], crops=geometry["crops"], seed=geometry.get("crop_seed", 0),
-            **images,
+            filter=Image.Resampling[geometry.filter.upper()],
+            crop=geometry.crop, crops=geometry.crops, seed=geometry.crop_seed or 0,
+            **vars(recipe.images),
         )  # fmt: skip
 
 

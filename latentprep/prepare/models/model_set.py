@@ -5,31 +5,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from latentprep.cache.manifest import MadeWith
 from latentprep.errors import UserError
 from latentprep.options import EncodeOptions
 from latentprep.prepare.models.checkpoint import TITLES
 from latentprep.prepare.models.find import commit_of, find_model
 from latentprep.prepare.models.single_file import TextFile, VaeFile, find_configs, open_text_file, open_vae_file
-from latentprep.prepare.models.text_folder import TextFacts, TextFolder, family_of, open_text
-from latentprep.prepare.models.vae_folder import VaeFacts, VaeFolder, open_vae
+from latentprep.prepare.models.text_folder import TextFolder, family_of, open_text
+from latentprep.prepare.models.vae_folder import VaeFolder, open_vae
 
 if TYPE_CHECKING:
-    import torch
-
-    from latentprep.prepare.models.text_encoder import TextEncoder
-    from latentprep.prepare.models.vae_encoder import VaeEncoder
+    pass
 
 
 @dataclass(frozen=True)
 class Models:
     """The models of a run: what a plan must know of them, and how to have them once they are needed."""
 
-    vae: VaeFacts
-    text: TextFacts | None  # None: no conditioning
+    vae: Any
+    text: Any  # None: no conditioning
     patch: int  # latent pixels, each way, that the denoiser takes as one
     is_upcast: bool  # whether the VAE is to be in float32 where float16 is only the default
-    make_vae: "Callable[[torch.device, torch.dtype], VaeEncoder]"
-    make_text: "Callable[[torch.device, torch.dtype], TextEncoder] | None"
     commit: str | None = None  # of a hub model
 
 
@@ -53,24 +49,13 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
-    def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
-        from latentprep.prepare.models.vae_encoder import VaeEncoder
-
-        return VaeEncoder(vae, device, dtype, tiling=options.tiling, compile=options.compile)
-
-    def make_text(device: "torch.device", dtype: "torch.dtype") -> "TextEncoder":
-        from latentprep.prepare.models.text_encoder import TextEncoder
-
-        assert text is not None
-        return TextEncoder(text, device, dtype, options.text)
-
     family = family_of(layout) if layout is not None else None
     patch = family.patch if family is not None else 1
     is_upcast = vae.force_upcast and family is not None and family.heeds_force_upcast
-    return Models(vae, text, patch, is_upcast, make_vae, make_text if text is not None else None, commit_of(model))
+    return Models(vae, text, patch, is_upcast, commit_of(model))
 
 
-def open_made_vae(made_with: dict[str, Any], name: str, option: str, beside: str) -> VaeFolder | VaeFile:
+def open_made_vae(made_with: MadeWith, name: str, option: str, beside: str) -> VaeFolder | VaeFile:
     """The VAE that a cache was made with: `name`, with what its manifest says of it. Raises UserError.
 
     `beside` is the model whose config a VAE alone goes with.
@@ -79,25 +64,25 @@ def open_made_vae(made_with: dict[str, Any], name: str, option: str, beside: str
     def find(model: str) -> Path:
         return find_made(made_with, model, option if model == name else "--model", with_text=False)
 
-    return open_vae_at(find(name), option, find_config(made_with.get("config")), lambda: find(beside))
+    return open_vae_at(find(name), option, find_config(made_with.config), lambda: find(beside))
 
 
-def open_made_text(made_with: dict[str, Any], name: str) -> TextFolder | TextFile:
+def open_made_text(made_with: MadeWith, name: str) -> TextFolder | TextFile:
     """The text encoders that a cache was made with, as open_made_vae. Raises UserError."""
     model = find_made(made_with, name, "--model", with_text=True)
     text: TextFolder | TextFile
     if model.is_dir():
         text = open_text(model)
     else:
-        configs = find_config(made_with.get("config")) or find_configs(model, "--model")
+        configs = find_config(made_with.config) or find_configs(model, "--model")
         text = open_text_file(model, "--model", configs)
     text.check()
     return text
 
 
-def find_made(made_with: dict[str, Any], name: str, option: str, with_text: bool) -> Path:
+def find_made(made_with: MadeWith, name: str, option: str, with_text: bool) -> Path:
     """The folder or file of a model; of the hub at the cache's commit, if it is the cache's own model."""
-    commit = made_with.get("commit") if name == made_with["model"] and not Path(name).exists() else None
+    commit = made_with.commit if name == made_with.model and not Path(name).exists() else None
     return find_model(name, option, revision=commit, with_text=with_text)
 
 

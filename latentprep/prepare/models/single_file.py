@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from latentprep.errors import UserError
 from latentprep.human import printable, shortened
+from latentprep.options import TextOptions
 from latentprep.prepare.models.checkpoint import (
     TITLES,
     Shapes,
@@ -63,6 +64,13 @@ class VaeFile(VaeFacts):
     path: Path
     config: dict[str, Any]
 
+    def open(
+        self, device: "torch.device", dtype: "torch.dtype", *, tiling: int | None = None, compile: bool = False
+    ) -> Any:
+        from latentprep.prepare.models.vae_encoder import VaeEncoder
+
+        return VaeEncoder(self, device, dtype, tiling=tiling, compile=compile)
+
     def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
         """The VAE on the CPU. Raises UserError where its tensors are not those that its config asks for."""
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
@@ -88,6 +96,11 @@ class TextFile(TextFacts):
 
     path: Path
     configs: Path
+
+    def open(self, device: "torch.device", dtype: "torch.dtype", options: TextOptions) -> Any:
+        from latentprep.prepare.models.text_encoder import TextEncoder
+
+        return TextEncoder(self, device, dtype, options)
 
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """A pipeline on the CPU of which there is what encode_prompt needs. Raises UserError like VaeFile.load."""

@@ -70,6 +70,11 @@ class TextFolder(TextFacts):
     left_out: tuple[str, ...]  # encoders that the family has, and this model does without
     tokenizers: Mapping[str, str]  # encoder -> class of its tokenizer
 
+    def open(self, device: "torch.device", dtype: "torch.dtype", options: TextOptions) -> Any:
+        from latentprep.prepare.models.text_encoder import TextEncoder
+
+        return TextEncoder(self, device, dtype, options)
+
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """The base pipeline of its family, on the CPU, with nothing but text encoders and tokenizers.
 

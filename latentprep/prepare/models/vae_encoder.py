@@ -69,6 +69,12 @@ class VaeEncoder:
         """
         return self._encode_in_parts(pixels)
 
+    def start(self, pixels: np.ndarray) -> Posterior:
+        return self.encode(pixels)
+
+    def finish(self, posterior: Posterior, pixels: np.ndarray) -> Posterior:
+        return posterior
+
     def _encode_in_parts(self, pixels: np.ndarray) -> Posterior:
         parts = self.limit.run(self._encode, pixels)
         return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))

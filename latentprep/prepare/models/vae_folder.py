@@ -66,6 +66,13 @@ class VaeFolder(VaeFacts):
     config: dict[str, Any]
     weights: tuple[Path, ...]  # the files that were hashed
 
+    def open(
+        self, device: "torch.device", dtype: "torch.dtype", *, tiling: int | None = None, compile: bool = False
+    ) -> Any:
+        from latentprep.prepare.models.vae_encoder import VaeEncoder
+
+        return VaeEncoder(self, device, dtype, tiling=tiling, compile=compile)
+
     def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
         """The encoder of the VAE, on the CPU. Raises UserError where weights are missing or not finite."""
         vae = build_encoder(self.config, str(self.path))

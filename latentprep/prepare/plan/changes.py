@@ -11,30 +11,38 @@ from typing import Any
 
 import numpy as np
 
-from latentprep.cache.shard import ShardEntry, open_latents, open_text
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
 from latentprep.records import Change, Item, Row
 
 HashFiles = Callable[[list[Item]], list[bytes | None]]  # 16 bytes each: content hash; None: cannot be read
-Place = tuple[int, int]  # a shard by its number, a row of it
+Spot = tuple[int, int]  # a shard by its number, a row of it
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class ShardRows:
     """A shard's rows: what they say, and what they are to stand for."""
 
-    entry: ShardEntry
-    recipe: dict[str, Any]  # that its text file was made with
+    shard: Shard
+    recipe: dict[str, Any]  # that its text file was made with, in JSON; empty: it has none
     stored: list[Row]
-    owner: list[Item | None]  # of each row: its item; None: a tombstone
+    owner: list[Item | None]  # of each row: its item; None: a dead row
 
     def rows(self) -> list[Row]:
-        """What the text file is to say; of a tombstone, what it says."""
+        """What the text file is to say; of a dead row, what it says."""
         return [row if item is None else item.row for row, item in zip(self.stored, self.owner, strict=True)]
 
-    def tombstones(self) -> tuple[int, ...]:
+    def dead(self) -> tuple[int, ...]:
         return tuple(n for n, item in enumerate(self.owner) if item is None)
+
+
+def _open(storage: Storage, shard: Shard) -> ShardRows:
+    """The rows of a shard, none of them matched. Raises UserError."""
+    text = shard.open_text(storage) if shard.text_id else None
+    stored = text.rows() if text is not None else shard.open_latents(storage).rows()
+    recipe = text.metadata.get("recipe", {}) if text is not None else {}
+    return ShardRows(shard, recipe, stored, [None] * len(stored))
 
 
 class Matching:
@@ -43,7 +51,7 @@ class Matching:
     def __init__(
         self,
         items: list[Item],
-        shards: list[ShardEntry],
+        shards: list[Shard],
         storage: Storage,
         hash_files: HashFiles,
         unread: Collection[str] = (),
@@ -58,25 +66,22 @@ class Matching:
         self.storage = storage
         self.shards: list[ShardRows] = []
         self.lost: list[str] = []  # what is wrong with the shards that cannot be read: as if they were not there
-        for entry in shards:
+        for shard in shards:
             try:
-                text = open_text(storage, entry.unit, entry.text, entry.groups)
+                self.shards.append(_open(storage, shard))
             except UnreadableError:
                 raise  # it may be whole
             except UserError as error:
                 self.lost.append(str(error))
-                continue
-            stored = list(text.rows())
-            self.shards.append(ShardRows(entry, text.metadata.get("recipe", {}), stored, [None] * len(stored)))
         self.held: set[str] = set()  # keys of the items that have a row
         self.changes: list[Change] = []  # of rows; the plan explains the items that have none
         self._digests: dict[int, np.ndarray] = {}
         self._hash_files = hash_files
         self._hashed: dict[str, bytes | None] = {}
-        # rows that count come first, so that no tombstone takes an item from them
-        places = [(s, n) for s, shard in enumerate(self.shards) for n in range(len(shard.stored))]
-        dead = {(s, n) for s, shard in enumerate(self.shards) for n in shard.entry.tombstones}
-        self._places = sorted(places, key=lambda place: place in dead)
+        # rows that count come first, so that no dead row takes an item from them
+        spots = [(s, n) for s, shard in enumerate(self.shards) for n in range(len(shard.stored))]
+        dead = {(s, n) for s, shard in enumerate(self.shards) for n in shard.shard.dead}
+        self._spots = sorted(spots, key=lambda spot: spot in dead)
         self._dead = dead
         self.unread: set[str] = set()  # keys of the rows that stay, since their image cannot be read now
         self._keep_unread(set(unread))
@@ -85,16 +90,16 @@ class Matching:
         self._match_elsewhere()
         self.outdated = self._find_outdated()  # keys of images that have another content now
 
-    def _row(self, place: Place) -> Row:
-        return self.shards[place[0]].stored[place[1]]
+    def _row(self, spot: Spot) -> Row:
+        return self.shards[spot[0]].stored[spot[1]]
 
-    def _free(self) -> Iterator[Place]:
-        return (place for place in self._places if self.shards[place[0]].owner[place[1]] is None)
+    def _free(self) -> Iterator[Spot]:
+        return (spot for spot in self._spots if self.shards[spot[0]].owner[spot[1]] is None)
 
-    def _give(self, place: Place, item: Item, what: str = "", detail: str = "") -> None:
-        self.shards[place[0]].owner[place[1]] = item
+    def _give(self, spot: Spot, item: Item, what: str = "", detail: str = "") -> None:
+        self.shards[spot[0]].owner[spot[1]] = item
         self.held.add(item.key)
-        if place in self._dead:
+        if spot in self._dead:
             what = "returned"
         if what:
             self.changes.append(Change(item.key, what, detail))
@@ -106,23 +111,23 @@ class Matching:
         return self.items[row.key]
 
     def _keep_unread(self, unread: set[str]) -> None:
-        for place in self._places:
-            row = self._row(place)
+        for spot in self._spots:
+            row = self._row(spot)
             above = {row.key, *map(str, PurePosixPath(row.key).parents)}
-            if place not in self._dead and row.key not in self.items and above & unread:
+            if spot not in self._dead and row.key not in self.items and above & unread:
                 self._stay(row)
 
     def _match_files(self) -> None:
         if self.check_content:
             self._hash([item for item in self.items.values() if item.key not in self.unread])
-        for place in self._places:
-            row = self._row(place)
+        for spot in self._spots:
+            row = self._row(spot)
             item = self.items.get(row.key)
             if item is None or item.key in self.held or item.row.fingerprint != row.fingerprint:
                 continue
             is_read = self.check_content and item.key not in self.unread
-            if not is_read or self._hashed[item.key] == self._digest(place):
-                self._give(place, item)
+            if not is_read or self._hashed[item.key] == self._digest(spot):
+                self._give(spot, item)
 
     def content_of(self, item: Item) -> str:
         """The content hash of an item that differs from what stands under its name, size and time; "" for others."""
@@ -130,34 +135,34 @@ class Matching:
         return digest.hex() if digest is not None and item.key in self.outdated else ""
 
     def _match_contents(self) -> None:
-        pairs = [(place, item) for place in self._free() if (item := self.items.get(self._row(place).key))]
+        pairs = [(spot, item) for spot in self._free() if (item := self.items.get(self._row(spot).key))]
         pairs = [(p, item) for p, item in pairs if item.key not in self.held and item.nbytes == self._row(p).nbytes]
         self._hash([item for _, item in pairs])
-        for place, item in pairs:
+        for spot, item in pairs:
             if item.key in self.held:
                 continue
-            if self._hashed[item.key] is None and place not in self._dead:
-                self._give(place, self._stay(self._row(place)))
-            elif self._hashed[item.key] == self._digest(place):
-                self._give(place, item, "touched")
+            if self._hashed[item.key] is None and spot not in self._dead:
+                self._give(spot, self._stay(self._row(spot)))
+            elif self._hashed[item.key] == self._digest(spot):
+                self._give(spot, item, "touched")
 
     def _match_elsewhere(self) -> None:
-        sizes = {self._row(place).nbytes for place in self._free()}
+        sizes = {self._row(spot).nbytes for spot in self._free()}
         candidates = [item for item in self.items.values() if item.key not in self.held and item.nbytes in sizes]
         self._hash(candidates)
         sizes = {item.nbytes for item in candidates}
-        free: defaultdict[bytes, deque[Place]] = defaultdict(deque)
-        for place in self._free():
-            if self._row(place).nbytes in sizes:
-                free[self._digest(place)].append(place)
+        free: defaultdict[bytes, deque[Spot]] = defaultdict(deque)
+        for spot in self._free():
+            if self._row(spot).nbytes in sizes:
+                free[self._digest(spot)].append(spot)
         for item in candidates:
             digest = self._hashed[item.key]
             if digest is not None and free[digest]:
-                place = free[digest].popleft()
-                self._give(place, item, "renamed", f"was {self._row(place).key}")
+                spot = free[digest].popleft()
+                self._give(spot, item, "renamed", f"was {self._row(spot).key}")
 
     def _find_outdated(self) -> set[str]:
-        keys = {self._row(place).key for place in self._free() if place not in self._dead} - self.held
+        keys = {self._row(spot).key for spot in self._free() if spot not in self._dead} - self.held
         self.changes += [Change(key, "gone") for key in sorted(keys - self.items.keys())]
         return keys & self.items.keys()
 
@@ -166,10 +171,9 @@ class Matching:
         if missing:
             self._hashed.update(zip((item.key for item in missing), self._hash_files(missing), strict=True))
 
-    def _digest(self, place: Place) -> bytes:
-        shard, row = place
+    def _digest(self, spot: Spot) -> bytes:
+        shard, row = spot
         if shard not in self._digests:
-            entry = self.shards[shard].entry
-            groups = open_latents(self.storage, entry.unit, entry.groups).groups
+            groups = self.shards[shard].shard.open_latents(self.storage).groups
             self._digests[shard] = np.concatenate([group.digest.numpy() for group in groups])
         return bytes(self._digests[shard][row].tobytes())

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
-from latentprep.prepare.encode import make_job
+from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.survey import Prepared
 from latentprep.prompts import make_prompts
@@ -25,9 +26,9 @@ class Estimate:
 
 def estimate_time(prepared: Prepared) -> Estimate | None:
     """Seconds for the images and prompts of a plan; None where no model is needed. Loads models, writes nothing."""
-    plan, job = prepared.plan, make_job(prepared)
+    plan, device, models = prepared.plan, torch.device(prepared.where.devices[0]), prepared.models
     rows = [
-        pair for unit in plan.new if unit.id not in prepared.found
+        pair for unit in plan.units if unit.id not in plan.found
         for pair in zip(unit.items, unit.placements, strict=True)
     ]  # fmt: skip
     seconds, measured = 0.0, []
@@ -35,9 +36,13 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         buckets = Counter(placement.bucket for _, placement in rows)
         pixels = sum(height * width * count for (height, width), count in buckets.items())
         (height, width), count = buckets.most_common(1)[0]
-        batch = min(job.batch_size, count)
+        batch = min(prepared.batch_size, count)
         images = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
-        per_batch = time_twice(lambda: job.vae().encode(images)) * len(prepared.recipe["latents"]["views"])
+        recipe = prepared.recipe.latents
+        vae = models.vae.open(
+            device, TORCH_DTYPES[recipe.dtype], tiling=recipe.tiling, compile=prepared.options.compile
+        )
+        per_batch = time_twice(lambda: vae.encode(images)) * len(recipe.views)
         encode = per_batch / (batch * height * width) * pixels
 
         sample = rows[:: -(-len(rows) // SAMPLES)]
@@ -45,17 +50,18 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         started = time.perf_counter()
         for item, placement in sample:
             load_pixels(item, placement, load_options)
-        decode = (time.perf_counter() - started) / len(sample) * len(rows) / prepared.workers
+        decode = (time.perf_counter() - started) / len(sample) * len(rows) / prepared.threads
         seconds += max(encode, decode)
         measured.append(f"{batch / per_batch:.1f} images/s at {width}x{height} in batches of {batch}")
     prompts = count_prompts(prepared)
-    if prompts and job.text is not None:
-        encoder = job.text()
+    if prompts and models.text is not None:
+        dtype = TORCH_DTYPES[prepared.recipe.text.dtype or "float32"]
+        encoder = models.text.open(device, dtype, prepared.options.text)
         texts = [f"a prompt number {n}" for n in range(min(prompts, 32))]
         per_prompt = time_twice(lambda: encoder.encode(texts)) / len(texts)
         seconds += per_prompt * prompts
         measured.append(f"{1 / per_prompt:.0f} prompts/s")
-    return Estimate(seconds, prompts if job.text is not None else 0, ", ".join(measured)) if measured else None
+    return Estimate(seconds, prompts if models.text is not None else 0, ", ".join(measured)) if measured else None
 
 
 def time_twice(work: Callable[[], object]) -> float:
@@ -74,6 +80,6 @@ def count_prompts(prepared: Prepared) -> int:
         return len({p for row in rows for p in make_prompts(row.captions, row.key, options.text, options.seed)})
 
     retold = {change.key for change in plan.changes if change.what in ("caption", "prompt", "renamed")}
-    return sum(count([item.row for item in unit.items]) for unit in plan.new) + sum(
-        count([row for row in retext.rows if row.key in retold]) for retext in plan.retext
+    return sum(count([item.row for item in unit.items]) for unit in plan.units) + sum(
+        count([row for row in task.rows if row.key in retold or not task.shard.text_id]) for task in plan.text_tasks
     )

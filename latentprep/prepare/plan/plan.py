@@ -2,14 +2,17 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
-from latentprep.cache.shard import ShardEntry, text_id, unit_id
+from latentprep.cache.leftovers import Leftover
+from latentprep.cache.names import make_text_id, make_unit_id
+from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.prepare.plan.buckets import Place
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
-from latentprep.recipe import recipe_changes
+from latentprep.recipe import Recipe, recipe_changes
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit
+
+LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
 
 
 @dataclass(frozen=True)
@@ -28,108 +31,166 @@ class RowBytes:
 
 
 @dataclass(frozen=True)
-class Retext:
-    """A shard that gets a new text file; its latents stay."""
+class TextTask:
+    """A shard that gets a text file. What it has of cond in the one it has now is taken over."""
 
-    entry: ShardEntry
-    rows: list[Row]  # what the new file says
-    text: str  # its id
+    shard: Shard
+    rows: tuple[Row, ...]  # what the new file says
+    number: int = 0  # in its plan
+
+    @property
+    def id(self) -> str:
+        return self.shard.id
 
 
 @dataclass(frozen=True)
 class Plan:
-    new: list[Unit]  # to encode
-    retext: list[Retext]
-    kept: list[ShardEntry]  # no file of them is written; their tombstones may have changed
-    skips: list[Skip]  # items that no unit holds, and why
-    changes: list[Change]  # of every image that there is something to do for, sorted by key
+    units: tuple[Unit, ...]  # to encode
+    text_tasks: tuple[TextTask, ...]  # for shards whose latents are there
+    kept: tuple[Shard, ...]  # no file of them is written; their dead rows may have changed
+    skips: tuple[Skip, ...]  # items that no unit holds, and why
+    changes: tuple[Change, ...]  # of every image that there is something to do for, sorted by key
     num_kept_items: int
-    unread: list[str]  # keys of images that cannot be read now: what the cache has of them stays
-    lost: list[str]  # shards that cannot be read, and why; their images are encoded again
+    unread: tuple[str, ...]  # keys of images that cannot be read now: what the cache has of them stays
+    lost: tuple[str, ...]  # shards that cannot be read, and why; their images are encoded again
+    later: tuple[str, ...] = ()  # keys of images of which --only text makes nothing, since they have no latents
+    found: frozenset[str] = frozenset()  # ids of the units whose latents file a run that did not finish has left
 
     @property
-    def num_new_items(self) -> int:
-        return sum(len(unit.items) for unit in self.new)
+    def num_unit_items(self) -> int:
+        return sum(len(unit.items) for unit in self.units)
 
     @property
-    def num_retexted_items(self) -> int:
-        return sum(retext.entry.num_images for retext in self.retext)
+    def num_text_items(self) -> int:
+        return sum(task.shard.num_images for task in self.text_tasks)
 
     def buckets(self) -> set[Size]:
         """The buckets of the images to encode."""
         return {placement.bucket for _, placement in self.rows()}
 
     def rows(self) -> Iterator[tuple[Item, Placement]]:
-        for unit in self.new:
+        for unit in self.units:
             yield from zip(unit.items, unit.placements, strict=True)
 
 
-def make_plan(
-    items: list[Item],
-    skips: list[Skip],
-    place: Place,
-    row_bytes: RowBytes,
-    *,
-    recipe: dict[str, Any],
-    shard_bytes: int,
-    storage: Storage,
-    shards: list[ShardEntry],
-    known_skips: list[Skip],
-    conditions: Mapping[str, str],
-    hash_files: HashFiles,
-    unread: Collection[str] = (),
-    check_content: bool = False,
-) -> Plan:
-    """The plan for a folder's items, given the shards of a cache of the same recipe, or none.
+@dataclass(frozen=True)
+class Planner:
+    """What a plan is made from, other than the cache: the images, and how they are encoded."""
 
-    An image is kept if a shard holds its content, or if it was skipped before, and neither it has changed since nor
-    what the skip depends on (`conditions`: those of this run).
-    """
-    matching = Matching(items, shards, storage, hash_files, unread, check_content)
-    kept: list[ShardEntry] = []
-    retext: list[Retext] = []
-    changes = list(matching.changes)
-    explained = {change.key for change in changes}
-    for shard in matching.shards:
-        entry = replace(shard.entry, tombstones=shard.tombstones())
-        rows = shard.rows()
-        text = text_id(entry.unit, rows, recipe)
-        if text == entry.text or entry.num_images == 0:  # what nobody reads needs no new text
-            kept.append(entry)
-        else:
-            retext.append(Retext(entry, rows, text))
-            changes += [change for change in explain_text(shard, recipe["text"]) if change.key not in explained]
+    items: list[Item]
+    skips: list[Skip]  # of what was listed
+    place: Place
+    row_bytes: RowBytes
+    recipe: Recipe
+    shard_bytes: int
+    conditions: Mapping[str, str]  # of this run, that skips depend on
+    hash_files: HashFiles
+    unread: Collection[str] = ()
+    check_content: bool = False
+    only: str | None = None  # latents, text; None: both
 
-    known = {skip.key: skip for skip in known_skips}
-    planned: list[tuple[Item, Placement]] = []
-    left_out = [skip for skip in skips if skip.key not in matching.unread]
-    for item in items:
-        if item.key in matching.held:
-            continue
-        verdict = place(item.size)
-        before = known.get(item.key)
-        if not isinstance(verdict, Placement):
-            left_out.append(item.skip(*verdict))
-        elif (
-            before is not None
-            and (before.nbytes, before.version) == (item.nbytes, item.version)
-            and is_current(before, conditions)
+    def plan(
+        self, storage: Storage, shards: list[Shard], known_skips: list[Skip], leftovers: Mapping[str, Leftover]
+    ) -> Plan:
+        """What there is to do for a cache of this recipe. Raises UserError for files that may be whole.
+
+        An image is kept if a shard holds its content, or if it was skipped before, and neither it has changed since nor
+        what the skip depends on.
+
+        If nothing has changed since an unfinished run, its units are those of this plan, and are known by their names.
+        If something has, each whole shard of it is taken into the cache as it is, and what is left is cut into units.
+        """
+        plan = self._plan(storage, shards, known_skips)
+        left_skips = [skip for leftover in leftovers.values() for skip in leftover.skips]
+        if leftovers.keys() <= {unit.id for unit in plan.units} and all(
+            is_current(skip, self.conditions) for skip in left_skips
         ):
-            left_out.append(before)
-        else:
-            planned.append((item, verdict))
-            what = "changed" if item.key in matching.outdated else "new"
-            changes.append(Change(item.key, what, f"was skipped: {before.reason}" if before is not None else ""))
-    planned.sort(key=lambda pair: (pair[1].bucket, pair[0].key))
-    new = [
-        Unit(
-            unit_id([item.row for item, _ in rows], recipe, [matching.content_of(item) for item, _ in rows]),
-            *zip(*rows, strict=True),
-        )
-        for rows in cut_rows(planned, row_bytes, shard_bytes)
-    ]
-    changes.sort(key=lambda change: (change.key, change.what))
-    return Plan(new, retext, kept, left_out, changes, len(matching.held), sorted(matching.unread), matching.lost)
+            return self._narrow(replace(plan, found=frozenset(leftovers)))
+        taken = [shard for leftover in leftovers.values() if (shard := leftover.check(storage)) is not None]
+        return self._narrow(self._plan(storage, [*shards, *taken], [*known_skips, *left_skips]))
+
+    def _plan(self, storage: Storage, shards: list[Shard], known_skips: list[Skip]) -> Plan:
+        matching = Matching(self.items, shards, storage, self.hash_files, self.unread, self.check_content)
+        kept: list[Shard] = []
+        tasks: list[TextTask] = []
+        changes = list(matching.changes)
+        explained = {change.key for change in changes}
+        recipe = self.recipe.text.to_json()
+        for matched in matching.shards:
+            shard, rows = matched.shard.with_dead(matched.dead()), matched.rows()
+            if not shard.num_images and not shard.text_id:
+                continue  # of no use, and in no manifest
+            if make_text_id(shard.id, rows, recipe) == shard.text_id or not shard.num_images:
+                kept.append(shard)  # what nobody reads needs no new text
+            else:
+                tasks.append(TextTask(shard, tuple(rows), len(tasks)))
+                changes += [change for change in explain_text(matched, self.recipe) if change.key not in explained]
+
+        planned, left_out = self._place(matching, known_skips, changes)
+        units = [
+            Unit(
+                make_unit_id(
+                    [item.row for item, _ in rows],
+                    self.recipe.latents,
+                    [matching.content_of(item) for item, _ in rows],
+                ),
+                *zip(*rows, strict=True),
+                number=number,
+            )
+            for number, rows in enumerate(cut_rows(planned, self.row_bytes, self.shard_bytes))
+        ]
+        changes.sort(key=lambda change: (change.key, change.what))
+        return Plan(
+            tuple(units), tuple(tasks), tuple(kept), tuple(left_out), tuple(changes), len(matching.held),
+            tuple(sorted(matching.unread)), tuple(matching.lost),
+        )  # fmt: skip
+
+    def _place(
+        self, matching: Matching, known_skips: list[Skip], changes: list[Change]
+    ) -> tuple[list[tuple[Item, Placement]], list[Skip]]:
+        """The items to encode with their placements, in the order of units; and those that are left out."""
+        known = {skip.key: skip for skip in known_skips}
+        planned: list[tuple[Item, Placement]] = []
+        left_out = [skip for skip in self.skips if skip.key not in matching.unread]
+        for item in self.items:
+            if item.key in matching.held:
+                continue
+            verdict = self.place(item.size)
+            before = known.get(item.key)
+            if not isinstance(verdict, Placement):
+                left_out.append(item.skip(*verdict))
+            elif before is not None and self._is_same(before, item):
+                left_out.append(before)
+            else:
+                planned.append((item, verdict))
+                what = "changed" if item.key in matching.outdated else "new"
+                changes.append(Change(item.key, what, f"was skipped: {before.reason}" if before is not None else ""))
+        planned.sort(key=lambda pair: (pair[1].bucket, pair[0].key))
+        return planned, left_out
+
+    def _is_same(self, before: Skip, item: Item) -> bool:
+        is_unchanged = (before.nbytes, before.version) == (item.nbytes, item.version)
+        return is_unchanged and is_current(before, self.conditions)
+
+    def _narrow(self, plan: Plan) -> Plan:
+        """The part of a plan that --only asks for."""
+        if self.only == "latents":  # a shard without text gets one, since a manifest names no other
+            later = [task.shard for task in plan.text_tasks if task.shard.text_id]
+            return replace(
+                plan,
+                text_tasks=tuple(task for task in plan.text_tasks if not task.shard.text_id),
+                kept=(*plan.kept, *later),
+                changes=tuple(change for change in plan.changes if change.what in LATENT_CHANGES),
+            )
+        if self.only == "text":
+            left = {item.key for unit in plan.units if unit.id not in plan.found for item in unit.items}
+            return replace(
+                plan,
+                units=tuple(unit for unit in plan.units if unit.id in plan.found),
+                changes=tuple(change for change in plan.changes if change.key not in left),
+                later=tuple(sorted(left)),
+            )
+        return plan
 
 
 def is_current(skip: Skip, conditions: Mapping[str, str]) -> bool:
@@ -137,10 +198,12 @@ def is_current(skip: Skip, conditions: Mapping[str, str]) -> bool:
     return skip.reason in REASONS and skip.condition != "" and skip == skip.under(conditions)
 
 
-def explain_text(shard: ShardRows, recipe: dict[str, Any]) -> Iterator[Change]:
+def explain_text(matched: ShardRows, recipe: Recipe) -> Iterator[Change]:
     """Why a text file is written anew, image by image: its own caption, or prompts that are made otherwise."""
-    fields = "; ".join(recipe_changes(shard.recipe, recipe))
-    for row, item in zip(shard.stored, shard.owner, strict=True):
+    if not matched.recipe:
+        return  # its first
+    fields = "; ".join(recipe_changes(matched.recipe, recipe.text.to_json()))
+    for row, item in zip(matched.stored, matched.owner, strict=True):
         if item is None:
             continue
         if item.row.captions != row.captions:

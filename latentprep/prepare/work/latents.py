@@ -1,263 +1,227 @@
-"""run_unit: load -> encode -> write, for one unit. Engines only decide who calls it."""
+"""The worker that encodes images: a stream of units becomes a stream of shards, on one device.
 
-from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from dataclasses import asdict, dataclass, field
-from functools import partial
-from typing import Any
+Each stage has a thread of its own, so that the device waits for nobody: images are decoded and stacked ahead of it; it
+encodes in the thread that calls run(); what it gives is fetched and checked behind it; and full shards are written.
+"""
 
-import numpy as np
+import time
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from queue import Full, Queue, SimpleQueue
+from threading import Event as Signal
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
 import torch
-from torch import Tensor
 
-from latentprep.cache.manifest import skip_from_json
+from latentprep.cache.leftovers import find_leftover
+from latentprep.cache.manifest import LatentFacts
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.seal import check_seal, check_stamp
-from latentprep.cache.shard import (
-    Groups,
-    ShardEntry,
-    Text,
-    open_latents,
-    open_text,
-    table_of,
-    text_id,
-    text_name,
-    write_latents,
-    write_text,
-)
-from latentprep.cache.storage import Stamp
-from latentprep.errors import UnreadableError, UserError
-from latentprep.prepare.devices import OutOfMemoryError
-from latentprep.prepare.models.vae_encoder import Posterior
-from latentprep.prepare.plan.plan import Retext
-from latentprep.prepare.work.group import GroupBuilder
-from latentprep.prepare.work.job import Job
-from latentprep.prepare.work.partial import Progress, load_partial, save_partial
-from latentprep.prepare.work.text import make_text
-from latentprep.records import NAMED_NOTES, Item, Pixels, Placement, Row, Size, Skip, Unit, is_flipped
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.prepare.devices import OutOfMemoryError, empty_cache
+from latentprep.prepare.images.load import LoadOptions
+from latentprep.prepare.images.pillow import limit_pixels
+from latentprep.prepare.work.batches import Batch, LoadAhead, Task, make_batches
+from latentprep.prepare.work.events import Event, Failure, LatentsResult, Step
+from latentprep.prepare.work.finish import Encoded, Finisher
+from latentprep.prepare.work.rows import UnitRows, load_rows
+from latentprep.recipe import LatentsRecipe
+from latentprep.records import Unit
 
-Loaded = Iterator[Pixels | Skip]  # of a unit's items, in their order
-Stamped = Callable[[], Stamp]  # of a file; waits until it is written
-Submit = Callable[[Callable[[], Stamp]], "Future[Stamp]"]  # hands a write to the writer; may wait for the one before
+if TYPE_CHECKING:
+    from latentprep.prepare.models.model_set import VaeEncoder, VaeModel
+
+AHEAD = 2  # batches that are ready for the device, and that wait behind it
+MOMENT = 0.1  # seconds after which a thread that waits looks whether it is to stop
 
 
-@dataclass(eq=False)
-class UnitResult:
-    """What became of a unit. entry() waits for its files; a unit whose every item was skipped has none."""
+@dataclass(frozen=True)
+class LatentsWorker:
+    """All that is needed to encode units; it may be sent to another process, and opens its models there."""
 
-    unit: str
-    text: str
-    groups: Groups
-    latents_file: Stamped
-    text_file: Stamped
-    skips: list[Skip] = field(default_factory=list)
-    notes: Counter[str] = field(default_factory=Counter)
-    tombstones: tuple[int, ...] = ()
+    out: str  # root of the cache
+    recipe: LatentsRecipe
+    facts: LatentFacts
+    libraries: Mapping[str, str]
+    load: LoadOptions
+    vae: "VaeModel"
+    device: str
+    compile: bool
+    batch_size: int
+    threads: int  # that decode
+    max_pixels: int  # of an image file
+    conditions: Mapping[str, str]  # that skips depend on
 
-    def entry(self) -> ShardEntry:
-        return ShardEntry(self.unit, self.text, self.groups, self.latents_file(), self.text_file(), self.tombstones)
+    @property
+    def metadata(self) -> dict[str, Any]:
+        """What stands in the header of its files."""
+        return {**self.facts.to_json(), "recipe": self.recipe.to_json(), "libraries": dict(self.libraries)}
 
+    def run(self, units: Iterable[Unit]) -> Iterator[Event]:
+        """Encode units in their order; a result is given once its file is on disk.
 
-def run_unit(
-    unit: Unit, loaded: Loaded | None, job: Job, submit: Submit, progress: Callable[[int], None]
-) -> UnitResult:
-    """Encode a unit and hand its files to the writer.
-
-    `loaded` is None where the latents file is there already: then only the text file is made, if it is missing.
-    """
-    if loaded is None:
-        latents = open_latents(job.storage, unit.id)
-        skips = [skip_from_json(skip) for skip in latents.metadata["skipped"]]
-        notes = Counter(latents.metadata["notes"])
-        groups = latents.table()
-        found = job.found[unit.id]
-        latents_file: Stamped = lambda: found  # noqa: E731
-    else:
-        builders, done, skips = load_partial(job.storage, unit, job.recipe["latents"]["views"]) or ({}, Progress(), [])
-        progress(done.num_done)
+        A unit that fails is a Failure, the others go on. If this generator is closed or interrupted, the batches that
+        the device has done are kept for the next run. Raises UserError if none can go on.
+        """
+        limit_pixels(self.max_pixels)
         try:
-            for batch, num_done in make_batches(unit, done.num_done, loaded, job, skips, progress):
-                encode_rows(batch, job, builders, skips)
-                name_noted(batch, job)
-                notes = sum((Counter(set(pixels.notes)) for _, _, pixels in batch), done.notes or Counter())
-                counts = tuple((bucket, len(builder.digest)) for bucket, builder in builders.items())
-                done = Progress(num_done, counts, len(skips), notes)
-        except KeyboardInterrupt:
-            save_partial(job.storage, unit, builders, skips, done, job.recipe["latents"])
-            raise
-        notes = done.notes or Counter()
-        skips = [skip.under(job.conditions) for skip in skips]
-        made = [builder.build() for builder in builders.values() if builder.digest]
-        groups = table_of(made)
-        if not made:
-            return UnitResult(unit.id, "", groups, _no_file, _no_file, skips, notes)
-        # skips and notes stand in the header too: a killed run is taken up from its shards alone
-        metadata = {
-            **job.latents_metadata(),
-            "skipped": [asdict(skip) for skip in skips],
-            "notes": dict(sorted(notes.items())),
-        }
-        latents_file = submit(partial(write_latents, job.storage, unit.id, made, metadata)).result
-
-    skipped = {skip.key for skip in skips}
-    rows = [item.row for item in unit.items if item.key not in skipped]
-    text = text_id(unit.id, rows, job.recipe)
-    text_file = hand_over_text(unit.id, text, rows, groups, job, submit)
-    return UnitResult(unit.id, text, groups, latents_file, text_file, skips, notes)
+            yield from Run(self).run(units)
+        finally:
+            empty_cache()
 
 
-def retext_unit(retext: Retext, job: Job, submit: Submit) -> UnitResult:
-    """Make a new text file for a shard whose latents stay; prompts whose cond is there are not encoded again.
+class Run:
+    """One run of a LatentsWorker: its threads, and what passes between them."""
 
-    A text file that is damaged gives no cond: all of its prompts are encoded again.
-    """
-    entry, rows, text, old = retext.entry, retext.rows, retext.text, None
-    dead = frozenset(entry.tombstones)
-    with job.watch.on("text"):
+    def __init__(self, worker: LatentsWorker) -> None:
+        self.worker, self.storage = worker, Storage(worker.out)
+        self.ready: Queue[Any] = Queue(AHEAD)  # what the device is to do, in the order of the units
+        self.behind: Queue[Any] = Queue(AHEAD)  # what it has done
+        self.results: SimpleQueue[Any] = SimpleQueue()
+        self.failed: set[str] = set()  # ids of units of which nothing more is to be done
+        self.stopping = Signal()
+        self.waits: Counter[Any] = Counter()  # stage -> seconds, since the last Step
+
+    def run(self, units: Iterable[Unit]) -> Iterator[Event]:
+        """See LatentsWorker.run."""
+        worker = self.worker
+        finisher = Finisher(self.storage, worker.recipe, worker.metadata, worker.conditions, self.failed)
+        ahead = Thread(target=self._load, args=(units,), name="load", daemon=True)
+        behind = Thread(target=finisher.run, args=(self.behind, self.results), name="finish")
+        ahead.start()
+        behind.start()
         try:
-            check_stamp(job.storage, text_name(entry.unit, entry.text), entry.text_file)
-            old = open_text(job.storage, entry.unit, entry.text, entry.groups)
-        except UnreadableError:
-            raise
-        except UserError as error:  # nothing of it is taken over: what dead rows said is not known any more
-            job.damaged.append(str(error))
-            rows = [Row(f"unknown/{n}", -1, -1, ("",)) if n in dead else row for n, row in enumerate(rows)]
-            text = text_id(entry.unit, rows, job.recipe)
-    text_file = hand_over_text(entry.unit, text, rows, entry.groups, job, submit, old, dead)
-    return UnitResult(
-        entry.unit, text, entry.groups, lambda: entry.latents_file, text_file, tombstones=entry.tombstones
-    )
+            yield from self._encode(finisher)
+            self._put(self.behind, None)
+            yield from self._drain()
+        finally:
+            self.stopping.set()
+            if behind.is_alive():
+                self.behind.put(None)  # the finisher takes what stands before it, and keeps that
+            behind.join()
 
+    def _encode(self, finisher: Finisher) -> Iterator[Event]:
+        """The device's own thread: what is ready is encoded, and handed to who waits behind it."""
+        encoder = None
+        while (message := self._get("decode", self.ready)) is not None:
+            num_done, is_new = getattr(message, "num_items", 0), True
+            if isinstance(message, UnitRows | LatentsResult):
+                num_done, is_new = message.num_found, False
+            elif isinstance(message, Failure):
+                self.failed.add(message.id)
+            elif isinstance(message, Batch):
+                if encoder is None:
+                    encoder = finisher.encoder = self._open()
+                message = self._start(encoder, message)
+            if message is not None:
+                with self._on("write"):
+                    self._put(self.behind, message)
+            waits, self.waits = self.waits, Counter()
+            yield Step(num_done, is_new, waits)
+            while not self.results.empty():
+                yield self._get("write", self.results)
 
-def hand_over_text(
-    unit: str,
-    text: str,
-    rows: list[Row],
-    groups: Groups,
-    job: Job,
-    submit: Submit,
-    old: Text | None = None,
-    tombstones: frozenset[int] = frozenset(),
-) -> Stamped:
-    """Make the text file of a unit and hand it to the writer, if it is not there from a run that was stopped."""
-    try:
-        stamp = check_seal(job.storage, text_name(unit, text))
-        open_text(job.storage, unit, text, groups)
-        return lambda: stamp
-    except UnreadableError:
-        raise
-    except (UserError, FileNotFoundError):
-        pass  # not there, or damaged: make it anew
-    with job.watch.on("text"):
-        made = make_text(rows, groups, job, old, tombstones)
-    return submit(partial(write_text, job.storage, unit, text, made, job.text_metadata())).result
+    def _drain(self) -> Iterator[Event]:
+        """The results of what is still behind the device."""
+        while (result := self._get("write", self.results)) is not None:
+            yield result
 
-
-def _no_file() -> Stamp:
-    return Stamp(0, "")
-
-
-Image = tuple[Item, Placement, Pixels]
-
-
-def make_batches(
-    unit: Unit, start: int, loaded: Loaded, job: Job, skips: list[Skip], progress: Callable[[int], None]
-) -> Iterator[tuple[list[Image], int]]:
-    """Rows of one bucket, at most batch_size, in the unit's order from item `start` on; what cannot be loaded goes to
-    `skips`. With each batch the number of items up to its end.
-    """
-    batch: list[Image] = []
-    found: list[Skip] = []  # since the batch began: they count with the next one
-    end = start
-    for number in range(start, len(unit.items)):
-        item, placement = unit.items[number], unit.placements[number]
-        with job.watch.on("decode"):
-            result = next(loaded)
-        progress(1)
-        if isinstance(result, Skip):
-            found.append(result)
-            continue
-        if batch and (len(batch) == job.batch_size or batch[0][1].bucket != placement.bucket):
-            yield batch, end
-            batch = []
-        skips += found
-        found = []
-        batch.append((item, placement, result))
-        end = number + 1
-    if batch:
-        yield batch, end
-    skips += found
-
-
-def name_noted(batch: list[Image], job: Job) -> None:
-    """Remember which images the notes are about that a person should look at."""
-    for item, _, pixels in batch:
-        for note in set(pixels.notes):
-            if note in NAMED_NOTES:
-                job.noted.setdefault(note, []).append(item.key)
-
-
-def encode_rows(batch: list[Image], job: Job, builders: dict[Size, "GroupBuilder"], skips: list[Skip]) -> None:
-    """Encode a batch and add it to the group of its bucket."""
-    try:
-        with job.watch.on("encode"):
-            encoded = encode_batch(batch, job)
-    except OutOfMemoryError as error:
-        skips += [item.skip("out_of_memory", str(error)) for item, _, _ in batch]
-    else:
-        keep_rows(batch, encoded, builders, job, skips)
-
-
-@dataclass(frozen=True, eq=False)
-class Encoded:
-    """Posterior of N images in V views, in the store dtype."""
-
-    mean: Tensor  # [N,V,C,h,w]
-    std: Tensor | None  # the same; None: not stored
-    is_finite: list[bool]
-
-
-def encode_batch(batch: list[Image], job: Job) -> Encoded:
-    recipe = job.recipe["latents"]
-    dtype = TORCH_DTYPES[recipe["store_dtype"]]
-    crops = np.stack([pixels.pixels for _, _, pixels in batch], axis=1)  # [K,N,H,W,3]
-    boxes = list(zip(*(pixels.crops for _, _, pixels in batch), strict=True))
-    mirrors = len(recipe["views"]) // len(boxes)  # views of each crop
-    seen: dict[tuple[Any, bool], Posterior] = {}
-    found = []
-    for n, view in enumerate(recipe["views"]):
-        crop = n // mirrors
-        same = boxes[crop], is_flipped(view)
-        if same not in seen:  # images that just fit their bucket have one crop only
-            images = np.ascontiguousarray(crops[crop][:, :, ::-1]) if is_flipped(view) else crops[crop]
-            seen[same] = job.vae().encode(images)
-        found.append(seen[same])
-    mean = torch.stack([posterior.mean for posterior in found], dim=1).to(dtype)
-    std = torch.stack([posterior.std for posterior in found], dim=1).to(dtype)
-    # after the cast: a mean of 70,000 is finite in float32 and not in a float16 cache
-    finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
-    return Encoded(mean, std if recipe["store"] == "mean+std" else None, finite.tolist())
-
-
-def keep_rows(
-    batch: list[Image], encoded: Encoded, builders: dict[Size, "GroupBuilder"], job: Job, skips: list[Skip]
-) -> None:
-    """Add a batch to the group of its bucket, without the rows that are not finite."""
-    bucket = batch[0][1].bucket
-    builder = builders.setdefault(bucket, GroupBuilder(bucket, job.recipe["latents"]["views"]))
-    for n, (item, placement, pixels) in enumerate(batch):
-        if encoded.is_finite[n]:
-            builder.mean.append(encoded.mean[n])
-            if encoded.std is not None:
-                builder.std.append(encoded.std[n])
-            builder.weight.append(pixels.weight)
-            builder.original_size.append(item.size)
-            builder.placement.append(placement)
-            builder.crops.append(pixels.crops)
-            builder.digest.append(pixels.digest)
-        else:
-            detail = (
-                f"the VAE gives no finite latents in float32, or none that {job.recipe['latents']['store_dtype']} holds"
+    def _open(self) -> "VaeEncoder":
+        """The VAE, loaded now: loading is no part of the images' speed."""
+        worker = self.worker
+        with self._on("load"):
+            dtype = TORCH_DTYPES[worker.recipe.dtype]
+            return worker.vae.open(
+                torch.device(worker.device), dtype, tiling=worker.recipe.tiling, compile=worker.compile
             )
-            skips.append(item.skip("non_finite", detail))
+
+    def _start(self, encoder: "VaeEncoder", batch: Batch) -> "Encoded | Failure | None":
+        """A batch with what the device makes of it, which may still be at work on it."""
+        if batch.unit.id in self.failed:
+            return None
+        with self._on("encode"):
+            try:
+                return Encoded(batch, [encoder.start(images) for images in batch.inputs])
+            except OutOfMemoryError as error:
+                return Encoded(batch, error)
+            except UserError:
+                raise
+            except Exception as error:  # of torch or a model
+                self.failed.add(batch.unit.id)
+                return Failure(batch.unit.id, f"{type(error).__name__}: {error}")
+
+    def _load(self, units: Iterable[Unit]) -> None:
+        """The first thread: images become batches. What ends it is handed on: None, or an exception."""
+        end: BaseException | None = None
+        begun: deque[UnitRows | LatentsResult] = deque()
+        depth = max(2 * self.worker.batch_size, 2 * self.worker.threads)
+        loader = LoadAhead(self.worker.load, self.worker.threads, depth, self._begin(units, begun))
+        try:
+            loader.fill()
+            while begun and not self.stopping.is_set():
+                first = begun.popleft()
+                self._put(self.ready, first)
+                if isinstance(first, UnitRows):
+                    self._batch(first, loader)
+                loader.fill()
+        except BaseException as error:
+            end = error
+        self._put(self.ready, end)
+        loader.stop(
+            wait=end is None and not self.stopping.is_set()
+        )  # a read that hangs holds up no run that is stopped
+
+    def _begin(self, units: Iterable[Unit], begun: "deque[UnitRows | LatentsResult]") -> Iterator[Task]:
+        """The images to decode of each unit; `begun` gets what is there of it."""
+        for unit in units:
+            leftover = find_leftover(self.storage, unit.id)
+            shard = leftover.check(self.storage) if leftover is not None else None
+            if leftover is not None and shard is not None:
+                begun.append(LatentsResult(unit.id, shard, leftover.skips, leftover.notes, num_found=len(unit.items)))
+                continue
+            rows = load_rows(self.storage, unit)
+            begun.append(rows)
+            for item, placement in zip(unit.items[rows.num_done :], unit.placements[rows.num_done :], strict=True):
+                yield unit.id, item, placement
+
+    def _batch(self, rows: UnitRows, loader: LoadAhead) -> None:
+        """The batches of a unit, one after the other."""
+        unit, worker = rows.unit, self.worker
+        try:
+            loaded = loader.take(unit.id)
+            for batch in make_batches(unit, rows.num_done, loaded, worker.batch_size, worker.recipe.views):
+                self._put(self.ready, batch)
+                if self.stopping.is_set() or unit.id in self.failed:
+                    break
+        except UserError:
+            raise
+        except Exception as error:  # a fault of ours, which names its image
+            self._put(self.ready, Failure(unit.id, str(error)))
+        loader.drop(unit.id)
+
+    def _get(self, stage: str, queue: "Queue[Any] | SimpleQueue[Any]") -> Any:
+        """What comes next, waited for. Raises it if it is an exception."""
+        with self._on(stage):
+            found = queue.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def _put(self, queue: "Queue[Any]", message: Any) -> None:
+        """Hand something on, once there is room; nothing if the run stops."""
+        while not self.stopping.is_set():
+            with suppress(Full):
+                queue.put(message, timeout=MOMENT)
+                break
+
+    @contextmanager
+    def _on(self, stage: str) -> Iterator[None]:
+        """Counts the time that the device's thread spends on a stage."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.waits[stage] += time.perf_counter() - started

@@ -1,139 +1,193 @@
-"""Rows -> the text file of a shard: every distinct prompt is encoded once, and none whose cond is there already."""
+"""The worker that makes texts: shards, and what their rows are to say, become text files; with cond, or without."""
 
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from latentprep.cache.ragged import Conds, Ragged, finite_rows, stack_rows
-from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.seal import check_seal
-from latentprep.cache.shard import Groups, Text, TextGroup, open_uncond, uncond_name, write_uncond
-from latentprep.cache.storage import Stamp
-from latentprep.errors import UnreadableError, UserError
-from latentprep.human import shortened
-from latentprep.prepare.work.job import Job
+from latentprep.cache.group import TextGroup
+from latentprep.cache.names import make_text_id, make_uncond_id, text_name, uncond_name
+from latentprep.cache.schema import Groups
+from latentprep.cache.seal import check_seal, check_stamp
+from latentprep.cache.storage import Stamp, Storage
+from latentprep.cache.text import Text, open_text, open_uncond, write_text, write_uncond
+from latentprep.errors import UnreadableError, UserError, WriteError
+from latentprep.options import TextOptions
+from latentprep.prepare.plan.plan import TextTask
+from latentprep.prepare.work.cond import CondMaker, MadeCond
+from latentprep.prepare.work.events import Event, Failure, Step, TextResult
 from latentprep.prompts import make_prompts
-from latentprep.recipe import digest_of
+from latentprep.recipe import TextRecipe
 from latentprep.records import Row
 
+if TYPE_CHECKING:
+    from latentprep.prepare.models.model_set import TextModel
 
-def make_text(rows: list[Row], groups: Groups, job: Job, old: Text | None, tombstones: frozenset[int]) -> Text:
-    """The text file of a shard: every distinct prompt is encoded once, and none whose cond `old` holds.
-
-    Tombstones have no prompts of their own: they point to the first.
-    """
-    prompts_of_row = [
-        [] if n in tombstones else make_prompts(row.captions, row.key, job.text_options, job.seed)
-        for n, row in enumerate(rows)
-    ]
-    prompts = list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
-    index = {prompt: n for n, prompt in enumerate(prompts)}
-    prompt_of = np.zeros((len(rows), job.text_options.prompts_per_image), np.int32)
-    for n, own_prompts in enumerate(prompts_of_row):
-        prompt_of[n, : len(own_prompts)] = [index[prompt] for prompt in own_prompts]
-    made: list[TextGroup] = []
-    start = 0
-    for label, count, _ in groups:
-        own = rows[start : start + count]
-        made.append(
-            TextGroup(
-                label,
-                key=[row.key for row in own],
-                caption=[list(row.captions) for row in own],
-                prompt_of=prompt_of[start : start + count],
-                nbytes=np.array([row.nbytes for row in own], np.int64),
-                version=np.array([row.version for row in own], np.int64),
-            )
-        )
-        start += count
-    if job.text is None:
-        return Text(made, prompts)
-    cond, num_tokens, max_tokens = make_cond(prompts, job, old)
-    return Text(made, prompts, cond, num_tokens, max_tokens)
+MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone
 
 
-def make_cond(prompts: list[str], job: Job, old: Text | None = None) -> tuple[Conds, np.ndarray | None, int | None]:
-    """Cond of P prompts, name -> [P,...] in the store dtype; their numbers of tokens, and the encoder's window.
+@dataclass(frozen=True)
+class EmptyPrompt:
+    """The task of the empty prompt's cond, which training drops captions to."""
 
-    What `old` holds of them is taken over, if it was made by the same encoder in the same precision.
-    """
-    sources = [old] if old is not None and is_same_encoder(old.metadata.get("recipe", {}), job.recipe["text"]) else []
-    known = {prompt for source in sources for prompt in source.prompt}
-    missing = [prompt for prompt in prompts if prompt not in known]
-    if missing:
-        assert job.text is not None
-        encoder, dtype = job.text(), TORCH_DTYPES[job.recipe["text"]["store_dtype"]]
-        encoded = encoder.encode(missing)
-        cond: Conds = {name: value.to(dtype) for name, value in encoded.items()}
-        check_finite(missing, encoded, cond, job.recipe["text"])
-        tokens_of = encoder.count_tokens(missing)
-        job.counts["prompts"] += len(missing)
-        if tokens_of is not None and encoder.max_tokens is not None:
-            job.truncated.add(missing, tokens_of, encoder.max_tokens)
-        sources.append(Text([], missing, cond, tokens_of, encoder.max_tokens))
-    place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
-    chosen = [place[prompt] for prompt in prompts]
-    tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
-    return (
-        {
-            name: stack_rows([source.cond[name][n] for source, n in chosen], isinstance(cond, Ragged))
-            for name, cond in sources[-1].cond.items()
-        },
-        np.array(tokens, np.int32) if len(tokens) == len(chosen) else None,
-        sources[-1].max_tokens,
-    )
+    number: int = 0  # of the rank that makes it: each makes its own
+    id: ClassVar = ""
 
 
-# What of a text recipe decides the cond of a prompt; the last three stand there only where they are not the default.
-COND_FIELDS = ("text_encoder", "dtype", "store_dtype", "max_tokens", "clip_skip", "emphasis")
+@dataclass(frozen=True)
+class TextWorker:
+    """All that is needed to make texts; it may be sent to another process, and opens its models there."""
+
+    out: str  # root of the cache
+    recipe: TextRecipe
+    libraries: Mapping[str, str]
+    options: TextOptions
+    seed: int
+    text: "TextModel | None"  # None: no conditioning
+    device: str
+
+    def run(self, tasks: Iterable[TextTask | EmptyPrompt]) -> Iterator[Event]:
+        """Make the texts in their order; a result is given once its file is on disk.
+
+        A task that fails is a Failure, the others go on. Raises UserError for cond that cannot be stored, and if
+        nothing can be written.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            yield from Run(self).run(tasks, writer)
 
 
-def is_same_encoder(before: dict[str, Any], now: dict[str, Any]) -> bool:
-    """Whether two text recipes give the same cond for the same prompt."""
-    return all(before.get(name) == now.get(name) for name in COND_FIELDS)
+Write = Callable[[], TextResult]  # writes a file that is made
 
 
-def check_finite(prompts: list[str], encoded: Conds, stored: Conds, recipe: dict[str, Any]) -> None:
-    """Raise UserError for cond that overflows in the encoder, or in the store dtype: training would not show it."""
-    for name, value in stored.items():
-        is_finite = finite_rows(value)
-        if is_finite.all():
-            continue
-        n = int(is_finite.int().argmin())
-        prompt = shortened(prompts[n])
-        if encoded[name][n].isfinite().all():
-            raise UserError(
-                f"--store-dtype {recipe['store_dtype']}: cannot hold the {name} of {prompt!r}. "
-                "Use --store-dtype bfloat16 or float32."
-            )
-        if recipe["dtype"] == "float32":
-            raise UserError(f"--model: its text encoder gives no finite numbers for {prompt!r}, even in float32.")
-        raise UserError(
-            f"--dtype {recipe['dtype']}: the text encoder overflows for {prompt!r}. Use --dtype bfloat16 or float32."
+class Run:
+    """One run of a TextWorker."""
+
+    def __init__(self, worker: TextWorker) -> None:
+        self.worker, self.storage = worker, Storage(worker.out)
+        self.cond = None
+        if worker.text is not None:
+            self.cond = CondMaker(worker.recipe, worker.text, worker.device, worker.options)
+        self.num_write_failures = 0
+
+    def run(self, tasks: Iterable[TextTask | EmptyPrompt], writer: ThreadPoolExecutor) -> Iterator[Event]:
+        """See TextWorker.run. While one text is written, the next is made."""
+        writing: Future[TextResult | Failure] | None = None
+        for task in tasks:
+            try:
+                write = self._make_uncond() if isinstance(task, EmptyPrompt) else self._make_text(task)
+            except UserError:
+                raise
+            except Exception as error:  # of a library, or ours
+                yield Failure(task.id, f"{type(error).__name__}: {error}")
+                continue
+            if writing is not None:
+                yield writing.result()
+            writing = writer.submit(self._write, task.id, write)
+            yield Step(task.shard.num_images if isinstance(task, TextTask) else 0)
+        if writing is not None:
+            yield writing.result()
+
+    def _write(self, task_id: str, write: Write) -> TextResult | Failure:
+        """In the writer's thread. Raises WriteError if nothing can be written any more."""
+        try:
+            result = write()
+        except WriteError as error:
+            self.num_write_failures += 1
+            if self.num_write_failures == MAX_WRITE_FAILURES:
+                raise
+            return Failure(task_id, str(error))
+        self.num_write_failures = 0
+        return result
+
+    def _make_text(self, task: TextTask) -> Write:
+        """The text of a shard, unless it is there from a run that was stopped."""
+        shard, (rows, old, damaged) = task.shard, self._open_old(task)
+        text_id = make_text_id(shard.id, rows, self.worker.recipe.to_json())
+        name = text_name(shard.id, text_id)
+        stamp = self._find(name, lambda: open_text(self.storage, shard.id, text_id, shard.groups))
+        if stamp is not None:
+            there = TextResult(shard.id, shard.with_text(text_id, stamp), damaged=damaged)
+            return lambda: there
+        prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead))
+        made = self.cond.make(prompts, old) if self.cond is not None else MadeCond()
+        text = Text(
+            groups, prompts, made.cond, made.num_tokens, made.max_tokens, self._metadata(self.worker.recipe.to_json())
         )
 
+        def write() -> TextResult:
+            written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text))
+            return TextResult(shard.id, written, None, made.num_encoded, made.truncated, damaged)
 
-def uncond_id(recipe: dict[str, Any]) -> str:
-    """What the file of the empty prompt's cond is called by, of a text recipe; "" without cond."""
-    if recipe["text_encoder"] is None:
-        return ""
-    return digest_of({name: recipe[name] for name in COND_FIELDS if name in recipe})[:16]
+        return write
 
+    def _open_old(self, task: TextTask) -> tuple[tuple[Row, ...], Text | None, str]:
+        """What the new text says; the text there is now, of which cond is taken over; and what is wrong with that."""
+        shard, rows = task.shard, task.rows
+        if shard.text_file is None:
+            return rows, None, ""
+        try:
+            check_stamp(self.storage, shard.text_name, shard.text_file)
+            return rows, shard.open_text(self.storage), ""
+        except UnreadableError:
+            raise
+        except UserError as error:  # nothing of it is taken over: what dead rows said is not known any more
+            dead = frozenset(shard.dead)
+            known = (Row(f"unknown/{n}", -1, -1, ("",)) if n in dead else row for n, row in enumerate(rows))
+            return tuple(known), None, str(error)
 
-def write_empty_prompt(job: Job) -> Stamp | None:
-    """The cond of the empty prompt, which training drops captions to; None if there is no conditioning."""
-    if job.text is None:
-        return None
-    uncond = uncond_id(job.recipe["text"])
-    try:
-        stamp = check_seal(job.storage, uncond_name(uncond))
-        open_uncond(job.storage, uncond)
+    def _compose(
+        self, rows: tuple[Row, ...], groups: Groups, dead: frozenset[int]
+    ) -> tuple[list[str], list[TextGroup]]:
+        """The distinct prompts of rows, and their groups. Dead rows have no prompts: they point to the first."""
+        options, seed = self.worker.options, self.worker.seed
+        prompts_of_row = [
+            [] if n in dead else make_prompts(row.captions, row.key, options, seed) for n, row in enumerate(rows)
+        ]
+        prompts = list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
+        index = {prompt: n for n, prompt in enumerate(prompts)}
+        made: list[dict[str, Any]] = [
+            {
+                "key": row.key,
+                "nbytes": row.nbytes,
+                "version": row.version,
+                "caption": list(row.captions),
+                "prompt_of": [index[prompt] for prompt in own] or [0] * options.prompts_per_image,
+            }
+            for row, own in zip(rows, prompts_of_row, strict=True)
+        ]
+        edges = np.cumsum([0, *(count for _, count, _ in groups)]).tolist()
+        stacked = [
+            TextGroup.stack(label, made[start:end])
+            for (label, _, _), start, end in zip(groups, edges, edges[1:], strict=False)
+        ]
+        return prompts, stacked
+
+    def _make_uncond(self) -> Write:
+        """The cond of the empty prompt, unless it is there."""
+        assert self.cond is not None
+        recipe = self.worker.recipe
+        uncond = make_uncond_id(recipe)
+        stamp = self._find(uncond_name(uncond), lambda: open_uncond(self.storage, uncond))
+        if stamp is not None:
+            return lambda: TextResult("", uncond_file=stamp)
+        made = self.cond.make([""])
+        metadata = self._metadata(recipe.cond)
+        return lambda: TextResult(
+            "", None, write_uncond(self.storage, uncond, made.cond, metadata), made.num_encoded, made.truncated
+        )
+
+    def _metadata(self, recipe: dict[str, Any]) -> dict[str, Any]:
+        return {"recipe": recipe, "libraries": dict(self.worker.libraries)}
+
+    def _find(self, name: str, check: Callable[[], object]) -> Stamp | None:
+        """A file that is there already, as it was written."""
+        try:
+            stamp = check_seal(self.storage, name)
+            check()
+        except UnreadableError:
+            raise
+        except (UserError, FileNotFoundError):
+            return None  # not there, or damaged: it is made anew
         return stamp
-    except UnreadableError:
-        raise
-    except (UserError, FileNotFoundError):
-        pass  # not there, or damaged: make it anew
-    metadata = job.text_metadata()
-    metadata["recipe"] = {name: metadata["recipe"][name] for name in COND_FIELDS if name in metadata["recipe"]}
-    cond, _, _ = make_cond([""], job)
-    return write_uncond(job.storage, uncond, cond, metadata)

@@ -1,0 +1,138 @@
+"""The end of a run: what was made becomes the cache, or this rank's part of it; and what came of it all."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from latentprep.cache.compact import would_rewrite
+from latentprep.cache.leftovers import clear_orphans, find_missing
+from latentprep.cache.manifest import MadeWith, Manifest, Uncond, commit
+from latentprep.cache.names import make_uncond_id
+from latentprep.cache.readers import free, invite_readers
+from latentprep.cache.shard import Shard
+from latentprep.errors import UserError
+from latentprep.prepare.engine import ranks
+from latentprep.prepare.outcome import STAGES, Outcome, Tally
+from latentprep.prepare.survey import Prepared, nothing_usable
+from latentprep.prepare.work.events import Truncated
+from latentprep.recipe import digest_of
+from latentprep.records import Skip
+
+
+def check_usable(prepared: Prepared, latents: Tally) -> None:
+    """Raise UserError if a new cache would hold no image at all."""
+    plan, is_alone = prepared.plan, prepared.where.world_size == 1
+    if is_alone and prepared.manifest is None and not (latents.shards or plan.kept or plan.text_tasks):
+        skips, failures = [*plan.skips, *latents.skips], list(latents.failures.values())
+        raise UserError(nothing_usable(prepared.options, skips, failures))
+
+
+def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, encode_seconds: float) -> Outcome:
+    """Commit what was made. Raises UserError if it has vanished."""
+    plan, storage = prepared.plan, prepared.storage
+    failures = {**latents.failures, **texts.failures}
+    skips = [*plan.skips, *latents.skips]
+    before = {task.shard.id: task.shard for task in plan.text_tasks if task.shard.text_id}
+    made = {name: shard for name, shard in texts.shards.items() if shard.text_id}
+    # if making a new text failed, the shard stays with what it has
+    shards = sorted(
+        {shard.id: shard for shard in (*plan.kept, *before.values(), *made.values())}.values(), key=Shard.order
+    )
+    vanished = find_missing(storage, shards) if storage.is_local else {}  # only a local disk can vanish
+    if vanished:
+        raise UserError(
+            f"{prepared.options.out}: vanished in part while it was written ({next(iter(vanished.values()))}). "
+            "Nothing was committed. Run the same command again."
+        )
+    manifest = make_manifest(prepared, shards, texts)
+    cleared: tuple[int, int] = (0, 0)
+    absent: tuple[int, ...] = ()
+    if prepared.where.world_size > 1:
+        manifest, absent = hand_in(prepared, manifest, before, skips, len(failures))
+    else:
+        manifest = commit(storage, manifest, skips)
+        invite_readers(storage)
+        cleared = clear_orphans(storage, manifest) if not failures else (0, 0)
+        if not storage.is_local and prepared.manifest is not None:
+            free(storage, prepared.manifest.files().keys() - manifest.files().keys(), manifest.files())
+    return Outcome(
+        num_encoded=sum(result.num_encoded for result in latents.latents),
+        num_found=sum(result.num_found for result in latents.latents),
+        num_retexted=sum(shard.num_images for name, shard in made.items() if name in before),
+        num_prompts=sum(text.num_prompts for text in texts.texts),
+        truncated=sum((text.truncated for text in texts.texts), Truncated()),
+        noted=join(result.named for result in latents.latents),
+        damaged=[text.damaged for text in texts.texts if text.damaged],
+        num_cached=manifest.num_images,
+        can_compact=any(map(would_rewrite, manifest.shards)),
+        num_dead=manifest.num_dead,
+        num_bytes=sum(shard.nbytes for shard in manifest.shards),
+        skips=skips,
+        notes=sum((result.notes for result in latents.latents), Counter()),
+        failures=[f"unit {name}: {error}" for name, error in failures.items()],
+        num_retried=sum(result.num_retried for result in latents.latents),
+        batch_limit=next((result.batch_limit for result in latents.latents if result.batch_limit), ""),
+        cleared=cleared,
+        seconds=seconds,
+        encode_seconds=encode_seconds,
+        waits={stage: latents.waits[stage] + texts.waits[stage] for stage in STAGES},
+        absent=absent,
+    )
+
+
+def join(parts: Iterable[Mapping[str, tuple[str, ...]]]) -> dict[str, list[str]]:
+    """Keys by note, of all units."""
+    joined: dict[str, list[str]] = {}
+    for part in parts:
+        for note, keys in part.items():
+            joined.setdefault(note, []).extend(keys)
+    return joined
+
+
+def make_manifest(prepared: Prepared, shards: list[Shard], texts: Tally) -> Manifest:
+    """What the cache is to consist of."""
+    recipe, file = prepared.recipe, texts.uncond_file
+    uncond = Uncond(make_uncond_id(recipe.text), file) if file is not None else None
+    if prepared.options.only == "latents" and prepared.manifest is not None:  # its shards may have cond
+        recipe, uncond = replace(recipe, text=prepared.manifest.recipe.text), prepared.manifest.uncond
+    return Manifest(recipe, prepared.facts, made_with(prepared), shards, uncond=uncond)
+
+
+def made_with(prepared: Prepared) -> MadeWith:
+    """How the cache was made, for people."""
+    options = prepared.options
+    return MadeWith(
+        model=options.model,
+        source=str(options.source.resolve()),
+        vae=options.vae,
+        config=options.config,
+        revision=options.revision,
+        commit=prepared.models.commit,
+        masks=str(options.masks) if options.masks is not None else None,
+        device=", ".join(prepared.where.devices),
+        batch_size=prepared.batch_size,
+        compile=options.compile,
+    )
+
+
+def hand_in(
+    prepared: Prepared, manifest: Manifest, before: Mapping[str, Shard], skips: list[Skip], num_failures: int
+) -> tuple[Manifest, tuple[int, ...]]:
+    """Leave this rank's part, and commit if it is the last; the manifest, and the ranks that are absent."""
+    where = prepared.where
+    own = [shard for shard in manifest.shards if shard != before.get(shard.id)]
+    part = ranks.Part(
+        plan_digest(prepared), where.rank, where.world_size, replace(manifest, shards=own), tuple(before.values()),
+        tuple(skips), num_failures,
+    )  # fmt: skip
+    ranks.hand_in(prepared.storage, part)
+    return ranks.merge_if_complete(prepared.storage, part)
+
+
+def plan_digest(prepared: Prepared) -> str:
+    """What all ranks of a run have in common."""
+    plan = prepared.plan
+    tasks = [[task.id, [[*row.fingerprint, row.captions] for row in task.rows]] for task in plan.text_tasks]
+    kept = [[shard.id, shard.text_id, shard.dead] for shard in plan.kept]
+    ids = [unit.id for unit in plan.units]
+    return digest_of([prepared.recipe.latents.to_json(), prepared.recipe.text.to_json(), ids, tasks, kept])

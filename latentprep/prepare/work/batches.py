@@ -1,0 +1,133 @@
+"""Units -> batches: images are decoded in threads ahead of the device, and stacked for it in the order of the unit."""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+
+from latentprep.prepare.images.load import LoadOptions, is_large, load_pixels
+from latentprep.records import Item, Pixels, Placement, Skip, Unit, is_flipped
+
+
+class Row(NamedTuple):
+    """An image of a batch."""
+
+    item: Item
+    placement: Placement
+    pixels: Pixels  # without the pixels themselves: those are stacked in the batch
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Images of one bucket that the VAE sees at once."""
+
+    unit: Unit
+    rows: list[Row]
+    inputs: list[np.ndarray]  # [N,H,W,3] uint8 each: what the VAE is to see, one for each view that differs
+    input_of_view: list[int]
+    skips: list[Skip]  # of the items since the batch before
+    num_items: int  # since the batch before: its rows and the skips
+
+
+@dataclass(frozen=True, eq=False)
+class End:
+    """A unit has no more batches."""
+
+    unit: Unit
+    skips: list[Skip]  # behind its last batch
+
+    @property
+    def num_items(self) -> int:
+        return len(self.skips)
+
+
+Loaded = Pixels | Skip
+Task = tuple[str, Item, Placement]  # id of a unit, and one of its items
+
+
+class LoadAhead:
+    """Decodes images in threads, at most `depth` ahead, and hands them out in order."""
+
+    def __init__(self, options: LoadOptions, threads: int, depth: int, tasks: Iterable[Task]) -> None:
+        self.options, self.depth, self.tasks = options, depth, iter(tasks)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+        self.large = Lock()  # several images at once, but only one that is very large: memory stays bounded
+        self.ahead: deque[tuple[str, Future[Loaded]]] = deque()
+
+    def take(self, unit_id: str) -> Iterator[Loaded]:
+        """The loaded items of the unit that comes next."""
+        self.fill()
+        while self.ahead and self.ahead[0][0] == unit_id:
+            result = self.ahead.popleft()[1].result()
+            self.fill()
+            yield result
+
+    def drop(self, unit_id: str) -> None:
+        """Leave out what is left of a unit."""
+        while self.ahead and self.ahead[0][0] == unit_id:
+            self.ahead.popleft()[1].cancel()
+            self.fill(without=unit_id)
+
+    def fill(self, without: str = "") -> None:
+        """Begin with as many images as are to be ahead."""
+        while len(self.ahead) < self.depth and (following := next(self.tasks, None)) is not None:
+            unit_id, item, placement = following
+            if unit_id != without:
+                self.ahead.append((unit_id, self.pool.submit(self._load, item, placement)))
+
+    def stop(self, wait: bool) -> None:
+        self.pool.shutdown(wait=wait, cancel_futures=True)
+
+    def _load(self, item: Item, placement: Placement) -> Loaded:
+        with self.large if is_large(item) else nullcontext():
+            return load_pixels(item, placement, self.options)
+
+
+def make_batches(
+    unit: Unit, start: int, loaded: Iterator[Loaded], batch_size: int, views: tuple[str, ...]
+) -> Iterator[Batch | End]:
+    """Rows of one bucket, at most batch_size, in the unit's order from item `start` on; at last the End."""
+    rows: list[Row] = []
+    pixels: list[np.ndarray] = []  # [K,H,W,3] of each row
+    skips: list[Skip] = []  # before the last row
+    later: list[Skip] = []  # behind it: they count with the next batch
+    for number in range(start, len(unit.items)):
+        item, placement, result = unit.items[number], unit.placements[number], next(loaded)
+        if isinstance(result, Skip):
+            later.append(result)
+            continue
+        if rows and (len(rows) == batch_size or rows[0].placement.bucket != placement.bucket):
+            yield Batch(unit, rows, *stack(rows, pixels, views), skips, len(rows) + len(skips))
+            rows, pixels, skips = [], [], []
+        skips, later = skips + later, []
+        rows.append(Row(item, placement, replace(result, pixels=result.pixels[:, :0])))
+        pixels.append(result.pixels)
+    if rows:
+        yield Batch(unit, rows, *stack(rows, pixels, views), skips, len(rows) + len(skips))
+    yield End(unit, later)
+
+
+def stack(rows: list[Row], pixels: list[np.ndarray], views: tuple[str, ...]) -> tuple[list[np.ndarray], list[int]]:
+    """What the VAE is to see of each view, [N,H,W,3] uint8, and which of these each view is.
+
+    Views that are the same for all rows are there once: images that just fit their bucket have one crop only.
+    """
+    boxes = list(zip(*(row.pixels.crops for row in rows), strict=True))  # of each crop those of all rows
+    mirrors = len(views) // len(boxes)  # views of each crop
+    inputs: list[np.ndarray] = []
+    known: dict[tuple[object, bool], int] = {}
+    input_of_view = []
+    for n, view in enumerate(views):
+        crop, flipped = n // mirrors, is_flipped(view)
+        same = boxes[crop], flipped
+        if same not in known:
+            known[same] = len(inputs)
+            images = np.stack([own[crop] for own in pixels])
+            inputs.append(np.ascontiguousarray(images[:, :, ::-1]) if flipped else images)
+        input_of_view.append(known[same])
+    return inputs, input_of_view

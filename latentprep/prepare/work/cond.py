@@ -1,0 +1,95 @@
+"""Prompts -> their cond: what is there already is taken over, the rest is encoded and checked for overflow."""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from latentprep.cache.ragged import Conds, Ragged, finite_rows, stack_rows
+from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.text import Text
+from latentprep.errors import UserError
+from latentprep.human import shortened
+from latentprep.options import TextOptions
+from latentprep.prepare.work.events import Truncated
+from latentprep.recipe import TextRecipe
+
+if TYPE_CHECKING:
+    from latentprep.prepare.models.model_set import TextEncoder, TextModel
+
+
+@dataclass(frozen=True, eq=False)
+class MadeCond:
+    """Cond of P prompts, and what it took."""
+
+    cond: Conds = field(default_factory=dict)  # name -> [P,...] in the store dtype
+    num_tokens: np.ndarray | None = None  # [P] int32
+    max_tokens: int | None = None
+    num_encoded: int = 0  # prompts
+    truncated: Truncated = field(default_factory=Truncated)
+
+
+class CondMaker:
+    """The text encoders of a run, loaded when the first prompt asks for them."""
+
+    def __init__(self, recipe: TextRecipe, model: "TextModel", device: str, options: TextOptions) -> None:
+        self.recipe, self.model, self.device, self.options = recipe, model, device, options
+        self.encoder: TextEncoder | None = None
+
+    def make(self, prompts: list[str], old: Text | None = None) -> MadeCond:
+        """Cond of P prompts.
+
+        What `old` holds of them is taken over, if it was made by the same encoder in the same precision. Raises
+        UserError for cond that overflows.
+        """
+        is_same = old is not None and TextRecipe.cond_of(old.metadata.get("recipe", {})) == self.recipe.cond
+        sources = [old] if old is not None and is_same else []
+        known = {prompt for source in sources for prompt in source.prompt}
+        missing = [prompt for prompt in prompts if prompt not in known]
+        truncated = Truncated()
+        if missing:
+            fresh = self._encode(missing)
+            sources.append(fresh)
+            if fresh.num_tokens is not None and fresh.max_tokens is not None:
+                truncated = Truncated.of(missing, fresh.num_tokens, fresh.max_tokens)
+        place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
+        chosen = [place[prompt] for prompt in prompts]
+        tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
+        cond = {
+            name: stack_rows([source.cond[name][n] for source, n in chosen], isinstance(value, Ragged))
+            for name, value in sources[-1].cond.items()
+        }
+        num_tokens = np.array(tokens, np.int32) if len(tokens) == len(chosen) else None
+        return MadeCond(cond, num_tokens, sources[-1].max_tokens, len(missing), truncated)
+
+    def _encode(self, prompts: list[str]) -> Text:
+        """Prompts with their cond, in the store dtype."""
+        assert self.recipe.dtype is not None
+        assert self.recipe.store_dtype is not None
+        if self.encoder is None:
+            self.encoder = self.model.open(torch.device(self.device), TORCH_DTYPES[self.recipe.dtype], self.options)
+        encoded = self.encoder.encode(prompts)
+        cond: Conds = {name: value.to(TORCH_DTYPES[self.recipe.store_dtype]) for name, value in encoded.items()}
+        check_finite(prompts, encoded, cond, self.recipe)
+        return Text([], prompts, cond, self.encoder.count_tokens(prompts), self.encoder.max_tokens)
+
+
+def check_finite(prompts: list[str], encoded: Conds, stored: Conds, recipe: TextRecipe) -> None:
+    """Raise UserError for cond that overflows in the encoder, or in the store dtype: training would not show it."""
+    for name, value in stored.items():
+        is_finite = finite_rows(value)
+        if is_finite.all():
+            continue
+        n = int(is_finite.int().argmin())
+        prompt = shortened(prompts[n])
+        if encoded[name][n].isfinite().all():
+            raise UserError(
+                f"--store-dtype {recipe.store_dtype}: cannot hold the {name} of {prompt!r}. "
+                "Use --store-dtype bfloat16 or float32."
+            )
+        if recipe.dtype == "float32":
+            raise UserError(f"--model: its text encoder gives no finite numbers for {prompt!r}, even in float32.")
+        raise UserError(
+            f"--dtype {recipe.dtype}: the text encoder overflows for {prompt!r}. Use --dtype bfloat16 or float32."
+        )

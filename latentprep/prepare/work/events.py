@@ -1,0 +1,83 @@
+"""What workers tell: images done, units and texts done with all that was counted on the way, and what failed."""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from heapq import nlargest
+
+import numpy as np
+
+from latentprep.cache.shard import Shard
+from latentprep.cache.storage import Stamp
+from latentprep.records import Skip
+
+NAMED = 5  # prompts that are named if many were truncated
+
+
+@dataclass(frozen=True)
+class Step:
+    """Images that are done, for a progress bar."""
+
+    num_images: int
+    is_new: bool = True  # or done by an earlier run
+    waits: Mapping[str, float] = field(
+        default_factory=dict
+    )  # stage -> seconds that the device waited, since the last step
+
+
+@dataclass(frozen=True)
+class LatentsResult:
+    """What became of a unit."""
+
+    id: str
+    shard: Shard | None  # None: each of its images was skipped
+    skips: tuple[Skip, ...]
+    notes: Counter[str] = field(default_factory=Counter)  # what had to be done to its images
+    named: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # one of NAMED_NOTES -> keys, of this run
+    num_encoded: int = 0  # images, by this run
+    num_found: int = 0  # images, by an earlier one
+    num_retried: int = 0  # encodings done again in float32
+    batch_limit: str = ""  # what an overfull memory has taught; empty: nothing
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """Prompts that were too long for the text encoder: how many, and the longest of them."""
+
+    count: int = 0
+    max_tokens: int = 0
+    longest: tuple[tuple[int, str], ...] = ()  # tokens and prompt
+
+    @classmethod
+    def of(cls, prompts: list[str], num_tokens: np.ndarray, max_tokens: int) -> "Truncated":
+        """Those of P prompts [P] that take more than `max_tokens`."""
+        long = [(int(num_tokens[n]), prompts[n]) for n in np.flatnonzero(num_tokens > max_tokens)]
+        return cls(len(long), max_tokens, tuple(nlargest(NAMED, long)))
+
+    def __add__(self, other: "Truncated") -> "Truncated":
+        longest = nlargest(NAMED, {*self.longest, *other.longest})
+        return Truncated(self.count + other.count, max(self.max_tokens, other.max_tokens), tuple(longest))
+
+
+@dataclass(frozen=True)
+class TextResult:
+    """What became of a text: of a shard, or the empty prompt's."""
+
+    id: str  # of the shard; "": the empty prompt
+    shard: Shard | None = None  # with its text
+    uncond_file: Stamp | None = None
+    num_prompts: int = 0  # that the text encoder saw
+    truncated: Truncated = field(default_factory=Truncated)
+    damaged: str = ""  # what is wrong with the old text file, if nothing of it could be taken over
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A task that is not done, and will be tried by the next run; the others go on."""
+
+    id: str
+    error: str
+
+
+Result = LatentsResult | TextResult | Failure
+Event = Step | Result

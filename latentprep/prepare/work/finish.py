@@ -1,0 +1,212 @@
+"""What comes behind the device: latents are fetched, checked and gathered into shards, and these are written."""
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from queue import Queue, SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.latents import Latents, write_latents
+from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.shard import Shard
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError, WriteError
+from latentprep.prepare.devices import OutOfMemoryError
+from latentprep.prepare.work.batches import Batch, End, Row
+from latentprep.prepare.work.events import Failure, LatentsResult
+from latentprep.prepare.work.rows import UnitRows
+from latentprep.recipe import LatentsRecipe
+from latentprep.records import NAMED_NOTES, Skip, Unit, is_flipped
+
+if TYPE_CHECKING:
+    from latentprep.prepare.models.model_set import Posterior, VaeEncoder
+
+MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone, and nothing more can be kept
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """A batch, and what the device makes of each of its inputs; or why it cannot."""
+
+    batch: Batch
+    posteriors: "list[Posterior] | OutOfMemoryError"
+
+    @property
+    def unit(self) -> Unit:
+        return self.batch.unit
+
+
+class Finisher:
+    """The thread behind the device, and the one that writes: at most two shards are in memory."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        recipe: LatentsRecipe,
+        metadata: dict[str, Any],
+        conditions: Mapping[str, str],
+        failed: set[str],
+    ) -> None:
+        self.storage, self.recipe, self.metadata, self.conditions = storage, recipe, metadata, conditions
+        self.failed = failed  # ids of units of which nothing more is to be done
+        self.encoder: VaeEncoder | None = None
+        self.rows: UnitRows | None = None  # of the unit in work
+        self.named: dict[str, list[str]] = {}
+        self.num_encoded = self.num_retried = 0
+        self.writing: Future[None] | None = None
+        self.num_write_failures = 0
+
+    def run(self, messages: "Queue[Any]", results: "SimpleQueue[Any]") -> None:
+        """Take messages up to None. What ends it is a result too: None, or an exception."""
+        end: BaseException | None = None
+        with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
+            try:
+                while (message := messages.get()) is not None:
+                    self._take(message, writer, results)
+                if self.rows is not None:  # the run stops in the middle of a unit
+                    self.rows.save(self.storage, self.metadata)
+                self._wait()
+            except BaseException as error:
+                end = error
+                while messages.get() is not None:  # nobody is to wait for room
+                    pass
+        results.put(end)
+
+    def _take(self, message: Any, writer: ThreadPoolExecutor, results: "SimpleQueue[Any]") -> None:
+        if isinstance(message, UnitRows):
+            self.rows, self.named, self.num_encoded = message, {}, 0  # num_retried counts on
+        elif isinstance(message, LatentsResult):
+            results.put(message)
+        elif isinstance(message, Failure):
+            self._fail(message.id, message.error, results)
+        elif message.unit.id not in self.failed:
+            try:
+                self._add(message) if isinstance(message, Encoded) else self._end(message, writer, results)
+            except UserError:
+                raise
+            except Exception as error:  # of torch or a model
+                self._fail(message.unit.id, f"{type(error).__name__}: {error}", results)
+
+    def _fail(self, unit: str, error: str, results: "SimpleQueue[Any]") -> None:
+        self.failed.add(unit)
+        self.rows = None
+        results.put(Failure(unit, error))
+
+    def _add(self, encoded: Encoded) -> None:
+        """Gather the rows of a batch."""
+        assert self.rows is not None
+        rows, batch = self.rows, encoded.batch
+        skips = list(batch.skips)
+        if isinstance(encoded.posteriors, OutOfMemoryError):
+            skips += [row.item.skip("out_of_memory", str(encoded.posteriors)) for row in batch.rows]
+        else:
+            skips += self._keep(encoded, rows)
+        rows.skips += [skip.under(self.conditions) for skip in skips]
+        rows.num_done += batch.num_items
+        for row in batch.rows:
+            rows.notes.update(set(row.pixels.notes))
+            for note in set(row.pixels.notes).intersection(NAMED_NOTES):
+                self.named.setdefault(note, []).append(row.item.key)
+
+    def _keep(self, encoded: Encoded, rows: UnitRows) -> list[Skip]:
+        """Add the rows of a batch that are finite; the others are skips."""
+        batch, recipe = encoded.batch, self.recipe
+        mean, std = self._fetch(encoded)
+        # after the cast: a mean of 70,000 is finite in float32 and not in a float16 cache
+        is_finite = mean.isfinite().flatten(1).all(1)
+        if std is not None:
+            is_finite &= std.isfinite().flatten(1).all(1)
+        skips = []
+        for n, (row, is_good) in enumerate(zip(batch.rows, is_finite.tolist(), strict=True)):
+            if is_good:
+                latents = {"latent_mean": mean[n], "latent_std": std[n] if std is not None else None}
+                if recipe.store == "mean":
+                    latents["latent_std"] = None
+                rows.groups.setdefault(row.placement.bucket, []).append({**latents, **make_row(row, recipe.views)})
+                self.num_encoded += 1
+            else:
+                what = f"the VAE gives no finite latents in float32, or none that {recipe.store_dtype} holds"
+                skips.append(row.item.skip("non_finite", what))
+        return skips
+
+    def _fetch(self, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
+        """Mean and std of all views, [N,V,C,h,w] each in the store dtype, on the CPU."""
+        assert self.encoder is not None
+        assert isinstance(encoded.posteriors, list)
+        batch, dtype = encoded.batch, TORCH_DTYPES[self.recipe.store_dtype]
+        made = [self.encoder.finish(*pair) for pair in zip(encoded.posteriors, batch.inputs, strict=True)]
+        views = [made[n] for n in batch.input_of_view]
+        mean = torch.stack([posterior.mean for posterior in views], dim=1).to(dtype)
+        stds = [posterior.std for posterior in views if posterior.std is not None]
+        return mean, torch.stack(stds, dim=1).to(dtype) if stds else None
+
+    def _end(self, end: End, writer: ThreadPoolExecutor, results: "SimpleQueue[Any]") -> None:
+        """A unit is done: hand its shard to the writer, once the one before is written."""
+        assert self.rows is not None
+        rows, self.rows = self.rows, None
+        rows.skips += [skip.under(self.conditions) for skip in end.skips]
+        result = LatentsResult(
+            end.unit.id, None, tuple(rows.skips), rows.notes, {name: tuple(keys) for name, keys in self.named.items()},
+            self.num_encoded, rows.num_found, *self._take_counts(),
+        )  # fmt: skip
+        latents = rows.build(self.metadata)
+        self._wait()
+        self.writing = writer.submit(self._write, latents, result, results)
+
+    def _take_counts(self) -> tuple[int, str]:
+        """How many images were encoded again in float32 since it was asked last, and what a full memory has taught."""
+        if self.encoder is None:
+            return 0, ""
+        before, self.num_retried = self.num_retried, self.encoder.num_retried
+        return self.num_retried - before, self.encoder.limit.said
+
+    def _write(self, latents: Latents, result: LatentsResult, results: "SimpleQueue[Any]") -> None:
+        """In the writer's thread. Raises WriteError if nothing can be written any more."""
+        try:
+            shard = None
+            if latents.groups:
+                shard = Shard(result.id, latents.table(), write_latents(self.storage, result.id, latents))
+            self.num_write_failures = 0
+            results.put(replace(result, shard=shard))
+        except WriteError as error:
+            self.num_write_failures += 1
+            if self.num_write_failures == MAX_WRITE_FAILURES:
+                raise
+            results.put(Failure(result.id, str(error)))
+
+    def _wait(self) -> None:
+        """Wait for the last write. Raises what it raised."""
+        if self.writing is not None:
+            self.writing.result()
+            self.writing = None
+
+
+def make_row(row: Row, views: tuple[str, ...]) -> dict[str, Any]:
+    """What a latents file holds of an image, but for its latents: field name -> value."""
+    item, placement, pixels = row
+    mirrors = len(views) // len(pixels.crops)  # views of each crop
+    return {
+        "weight": make_weight(pixels.weight, views),
+        "original_size": item.size,
+        "resized_size": [placement.resized_size] * len(views),
+        "crop": [box for box in pixels.crops for _ in range(mirrors)],
+        "flipped": [is_flipped(view) for view in views],
+        "digest": np.frombuffer(pixels.digest, np.uint8),
+        "key": item.key,
+        "nbytes": item.nbytes,
+        "version": item.version,
+    }
+
+
+def make_weight(weight: np.ndarray | None, views: tuple[str, ...]) -> Tensor | None:
+    """The weight map of each view, [V,h,w] float16, of those of K crops, [K,h,w]; None: all weigh 1."""
+    if weight is None:
+        return None
+    mirrors = len(views) // len(weight)
+    planes = [weight[n // mirrors] for n in range(len(views))]
+    flipped = [plane[:, ::-1] if is_flipped(view) else plane for view, plane in zip(views, planes, strict=True)]
+    return torch.from_numpy(np.stack(flipped)).half()
