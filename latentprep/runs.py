@@ -10,7 +10,7 @@ from latentprep.errors import UserError
 from latentprep.options import EncodeOptions
 from latentprep.progress import Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
-from latentprep.results import Compacted, Encoded, Summary, Verified
+from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 
 if TYPE_CHECKING:
     from latentprep.prepare.survey import Prepared
@@ -48,6 +48,7 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
                 seconds=outcome.seconds,
                 report=messages.outcome_text(prepared, outcome),
                 is_strict=options.strict,
+                absent=tuple(outcome.absent),
             )
 
 
@@ -192,3 +193,11 @@ def run_compact(cache: str, min_share: float) -> Compacted:
     return Compacted(
         cache, done.num_shards, done.num_rows, done.num_left, max(0, done.nbytes), done.num_read, tuple(done.damaged)
     )
+
+
+def run_merge(cache: str, incomplete: bool) -> Merged:
+    """Commit what ranks have handed in. Raises UserError."""
+    from latentprep.prepare.engine.ranks import merge
+
+    manifest, absent = merge(Storage(cache), incomplete)
+    return Merged(cache, manifest.num_images, tuple(absent))

@@ -34,6 +34,7 @@ JSON = signatures.Parameter(
 # the functions whose errors speak of options, as their commands do; those of api speak of keywords
 encode_, inspect_ = signatures.unwrap(api.encode), signatures.unwrap(api.inspect)
 verify_, compact_ = signatures.unwrap(api.verify), signatures.unwrap(api.compact)
+merge_ = signatures.unwrap(api.merge)
 
 
 def _version(wanted: bool) -> None:
@@ -103,10 +104,15 @@ def compact(arguments: dict[str, Any]) -> None:
     raise typer.Exit(0 if result.ok else 1)
 
 
+def merge(arguments: dict[str, Any]) -> None:
+    show(repr(merge_(**arguments)))
+
+
 app.command("encode")(face(api.encode, encode))
 app.command("inspect")(face(api.inspect, inspect, JSON))
 app.command("verify")(face(api.verify, verify, JSON))
 app.command("compact")(face(api.compact, compact))
+app.command("merge")(face(api.merge, merge))
 
 
 @app.command()

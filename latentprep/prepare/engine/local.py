@@ -6,10 +6,11 @@ A process is given a task when it asks for one. If it dies, its tasks go to anot
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -69,7 +70,8 @@ class Pool:
         ours, theirs = context.Pipe()
         arguments = (replace(self.worker, device=device), theirs, torch.get_num_threads())
         process = context.Process(target=serve, args=arguments, name=f"latentprep on {device}")
-        process.start()
+        with without_main():
+            process.start()
         theirs.close()
         self.children.append(Child(process, ours, device))
 
@@ -115,6 +117,23 @@ class Pool:
         for child in self.children:
             child.process.join()
             child.connection.close()
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the caller's script again: a worker is all of latentprep's own.
+
+    Else a script that calls encode() without `if __name__ == "__main__"` would call it in each of them.
+    """
+    main = sys.modules["__main__"]
+    names = [name for name in ("__spec__", "__file__") if hasattr(main, name)]
+    before = {name: vars(main)[name] for name in names}
+    for name in names:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        vars(main).update(before)
 
 
 def serve(worker: Any, connection: Connection, num_threads: int) -> None:
