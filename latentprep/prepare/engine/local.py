@@ -38,6 +38,7 @@ class Child:
     connection: Connection
     device: str
     tasks: dict[str, Any] = field(default_factory=dict)
+    has_asked: bool = False  # for a task: it has begun
 
 
 class Pool:
@@ -48,6 +49,7 @@ class Pool:
         self.left = deque(tasks)
         self.tried: set[str] = set()  # ids of tasks whose process died
         self.children: list[Child] = []
+        self.num_stillborn = 0  # processes that ended before they had begun
 
     def run(self, devices: Sequence[str]) -> Iterator[Event]:
         """The events of all processes, as they come."""
@@ -89,6 +91,7 @@ class Pool:
                 child.tasks.pop(message.id, None)
             yield message
             return
+        child.has_asked = True
         task = self.left.popleft() if self.left else None
         if task is not None:
             child.tasks[task.id] = task
@@ -100,6 +103,12 @@ class Pool:
         child.process.join()
         child.connection.close()
         self.children.remove(child)
+        self.num_stillborn += not child.has_asked
+        if self.num_stillborn > 1:  # one may have been killed; two will be followed by others without end
+            raise UserError(
+                f"--devices: the process for {child.device} ended before it began, with exit code "
+                f"{child.process.exitcode}. What it wrote above may say why. Leave --devices out to use one device."
+            )
         for task in child.tasks.values():
             if task.id in self.tried:
                 code = child.process.exitcode
