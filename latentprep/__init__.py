@@ -1,6 +1,6 @@
 """Encode an image folder once into a latent cache; train diffusion models from it many times.
 
-Make and check caches: encode, inspect, verify, compact; each is a command of the same name. Train from them:
+Make and check caches: encode, inspect, verify, compact, merge; each is a command of the same name. Train from them:
 LatentDataset, LatentLoader. What the caller can mend is raised as UserError.
 """
 
@@ -11,21 +11,21 @@ from latentprep.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
-    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "Summary",
-    "UserError", "Verified", "__version__", "compact", "encode", "inspect", "verify",
+    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "Merged", "Summary",
+    "UserError", "Verified", "__version__", "compact", "encode", "inspect", "merge", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from latentprep.api import compact, encode, inspect, verify
+    from latentprep.api import compact, encode, inspect, merge, verify
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
     from latentprep.read.sampler import BucketBatchSampler, LatentLoader
-    from latentprep.results import Compacted, Encoded, Summary, Verified
+    from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 
 # where the public names live; imported on first use, since `latentprep --help` must not wait for torch
 _HOMES = {
-    "compact": "api", "encode": "api", "inspect": "api", "verify": "api",
-    "Compacted": "results", "Encoded": "results", "Summary": "results", "Verified": "results",
+    "compact": "api", "encode": "api", "inspect": "api", "merge": "api", "verify": "api",
+    "Compacted": "results", "Encoded": "results", "Merged": "results", "Summary": "results", "Verified": "results",
     "LatentBatch": "read.batch", "LatentDataset": "read.dataset",
     "BucketBatchSampler": "read.sampler", "LatentLoader": "read.sampler",
 }  # fmt: skip

@@ -226,6 +226,24 @@ def compact(
     return run_compact(str(cache), min_share)
 
 
+# fmt: off
+@door
+def merge(
+    cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
+    *,
+    incomplete: Annotated[bool, Option(help="Commit also if ranks are missing; the next encode does what they had to do.")] = False,
+) -> Merged:
+    """Commit what the ranks of an encode have finished, if the last of them could not.
+
+    In Python it returns what was committed. Raises UserError if ranks are missing, if they have done different work, or if
+    another process writes to the cache.
+    """
+    # fmt: on
+    from latentprep.runs import run_merge
+
+    return run_merge(str(cache), incomplete)
+
+
 def name_or_none(name: str | Path | None) -> str | None:
     return str(name) if name is not None and str(name) else None
 

@@ -1,6 +1,7 @@
 """What the public functions return: numbers to go on with, and a few lines to look at."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
@@ -27,6 +28,7 @@ class Encoded:
     report: str  # the page that `latentprep encode` prints
     is_dry_run: bool = False
     is_strict: bool = False  # whether a skipped image is a fault
+    absent: tuple[int, ...] = ()  # ranks that are still at work: the last of them commits the cache
 
     @property
     def ok(self) -> bool:
@@ -49,6 +51,8 @@ class Encoded:
         if self.skips:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.num_skipped.items())
             lines.append(f"  skipped: {reasons}")
+        if self.absent:
+            lines.append(f"  not committed yet: rank {', '.join(map(str, self.absent))} is still at work")
         lines += [f"  FAILED: {printable(failure)}" for failure in self.failures]
         return "\n".join(lines)
 
@@ -85,7 +89,7 @@ class Verified:
     num_images: int | None  # None: there is no manifest that can be read
     num_shards: int | None
     not_compared: str | None  # why its images were not compared, though they were to be
-    differences: dict[str, float]  # of re_encode: "latents" and "cond" -> the largest, in standard deviations
+    differences: Mapping[str, float]  # of re_encode: "latents" and "cond" -> the largest, in standard deviations
 
     @property
     def ok(self) -> bool:
@@ -162,3 +166,21 @@ class Compacted:
         advice = "The shard was left alone: delete this file and run latentprep encode again."
         lines += [f"damaged  {line} {advice}" for line in self.damaged]
         return harmless("\n".join(lines))
+
+
+@dataclass(frozen=True, repr=False)
+class Merged:
+    """What merge() committed."""
+
+    cache: str
+    num_images: int
+    absent: tuple[int, ...]  # ranks whose work is missing; the next encode does it
+
+    @property
+    def ok(self) -> bool:
+        """Whether all ranks are in it."""
+        return not self.absent
+
+    def __repr__(self) -> str:
+        missing = f"; without rank {', '.join(map(str, self.absent))}: run encode again" if self.absent else ""
+        return f"{printable(self.cache)}: {counted(self.num_images, 'image')}{missing}"

@@ -48,6 +48,7 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
                 seconds=outcome.seconds,
                 report=messages.outcome_text(prepared, outcome),
                 is_strict=options.strict,
+                absent=tuple(outcome.absent),
             )
 
 
@@ -153,7 +154,8 @@ def run_verify(
     storage = Storage(cache)
     with progress.bar(None, "hash", "B") as bar:
         manifest, found = verify(storage, bar.update)
-    problems, differences, not_compared = list(found), {}, None
+    problems, not_compared = list(found), None
+    differences: dict[str, float] = {}
     if source is not None and problems:
         not_compared = f"{source}: not compared; mend the cache first"
     elif source is not None and manifest is not None:
@@ -199,3 +201,11 @@ def run_compact(cache: str, min_share: float) -> Compacted:
     return Compacted(
         cache, done.num_shards, done.num_rows, done.num_left, max(0, done.nbytes), done.num_read, tuple(done.damaged)
     )
+
+
+def run_merge(cache: str, incomplete: bool) -> Merged:
+    """Commit what ranks have handed in. Raises UserError."""
+    from latentprep.prepare.engine.ranks import merge
+
+    manifest, absent = merge(Storage(cache), incomplete)
+    return Merged(cache, manifest.num_images, tuple(absent))

@@ -29,7 +29,7 @@ from tests.test_encode import files
 
 SMALL = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32, "device": "cpu"}
 ROOT = Path(__file__).parent.parent
-FUNCTIONS = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact)
+FUNCTIONS = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge)
 
 
 def encode_once(images, cache, **options):
@@ -549,3 +549,47 @@ def test_in_a_notebook_a_summary_is_what_repr_gives(images, tmp_path, monkeypatc
     monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
     assert "Buckets" in repr(latentprep.inspect(tmp_path / "c"))
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_a_script_without_a_guard_may_use_several_devices(images, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import sys, latentprep\nprint('begun')\nprint(latentprep.encode(sys.argv[1], sys.argv[2], model='tiny', "
+        "resolution=64, devices='cpu,cpu', shard_size='30kB', progress=False).ok)\n"
+    )
+    command = [sys.executable, str(script), str(images), str(tmp_path / "c")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.stdout.split() == ["begun", "True"], result.stderr
+
+
+def test_ranks_share_the_work_and_merge_commits_what_they_did(images, tmp_path):
+    whole = encode_once(images, tmp_path / "whole", shard_size="30kB")
+    cache = tmp_path / "c"
+    first = encode_once(images, cache, shard_size="30kB", rank=0, world_size=2)
+    assert (first.ok, first.absent) == (True, (1,))
+    assert "not committed yet: rank 1 is still at work" in repr(first)
+    with pytest.raises(UserError, match=r"ranks these have not finished: 1\. .* give incomplete=True to commit"):
+        latentprep.merge(cache)
+    part = latentprep.merge(cache, incomplete=True)
+    assert (part.ok, part.absent) == (False, (1,))
+    assert 0 < part.num_images < 8
+    assert encode_once(images, cache, shard_size="30kB").num_cached == whole.num_cached == 8
+
+
+def test_merge_as_a_command(images, tmp_path, run):
+    encode_once(images, tmp_path / "c", shard_size="30kB", rank=0, world_size=2)
+    refused = run("merge", tmp_path / "c")
+    assert (refused.code, "--incomplete" in refused.err) == (1, True)
+    merged = run("merge", tmp_path / "c", "--incomplete")
+    assert merged.code == 0
+    assert re.search(r"c: \d images?; without rank 1: run encode again", merged.out)
+
+
+def test_the_last_rank_commits(images, tmp_path):
+    encode_once(images, tmp_path / "whole", shard_size="30kB")
+    for rank in (1, 0):
+        done = encode_once(images, tmp_path / "c", shard_size="30kB", rank=rank, world_size=2)
+    assert done.absent == ()
+    assert files(tmp_path / "c") == files(tmp_path / "whole")

@@ -74,7 +74,7 @@ def test_continuous_integration_runs_the_readmes_commands():
 
 
 def test_options_and_files_that_it_names_exist():
-    functions = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact)
+    functions = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge)
     table = {parameter.flag for function in functions for parameter in list_parameters(function)}
     shown = table | {"--json", "--help", "--version"}
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
@@ -93,7 +93,7 @@ def test_options_and_files_that_it_names_exist():
         assert hasattr(cli, command)
 
 
-@pytest.mark.parametrize("name", ["encode", "inspect", "verify", "compact"])
+@pytest.mark.parametrize("name", ["encode", "inspect", "verify", "compact", "merge"])
 def test_every_option_is_named(name):
     for parameter in list_parameters(getattr(latentprep, name)):
         if not parameter.option.in_python_only and not parameter.option.is_argument:

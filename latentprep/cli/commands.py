@@ -106,9 +106,7 @@ def compact(arguments: dict[str, Any]) -> None:
 
 def merge(arguments: dict[str, Any]) -> None:
     quiet()
-    result = merge_(**arguments)
-    show(repr(result))
-    raise typer.Exit(0 if result.ok else 1)
+    show(repr(merge_(**arguments)))
 
 
 app.command("encode")(face(api.encode, encode))

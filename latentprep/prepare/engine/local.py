@@ -6,10 +6,11 @@ A process is given a task when it asks for one. If it dies, its tasks go to anot
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -37,6 +38,7 @@ class Child:
     connection: Connection
     device: str
     tasks: dict[str, Any] = field(default_factory=dict)
+    has_asked: bool = False  # for a task: it has begun
 
 
 class Pool:
@@ -47,6 +49,7 @@ class Pool:
         self.left = deque(tasks)
         self.tried: set[str] = set()  # ids of tasks whose process died
         self.children: list[Child] = []
+        self.num_stillborn = 0  # processes that ended before they had begun
 
     def run(self, devices: Sequence[str]) -> Iterator[Event]:
         """The events of all processes, as they come."""
@@ -69,7 +72,8 @@ class Pool:
         ours, theirs = context.Pipe()
         arguments = (replace(self.worker, device=device), theirs, torch.get_num_threads())
         process = context.Process(target=serve, args=arguments, name=f"latentprep on {device}")
-        process.start()
+        with without_main():
+            process.start()
         theirs.close()
         self.children.append(Child(process, ours, device))
 
@@ -87,6 +91,7 @@ class Pool:
                 child.tasks.pop(message.id, None)
             yield message
             return
+        child.has_asked = True
         task = self.left.popleft() if self.left else None
         if task is not None:
             child.tasks[task.id] = task
@@ -98,6 +103,12 @@ class Pool:
         child.process.join()
         child.connection.close()
         self.children.remove(child)
+        self.num_stillborn += not child.has_asked
+        if self.num_stillborn > 1:  # one may have been killed; two will be followed by others without end
+            raise UserError(
+                f"--devices: the process for {child.device} ended before it began, with exit code "
+                f"{child.process.exitcode}. What it wrote above may say why. Leave --devices out to use one device."
+            )
         for task in child.tasks.values():
             if task.id in self.tried:
                 code = child.process.exitcode
@@ -115,6 +126,23 @@ class Pool:
         for child in self.children:
             child.process.join()
             child.connection.close()
+
+
+@contextmanager
+def without_main() -> Iterator[None]:
+    """Processes that are started meanwhile do not run the caller's script again: a worker is all of latentprep's own.
+
+    Else a script that calls encode() without `if __name__ == "__main__"` would call it in each of them.
+    """
+    main = sys.modules["__main__"]
+    names = [name for name in ("__spec__", "__file__") if hasattr(main, name)]
+    before = {name: vars(main)[name] for name in names}
+    for name in names:
+        setattr(main, name, None)
+    try:
+        yield
+    finally:
+        vars(main).update(before)
 
 
 def serve(worker: Any, connection: Connection, num_threads: int) -> None:
