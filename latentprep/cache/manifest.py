@@ -197,7 +197,7 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
     ):
         if not low <= latent[name] <= high:
             raise ValueError(f"latent.{name} is {latent[name]}, expected {low:g} to {high:g}")
-    normalization_from_json(latent["normalization"], latent["channels"])
+    normalization = normalization_from_json(latent["normalization"], latent["channels"])
     views = latent["views"]
     if views not in possible_views(len(views)) or views != data["recipe"]["latents"]["views"]:
         raise ValueError(f"views {latent['views']!r:.80}")
@@ -208,6 +208,8 @@ def _manifest_from_json(data: dict[str, Any]) -> Manifest:
         for _, _, shape in shard.groups:
             if shape[0] != latent["channels"]:
                 raise ValueError(f"shard {shard.unit} has latents of {shape[0]} channels")
+            if any(side % normalization.patch for side in shape[1:]):
+                raise ValueError(f"shard {shard.unit} has latents of {shape[1]}x{shape[2]}, which have no patches")
     return Manifest(
         data["recipe"],
         latent,

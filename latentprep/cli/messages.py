@@ -185,7 +185,7 @@ def cleared_lines(cleared: tuple[int, int]) -> list[str]:
 def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:
     """truncated 3 prompts of more than 77 tokens (--max-tokens 150 keeps more): 99 'a ...', ..."""
     text, limit = prepared.models.text, truncated.max_tokens
-    more = text.family.more_tokens(limit, text.window) if text is not None else None
+    more = text.more_tokens(limit) if text is not None else None
     hint = f" (--max-tokens {more} keeps more)" if more else ""
     named = ", ".join(f"{tokens} {shortened(prompt)!r}" for tokens, prompt in truncated.longest)
     others = ", ..." if truncated.count > len(truncated.longest) else ""

@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
+from dataclasses import dataclass, replace
 from itertools import chain
 from types import SimpleNamespace
 from typing import Any
@@ -20,15 +21,18 @@ from torch import Tensor
 from latentprep.cache.normalization import Normalization
 from latentprep.cache.ragged import Conds, Ragged
 from latentprep.errors import UserError
+from latentprep.options import TextOptions
 from latentprep.prepare.models.families import FAMILIES
-from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import TextFacts
-from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
-from latentprep.prepare.models.vae_folder import ENCODER_PARTS, VaeFacts, read_numbers
+from latentprep.prepare.models.vae_encoder import Pixels, Posterior, VaeEncoder
+from latentprep.prepare.models.vae_folder import VaeFacts, fields_of
+from latentprep.prepare.models.vaes import Numbers, numbers_of
 from latentprep.read.counters import mix
 from latentprep.recipe import digest_of
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+# What the names of a VAE's weights begin with that its latents come from; bn is FLUX.2's normalization.
+ENCODER_PARTS = ("encoder.", "quant_conv.", "bn.")
 HALVES = (torch.float16, torch.bfloat16)
 
 PROBE_SIDE = 64  # pixels
@@ -41,41 +45,66 @@ NUM_PROBED = 8  # numbers that are kept of what a probe gives
 SAME = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.03}
 
 
-class LiveVae(VaeEncoder):
-    """A VAE that is in memory already, and stays as and where it is."""
+@dataclass(frozen=True, eq=False)
+class LiveWeights:
+    """Where a VAE in memory is: it is handed out as it is, and in another dtype as a copy."""
+
+    vae: Any
+    dtype: torch.dtype
+    factor: int = 0  # is not asked for: it is never set to tiles
+
+    def load(self, dtype: torch.dtype) -> Any:
+        if dtype == self.dtype:
+            return self.vae
+        return self.vae.in_float32() if isinstance(self.vae, FirstStage) else deepcopy(self.vae).to(dtype)
+
+
+class LiveVae:
+    """A VAE that is in memory already, and stays as and where it is: a doors.ImageEncoder."""
 
     def __init__(self, vae: Any, device: torch.device, dtype: torch.dtype) -> None:
         if dtype not in DTYPES:
             raise UserError(f"model: its weights are {dtype}, expected one of {', '.join(DTYPES.values())}.")
-        self.live = vae
-        super().__init__(None, device, dtype)  # type: ignore[arg-type]
+        self.live, self.device, self.dtype = vae, device, dtype
+        self.encoder = VaeEncoder(LiveWeights(vae, dtype), device, dtype, is_live=True)
+        self.limit = self.encoder.limit
 
-    def _load(self, dtype: torch.dtype) -> Any:
-        if dtype == self.dtype:
-            return self.live
-        return self.live.in_float32() if isinstance(self.live, FirstStage) else deepcopy(self.live).to(dtype)
+    @property
+    def num_retried(self) -> int:
+        return self.encoder.num_retried
 
-    @torch.no_grad()  # and not inference_mode: a tensor that the model caches could not be trained later
-    def encode(self, pixels: np.ndarray) -> Posterior:
-        return self._encode_in_parts(pixels)
+    def start(self, pixels: Pixels) -> Posterior:
+        return self.encoder.start(pixels)
+
+    def finish(self, started: Posterior, pixels: Pixels) -> Posterior:
+        return self.encoder.finish(started, pixels)
+
+    def encode(self, pixels: Pixels) -> Posterior:
+        return self.encoder.encode(pixels)
 
     def facts(self, version: str) -> VaeFacts:
         """What a plan must know. Runs the VAE on one small image. Raises UserError if that gives no finite latents."""
         with one_seed(self.device):
             posterior = self.encode(probe_image())
-        mean = posterior.mean
-        if not (mean.isfinite().all() and posterior.std.isfinite().all()):
+        mean, std = posterior.mean, posterior.std
+        probed = mean if std is None else torch.cat([mean, std], dim=1)
+        if not probed.isfinite().all():
             raise UserError("model: gives no finite latents for a plain image. Is it loaded rightly?")
         if isinstance(self.live, FirstStage):
             numbers = self.live.numbers(mean)
-            weights = getattr(self.live.model, "first_stage_model", None)
+            weights: Any = getattr(self.live.model, "first_stage_model", None)
         else:
-            numbers = {**read_numbers(self.live.config, "VAE"), "force_upcast": False}
+            sizes = {
+                "factor": PROBE_SIDE // mean.shape[2],
+                "latent_channels": mean.shape[1],
+                "has_std": std is not None,
+            }
+            numbers = replace(numbers_of(self.live, sizes, "VAE"), force_upcast=False)
             weights = self.live
         hashed = hash_weights([weights] if isinstance(weights, torch.nn.Module) else [], of_vae=True)
         tiles = tiling_of(self.live) if not isinstance(self.live, FirstStage) else None
-        known = [hashed, numbers["normalization"].to_json(), numbers["factor"], tiles]
-        return VaeFacts(fingerprint(known, version, torch.cat([mean, posterior.std], dim=1)), **numbers)
+        known = [hashed, numbers.normalization.to_json(), numbers.factor, tiles]
+        return VaeFacts(**fields_of(numbers), digest=fingerprint(known, version, probed))
 
 
 class FirstStage:
@@ -100,8 +129,8 @@ class FirstStage:
         """The same in float32: its weights are that for the time of each call."""
         return FirstStageInFloat32(self.model, self.module, nullcontext)
 
-    def numbers(self, mean: Tensor) -> dict[str, Any]:
-        """All of VaeFacts but the digest, from the latents of the probe, [1,C,h,w]. Raises UserError.
+    def numbers(self, mean: Tensor) -> Numbers:
+        """What is known of it, from the latents of the probe, [1,C,h,w]. Raises UserError.
 
         The scale is what get_first_stage_encoding multiplies by.
         """
@@ -111,12 +140,7 @@ class FirstStage:
             normalization = Normalization((0.0,), (scale,))
         except ValueError as error:
             raise UserError(f"model: get_first_stage_encoding of ones gives a {error}.") from None
-        return {
-            "factor": PROBE_SIDE // mean.shape[2],
-            "latent_channels": mean.shape[1],
-            "normalization": normalization,
-            "force_upcast": False,
-        }
+        return Numbers(factor=PROBE_SIDE // mean.shape[2], latent_channels=mean.shape[1], normalization=normalization)
 
 
 class FirstStageInFloat32(FirstStage):
@@ -186,8 +210,8 @@ def is_autocast_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-class LiveText(TextEncoder):
-    """A text encoder that is in memory already: a pipeline, or a callable from prompts to [B,T,D].
+class LiveText:
+    """A text encoder that is in memory already, a doors.PromptEncoder: a pipeline, or a callable to [B,T,D].
 
     A callable is asked prompt by prompt, as the ancestor asked it: the web UI's gives all prompts of a call the length
     of the longest. So each prompt has its own number of tokens.
@@ -201,7 +225,7 @@ class LiveText(TextEncoder):
         self.is_pipeline = hasattr(cond_model, "encode_prompt")
         if self.is_pipeline:
             check_pipeline(cond_model)
-        self.max_tokens = None
+        self.max_tokens: int | None = None
         self.dtype = torch.float32  # of what it gives
 
     @torch.no_grad()
@@ -250,6 +274,28 @@ def one_seed(device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveVaeModel(VaeFacts):
+    """A doors.VaeModel that is open already."""
+
+    live: LiveVae
+
+    def open(self, device: torch.device, dtype: torch.dtype, **modes: Any) -> LiveVae:
+        """The VAE where and as it is, whatever device and dtype are asked for."""
+        return self.live
+
+
+@dataclass(frozen=True)
+class LiveTextModel(TextFacts):
+    """A doors.TextModel that is open already."""
+
+    live: LiveText
+
+    def open(self, device: torch.device, dtype: torch.dtype, options: TextOptions | None = None) -> LiveText:
+        """The encoder where and as it is, whatever device and dtype are asked for."""
+        return self.live
 
 
 def check_pipeline(pipeline: Any) -> None:

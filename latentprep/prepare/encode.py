@@ -185,8 +185,7 @@ def make_job(prepared: Prepared) -> "Job":
     from latentprep.prepare.work.job import Job, Lazy
 
     options, recipe, models, vae = prepared.options, prepared.recipe, prepared.models, prepared.models.vae
-    make_text = models.make_text
-    device = torch.device(prepared.device)
+    text, device = models.text, torch.device(prepared.device)
     latent = {
         "normalization": vae.normalization.to_json(),
         "factor": vae.factor,
@@ -203,8 +202,14 @@ def make_job(prepared: Prepared) -> "Job":
         seed=options.seed,
         found=prepared.found,
         conditions=prepared.conditions,
-        vae=Lazy(lambda: models.make_vae(device, TORCH_DTYPES[recipe["latents"]["dtype"]])),
-        text=Lazy(lambda: make_text(device, TORCH_DTYPES[recipe["text"]["dtype"]])) if make_text is not None else None,
+        vae=Lazy(
+            lambda: vae.open(
+                device, TORCH_DTYPES[recipe["latents"]["dtype"]], tiling=options.tiling, compile=options.compile
+            )
+        ),
+        text=Lazy(lambda: text.open(device, TORCH_DTYPES[recipe["text"]["dtype"]], options.text))
+        if text is not None
+        else None,
     )
 
 

@@ -15,9 +15,9 @@ from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.images.pillow import limit_pixels, max_pixels
+from latentprep.prepare.models.doors import ImageEncoder
 from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.single_file import VaeFile
-from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import VaeFolder
 from latentprep.prepare.source.folder import hash_images, list_folder
 from latentprep.prepare.source.masks import Masks, list_masks, paths_of
@@ -93,7 +93,7 @@ def reencode(
     source = find_vae(manifest, model, vae)
     recipe = manifest.recipe["latents"]
     device, _, _ = choose_device(device, recipe["dtype"])
-    encoder = VaeEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
+    encoder = source.open(torch.device(device), TORCH_DTYPES[recipe["dtype"]], tiling=recipe.get("tiling"))
     try:
         options = LoadOptions.from_recipe(folder, manifest.latent["factor"], masks, recipe)
     except (KeyError, TypeError, AttributeError) as error:
@@ -143,7 +143,7 @@ def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> V
 
 
 def encode_row(
-    key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: VaeEncoder
+    key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: ImageEncoder
 ) -> float | Skip:
     """How far one image, encoded again, is from its row: the worst of its views, mean and std."""
     height, width = group.original_size[row].tolist()
@@ -160,7 +160,7 @@ def encode_row(
         posterior = vae.encode(seen[None])
         spread = float(posterior.mean.std()) or 1.0  # all of one value: then the difference itself counts
         for fresh, stored in ((posterior.mean, group.latent_mean), (posterior.std, group.latent_std)):
-            if stored is not None:
+            if stored is not None and fresh is not None:
                 difference = fresh[0] - stored[row, view].float()
                 found = float(difference.square().mean().sqrt()) / spread
                 worst = larger(worst, found)

@@ -17,9 +17,9 @@ from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.devices import choose_device, is_out_of_memory
+from latentprep.prepare.models.families import FIXED
 from latentprep.prepare.models.model_set import open_made_text
 from latentprep.prepare.models.single_file import TextFile
-from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import TextFolder
 from latentprep.prepare.recheck import larger, sample_rows
 from latentprep.prompts import make_prompts
@@ -79,13 +79,16 @@ def reencode_text(
     device, _, _ = choose_device(device, recipe["dtype"])
     problems, worst = [], 0.0
     try:
-        encoder = TextEncoder(source, torch.device(device), TORCH_DTYPES[recipe["dtype"]], options)
+        encoder = source.open(torch.device(device), TORCH_DTYPES[recipe["dtype"]], options)
         for sample in list_samples(storage, manifest, options, count, seed):
             if isinstance(sample, Problem):
                 problems.append(sample)
                 continue
             found = sum(value.numel() for value in sample.cond.values())
-            if found != num_values:  # checked before encoding: a crafted recipe could ask for huge cond
+            is_fixed = source.family.length == FIXED
+            if found > num_values or (
+                is_fixed and found < num_values
+            ):  # checked before encoding: a crafted recipe could ask for huge cond
                 detail = f"{found:,} numbers for a prompt, expected {num_values:,}"
                 problems.append(Problem(sample.name, "cond", detail))
                 continue

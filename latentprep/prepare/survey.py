@@ -21,8 +21,8 @@ from latentprep.options import EncodeOptions
 from latentprep.prepare.devices import choose_device, default_shard_bytes
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import decoder_versions, limit_pixels
+from latentprep.prepare.models.doors import VaeModel
 from latentprep.prepare.models.model_set import Models, open_models
-from latentprep.prepare.models.vae_folder import VaeFacts
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.plan.plan import Plan, RowBytes, is_current, make_plan
 from latentprep.prepare.source.captions import Captioned, add_captions
@@ -132,6 +132,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     device, dtype, reason = choose_device(options.device, options.dtype)
     at = f" at {models.commit}" if models.commit else ""
     say(f"model    {options.model}{at}" + (f", VAE {options.vae}" if options.vae else "") + f" (factor {vae.factor})")
+    if options.store != "mean" and not vae.has_std:
+        say("store    mean: this VAE gives no std")
     recipe, bare_recipe = (make_recipe(options, models, dtype, with_cond) for with_cond in (True, False))
     upcast = "; the VAE in float32, since it overflows in float16" if recipe["latents"]["dtype"] != dtype else ""
     say(f"device   {device}, {dtype} ({reason}){upcast}")
@@ -220,8 +222,8 @@ def make_recipe(options: EncodeOptions, models: Models, dtype: str, with_cond: b
     return {
         "latents": latents_recipe(
             vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
-            dtype="float32" if is_upcast else dtype, store=options.store, store_dtype=options.store_dtype,
-            tiling=options.tiling,
+            dtype="float32" if is_upcast else dtype, store=options.store if vae.has_std else "mean",
+            store_dtype=options.store_dtype, tiling=options.tiling,
         ),
         "text": text_recipe(
             text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
@@ -296,7 +298,7 @@ def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     return storage.sizes().get(uncond_name(manifest.uncond)) == manifest.uncond_file.nbytes
 
 
-def estimate_row_bytes(recipe: dict[str, Any], vae: VaeFacts, cond_values: int) -> RowBytes:
+def estimate_row_bytes(recipe: dict[str, Any], vae: VaeModel, cond_values: int) -> RowBytes:
     """What rows will cost on disk, from the configs alone; `cond_values` numbers are stored of an image's prompts."""
     posterior = 2 if recipe["latents"]["store"] == "mean+std" else 1
     views = len(recipe["latents"]["views"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.ragged import Conds, pad, row_shape
+from latentprep.cache.ragged import Conds, fill_of, pad, row_shape
 from latentprep.cache.readers import Reading
 from latentprep.cache.shard import Latents, Text, open_latents, open_text, open_uncond
 from latentprep.cache.storage import Storage
@@ -122,6 +122,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.wildcards = wildcards
         self.makes_prompts = template is not None or shuffle_tags or tag_drop_out > 0 or wildcards
         self.normalization = self.manifest.normalization
+        self._fill = fill_of(self.manifest.recipe["text"])  # of cond that is shorter than others of its batch
         self._check()
         views = self.manifest.latent["views"]
         self._flipped = torch.tensor([is_flipped(view) for view in views])  # [V] bool
@@ -374,7 +375,7 @@ class LatentDataset(Dataset[LatentBatch]):
                     rows[:] = [empty.to(row.dtype) if drop else row for row, drop in zip(rows, is_dropped, strict=True)]
         if cond is None:
             return prompts, None, {}
-        padded = {name: pad(rows) for name, rows in cond.items() if not isinstance(rows, Tensor)}
+        padded = {name: pad(rows, self._fill) for name, rows in cond.items() if not isinstance(rows, Tensor)}
         stacked = {name: rows if isinstance(rows, Tensor) else padded[name][0] for name, rows in cond.items()}
         return prompts, stacked, {name: lengths for name, (_, lengths) in padded.items()}
 

@@ -3,33 +3,26 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from latentprep.errors import UserError
 from latentprep.options import EncodeOptions
 from latentprep.prepare.models.checkpoint import TITLES
+from latentprep.prepare.models.doors import TextModel, VaeModel
 from latentprep.prepare.models.find import commit_of, find_model
 from latentprep.prepare.models.single_file import TextFile, VaeFile, find_configs, open_text_file, open_vae_file
-from latentprep.prepare.models.text_folder import TextFacts, TextFolder, family_of, open_text
-from latentprep.prepare.models.vae_folder import VaeFacts, VaeFolder, open_vae
-
-if TYPE_CHECKING:
-    import torch
-
-    from latentprep.prepare.models.text_encoder import TextEncoder
-    from latentprep.prepare.models.vae_encoder import VaeEncoder
+from latentprep.prepare.models.text_folder import TextFolder, family_of, open_text
+from latentprep.prepare.models.vae_folder import VaeFolder, open_vae
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run: what a plan must know of them, and how to have them once they are needed."""
+    """The models of a run, none of them opened: what a plan must know of them, and what a worker opens."""
 
-    vae: VaeFacts
-    text: TextFacts | None  # None: no conditioning
-    patch: int  # latent pixels, each way, that the denoiser takes as one
+    vae: VaeModel
+    text: TextModel | None  # None: no conditioning
+    patch: int  # latents, each way, that the denoiser takes as one
     is_upcast: bool  # whether the VAE is to be in float32 where float16 is only the default
-    make_vae: "Callable[[torch.device, torch.dtype], VaeEncoder]"
-    make_text: "Callable[[torch.device, torch.dtype], TextEncoder] | None"
     commit: str | None = None  # of a hub model
 
 
@@ -45,6 +38,7 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         say(f"config   {TITLES[layout.name]}, by the tensors of {options.model}")
     vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
     options.check_tiling(vae.factor)
+    vae.check_modes(options.tiling, options.compile)
     text: TextFolder | TextFile | None = None
     if options.needs_text_encoder:
         text = open_text(model) if model.is_dir() else open_text_file(model, "--model", layout)
@@ -53,21 +47,11 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
-    def make_vae(device: "torch.device", dtype: "torch.dtype") -> "VaeEncoder":
-        from latentprep.prepare.models.vae_encoder import VaeEncoder
-
-        return VaeEncoder(vae, device, dtype, tiling=options.tiling, compile=options.compile)
-
-    def make_text(device: "torch.device", dtype: "torch.dtype") -> "TextEncoder":
-        from latentprep.prepare.models.text_encoder import TextEncoder
-
-        assert text is not None
-        return TextEncoder(text, device, dtype, options.text)
-
     family = family_of(layout) if layout is not None else None
-    patch = family.patch if family is not None else 1
+    # FLUX.2's latents are patched as they are normalized, and its denoiser takes each of those as one
+    patch = max(family.patch if family is not None else 1, vae.normalization.patch)
     is_upcast = vae.force_upcast and family is not None and family.heeds_force_upcast
-    return Models(vae, text, patch, is_upcast, make_vae, make_text if text is not None else None, commit_of(model))
+    return Models(vae, text, patch, is_upcast, commit_of(model))
 
 
 def open_made_vae(made_with: dict[str, Any], name: str, option: str, beside: str) -> VaeFolder | VaeFile:

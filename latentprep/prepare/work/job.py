@@ -12,8 +12,7 @@ import numpy as np
 
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.options import TextOptions
-from latentprep.prepare.models.text_encoder import TextEncoder
-from latentprep.prepare.models.vae_encoder import VaeEncoder
+from latentprep.prepare.models.doors import ImageEncoder, PromptEncoder
 
 NAMED = 5  # prompts that are named where many were truncated
 T = TypeVar("T")
@@ -78,8 +77,8 @@ class Job:
     seed: int
     found: Mapping[str, Stamp]  # unit -> its latents file, which an unfinished run has left
     conditions: Mapping[str, str]  # that skips depend on (survey.skip_conditions)
-    vae: Lazy[VaeEncoder]  # a run that only rewrites text needs none
-    text: Lazy[TextEncoder] | None  # None: no conditioning
+    vae: Lazy[ImageEncoder]  # a run that only rewrites text needs none
+    text: Lazy[PromptEncoder] | None  # None: no conditioning
     watch: Stopwatch = field(default_factory=Stopwatch)
     counts: Counter[str] = field(default_factory=Counter)  # prompts: how many were encoded
     damaged: list[str] = field(default_factory=list)  # text files that were made anew

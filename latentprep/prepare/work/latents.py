@@ -234,9 +234,12 @@ def encode_batch(batch: list[Image], job: Job) -> Encoded:
             seen[same] = job.vae().encode(images)
         found.append(seen[same])
     mean = torch.stack([posterior.mean for posterior in found], dim=1).to(dtype)
-    std = torch.stack([posterior.std for posterior in found], dim=1).to(dtype)
+    stds = [posterior.std for posterior in found if posterior.std is not None]
+    std = torch.stack(stds, dim=1).to(dtype) if stds else None
     # after the cast: a mean of 70,000 is finite in float32 and not in a float16 cache
-    finite = mean.isfinite().flatten(1).all(1) & std.isfinite().flatten(1).all(1)
+    finite = mean.isfinite().flatten(1).all(1)
+    if std is not None:
+        finite &= std.isfinite().flatten(1).all(1)
     return Encoded(mean, std if recipe["store"] == "mean+std" else None, finite.tolist())
 
 
