@@ -9,8 +9,8 @@ from torch import Tensor
 
 from latentprep.cache.strings import Tensors, check_offsets
 
-# What a shorter row of a batch is filled up with: zeros, as by pipelines whose masks say what counts; or its last vector
-# again, as in stable-diffusion-webui (modules/hypernetworks/hypernetwork.py).
+# What a shorter row of a batch is filled up with: zeros, as by pipelines whose masks say what counts; or its last
+# vector again, as in stable-diffusion-webui (modules/hypernetworks/hypernetwork.py).
 ZEROS, REPEAT = FILLS = ("zeros", "repeat")
 
 

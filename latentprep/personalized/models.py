@@ -94,11 +94,8 @@ class LiveVae:
             numbers = self.live.numbers(mean)
             weights: Any = getattr(self.live.model, "first_stage_model", None)
         else:
-            sizes = {
-                "factor": PROBE_SIDE // mean.shape[2],
-                "latent_channels": mean.shape[1],
-                "has_std": std is not None,
-            }
+            factor = PROBE_SIDE // mean.shape[2]
+            sizes = {"factor": factor, "latent_channels": mean.shape[1], "has_std": std is not None}
             numbers = replace(numbers_of(self.live, sizes, "VAE"), force_upcast=False)
             weights = self.live
         hashed = hash_weights([weights] if isinstance(weights, torch.nn.Module) else [], of_vae=True)
@@ -282,7 +279,14 @@ class LiveVaeModel(VaeFacts):
 
     live: LiveVae
 
-    def open(self, device: torch.device, dtype: torch.dtype, **modes: Any) -> LiveVae:
+    def open(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        tiling: int | None = None,
+        compile: bool = False,  # noqa: A002
+    ) -> LiveVae:
         """The VAE where and as it is, whatever device and dtype are asked for."""
         return self.live
 

@@ -85,10 +85,8 @@ def reencode_text(
                 problems.append(sample)
                 continue
             found = sum(value.numel() for value in sample.cond.values())
-            is_fixed = source.family.length == FIXED
-            if found > num_values or (
-                is_fixed and found < num_values
-            ):  # checked before encoding: a crafted recipe could ask for huge cond
+            # before encoding, since a crafted recipe could ask for huge cond
+            if found > num_values or (source.family.length == FIXED and found < num_values):
                 detail = f"{found:,} numbers for a prompt, expected {num_values:,}"
                 problems.append(Problem(sample.name, "cond", detail))
                 continue

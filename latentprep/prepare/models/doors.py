@@ -21,10 +21,12 @@ if TYPE_CHECKING:
 class ImageEncoder(Protocol):
     """A VAE at work: pixels -> posterior. `encode` is `finish` of `start`; two threads may do one each."""
 
-    device: "torch.device"
-    dtype: "torch.dtype"
-    num_retried: int  # images that were encoded again in float32, because half precision overflowed
-    limit: "BatchLimit"
+    limit: "BatchLimit"  # what an overfull memory has taught
+
+    @property
+    def num_retried(self) -> int:
+        """Images that were encoded again in float32, because half precision overflowed."""
+        ...
 
     def start(self, pixels: "np.ndarray | torch.Tensor") -> "Posterior":
         """pixels [N,H,W,3] uint8 sRGB => their posterior on the device, in its dtype. Waits for nothing.

@@ -4,13 +4,15 @@ The result is what inference uses: where encode_prompt and __call__ have other d
 """
 
 import inspect
-from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from latentprep.cache.ragged import Cond, Conds, Ragged
+from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.prepare.models.families import FIXED, LIST, MASK, Call, Family
 
 
@@ -57,6 +59,7 @@ def call_pipeline(pipeline: Any, family: Family, arguments: list[dict[str, Any]]
                 continue
             mask = named.get(f"{name}_mask") if family.length == MASK else None
             conds[name] = take_rows(name, family.length, value, mask, len(prompts))
+            check_tokens(name, conds[name], prompts)
     return {name: value.to(torch.float32) for name, value in conds.items()}
 
 
@@ -76,6 +79,14 @@ def take_rows(name: str, length: str, value: Any, mask: Tensor | None, num_promp
     return Ragged.of([row[:count] for row, count in zip(value, count_tokens(mask.cpu()), strict=True)])
 
 
+def check_tokens(name: str, cond: Cond, prompts: list[str]) -> None:
+    """Raise UserError for a prompt of no tokens, which nothing can be trained on."""
+    if isinstance(cond, Ragged):
+        for prompt, count in zip(prompts, np.diff(cond.offsets).tolist(), strict=True):
+            if not count:
+                raise UserError(f"--model: its {name} gives no tokens for {shortened(prompt)!r}. Use another model.")
+
+
 def count_tokens(mask: Tensor) -> list[int]:
     """How many tokens of each prompt count, of a mask [P,T] of any dtype.
 
@@ -86,10 +97,4 @@ def count_tokens(mask: Tensor) -> list[int]:
     if not torch.equal(is_first, mask.bool()):
         raise ValueError("the mask of encode_prompt counts tokens that are not the first ones")
     found: list[int] = counts.tolist()
-    return found
-
-
-def chat_of(tokenizer: Any, prompt: str, arguments: Mapping[str, Any]) -> str:
-    """A prompt as the pipeline writes it before it is tokenized: one message of a user."""
-    found: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, **arguments)
     return found

@@ -7,7 +7,7 @@ configs and vocabularies is handed to a library.
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -161,9 +161,28 @@ def load_tokenizer_of(folder: Path, kind: str, vocab_size: int | None) -> Any:
             tokenizer = getattr(transformers, kind).from_pretrained(copy, local_files_only=True)
             tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
             size = len(tokenizer)
+    tokenizer.apply_chat_template = blamed(
+        tokenizer.apply_chat_template, f"{folder}: its files make no chat of a prompt"
+    )
     if vocab_size is not None and size > vocab_size:
         raise UserError(f"{folder}: has {size:,} tokens, but its text encoder knows {vocab_size:,}. Download it again.")
     return tokenizer
+
+
+def blamed(call: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A call of a library into what a model brings along, such as its chat template, with its errors as one line."""
+
+    def checked(*arguments: Any, **options: Any) -> Any:
+        with blame(what):
+            return call(*arguments, **options)
+
+    return checked
+
+
+def chat_of(tokenizer: Any, prompt: str, arguments: Mapping[str, Any]) -> str:
+    """A prompt as the pipeline writes it before it is tokenized: one message of a user."""
+    found: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, **arguments)
+    return found
 
 
 def pipeline_class(family: Family) -> Any:

@@ -37,8 +37,8 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     if layout is not None and layout not in (model, configs):
         say(f"config   {TITLES[layout.name]}, by the tensors of {options.model}")
     vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
-    options.check_tiling(vae.factor)
     vae.check_modes(options.tiling, options.compile)
+    options.check_tiling(vae.factor)
     text: TextFolder | TextFile | None = None
     if options.needs_text_encoder:
         text = open_text(model) if model.is_dir() else open_text_file(model, "--model", layout)

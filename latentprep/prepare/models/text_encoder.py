@@ -11,8 +11,9 @@ from tokenizers import Regex, pre_tokenizers
 from latentprep.cache.ragged import Conds, join_conds
 from latentprep.options import TextOptions
 from latentprep.prepare.models.clip_windows import ClipWindows
-from latentprep.prepare.models.encode_prompt import call_pipeline, chat_of, make_arguments
+from latentprep.prepare.models.encode_prompt import call_pipeline, make_arguments
 from latentprep.prepare.models.families import Family, tokenizer_of
+from latentprep.prepare.models.load_text import chat_of
 from latentprep.prepare.models.windows import join
 
 TOKENS_AT_ONCE = 32 * 77  # 32 prompts of one window of CLIP; 4 of 512 tokens of T5, which is far larger
@@ -53,7 +54,7 @@ class TextEncoder:
                 if (tokenizer := getattr(self.pipeline, tokenizer_of(part), None)) is not None:
                     read_special_tokens_as_text(tokenizer)
         # what counts as truncated: tokens of the sequence; where there is none, those of CLIP
-        counted = family.sequence if family.sequence in there else there[0]
+        counted = next((part for part in there if part == family.sequence), there[0])
         self.tokenizer = getattr(self.pipeline, tokenizer_of(counted))
         self.windows: ClipWindows | None = None
         self.max_tokens: int | None = num_tokens

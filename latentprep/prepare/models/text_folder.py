@@ -25,6 +25,7 @@ from latentprep.prepare.models.files import (
 )
 from latentprep.prepare.models.load_text import (
     KINDS,
+    chat_of,
     check_class,
     check_encoder,
     check_text_config,
@@ -103,9 +104,7 @@ class TextFolder(TextFiles):
         for part in self.classes:
             parts |= self._load_part(part, dtype)
         pipeline = make_pipeline(self.family, parts)
-        if (
-            self.family.sequence in self.left_out
-        ):  # then encode_prompt asks the transformer how many zeros stand for its T5
+        if self.family.sequence in self.left_out:  # encode_prompt asks the transformer how wide zeros for its T5 are
             pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=self.width))
         return pipeline
 
@@ -116,7 +115,11 @@ class TextFolder(TextFiles):
             config = read_json(folder / "config.json", "--model")
             shapes = read_header(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), "--model")
             check_encoder(kind, config, shapes, folder, part)
-            load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size"))
+            tokenizer = load_tokenizer_of(
+                self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size")
+            )
+            if self.family.chat is not None:
+                chat_of(tokenizer, "a photo", self.family.chat)
 
     def _load_part(self, part: str, dtype: "torch.dtype") -> dict[str, Any]:
         """An encoder and its tokenizer."""
@@ -220,8 +223,9 @@ def _check_zeros(where: str, family: Family) -> None:
     found = version("diffusers")
     if tuple(map(int, re.findall(r"\d+", found)[:2])) < ZEROS_SINCE:
         raise UserError(
-            f"{where}: has no {family.sequence}, and diffusers {found} has another number of zeros in its place than newer "
-            f"ones. Upgrade diffusers to {'.'.join(map(str, ZEROS_SINCE))} or later, add that folder, or --no-cond."
+            f"{where}: has no {family.sequence}, and diffusers {found} has another number of zeros in its place than "
+            f"newer ones. Upgrade diffusers to {'.'.join(map(str, ZEROS_SINCE))} or later, add that folder, "
+            "or --no-cond."
         )
 
 

@@ -78,7 +78,7 @@ def check_config(row: VaeClass, config: Mapping[str, Any], where: str) -> None:
             expected = f"{low} to {high}" if low < high else f"{low}"
             _refuse(name, value, expected, where)
     for name in config:
-        if name.endswith("block_out_channels"):
+        if name.endswith("block_out_channels") and (config[name] is not None or name in row.required):
             _check_channels(name, config[name], where)
     channels = config.get("block_out_channels")
     for name in ("down_block_types", "up_block_types"):

@@ -124,10 +124,8 @@ class VaeEncoder:
                 self.num_retried += int(again.sum())
                 if self.vae_float32 is None:
                     self.vae_float32 = self._load(torch.float32)
-                rows = again.nonzero()[:, 0]
-                parts = self.limit.run(
-                    self._start_float32, pixels[rows if isinstance(pixels, Tensor) else rows.numpy()]
-                )
+                rows = pixels[again if isinstance(pixels, Tensor) else again.numpy()]
+                parts = self.limit.run(self._start_float32, rows)
                 mean[again] = torch.cat([fetch(part) for part, _ in parts])
                 if std is not None:
                     std[again] = torch.cat([fetch(part) for _, part in parts if part is not None])

@@ -22,7 +22,7 @@ from latentprep.prepare.models.files import (
     rename_attention,
 )
 from latentprep.prepare.models.vae_config import build_vae, keep_encoder
-from latentprep.prepare.models.vaes import VAES, Numbers, numbers_of, probe
+from latentprep.prepare.models.vaes import Numbers, numbers_of, probe, vae_names
 
 if TYPE_CHECKING:
     import torch
@@ -116,7 +116,7 @@ def read_vae_config(folder: Path, option: str, classes: tuple[str, ...] | None =
     path = folder / "vae" if (folder / "vae").is_dir() else folder
     config = read_json(path / "config.json", option)
     kind = config.get("_class_name")
-    allowed = classes if classes is not None else tuple(row.name for row in VAES)
+    allowed = classes if classes is not None else vae_names()
     if kind not in allowed:
         raise UserError(f"{option} {path}: its VAE is {shortened(str(kind))}, expected {' or '.join(allowed)}.")
     return path, config

@@ -38,6 +38,11 @@ def find_vae(class_name: object) -> VaeClass | None:
     return next((row for row in VAES if row.name == class_name), None)
 
 
+def vae_names() -> tuple[str, ...]:
+    """The classes of all rows."""
+    return tuple(row.name for row in VAES)
+
+
 def is_video(vae: Any) -> bool:
     """Whether a VAE takes images as videos of one frame: its convolutions have a time axis."""
     import torch
