@@ -15,17 +15,9 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.options import EncodeOptions
-from latentprep.personalized.models import (
-    Autocast,
-    LiveText,
-    LiveTextModel,
-    LiveVae,
-    LiveVaeModel,
-    is_autocast_on,
-    is_fingerprint,
-    is_other_version,
-    recognize,
-)
+from latentprep.personalized.fingerprint import is_fingerprint, is_other_version, recognize
+from latentprep.personalized.first_stage import Autocast, is_autocast_on
+from latentprep.personalized.models import LiveText, LiveTextModel, LiveVae, LiveVaeModel
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.survey import check_paths, prepare

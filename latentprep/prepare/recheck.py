@@ -129,7 +129,7 @@ def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> V
     """The VAE that a cache was made with, by its hash; `model` and `vae` are those of the command line."""
     made_with = manifest.made_with
     wanted = manifest.recipe["latents"]["vae"]
-    if wanted.count(".") == 2:  # personalized.models.fingerprint
+    if wanted.count(".") == 2:  # personalized.fingerprint
         raise UserError(
             "--re-encode: this cache was made by PersonalizedBase, with a model in memory that cannot be loaded again. "
             "Leave it out."
