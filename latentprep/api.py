@@ -142,23 +142,6 @@ def encode(
 
 # fmt: off
 @door
-def merge(
-    cache: Annotated[str | Path, Option("CACHE", "A cache folder or URL.", is_argument=True)],
-    *,
-    incomplete: Annotated[bool, Option(help="Commit what is there although ranks are missing; a later encode does the rest.")] = False,
-) -> Merged:
-    """Commit what several processes have encoded together, if the last of them could not.
-
-    In Python it returns what was committed. Raises UserError if ranks have not finished, or planned different work.
-    """
-    # fmt: on
-    from latentprep.runs import run_merge
-
-    return run_merge(str(cache), incomplete)
-
-
-# fmt: off
-@door
 def inspect(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,

@@ -171,11 +171,9 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
         lines.append("         these units are not in the cache; run the same command again to retry them")
     if outcome.absent:
         where, named = prepared.where, ", ".join(map(str, outcome.absent))
-        done = counted(outcome.num_cached, "image")
-        return "\n".join([*lines, (
-            f"rank     {where.rank} of {where.world_size} is done with {done}. Ranks {named} are not: the last of them "
-            f"commits the cache, or {shlex.join(['latentprep', 'merge', prepared.options.out])}"
-        )])  # fmt: skip
+        command = shlex.join(["latentprep", "merge", prepared.options.out])
+        lines.append(f"rank     {where.rank} of {where.world_size} is done; not yet: {named}. The last one commits")
+        return "\n".join([*lines, f"         the cache, or {command}"])
     count = prepared.options.text.prompts_per_image
     images = counted(outcome.num_cached, "image") + (f" with {count} prompts each" if count > 1 else "")
     lines.append(f"cache    {prepared.options.out}: {images}, {human_bytes(outcome.num_bytes)}")
@@ -194,7 +192,7 @@ def cleared_lines(cleared: tuple[int, int]) -> list[str]:
 def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:
     """truncated 3 prompts of more than 77 tokens (--max-tokens 150 keeps more): 99 'a ...', ..."""
     text, limit = prepared.models.text, truncated.max_tokens
-    more = text.family.more_tokens(limit, text.window) if text is not None else None
+    more = text.more_tokens(limit) if text is not None else None
     hint = f" (--max-tokens {more} keeps more)" if more else ""
     named = ", ".join(f"{tokens} {shortened(prompt)!r}" for tokens, prompt in truncated.longest)
     others = ", ..." if truncated.count > len(truncated.longest) else ""

@@ -75,6 +75,7 @@ class TextRecipe(Part):
     max_tokens: int | None = None
     clip_skip: int | None = None
     emphasis: bool | None = None
+    fill: Annotated[str, Meta(pattern="^(zeros|repeat)$")] | None = None  # of prompts that have lengths of their own
 
     @classmethod
     def of(

@@ -116,26 +116,6 @@ class Verified:
 
 
 @dataclass(frozen=True, repr=False)
-class Merged:
-    """What merge() committed."""
-
-    cache: str
-    num_cached: int  # images
-    num_shards: int
-    absent: tuple[int, ...]  # ranks whose work is not in it
-
-    @property
-    def ok(self) -> bool:
-        """Whether every rank's work is in the cache."""
-        return not self.absent
-
-    def __repr__(self) -> str:
-        without = f", without those of ranks {', '.join(map(str, self.absent))}" if self.absent else ""
-        lines = f"{self.cache}: {counted(self.num_cached, 'image')} in {counted(self.num_shards, 'shard')}{without}"
-        return harmless(lines)
-
-
-@dataclass(frozen=True, repr=False)
 class Compacted:
     """What compact() did. A tombstone is the row of an image that changed or was removed."""
 

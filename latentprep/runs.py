@@ -114,14 +114,6 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
     )
 
 
-def run_merge(cache: str, incomplete: bool) -> Merged:
-    """Commit the parts of ranks. Raises UserError."""
-    from latentprep.prepare.engine.ranks import merge
-
-    manifest, absent = merge(Storage(cache), incomplete)
-    return Merged(cache, manifest.num_images, len(manifest.shards), absent)
-
-
 def run_inspect(cache: str, key: str | None, most_cropped: int) -> Summary:
     """What is in a cache, or of one image in it. Raises UserError."""
     from latentprep.cache.readers import Reading

@@ -17,7 +17,8 @@ from latentprep.cache.lock import hold
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.personalized import BatchLoader, PersonalizedBase, PersonalizedDataLoader
-from latentprep.personalized.models import NUM_PROBED, LiveText, is_same, make_live_vae, probe_image, recognize
+from latentprep.personalized.fingerprint import NUM_PROBED, is_same, probe_image, recognize
+from latentprep.personalized.models import LiveText, make_live_vae
 from latentprep.personalized.update import keywords_for_options
 from tests.conftest import SMALL, TINY, gradient
 from tests.test_personalized import LatentDiffusion, ancestors_latents

@@ -146,7 +146,7 @@ class AllAlike:
 
 @pytest.mark.parametrize("value", [0.0, float("nan")])
 def test_latents_without_deviation_are_compared(run, images, cache, monkeypatch, value):
-    monkeypatch.setattr("latentprep.prepare.models.vae_encoder.VaeEncoder", lambda *_, **__: AllAlike(value))
+    monkeypatch.setattr("latentprep.prepare.models.vae_folder.VaeFolder.open", lambda *_, **__: AllAlike(value))
     result = run("verify", cache, "--source", images, "--re-encode", 2, "--json")
     assert result.code == 1
     found = json.loads(result.out)

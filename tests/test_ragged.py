@@ -42,7 +42,7 @@ def test_finite_rows():
 
 
 def test_padding_repeats_the_last_vector():
-    padded, lengths = pad(rows(3, 1))
+    padded, lengths = pad(rows(3, 1), "repeat")
     assert lengths.tolist() == [3, 1]
     assert torch.equal(padded[0], rows(3)[0])
     assert torch.equal(padded[1], rows(1)[0].expand(3, -1))
@@ -67,11 +67,21 @@ def test_offsets_that_do_not_fit_are_refused(offsets):
         take_cond(tensors, 3, STORED)
 
 
-@pytest.mark.parametrize("shape", [(6,), (6, 2, 2)])
-def test_rows_of_their_own_lengths_are_vectors(shape):
-    tensors = {"cond/embeds": torch.zeros(shape), "cond/embeds_offsets": torch.tensor([0, 3, 4, 6])}
+def test_rows_of_their_own_lengths_are_vectors():
+    tensors = {"cond/embeds": torch.zeros(6), "cond/embeds_offsets": torch.tensor([0, 3, 4, 6])}
     with pytest.raises(ValueError, match="cond/embeds"):
         take_cond(tensors, 3, STORED)
+
+
+def test_tokens_may_have_several_vectors():
+    """Krea 2 keeps 12 layers of each token: [T,12,D]."""
+    made = [torch.randn(count, 12, 2) for count in (3, 1, 2)]
+    tensors = {}
+    put_cond(tensors, {"embeds": Ragged.of(made)})
+    found = take_cond(tensors, 3, STORED)["embeds"]
+    assert all(torch.equal(a, b) for a, b in zip(found, made, strict=True))
+    assert row_shape(found) == (None, 12, 2)
+    assert finite_rows(found).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64])

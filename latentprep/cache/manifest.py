@@ -90,6 +90,8 @@ class Manifest:
                 raise ValueError(f"shard {shard.id} has no text")
             if any(shape[0] != self.latent.channels for _, _, shape in shard.groups):
                 raise ValueError(f"shard {shard.id} has latents of other than {self.latent.channels} channels")
+            if any(side % self.latent.normalization.patch for _, _, shape in shard.groups for side in shape[1:]):
+                raise ValueError(f"shard {shard.id} has latents without whole patches")
 
     @property
     def num_images(self) -> int:

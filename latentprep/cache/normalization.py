@@ -1,4 +1,7 @@
-"""From the VAE's latents to what a denoiser sees: (latent - shift) * scale, with one number each or one per channel."""
+"""From the VAE's latents to what a denoiser sees: (patchify(latent) - shift) * scale.
+
+With one shift and scale for all channels, or one per channel after patching.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,47 +13,62 @@ if TYPE_CHECKING:
 Numbers = tuple[float, ...]
 SHIFT_LIMIT = 1e6  # of either sign
 SCALE_LIMITS = (1e-6, 1e6)
+PATCHES = (1, 2)
 
 
 @dataclass(frozen=True)
 class Normalization:
-    """How latents are shifted and scaled. Raises ValueError for numbers that no VAE has."""
+    """How latents are patched, shifted and scaled. Raises ValueError for numbers that no VAE has."""
 
-    shift: Numbers  # one number, or one per channel
+    shift: Numbers  # one number, or one per channel of what the denoiser sees
     scale: Numbers  # the same
+    patch: int = 1  # so many latents, each way, become one of patch * patch times as many channels
 
     def __post_init__(self) -> None:
+        if self.patch not in PATCHES:
+            raise ValueError(f"patch is {self.patch}, expected {' or '.join(map(str, PATCHES))}")
         for name, low, high in (("shift", -SHIFT_LIMIT, SHIFT_LIMIT), ("scale", *SCALE_LIMITS)):
             for number in getattr(self, name):
                 if not low <= number <= high:  # NaN and infinities too
                     raise ValueError(f"{name} is {number}, expected {low:g} to {high:g}")
 
     def apply(self, latents: "Tensor") -> "Tensor":
-        """[B,C,h,w] float32, unscaled => the same, as the denoiser sees it."""
-        return (latents - _spread(self.shift, latents)) * _spread(self.scale, latents)
+        """[B,C,h,w] float32, unscaled => [B,C*patch*patch,h/patch,w/patch] float32, as the denoiser sees it.
 
-    def to_json(self) -> dict[str, list[float]]:
-        return {"shift": list(self.shift), "scale": list(self.scale)}
+        One number is multiplied by. Several are the spread of each channel, by which pipelines divide (diffusers,
+        pipeline_flux2.py): so is done here, and every bit is theirs.
+        """
+        shifted = patchify(latents, self.patch) - _spread(self.shift, latents)
+        if len(self.scale) == 1:
+            return shifted * self.scale[0]
+        return shifted / _spread(tuple(1 / number for number in self.scale), latents)
+
+    def patch_weight(self, weight: "Tensor", channels: int) -> "Tensor":
+        """A loss weight of each latent in the shape of what the denoiser sees: [B,1,h,w] => one that multiplies it.
+
+        `channels` are those of the latents. Without patches the weight stays as it is.
+        """
+        return weight if self.patch == 1 else patchify(weight.expand(-1, channels, -1, -1), self.patch)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"patch": self.patch, "shift": list(self.shift), "scale": list(self.scale)}
 
 
-def normalization_from_json(data: Any, channels: int) -> Normalization:
-    """A Normalization as to_json gave it, for latents of so many channels. Raises ValueError."""
-    if not isinstance(data, dict) or data.keys() != {"shift", "scale"}:
-        raise ValueError(f"normalization is {data!r:.80}, expected shift and scale")
-    for name, numbers in data.items():
-        is_list = isinstance(numbers, list) and all(type(number) in (int, float) for number in numbers)
-        if not is_list or len(numbers) not in (1, channels):
-            raise ValueError(f"normalization.{name} is {numbers!r:.80}, expected 1 or {channels} numbers")
-    return Normalization(tuple(data["shift"]), tuple(data["scale"]))
+def patchify(latents: "Tensor", patch: int) -> "Tensor":
+    """[B,C,h,w] => [B,C*patch*patch,h/patch,w/patch], in the order of FLUX.2 (Flux2Pipeline._patchify_latents)."""
+    if patch == 1:
+        return latents
+    parts = latents.unflatten(3, (-1, patch)).unflatten(2, (-1, patch))  # [B,C,h/p,p,w/p,p]
+    return parts.permute(0, 1, 3, 5, 2, 4).flatten(1, 3)
 
 
 def check_channels(normalization: Normalization, channels: int) -> None:
-    """Raise ValueError unless there is one number for all channels, or one for each."""
+    """Raise ValueError unless there is one number for all channels, or one for each of what the denoiser sees."""
+    channels *= normalization.patch**2
     for name in ("shift", "scale"):
-        if len(getattr(normalization, name)) not in (1, channels):
-            raise ValueError(
-                f"normalization.{name} has {len(getattr(normalization, name))} numbers, expected 1 or {channels}"
-            )
+        count = len(getattr(normalization, name))
+        if count not in (1, channels):
+            raise ValueError(f"normalization.{name} has {count} numbers, expected 1 or {channels}")
 
 
 def normalization_of_config(config: Any, channels: int) -> Normalization:
@@ -60,7 +78,7 @@ def normalization_of_config(config: Any, channels: int) -> Normalization:
     (diffusers, pipeline_stable_diffusion_xl.py), of all others it is subtracted, where there is one
     (pipeline_stable_diffusion_3.py, pipeline_flux.py).
     """
-    factor = _number("scaling_factor", config["scaling_factor"])
+    factor = _number("scaling_factor", config.get("scaling_factor", 1.0))  # some classes have none
     if not SCALE_LIMITS[0] <= factor <= SCALE_LIMITS[1]:
         raise ValueError(f"scaling_factor is {factor}, expected {SCALE_LIMITS[0]:g} to {SCALE_LIMITS[1]:g}")
     shift = config.get("shift_factor")

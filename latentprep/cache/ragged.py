@@ -1,6 +1,7 @@
 """Cond of P prompts: one tensor if all have the same number of tokens, else rows of their own lengths (Ragged)."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,17 +9,21 @@ from torch import Tensor
 
 from latentprep.cache.strings import Tensors, check_offsets
 
+# What a shorter row of a batch is filled up with: zeros, as by pipelines whose masks say what counts; or its last
+# vector again, as in stable-diffusion-webui (modules/hypernetworks/hypernetwork.py).
+ZEROS, REPEAT = FILLS = ("zeros", "repeat")
+
 
 class Ragged:
-    """Rows of different lengths, end to end in one tensor: row n is values[offsets[n] : offsets[n + 1]], [T,D]."""
+    """Rows of different lengths, end to end in one tensor: row n is values[offsets[n] : offsets[n + 1]], [T,D...]."""
 
     def __init__(self, values: Tensor, offsets: np.ndarray) -> None:
-        """values [sum of T,D], offsets [P+1] int64."""
+        """values [sum of T,D...], offsets [P+1] int64."""
         self.values, self.offsets = values, offsets
 
     @classmethod
     def of(cls, rows: Sequence[Tensor]) -> "Ragged":
-        """Of P tensors [T,D], each with its own T."""
+        """Of P tensors [T,D...], each with its own T."""
         return cls(torch.cat(list(rows)), np.cumsum([0, *map(len, rows)]).astype(np.int64))
 
     def __len__(self) -> int:
@@ -55,14 +60,37 @@ def finite_rows(cond: Cond) -> Tensor:
     return cond.isfinite().flatten(1).all(1)
 
 
-def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows [T,D] as one tensor [B,longest T,D], and their lengths [B] int64.
+def join_conds(parts: Sequence[Conds]) -> Conds:
+    """Cond of the prompts of all parts, one after the other."""
+    joined: Conds = {}
+    for name in parts[0]:
+        values = [part[name] for part in parts]
+        if any(isinstance(value, Ragged) for value in values):
+            joined[name] = Ragged.of([value[n] for value in values for n in range(len(value))])
+        else:
+            joined[name] = torch.cat([value for value in values if isinstance(value, Tensor)])
+    return joined
 
-    A short row repeats its last vector: stable-diffusion-webui's rule (modules/hypernetworks/hypernetwork.py).
-    """
+
+def pad(rows: Sequence[Tensor], fill: str) -> tuple[Tensor, Tensor]:
+    """Rows [T,D...] as one tensor [B,longest T,D...], and their lengths [B] int64; `fill` is one of FILLS."""
     longest = max(map(len, rows))
-    padded = [torch.cat([row, row[-1:].expand(longest - len(row), -1)]) if len(row) < longest else row for row in rows]
-    return torch.stack(padded), torch.tensor([len(row) for row in rows])
+
+    def lengthen(row: Tensor) -> Tensor:
+        last = row[-1:] if fill == REPEAT else torch.zeros_like(row[-1:])
+        return torch.cat([row, last.expand(longest - len(row), *row.shape[1:])]) if len(row) < longest else row
+
+    return torch.stack([lengthen(row) for row in rows]), torch.tensor([len(row) for row in rows])
+
+
+def fill_of(recipe: Mapping[str, Any]) -> str:
+    """How a text recipe says that shorter rows are filled up; one that does not say so repeats."""
+    return ZEROS if recipe.get("fill") == ZEROS else REPEAT
+
+
+def mask_of(lengths: Tensor, longest: int) -> Tensor:
+    """[B,T] bool: which tokens of padded rows are their own, by their lengths [B]."""
+    return torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
 
 
 def put_cond(tensors: Tensors, conds: Conds) -> None:
@@ -86,7 +114,7 @@ def take_cond(tensors: Tensors, num_prompts: int, dtypes: frozenset[torch.dtype]
         if offsets is None:
             is_shaped = value.ndim >= 2 and len(value) == num_prompts
         else:
-            is_shaped = value.ndim == 2 and list(offsets.shape) == [num_prompts + 1]
+            is_shaped = value.ndim >= 2 and list(offsets.shape) == [num_prompts + 1]
         if value.dtype not in dtypes or not is_shaped:
             raise ValueError(f"cond/{name} is {value.dtype} {list(value.shape)}, expected [{num_prompts},...]")
         if offsets is None:

@@ -1,143 +1,100 @@
-"""Models that are in memory already: a VAE and a text encoder as training code holds them, and how to know them again.
+"""Models that are in memory already: a VAE and a text encoder as training code holds them.
 
-They may be diffusers objects or stable-diffusion-webui's own kind. What they do is probed at every start, since a
-setting outside the weights (CLIP skip, another encoder behind the same function) changes it as well.
+They may be diffusers objects or stable-diffusion-webui's own kind.
 """
 
-import hashlib
 import inspect
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from copy import deepcopy
-from itertools import chain
-from types import SimpleNamespace
+from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.cache.normalization import Normalization
 from latentprep.cache.ragged import Conds, Ragged
 from latentprep.errors import UserError
+from latentprep.options import TextOptions
+from latentprep.personalized.fingerprint import (
+    PROBE_PROMPT,
+    PROBE_SIDE,
+    SHORT_PROMPT,
+    fingerprint,
+    hash_weights,
+    one_seed,
+    probe_image,
+    tensors_of,
+    text_modules,
+)
+from latentprep.personalized.first_stage import Autocast, FirstStage, choose_autocast
 from latentprep.prepare.models.families import FAMILIES
-from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import TextFacts
-from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
-from latentprep.prepare.models.vae_folder import ENCODER_PARTS, VaeFacts, read_numbers
-from latentprep.read.counters import mix
-from latentprep.recipe import digest_of
+from latentprep.prepare.models.vae_encoder import Pixels, Posterior, VaeEncoder
+from latentprep.prepare.models.vae_folder import VaeFacts, fields_of
+from latentprep.prepare.models.vaes import numbers_of
 
 DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
-HALVES = (torch.float16, torch.bfloat16)
-
-PROBE_SIDE = 64  # pixels
-# two windows of CLIP, with commas and weights: a changed setting of the web UI changes what becomes of these
-SHORT_PROMPT = "(masterpiece:1.5), [sketch], a photo of a cat"  # for pipelines, which cut at one window
-PROBE_PROMPT = f"{SHORT_PROMPT}, " + ", ".join(f"tag number {n}" for n in range(30))
 BATCH = 32  # prompts that a pipeline encodes at once
-NUM_PROBED = 8  # numbers that are kept of what a probe gives
-# Largest relative distance of two probes of one model, by the dtype it computes in: that of rounding on other devices
-SAME = {torch.float32: 0.005, torch.float16: 0.01, torch.bfloat16: 0.03}
 
 
-class LiveVae(VaeEncoder):
-    """A VAE that is in memory already, and stays as and where it is."""
+@dataclass(frozen=True, eq=False)
+class LiveWeights:
+    """Where a VAE in memory is: it is handed out as it is, and in another dtype as a copy."""
+
+    vae: Any
+    dtype: torch.dtype
+    factor: int = 0  # is not asked for: it is never set to tiles
+
+    def load(self, dtype: torch.dtype) -> Any:
+        if dtype == self.dtype:
+            return self.vae
+        return self.vae.in_float32() if isinstance(self.vae, FirstStage) else deepcopy(self.vae).to(dtype)
+
+
+class LiveVae:
+    """A VAE that is in memory already, and stays as and where it is: a doors.ImageEncoder."""
 
     def __init__(self, vae: Any, device: torch.device, dtype: torch.dtype) -> None:
         if dtype not in DTYPES:
             raise UserError(f"model: its weights are {dtype}, expected one of {', '.join(DTYPES.values())}.")
-        self.live = vae
-        super().__init__(None, device, dtype)  # type: ignore[arg-type]
+        self.live, self.device, self.dtype = vae, device, dtype
+        self.encoder = VaeEncoder(LiveWeights(vae, dtype), device, dtype, is_live=True)
+        self.limit = self.encoder.limit
 
-    def _load(self, dtype: torch.dtype) -> Any:
-        if dtype == self.dtype:
-            return self.live
-        return self.live.in_float32() if isinstance(self.live, FirstStage) else deepcopy(self.live).to(dtype)
+    @property
+    def num_retried(self) -> int:
+        return self.encoder.num_retried
 
-    @torch.no_grad()  # and not inference_mode: a tensor that the model caches could not be trained later
-    def encode(self, pixels: np.ndarray) -> Posterior:
-        return self._encode_in_parts(pixels)
+    def start(self, pixels: Pixels) -> Posterior:
+        return self.encoder.start(pixels)
+
+    def finish(self, started: Posterior, pixels: Pixels) -> Posterior:
+        return self.encoder.finish(started, pixels)
+
+    def encode(self, pixels: Pixels) -> Posterior:
+        return self.encoder.encode(pixels)
 
     def facts(self, version: str) -> VaeFacts:
         """What a plan must know. Runs the VAE on one small image. Raises UserError if that gives no finite latents."""
         with one_seed(self.device):
             posterior = self.encode(probe_image())
-        mean = posterior.mean
-        if not (mean.isfinite().all() and posterior.std.isfinite().all()):
+        mean, std = posterior.mean, posterior.std
+        probed = mean if std is None else torch.cat([mean, std], dim=1)
+        if not probed.isfinite().all():
             raise UserError("model: gives no finite latents for a plain image. Is it loaded rightly?")
         if isinstance(self.live, FirstStage):
             numbers = self.live.numbers(mean)
-            weights = getattr(self.live.model, "first_stage_model", None)
+            weights: Any = getattr(self.live.model, "first_stage_model", None)
         else:
-            numbers = {**read_numbers(self.live.config, "VAE"), "force_upcast": False}
+            factor = PROBE_SIDE // mean.shape[2]
+            sizes = {"factor": factor, "latent_channels": mean.shape[1], "has_std": std is not None}
+            numbers = replace(numbers_of(self.live, sizes, "VAE"), force_upcast=False)
             weights = self.live
         hashed = hash_weights([weights] if isinstance(weights, torch.nn.Module) else [], of_vae=True)
         tiles = tiling_of(self.live) if not isinstance(self.live, FirstStage) else None
-        known = [hashed, numbers["normalization"].to_json(), numbers["factor"], tiles]
-        return VaeFacts(fingerprint(known, version, torch.cat([mean, posterior.std], dim=1)), **numbers)
-
-
-class FirstStage:
-    """stable-diffusion-webui's kind of model, with the interface of a diffusers VAE.
-
-    Its VAE in half precision takes float32 images, under autocast, as the ancestor called it.
-    """
-
-    dtype = torch.float32  # of the images that it takes
-
-    def __init__(self, model: Any, module: torch.nn.Module | None, autocast: "Autocast") -> None:
-        self.model, self.module, self.autocast = model, module, autocast
-
-    def encode(self, images: Tensor) -> SimpleNamespace:
-        with self.autocast():
-            posterior = self.model.encode_first_stage(images.contiguous())  # channels_last has other last digits
-        if isinstance(posterior, Tensor):  # a VAE that gives no spread
-            posterior = SimpleNamespace(mean=posterior, std=torch.zeros_like(posterior))
-        return SimpleNamespace(latent_dist=posterior)
-
-    def in_float32(self) -> "FirstStage":
-        """The same in float32: its weights are that for the time of each call."""
-        return FirstStageInFloat32(self.model, self.module, nullcontext)
-
-    def numbers(self, mean: Tensor) -> dict[str, Any]:
-        """All of VaeFacts but the digest, from the latents of the probe, [1,C,h,w]. Raises UserError.
-
-        The scale is what get_first_stage_encoding multiplies by.
-        """
-        device = next((tensor.device for tensor in tensors_of(self.module)), torch.device("cpu"))
-        scale = float(self.model.get_first_stage_encoding(torch.ones_like(mean, device=device)).float().mean())
-        try:
-            normalization = Normalization((0.0,), (scale,))
-        except ValueError as error:
-            raise UserError(f"model: get_first_stage_encoding of ones gives a {error}.") from None
-        return {
-            "factor": PROBE_SIDE // mean.shape[2],
-            "latent_channels": mean.shape[1],
-            "normalization": normalization,
-            "force_upcast": False,
-        }
-
-
-class FirstStageInFloat32(FirstStage):
-    def encode(self, images: Tensor) -> SimpleNamespace:
-        with self._float32():
-            return super().encode(images)
-
-    @contextmanager
-    def _float32(self) -> Iterator[None]:
-        """Weights are float32 inside the block; afterwards their exact 16-bit values are back."""
-        before = [(tensor, tensor.dtype) for tensor in tensors_of(self.module) if tensor.is_floating_point()]
-        try:
-            for tensor, _ in before:
-                tensor.data = tensor.data.float()
-            yield
-        finally:
-            for tensor, dtype in before:
-                tensor.data = tensor.data.to(dtype)
-
-
-Autocast = Callable[[], AbstractContextManager[Any]]
+        known = [hashed, numbers.normalization.to_json(), numbers.factor, tiles]
+        return VaeFacts(**fields_of(numbers), digest=fingerprint(known, version, probed))
 
 
 def make_live_vae(model: Any, device: torch.device | str | None) -> tuple[LiveVae, Autocast]:
@@ -170,24 +127,8 @@ def as_device(device: torch.device | str) -> torch.device:
     return found
 
 
-def choose_autocast(dtype: torch.dtype, device: torch.device) -> tuple[Autocast, torch.dtype]:
-    """The context in which the ancestor ran models with weights of a dtype, and the dtype that they compute in.
-
-    The caller's own autocast counts, if there is one.
-    """
-    if is_autocast_on(device):
-        dtype = torch.get_autocast_dtype(device.type)
-    if dtype in HALVES:
-        return lambda: torch.autocast(device.type, dtype=dtype), dtype
-    return nullcontext, dtype
-
-
-def is_autocast_on(device: torch.device) -> bool:
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-class LiveText(TextEncoder):
-    """A text encoder that is in memory already: a pipeline, or a callable from prompts to [B,T,D].
+class LiveText:
+    """A text encoder that is in memory already, a doors.PromptEncoder: a pipeline, or a callable to [B,T,D].
 
     A callable is asked prompt by prompt, as the ancestor asked it: the web UI's gives all prompts of a call the length
     of the longest. So each prompt has its own number of tokens.
@@ -201,7 +142,7 @@ class LiveText(TextEncoder):
         self.is_pipeline = hasattr(cond_model, "encode_prompt")
         if self.is_pipeline:
             check_pipeline(cond_model)
-        self.max_tokens = None
+        self.max_tokens: int | None = None
         self.dtype = torch.float32  # of what it gives
 
     @torch.no_grad()
@@ -244,12 +185,33 @@ class LiveText(TextEncoder):
         return TextFacts(digest, FAMILIES[0], window=77, num_layers=12, width=cond.shape[-1], pooled=0)
 
 
-@contextmanager
-def one_seed(device: torch.device) -> Iterator[None]:
-    """The same random numbers each time, for a model that draws; those of the caller go on undisturbed."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
-        yield
+@dataclass(frozen=True, kw_only=True)
+class LiveVaeModel(VaeFacts):
+    """A doors.VaeModel that is open already."""
+
+    live: LiveVae
+
+    def open(
+        self,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        tiling: int | None = None,
+        compile: bool = False,  # noqa: A002
+    ) -> LiveVae:
+        """The VAE where and as it is, whatever device and dtype are asked for."""
+        return self.live
+
+
+@dataclass(frozen=True)
+class LiveTextModel(TextFacts):
+    """A doors.TextModel that is open already."""
+
+    live: LiveText
+
+    def open(self, device: torch.device, dtype: torch.dtype, options: TextOptions | None = None) -> LiveText:
+        """The encoder where and as it is, whatever device and dtype are asked for."""
+        return self.live
 
 
 def check_pipeline(pipeline: Any) -> None:
@@ -266,85 +228,3 @@ def check_pipeline(pipeline: Any) -> None:
 def tiling_of(vae: Any) -> Any:
     """How a diffusers VAE cuts large images into tiles, which a probe is too small to show; None if it does not."""
     return vae.tile_sample_min_size if getattr(vae, "use_tiling", False) else None
-
-
-def probe_image() -> np.ndarray:
-    """[1,64,64,3] uint8: slopes, edges and a little noise."""
-    y, x, c = np.meshgrid(*map(np.arange, (PROBE_SIDE, PROBE_SIDE, 3)), indexing="ij")
-    return ((2 * x + 3 * y + 60 * c + 90 * ((x // 16 + y // 16) % 2) + (x * y * 7) % 13) % 256).astype(np.uint8)[None]
-
-
-def fingerprint(known: list[Any], version: str, probed: Tensor) -> str:
-    """Digests of what is known of a model and of the caller's version, and NUM_PROBED float32 sums of its output.
-
-    Each sum takes all of the output, with signs that look random: so a change anywhere moves all sums, by about the
-    same share of their size as it changes the whole (Johnson and Lindenstrauss, 1984).
-    """
-    values = probed.double().flatten().numpy()
-    places = np.arange(len(values))
-    signs = [1 - 2 * (mix(0, n, places) >> np.uint64(63)).astype(np.float64) for n in range(NUM_PROBED)]
-    numbers = np.array([(values * sign).sum() for sign in signs], "<f4") / np.float32(len(values) ** 0.5)
-    return f"{digest_of(known)[:16]}.{digest_of(version)[:8]}.{numbers.astype('<f4').tobytes().hex()}"
-
-
-def is_fingerprint(digest: object) -> bool:
-    """Whether this is a fingerprint's form, and no hash of files."""
-    return isinstance(digest, str) and digest.count(".") == 2
-
-
-def recognize(digest: str, known: Iterable[str | None], dtype: torch.dtype | None) -> str:
-    """The one of the known fingerprints that is of the same model, or else the fingerprint itself."""
-    for other in known:
-        if isinstance(other, str) and is_same(digest, other, dtype):
-            return other
-    return digest
-
-
-def is_other_version(one: str, other: str, dtype: torch.dtype | None) -> bool:
-    """Whether two fingerprints differ by the caller's version alone."""
-    parts, other_parts = one.split("."), other.split(".")
-    if len(parts) != 3 or len(other_parts) != 3 or parts[1] == other_parts[1]:
-        return False
-    return is_same(one, ".".join([other_parts[0], parts[1], other_parts[2]]), dtype)
-
-
-def is_same(one: str, other: str, dtype: torch.dtype | None = None) -> bool:
-    """Whether two fingerprints could come from one model on two devices; dtype sets how much rounding is allowed."""
-    (name, _, numbers), (other_name, _, other_numbers) = one.rpartition("."), other.rpartition(".")
-    if name != other_name or len(numbers) != len(other_numbers):
-        return False
-    try:
-        a, b = (np.frombuffer(bytes.fromhex(text), "<f4").astype(np.float64) for text in (numbers, other_numbers))
-    except ValueError:
-        return False
-    return float(np.linalg.norm(a - b)) <= SAME.get(dtype or torch.float32, 0.0) * float(np.linalg.norm(b))
-
-
-def hash_weights(modules: list[torch.nn.Module], of_vae: bool = False) -> list[Any]:
-    """Names, shapes and hashes of the weights; of a VAE only those of its encoder, where they have the usual names."""
-    hashes = []
-    for module in modules:
-        state = {name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}
-        if of_vae and any(name.startswith(ENCODER_PARTS) for name in state):
-            state = {name: value for name, value in state.items() if name.startswith(ENCODER_PARTS)}
-        for name, value in sorted(state.items()):
-            data = value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-            hashes.append([name, list(value.shape), hashlib.blake2b(data).hexdigest()])
-    return hashes
-
-
-def text_modules(cond_model: Any) -> list[torch.nn.Module]:
-    """What of a conditioner has weights: itself, what it is a method of, or the text encoders of a pipeline.
-
-    A function shows none.
-    """
-    cond_model = getattr(cond_model, "__self__", cond_model)
-    if isinstance(cond_model, torch.nn.Module):
-        return [cond_model]
-    components = getattr(cond_model, "components", None)
-    parts = components.items() if isinstance(components, dict) else ()
-    return [part for name, part in parts if name.startswith("text_encoder") and isinstance(part, torch.nn.Module)]
-
-
-def tensors_of(module: torch.nn.Module | None) -> Iterator[Tensor]:
-    return iter(()) if module is None else chain(module.parameters(), module.buffers())

@@ -16,15 +16,9 @@ from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.keywords import Keywords
 from latentprep.options import EncodeOptions
-from latentprep.personalized.models import (
-    Autocast,
-    LiveText,
-    LiveVae,
-    is_autocast_on,
-    is_fingerprint,
-    is_other_version,
-    recognize,
-)
+from latentprep.personalized.fingerprint import is_fingerprint, is_other_version, recognize
+from latentprep.personalized.first_stage import Autocast, is_autocast_on
+from latentprep.personalized.models import LiveText, LiveTextModel, LiveVae, LiveVaeModel
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.survey import check_paths, prepare
@@ -143,15 +137,9 @@ def find_models(
     if text is not None and text_facts is not None and manifest is not None:
         before = manifest.recipe.text.text_encoder
         text_facts = replace(text_facts, digest=recognize(text_facts.digest, [before], text.dtype))
-    models = Models(
-        facts,
-        text_facts,
-        patch=1,
-        is_upcast=False,
-        make_vae=lambda device, dtype: vae,
-        make_text=(lambda device, dtype: text) if text is not None else None,
-    )
-    return models, options
+    vae_model = LiveVaeModel(**vars(facts), live=vae)
+    text_model = LiveTextModel(**vars(text_facts), live=text) if text is not None and text_facts is not None else None
+    return Models(vae_model, text_model, patch=facts.normalization.patch, is_upcast=False), options
 
 
 def list_recipes(storage: Storage, manifest: Manifest | None) -> list[dict[str, Any]]:

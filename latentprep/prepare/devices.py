@@ -1,14 +1,17 @@
 """Where the models run, in which precision, and how many images at once."""
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, TypeVar
 
 from latentprep.errors import UserError
 from latentprep.records import Size
 
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
 T = TypeVar("T")
+P = TypeVar("P", "np.ndarray", "torch.Tensor", "np.ndarray | torch.Tensor")
 
 
 def choose_devices(asked: str, local_rank: int | None = None) -> tuple[tuple[str, ...], str]:
@@ -85,7 +88,7 @@ class BatchLimit:
         self.pixels: int | None = None  # of all images of a batch together; None: memory has always sufficed
         self.said = ""
 
-    def run(self, work: Callable[[np.ndarray], T], pixels: np.ndarray) -> list[T]:
+    def run(self, work: Callable[[P], T], pixels: P) -> list[T]:
         """`work` on all of [N,H,W,...], in as few parts as fit. Raises OutOfMemoryError."""
         _, height, width = pixels.shape[:3]
         results: list[T] = []

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterator
 from math import isnan
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +16,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_devices
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.images.pillow import limit_pixels, max_pixels
+from latentprep.prepare.models.doors import ImageEncoder
 from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
@@ -25,9 +25,6 @@ from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import Masks, list_masks
 from latentprep.prepare.source.sources import open_source
 from latentprep.records import Item, Placement, Problem, Skip
-
-if TYPE_CHECKING:
-    from latentprep.prepare.models.vae_encoder import VaeEncoder
 
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
 # library stays far below, another image, crop or model far above: bfloat16 alone costs 0.013.
@@ -134,7 +131,7 @@ def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> V
     """The VAE that a cache was made with, by its hash; `model` and `vae` are those of the command line."""
     made_with = manifest.made_with
     wanted = manifest.recipe.latents.vae
-    if wanted.count(".") == 2:  # personalized.models.fingerprint
+    if wanted.count(".") == 2:  # personalized.fingerprint
         raise UserError(
             "--re-encode: this cache was made by PersonalizedBase, with a model in memory that cannot be loaded again. "
             "Leave it out."
@@ -148,7 +145,7 @@ def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> V
 
 
 def encode_row(
-    key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: "VaeEncoder"
+    key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: ImageEncoder
 ) -> float | Skip:
     """How far one image, encoded again, is from its row: the worst of its views, mean and std."""
     height, width = group.original_size[row].tolist()
@@ -165,7 +162,7 @@ def encode_row(
         posterior = vae.encode(seen[None])
         spread = float(posterior.mean.std()) or 1.0  # all of one value: then the difference itself counts
         for fresh, stored in ((posterior.mean, group.latent_mean), (posterior.std, group.latent_std)):
-            if stored is not None:
+            if stored is not None and fresh is not None:
                 difference = fresh[0] - stored[row, view].float()
                 found = float(difference.square().mean().sqrt()) / spread
                 worst = larger(worst, found)

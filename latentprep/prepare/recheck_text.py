@@ -17,6 +17,7 @@ from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.devices import choose_devices, is_out_of_memory
+from latentprep.prepare.models.families import FIXED
 from latentprep.prepare.models.model_set import open_made_text
 from latentprep.prepare.models.single_file import TextFile
 from latentprep.prepare.models.text_folder import TextFolder
@@ -82,7 +83,8 @@ def reencode_text(
                 problems.append(sample)
                 continue
             found = sum(value.numel() for value in sample.cond.values())
-            if found != num_values:  # checked before encoding: a crafted recipe could ask for huge cond
+            # before encoding, since a crafted recipe could ask for huge cond
+            if found > num_values or (source.family.length == FIXED and found < num_values):
                 detail = f"{found:,} numbers for a prompt, expected {num_values:,}"
                 problems.append(Problem(sample.name, "cond", detail))
                 continue

@@ -185,6 +185,8 @@ def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Wher
     at = f" at {models.commit}" if models.commit else ""
     vae = f", VAE {options.vae}" if options.vae else ""
     say(f"model    {options.model}{at}{vae} (factor {models.vae.factor})")
+    if options.store != "mean" and not models.vae.has_std:
+        say("store    mean: this VAE gives no std")
     say(f"device   {', '.join(devices)}, {dtype} ({reason})")
     if share.world_size > 1:
         say(f"rank     {share.rank} of {share.world_size} ({share.origin}): every {share.world_size}th unit is its own")
@@ -272,8 +274,8 @@ def make_recipe(options: EncodeOptions, models: Models, dtype: str) -> Recipe:
     return Recipe(
         LatentsRecipe.of(
             vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
-            dtype="float32" if is_upcast else dtype, store=options.store, store_dtype=options.store_dtype,
-            tiling=options.tiling,
+            dtype="float32" if is_upcast else dtype, store=options.store if vae.has_std else "mean",
+            store_dtype=options.store_dtype, tiling=options.tiling,
         ),
         TextRecipe.of(
             text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},

@@ -38,7 +38,9 @@ class LatentBatch:
 
     @property
     def latent_sample(self) -> Tensor:
-        """[B,C,h,w] float32, as the denoiser sees it: (mean + std * noise - shift) * scale.
+        """[B,C,h,w] float32, as the denoiser sees it: (patchify(mean + std * noise) - shift) * scale.
+
+        FLUX.2's denoiser sees patches: [B,4C,h/2,w/2].
 
         Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample there. (From
         one seed a GPU draws other numbers than a CPU.)
@@ -54,8 +56,8 @@ class LatentBatch:
     def cond(self) -> dict[str, Tensor] | None:
         """Text embeddings: {"prompt_embeds": [B,T,D], ...}, float32 as far as they are stored; None without.
 
-        If prompts differ in length, shorter ones repeat their last vector up to the longest of the batch, as in
-        stable-diffusion-webui; `cond_lengths` says how long each is.
+        If prompts differ in length, shorter ones are filled up to the longest of the batch, as their recipe says: with
+        zeros, or with their last vector, as in stable-diffusion-webui. `cond_lengths` says how long each is.
 
         Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
         """

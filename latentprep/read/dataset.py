@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from latentprep.cache.latents import Latents
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.ragged import Conds, pad, row_shape
+from latentprep.cache.ragged import Conds, fill_of, pad, row_shape
 from latentprep.cache.readers import Reading
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import Text, open_uncond
@@ -123,6 +123,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.wildcards = wildcards
         self.makes_prompts = template is not None or shuffle_tags or tag_drop_out > 0 or wildcards
         self.normalization = self.manifest.latent.normalization
+        self._fill = fill_of(self.manifest.recipe.text.to_json())  # of cond that is shorter than others of its batch
         self._check()
         views = self.manifest.latent.views
         self._flipped = torch.tensor([is_flipped(view) for view in views])  # [V] bool
@@ -375,7 +376,7 @@ class LatentDataset(Dataset[LatentBatch]):
                     rows[:] = [empty.to(row.dtype) if drop else row for row, drop in zip(rows, is_dropped, strict=True)]
         if cond is None:
             return prompts, None, {}
-        padded = {name: pad(rows) for name, rows in cond.items() if not isinstance(rows, Tensor)}
+        padded = {name: pad(rows, self._fill) for name, rows in cond.items() if not isinstance(rows, Tensor)}
         stacked = {name: rows if isinstance(rows, Tensor) else padded[name][0] for name, rows in cond.items()}
         return prompts, stacked, {name: lengths for name, (_, lengths) in padded.items()}
 

@@ -7,7 +7,8 @@ configs and vocabularies is handed to a library.
 import inspect
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -20,24 +21,43 @@ from latentprep.prepare.models.files import blame, check_shapes, check_sizes, re
 if TYPE_CHECKING:
     import torch
 
-# Class of a text encoder -> class of its config, and classes of its tokenizer, of which a model must name one.
+
+@dataclass(frozen=True)
+class Kind:
+    """How a class of text encoders is loaded."""
+
+    config: str  # class of its config
+    tokenizers: tuple[str, ...]  # classes of its tokenizer, of which a model must name one
+    vocabularies: tuple[frozenset[str], ...]  # files of which one set must be there: else a tokenizer may start empty
+    width: str = "hidden_size"  # the field of its config that says how many values a token has
+
+
+_BPE = (frozenset({"tokenizer.json"}), frozenset({"vocab.json", "merges.txt"}))
+_CLIP = Kind("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast"), _BPE)
+_QWEN3 = Kind("Qwen3Config", ("Qwen2Tokenizer", "Qwen2TokenizerFast"), _BPE)
+# Class of a text encoder in transformers -> how it is loaded. No other class ever is.
 KINDS = {
-    "CLIPTextModel": ("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "CLIPTextModelWithProjection": ("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast")),
-    "T5EncoderModel": ("T5Config", ("T5Tokenizer", "T5TokenizerFast")),
-}
-# Kind of a tokenizer -> sets of files of which one must be there: without its vocabulary a tokenizer may start empty.
-VOCABULARIES = {
-    "CLIP": ({"tokenizer.json"}, {"vocab.json", "merges.txt"}),
-    "T5": ({"tokenizer.json"}, {"spiece.model"}),
+    "CLIPTextModel": _CLIP,
+    "CLIPTextModelWithProjection": _CLIP,
+    "T5EncoderModel": Kind(
+        "T5Config",
+        ("T5Tokenizer", "T5TokenizerFast"),
+        (frozenset({"tokenizer.json"}), frozenset({"spiece.model"})),
+        width="d_model",
+    ),
+    "Qwen3Model": _QWEN3,
+    "Qwen3ForCausalLM": _QWEN3,
 }
 TOKENIZER_CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"  # transformers runs it in a sandbox: it reaches no file and no code
+MAX_TEMPLATE = 2**16  # bytes; Qwen3's has 4,000
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "special_tokens_map.json", "added_tokens.json",
+    CHAT_TEMPLATE,
 )  # fmt: skip
 SIZES = (
     "hidden_size", "d_model", "num_attention_heads", "num_heads", "intermediate_size", "d_ff", "d_kv", "vocab_size",
-    "max_position_embeddings", "projection_dim", "num_hidden_layers", "num_layers",
+    "max_position_embeddings", "projection_dim", "num_hidden_layers", "num_layers", "head_dim", "num_key_value_heads",
 )  # fmt: skip
 MAX_LAYERS = 1000
 # Of a config, what would have transformers fetch or run something, or says what the caller decides.
@@ -85,7 +105,7 @@ def make_config(kind: str, config: dict[str, Any]) -> Any:
     import transformers
 
     fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
-    return getattr(transformers, KINDS[kind][0]).from_dict(fields)
+    return getattr(transformers, KINDS[kind].config).from_dict(fields)
 
 
 def load_encoder(
@@ -111,13 +131,15 @@ def load_encoder(
 def check_tokenizer(folder: Path, kind: str, option: str) -> None:
     """Raise UserError where the vocabulary of a text encoder's tokenizer is missing."""
     there = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    wanted = VOCABULARIES["T5" if kind.startswith("T5") else "CLIP"]
+    wanted = KINDS[kind].vocabularies
     if not any(names <= there for names in wanted):
         expected = " or ".join(" and ".join(sorted(names)) for names in wanted)
         raise UserError(f"{option} {folder}: has no vocabulary, expected {expected}. Download the model again.")
     for name in there:
         if name.endswith(".json"):
             read_json(folder / name, option)
+    if CHAT_TEMPLATE in there and (folder / CHAT_TEMPLATE).stat().st_size > MAX_TEMPLATE:
+        raise UserError(f"{option}: {folder / CHAT_TEMPLATE} has over {MAX_TEMPLATE:,} bytes, which no template has.")
 
 
 def load_tokenizer_of(folder: Path, kind: str, vocab_size: int | None) -> Any:
@@ -139,16 +161,46 @@ def load_tokenizer_of(folder: Path, kind: str, vocab_size: int | None) -> Any:
             tokenizer = getattr(transformers, kind).from_pretrained(copy, local_files_only=True)
             tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
             size = len(tokenizer)
+    tokenizer.apply_chat_template = blamed(
+        tokenizer.apply_chat_template, f"{folder}: its files make no chat of a prompt"
+    )
     if vocab_size is not None and size > vocab_size:
         raise UserError(f"{folder}: has {size:,} tokens, but its text encoder knows {vocab_size:,}. Download it again.")
     return tokenizer
 
 
-def make_pipeline(family: Family, parts: dict[str, Any]) -> Any:
-    """The base pipeline of a family, with these parts and nothing else."""
+def blamed(call: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A call of a library into what a model brings along, such as its chat template, with its errors as one line."""
+
+    def checked(*arguments: Any, **options: Any) -> Any:
+        with blame(what):
+            return call(*arguments, **options)
+
+    return checked
+
+
+def chat_of(tokenizer: Any, prompt: str, arguments: Mapping[str, Any]) -> str:
+    """A prompt as the pipeline writes it before it is tokenized: one message of a user."""
+    found: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, **arguments)
+    return found
+
+
+def pipeline_class(family: Family) -> Any:
+    """The class of diffusers that encodes a family's prompts. Raises UserError if this diffusers has none."""
     import diffusers
 
-    kind = getattr(diffusers, family.pipeline)
+    kind = getattr(diffusers, family.pipeline, None)
+    if kind is None:
+        raise UserError(
+            f"--model: {family.name} needs {family.pipeline}, which diffusers {diffusers.__version__} does not have. "
+            "Upgrade diffusers, or --no-cond."
+        )
+    return kind
+
+
+def make_pipeline(family: Family, parts: dict[str, Any]) -> Any:
+    """The base pipeline of a family, with these parts and nothing else."""
+    kind = pipeline_class(family)
     parameters = inspect.signature(kind.__init__).parameters
     arguments: dict[str, Any] = {
         name: None for name, p in parameters.items() if p.default is p.empty and name != "self"

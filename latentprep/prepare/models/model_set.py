@@ -3,28 +3,25 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from latentprep.cache.manifest import MadeWith
 from latentprep.errors import UserError
 from latentprep.options import EncodeOptions
 from latentprep.prepare.models.checkpoint import TITLES
+from latentprep.prepare.models.doors import TextModel, VaeModel
 from latentprep.prepare.models.find import commit_of, find_model
 from latentprep.prepare.models.single_file import TextFile, VaeFile, find_configs, open_text_file, open_vae_file
 from latentprep.prepare.models.text_folder import TextFolder, family_of, open_text
 from latentprep.prepare.models.vae_folder import VaeFolder, open_vae
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run: what a plan must know of them, and how to have them once they are needed."""
+    """The models of a run, none of them opened: what a plan must know of them, and what a worker opens."""
 
-    vae: Any
-    text: Any  # None: no conditioning
-    patch: int  # latent pixels, each way, that the denoiser takes as one
+    vae: VaeModel
+    text: TextModel | None  # None: no conditioning
+    patch: int  # latents, each way, that the denoiser takes as one
     is_upcast: bool  # whether the VAE is to be in float32 where float16 is only the default
     commit: str | None = None  # of a hub model
 
@@ -40,6 +37,7 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     if layout is not None and layout not in (model, configs):
         say(f"config   {TITLES[layout.name]}, by the tensors of {options.model}")
     vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
+    vae.check_modes(options.tiling, options.compile)
     options.check_tiling(vae.factor)
     text: TextFolder | TextFile | None = None
     if options.needs_text_encoder:
@@ -50,7 +48,8 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
     family = family_of(layout) if layout is not None else None
-    patch = family.patch if family is not None else 1
+    # FLUX.2's latents are patched as they are normalized, and its denoiser takes each of those as one
+    patch = max(family.patch if family is not None else 1, vae.normalization.patch)
     is_upcast = vae.force_upcast and family is not None and family.heeds_force_upcast
     return Models(vae, text, patch, is_upcast, commit_of(model))
 

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from latentprep.errors import UserError
 from latentprep.human import printable, shortened
-from latentprep.options import TextOptions
 from latentprep.prepare.models.checkpoint import (
     TITLES,
     Shapes,
@@ -40,12 +39,12 @@ from latentprep.prepare.models.load_text import (
     load_tokenizer_of,
     make_pipeline,
 )
-from latentprep.prepare.models.text_folder import TextFacts, text_numbers
-from latentprep.prepare.models.vae_folder import VaeFacts, build_encoder, fill, read_vae_config, vae_numbers
+from latentprep.prepare.models.text_folder import TextFiles, text_numbers
+from latentprep.prepare.models.vae_config import build_vae, keep_encoder
+from latentprep.prepare.models.vae_folder import VaeFiles, fields_of, fill, read_numbers, read_vae_config
 
 if TYPE_CHECKING:
     import torch
-    from diffusers import AutoencoderKL
     from transformers import CLIPTextModel
 
 ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "models" / "architectures"
@@ -54,25 +53,19 @@ PIPELINES_OF_PARTS = {
     ("text_encoder",): "StableDiffusionPipeline",
     ("text_encoder", "text_encoder_2"): "StableDiffusionXLPipeline",
 }
+VAE_CLASS = "AutoencoderKL"  # the one that the original code saves
 TEXT_CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 
 
-@dataclass(frozen=True)
-class VaeFile(VaeFacts):
+@dataclass(frozen=True, kw_only=True)
+class VaeFile(VaeFiles):
     """A VAE in a single file, alone or in a checkpoint."""
 
     path: Path
     config: dict[str, Any]
 
-    def open(
-        self, device: "torch.device", dtype: "torch.dtype", *, tiling: int | None = None, compile: bool = False
-    ) -> Any:
-        from latentprep.prepare.models.vae_encoder import VaeEncoder
-
-        return VaeEncoder(self, device, dtype, tiling=tiling, compile=compile)
-
-    def load(self, dtype: "torch.dtype") -> "AutoencoderKL":
-        """The VAE on the CPU. Raises UserError where its tensors are not those that its config asks for."""
+    def load(self, dtype: "torch.dtype") -> Any:
+        """The encoder on the CPU. Raises UserError if its tensors are not those that its config asks for."""
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
         tensors = read_tensors(self.path, vae_names(read_shapes(self.path, "VAE")))
@@ -83,7 +76,7 @@ class VaeFile(VaeFacts):
                 _refuse_weights(self.path, "VAE", f"{len(tensors) - len(converted)} of no layer that diffusers knows")
             tensors = converted
         tensors = {rename_attention(name): tensor for name, tensor in tensors.items()}
-        vae = build_encoder(self.config, str(self.path))
+        vae = keep_encoder(build_vae(self.config, str(self.path)))
         names = vae.state_dict().keys()
         _check_loaded(self.path, "VAE", names - tensors.keys(), tensors.keys() - names)
         fill(vae, tensors, dtype, str(self.path))
@@ -91,16 +84,11 @@ class VaeFile(VaeFacts):
 
 
 @dataclass(frozen=True)
-class TextFile(TextFacts):
+class TextFile(TextFiles):
     """The text encoders of a checkpoint, and the folder of their configs and tokenizers."""
 
     path: Path
     configs: Path
-
-    def open(self, device: "torch.device", dtype: "torch.dtype", options: TextOptions) -> Any:
-        from latentprep.prepare.models.text_encoder import TextEncoder
-
-        return TextEncoder(self, device, dtype, options)
 
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """A pipeline on the CPU of which there is what encode_prompt needs. Raises UserError like VaeFile.load."""
@@ -123,7 +111,7 @@ class TextFile(TextFacts):
         if is_built_in(self.configs):
             return load_tokenizer(folder)
         index = read_json(self.configs / "model_index.json", "--config")
-        kind = check_class(index, folder.name, KINDS[TEXT_CLASSES[0]][1], f"--config {self.configs}")
+        kind = check_class(index, folder.name, KINDS[TEXT_CLASSES[0]].tokenizers, f"--config {self.configs}")
         check_tokenizer(folder, TEXT_CLASSES[0], "--config")
         return load_tokenizer_of(folder, kind, read_text_config(self.configs / part)["vocab_size"])
 
@@ -150,9 +138,9 @@ def open_vae_file(path: Path, option: str, configs: Path | None) -> VaeFile:
             f"{option} {path}: seems to be {kind.what}, whose tensors do not tell its config and scaling_factor. "
             "Give a diffusers folder that has them with --config, or give it as --vae of a --model that has them."
         )
-    where, config = read_vae_config(configs, "--config")
+    where, config = read_vae_config(configs, "--config", (VAE_CLASS,))
     config = add_edm(config, path, shapes, option)
-    numbers = vae_numbers(config, f"--config {where}")
+    numbers = read_numbers(build_vae(config, f"--config {where}"), f"--config {where}")
     found, expected = describe_vae(shapes), describe_config(config)
     if found != expected:
         raise UserError(
@@ -160,7 +148,7 @@ def open_vae_file(path: Path, option: str, configs: Path | None) -> VaeFile:
             "Give the folder that it goes with as --config."
         )
     hashes = [["tensors", hash_tensors(path, vae_names(shapes))]]
-    return VaeFile(digest_model(config, hashes), **numbers, path=path, config=config)
+    return VaeFile(**fields_of(numbers), digest=digest_model(config, hashes), path=path, config=config)
 
 
 def add_edm(config: dict[str, Any], path: Path, shapes: Shapes, option: str) -> dict[str, Any]:
@@ -240,7 +228,13 @@ def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
         raise UserError(f"--config {configs}: has no tokenizer folder. Complete it, or --no-cond.")
     hashes += hash_files([*vocabularies, MERGES] if is_built_in(configs) else vocabularies)
     digest = digest_model([family.pipeline, *encoders.values()], hashes)
-    return TextFile(digest, family, **text_numbers(family, encoders, configs, "--config"), path=path, configs=configs)
+    return TextFile(
+        digest,
+        family,
+        **text_numbers(family, family.classes, encoders, configs, "--config"),
+        path=path,
+        configs=configs,
+    )
 
 
 def vocabulary_shape(shapes: Shapes, names: dict[str, str]) -> tuple[int, ...]:

@@ -1,33 +1,46 @@
-"""Pixels -> posterior, through diffusers' AutoencoderKL.
+"""Pixels -> posterior, through a VAE of diffusers.
 
 Raw pixels (uint8, 0..255) => VAE input (float, -1..1) => posterior (float32, unscaled). A reader scales.
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from latentprep.errors import UserError
 from latentprep.prepare.devices import BatchLimit
-from latentprep.prepare.models.vae_folder import VaeSource
+from latentprep.prepare.models.vaes import is_video, posterior_of
 
 # k/127.5 - 1 for every byte k, rounded once from double: the same floats as numpy's in the ancestor
 LEVELS = (torch.arange(256, dtype=torch.float64) / 127.5 - 1).float()
 
+Pixels = np.ndarray | Tensor  # [N,H,W,3] uint8
+
 
 @dataclass(frozen=True, eq=False)
 class Posterior:
-    """VAE posterior of N images, on the CPU. Not finite where even float32 overflowed."""
+    """VAE posterior of N images. Not finite where even float32 overflowed."""
 
-    mean: Tensor  # [N,C,H/f,W/f] float32
-    std: Tensor  # the same
+    mean: Tensor  # [N,C,H/f,W/f] float32 on the CPU; what VaeEncoder.start gives: in the VAE's dtype
+    std: Tensor | None  # the same; None: the VAE gives none
+    is_there: "torch.cuda.Event | None" = None  # of start: when its numbers have come from a CUDA device
+
+
+class VaeSource(Protocol):
+    """Where a VAE's weights are: a folder or a single file."""
+
+    @property
+    def factor(self) -> int: ...
+    def load(self, dtype: torch.dtype) -> Any: ...
 
 
 class VaeEncoder:
-    """The encoder half of a VAE, on its device in its dtype."""
+    """The encoder half of a VAE, on its device in its dtype: a doors.ImageEncoder."""
 
     def __init__(
         self,
@@ -37,8 +50,14 @@ class VaeEncoder:
         *,
         tiling: int | None = None,
         compile: bool = False,  # noqa: A002
+        is_live: bool = False,  # the caller's own model, which stays as and where it is
     ) -> None:
         self.source = source
+        self.is_live = is_live
+        # a tensor that a model caches within inference_mode could not be trained later
+        self.no_gradients: Callable[[], AbstractContextManager[Any]] = (
+            torch.no_grad if is_live else torch.inference_mode
+        )
         self.device = device
         self.dtype = dtype
         self.tiling = tiling  # side of a tile in pixels; None: every image is encoded whole
@@ -46,59 +65,109 @@ class VaeEncoder:
         self.limit = BatchLimit()
         self.levels = LEVELS.to(device)
         self.vae = self._load(dtype)
-        self.vae_float32: AutoencoderKL | None = self.vae if dtype == torch.float32 else None
+        self.has_time = is_video(self.vae)
+        self.vae_float32: Any = self.vae if dtype == torch.float32 else None
         if compile:
             self.vae.encoder = CompiledEncoder(self.vae.encoder)
 
-    def _load(self, dtype: torch.dtype) -> AutoencoderKL:
+    def _load(self, dtype: torch.dtype) -> Any:
         vae = self.source.load(dtype)
+        if self.is_live:
+            return vae
         if self.tiling is not None:
             set_tiling(vae, self.tiling, self.source.factor)
+        vae = vae.eval().requires_grad_(False).to(self.device)
         # channels_last: 1.05 (256x256) to 1.13 times (512x512) as fast as NCHW on 2 CPU cores: benchmarks/encode.py
-        return vae.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        return vae if is_video(vae) else vae.to(memory_format=torch.channels_last)
 
-    @torch.inference_mode()
-    def encode(self, pixels: np.ndarray) -> Posterior:
+    def encode(self, pixels: Pixels) -> Posterior:
         """VAE posterior of a batch.
 
         pixels [N,H,W,3] uint8 sRGB; H, W multiples of the VAE's factor
-        => mean, std, each [N,C,H/f,W/f] float32; unscaled (no scale, no shift).
+        => mean, std, each [N,C,H/f,W/f] float32 on the CPU; unscaled (no scale, no shift).
         Images whose numbers overflow in half precision are encoded again in float32, and on a CPU those that are one
         latent wide.
-        Where memory does not suffice, the batch is halved. Raises OutOfMemoryError where it does not for one image.
+        If memory does not suffice, the batch is halved. Raises OutOfMemoryError if it does not for one image.
         """
-        return self._encode_in_parts(pixels)
+        return self.finish(self.start(pixels), pixels)
 
-    def start(self, pixels: np.ndarray) -> Posterior:
-        return self.encode(pixels)
+    def start(self, pixels: Pixels) -> Posterior:
+        """The first half of encode: what the device does. It is asked for, and not waited for.
 
-    def finish(self, posterior: Posterior, pixels: np.ndarray) -> Posterior:
-        return posterior
+        On CUDA the numbers are on their way to pinned memory; `finish` waits for them.
+        """
+        with self.no_gradients():
+            parts = self.limit.run(self._start, pixels)
+            mean = torch.cat([mean for mean, _ in parts]) if len(parts) > 1 else parts[0][0]
+            stds = [std for _, std in parts if std is not None]
+            std = None if not stds else torch.cat(stds) if len(stds) > 1 else stds[0]
+            if self.device.type != "cuda":
+                return Posterior(mean, std)
+            mean, std = send(mean), send(std) if std is not None else None
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(self.device))
+            return Posterior(mean, std, event)
 
-    def _encode_in_parts(self, pixels: np.ndarray) -> Posterior:
-        parts = self.limit.run(self._encode, pixels)
-        return Posterior(torch.cat([part.mean for part in parts]), torch.cat([part.std for part in parts]))
+    def finish(self, started: Posterior, pixels: Pixels) -> Posterior:
+        """The second half of encode: the numbers are fetched and looked at, and those that overflowed are made anew."""
+        with self.no_gradients():
+            if started.is_there is not None:
+                started.is_there.synchronize()
+            mean = fetch(started.mean)
+            std = fetch(started.std) if started.std is not None else None
+            again = ~_is_finite(mean)
+            if std is not None:
+                again |= ~_is_finite(std)
+            if self.device.type == "cpu" and 1 in mean.shape[2:]:
+                again[:] = True  # torch 2.13 convolves 16-bit numbers to one row or column wrongly (pytorch#163347)
+            if self.dtype != torch.float32 and bool(again.any()):
+                self.num_retried += int(again.sum())
+                if self.vae_float32 is None:
+                    self.vae_float32 = self._load(torch.float32)
+                rows = pixels[again if isinstance(pixels, Tensor) else again.numpy()]
+                parts = self.limit.run(self._start_float32, rows)
+                mean[again] = torch.cat([fetch(part) for part, _ in parts])
+                if std is not None:
+                    std[again] = torch.cat([fetch(part) for _, part in parts if part is not None])
+            return Posterior(mean, std)
 
-    def _encode(self, pixels: np.ndarray) -> Posterior:
-        levels = self.levels[torch.from_numpy(pixels).to(self.device).int()]
-        images = levels.permute(0, 3, 1, 2)  # NHWC in memory already is channels_last
-        mean, std = self._posterior(self.vae, images)
-        again = ~(_is_finite(mean) & _is_finite(std))
-        if self.device.type == "cpu" and 1 in mean.shape[2:]:
-            again[:] = True  # torch 2.13 convolves 16-bit numbers to one row or column wrongly (pytorch#163347)
-        if self.dtype != torch.float32 and bool(again.any()):
-            self.num_retried += int(again.sum())
-            if self.vae_float32 is None:
-                self.vae_float32 = self._load(torch.float32)
-            mean[again], std[again] = self._posterior(self.vae_float32, images[again])
-        return Posterior(mean.cpu(), std.cpu())
+    def _start(self, pixels: Pixels) -> tuple[Tensor, Tensor | None]:
+        return self._posterior(self.vae, self._to_images(pixels))
 
-    def _posterior(self, vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-        distribution = vae.encode(images.to(vae.dtype)).latent_dist
-        return distribution.mean.float(), distribution.std.float()
+    def _start_float32(self, pixels: Pixels) -> tuple[Tensor, Tensor | None]:
+        return self._posterior(self.vae_float32, self._to_images(pixels))
+
+    def _posterior(self, vae: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        return posterior_of(vae, images.to(vae.dtype), self.has_time)
+
+    def _to_images(self, pixels: Pixels) -> Tensor:
+        """[N,3,H,W] float32 in -1..1 on the device; channels_last, which NHWC in memory already is."""
+        values = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
+        return to_levels(values.to(self.device, non_blocking=True), self.levels).permute(0, 3, 1, 2)
 
 
-def set_tiling(vae: AutoencoderKL, side: int, factor: int) -> None:
+def to_levels(pixels: Tensor, levels: Tensor) -> Tensor:
+    """uint8 of any shape => float32 in -1..1: the numbers of LEVELS, which `levels` holds on the device.
+
+    On a CPU 2k - 255 is exact and its division by 255 is rounded once, so that each number is the same, at a tenth of
+    the time of a look-up. CUDA multiplies by 1/255, which is rounded twice.
+    """
+    if pixels.device.type == "cpu":
+        return pixels.float().mul_(2).sub_(255).div_(255)
+    return levels[pixels.int()]
+
+
+def send(values: Tensor) -> Tensor:
+    """A tensor of a CUDA device on its way to pinned memory."""
+    return torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+
+
+def fetch(values: Tensor) -> Tensor:
+    """A tensor of any device and dtype as float32 on the CPU, and of its own: what is cut from another is copied."""
+    return values.to("cpu").float().clone(memory_format=torch.contiguous_format)
+
+
+def set_tiling(vae: Any, side: int, factor: int) -> None:
     """Have diffusers encode what is larger than `side` pixels in tiles: a quarter overlaps, where mean and log variance
     are blended. Numbers differ all over the image, since group norm and attention see a tile of it.
 

@@ -16,7 +16,7 @@ from latentprep.prepare.work.events import Truncated
 from latentprep.recipe import TextRecipe
 
 if TYPE_CHECKING:
-    from latentprep.prepare.models.model_set import TextEncoder, TextModel
+    from latentprep.prepare.models.doors import PromptEncoder, TextModel
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class CondMaker:
 
     def __init__(self, recipe: TextRecipe, model: "TextModel", device: str, options: TextOptions) -> None:
         self.recipe, self.model, self.device, self.options = recipe, model, device, options
-        self.encoder: TextEncoder | None = None
+        self.encoder: PromptEncoder | None = None
 
     def make(self, prompts: list[str], old: Text | None = None) -> MadeCond:
         """Cond of P prompts.

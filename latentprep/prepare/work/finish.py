@@ -23,7 +23,8 @@ from latentprep.recipe import LatentsRecipe
 from latentprep.records import NAMED_NOTES, Skip, Unit, is_flipped
 
 if TYPE_CHECKING:
-    from latentprep.prepare.models.model_set import Posterior, VaeEncoder
+    from latentprep.prepare.models.doors import ImageEncoder
+    from latentprep.prepare.models.vae_encoder import Posterior
 
 MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone, and nothing more can be kept
 
@@ -53,7 +54,7 @@ class Finisher:
     ) -> None:
         self.storage, self.recipe, self.metadata, self.conditions = storage, recipe, metadata, conditions
         self.failed = failed  # ids of units of which nothing more is to be done
-        self.encoder: VaeEncoder | None = None
+        self.encoder: ImageEncoder | None = None
         self.rows: UnitRows | None = None  # of the unit in work
         self.named: dict[str, list[str]] = {}
         self.num_encoded = self.num_retried = 0

@@ -32,7 +32,7 @@ from latentprep.recipe import LatentsRecipe
 from latentprep.records import Unit
 
 if TYPE_CHECKING:
-    from latentprep.prepare.models.model_set import VaeEncoder, VaeModel
+    from latentprep.prepare.models.doors import ImageEncoder, VaeModel
 
 AHEAD = 2  # batches that are ready for the device, and that wait behind it
 MOMENT = 0.1  # seconds after which a thread that waits looks whether it is to stop
@@ -129,7 +129,7 @@ class Run:
         while (result := self._get("write", self.results)) is not None:
             yield result
 
-    def _open(self) -> "VaeEncoder":
+    def _open(self) -> "ImageEncoder":
         """The VAE, loaded now: loading is no part of the images' speed."""
         worker = self.worker
         with self._on("load"):
@@ -138,7 +138,7 @@ class Run:
                 torch.device(worker.device), dtype, tiling=worker.recipe.tiling, compile=worker.compile
             )
 
-    def _start(self, encoder: "VaeEncoder", batch: Batch) -> "Encoded | Failure | None":
+    def _start(self, encoder: "ImageEncoder", batch: Batch) -> "Encoded | Failure | None":
         """A batch with what the device makes of it, which may still be at work on it."""
         if batch.unit.id in self.failed:
             return None

@@ -23,7 +23,7 @@ from latentprep.recipe import TextRecipe
 from latentprep.records import Row
 
 if TYPE_CHECKING:
-    from latentprep.prepare.models.model_set import TextModel
+    from latentprep.prepare.models.doors import TextModel
 
 MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone
 
