@@ -9,13 +9,14 @@ __all__ = ["BucketBatchSampler", "LatentBatch", "LatentDataset", "LatentLoader",
 if TYPE_CHECKING:
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
-    from latentprep.read.sampler import BucketBatchSampler, LatentLoader
+    from latentprep.read.loader import LatentLoader
+    from latentprep.read.sampler import BucketBatchSampler
 
 
 def __getattr__(name: str) -> object:
     """The reader's classes, imported on first use: `latentprep --help` must not wait for torch."""
     homes = {
-        "LatentBatch": "batch", "LatentDataset": "dataset", "BucketBatchSampler": "sampler", "LatentLoader": "sampler",
+        "LatentBatch": "batch", "LatentDataset": "dataset", "BucketBatchSampler": "sampler", "LatentLoader": "loader",
     }  # fmt: skip
     if name in homes:
         return getattr(import_module(f"latentprep.read.{homes[name]}"), name)

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader
 
 from latentprep.errors import UserError
 from latentprep.personalized.dataset import DatasetEntry, EpochIndices, PersonalizedBase
-from latentprep.read.counters import check_int
+from latentprep.read.arguments import check_int
 from latentprep.read.sampler import BucketBatchSampler
 
 

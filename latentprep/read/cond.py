@@ -1,0 +1,122 @@
+"""Stored cond of a batch: gathered, that of the empty prompt put in for what is dropped, and padded to one length."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.manifest import Manifest
+from latentprep.cache.ragged import Cond, Conds, row_shape
+from latentprep.cache.shard import open_uncond, uncond_name
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.read.shards import Run, gather
+
+FILLS = ("last", "zeros")  # what follows the tokens of a short prompt: its last vector again, or zeros
+Rows = Tensor | list[Tensor]  # [B,...], or B tensors [T,...], each with its own T
+
+
+class StoredCond:
+    """The cond of a cache: that of its prompts, and that of the empty prompt, which is read when first needed."""
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        """Raises UserError for a rule of padding that is none."""
+        self.storage, self.manifest, self.fill = storage, manifest, fill_of(manifest, storage)
+        self._empty: Conds | None = None
+
+    @property
+    def is_there(self) -> bool:
+        return self.manifest.uncond_file is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_empty": None}  # memory maps are opened anew in each process
+
+    def empty(self) -> Conds:
+        """Cond of the empty prompt, name -> [1,...], as stored. Raises UserError."""
+        if self._empty is None:
+            self._empty = open_uncond(self.storage, self.manifest.uncond)[1]
+        return self._empty
+
+    def take(
+        self, runs: list[Run], prompts: list[np.ndarray], is_dropped: np.ndarray | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Cond of a batch, name -> [B,...], and of what is padded the lengths, name -> [B] int64.
+
+        prompts: of each run the numbers [n] of its samples' prompts. is_dropped [B] bool: which get the empty prompt's;
+        None: none does.
+        """
+        cond: dict[str, Tensor] = {}
+        lengths: dict[str, Tensor] = {}
+        for name, first in runs[0].group.cond.items():
+            rows = gather_cond([(run.group.cond[name], own) for run, own in zip(runs, prompts, strict=True)])
+            if is_dropped is not None:
+                put_empty(rows, is_dropped, self._empty_row(name, first))
+            if isinstance(rows, Tensor):
+                cond[name] = rows
+            else:
+                cond[name], lengths[name] = pad(rows, self.fill)
+        return cond, lengths
+
+    def _empty_row(self, name: str, like: Cond) -> Tensor:
+        """[T,...] of the empty prompt. Raises UserError if that is of another shape than the prompts' own."""
+        empty = self.empty().get(name)
+        if empty is None or row_shape(empty) != row_shape(like):
+            raise UserError(
+                f"{self.storage.locate(uncond_name(self.manifest.uncond))}: its {name} does not fit that of the "
+                "shards. Run latentprep verify."
+            )
+        return empty[0]
+
+
+def fill_of(manifest: Manifest, storage: Storage) -> str:
+    """How short prompts are padded: one of FILLS, as the family of the models has it. Raises UserError."""
+    fill: str = manifest.recipe["text"].get("fill", "last")
+    if fill not in FILLS:
+        raise UserError(f"{storage.root}: pads prompts by {fill!r:.80}, expected {' or '.join(FILLS)}.")
+    return fill
+
+
+def gather_cond(parts: list[tuple[Cond, np.ndarray]]) -> Rows:
+    """Rows of what is stored, part after part. All parts are of one kind, dense or ragged: OpenShards checks that."""
+    dense = [(value, own) for value, own in parts if isinstance(value, Tensor)]
+    return gather(dense) if dense else [value[row] for value, own in parts for row in own.tolist()]
+
+
+def put_empty(rows: Rows, is_dropped: np.ndarray, empty: Tensor) -> None:
+    """Put the empty prompt's [T,...] in the place of dropped rows."""
+    if isinstance(rows, Tensor):
+        rows[torch.from_numpy(is_dropped)] = empty.to(rows.dtype)
+    else:
+        rows[:] = [empty.to(row.dtype) if drop else row for row, drop in zip(rows, is_dropped, strict=True)]
+
+
+def pad(rows: Sequence[Tensor], fill: str) -> tuple[Tensor, Tensor]:
+    """B rows [T,...] as one tensor [B,longest T,...], and their lengths [B] int64.
+
+    fill: "zeros", or "last", which repeats a row's last vector: stable-diffusion-webui's rule
+    (modules/hypernetworks/hypernetwork.py).
+    """
+    lengths = torch.tensor([len(row) for row in rows])
+    longest = int(lengths.max())
+    if longest == int(lengths.min()):
+        return torch.stack(list(rows)), lengths
+    padded = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+        if fill == "last":
+            target[len(row) :] = row[-1]
+    return padded, lengths
+
+
+def finish_cond(stored: dict[str, Tensor], lengths: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cond as a training loop takes it: name -> [B,...] float32, and <name>_mask [B,T] bool of each that has lengths.
+
+    A mask says which tokens are a prompt's own, and no padding. One that is stored under that name counts instead.
+    """
+    cond = {name: value.float() for name, value in stored.items()}
+    for name, own in lengths.items():
+        numbers = torch.arange(stored[name].shape[1], device=own.device)
+        cond.setdefault(f"{name}_mask", numbers < own[:, None])
+    return cond
