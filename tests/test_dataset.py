@@ -13,8 +13,8 @@ from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.shard import Text, open_text, write_text
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.read.batch import rescale_weight
 from latentprep.read.counters import mix
+from latentprep.read.weight import rescale_weight
 from tests.conftest import SMALL
 
 
@@ -140,10 +140,10 @@ def test_include_cond(cache):
 
 def test_opening_touches_no_shard_and_pickles_without_maps(cache, tmp_path):
     data = LatentDataset(cache)
-    assert not data._open
+    assert not data._shards.opened
     assert data[0] is not None
-    assert data._open
-    assert not pickle.loads(pickle.dumps(data))._open
+    assert data._shards.opened
+    assert not pickle.loads(pickle.dumps(data))._shards.opened
     for path in (tmp_path / "cache" / "shards").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"missing. Run the same latentprep encode again"):
@@ -377,11 +377,11 @@ def test_of_several_stored_prompts_each_epoch_takes_one_with_its_cond(cache):
 def test_no_more_shards_stay_open_than_the_system_allows(run, images, tmp_path, monkeypatch):
     assert run("encode", images, "--out", tmp_path / "many", *SMALL, "--shard-size", "1kB").code == 0
     wanted = [LatentDataset(tmp_path / "many")[index] for index in range(8)]
-    monkeypatch.setattr("latentprep.read.dataset.MAX_OPEN", 3)
+    monkeypatch.setattr("latentprep.read.shards.MAX_OPEN", 3)
     data = LatentDataset(tmp_path / "many")
     for index in [*range(8), *range(8)]:
         assert torch.equal(data[index].latent_sample, wanted[index].latent_sample)
-        assert len(data._open) <= 3
+        assert len(data._shards.opened) <= 3
 
 
 def test_every_tensor_of_a_batch_moves(run, images, tmp_path):

@@ -55,16 +55,6 @@ def finite_rows(cond: Cond) -> Tensor:
     return cond.isfinite().flatten(1).all(1)
 
 
-def pad(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Rows [T,D] as one tensor [B,longest T,D], and their lengths [B] int64.
-
-    A short row repeats its last vector: stable-diffusion-webui's rule (modules/hypernetworks/hypernetwork.py).
-    """
-    longest = max(map(len, rows))
-    padded = [torch.cat([row, row[-1:].expand(longest - len(row), -1)]) if len(row) < longest else row for row in rows]
-    return torch.stack(padded), torch.tensor([len(row) for row in rows])
-
-
 def put_cond(tensors: Tensors, conds: Conds) -> None:
     """Add the tensors of all that is stored of the prompts."""
     for name, cond in conds.items():

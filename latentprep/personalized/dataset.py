@@ -1,11 +1,12 @@
 """PersonalizedBase: the entries of stable-diffusion-webui's dataset, read from a latent cache."""
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from secrets import randbits
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import numpy as np
 import torch
@@ -17,8 +18,11 @@ from latentprep.options import EncodeOptions, Geometry, ImageOptions, TextOption
 from latentprep.personalized.models import DTYPES, make_live_vae
 from latentprep.personalized.update import Interrupted, check_without_models, keywords_for_options, update_cache
 from latentprep.prompts import load_template, vary_tags
-from latentprep.read.counters import check_int, mix
-from latentprep.read.dataset import SAMPLING_METHODS, LatentDataset
+from latentprep.read.arguments import check_int, check_kind, check_sampling_method, check_share
+from latentprep.read.counters import mix
+from latentprep.read.dataset import LatentDataset
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -57,6 +61,28 @@ class EpochIndices(list[int]):
     def __init__(self, indices: list[int], epoch: int) -> None:
         super().__init__(indices)
         self.epoch = epoch
+
+
+class OnTouch(Sequence[T]):
+    """A list whose parts are read from the cache when they are touched, and not kept."""
+
+    def __init__(self, count: int, read: Callable[[int], T]) -> None:
+        self._numbers, self._read = range(count), read
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, number: int) -> T: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[T]: ...
+    def __getitem__(self, number: int | slice) -> T | list[T]:
+        if isinstance(number, slice):
+            return [self._read(n) for n in self._numbers[number]]
+        return self._read(self._numbers[number])
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} that are read when touched>"
 
 
 class PersonalizedBase(Dataset[DatasetEntry]):
@@ -136,10 +162,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
             check_kind(name, flag, (bool, np.bool_), "True or False")
         for name, text in (("placeholder_token", placeholder_token), ("version", version)):
             check_kind(name, text, (str,), "a text")
-        if latent_sampling_method not in SAMPLING_METHODS:
-            raise UserError(
-                f"latent_sampling_method={latent_sampling_method!r}: expected one of {', '.join(SAMPLING_METHODS)}."
-            )
+        check_sampling_method(latent_sampling_method)
         if interrupted is not None and not callable(interrupted):
             raise UserError(f"interrupted={interrupted!r}: expected a function that gives True or False.")
         if cond_model is not None and not (callable(cond_model) or hasattr(cond_model, "encode_prompt")):
@@ -243,14 +266,14 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         return line.replace("[filewords]", caption).replace("[name]", self.placeholder_token)
 
     @property
-    def dataset(self) -> list[DatasetEntry]:
-        """An entry for each image; read anew at every access."""
-        return [self[index] for index in range(self.data.num_images)]
+    def dataset(self) -> "OnTouch[DatasetEntry]":
+        """An entry for each image; each is read, and drawn anew, whenever it is touched."""
+        return OnTouch(self.data.num_images, self.__getitem__)
 
     @property
-    def image_paths(self) -> list[str]:
+    def image_paths(self) -> "OnTouch[str]":
         """The path of each image, in the order of `dataset`."""
-        return [self._path(index) for index in range(self.data.num_images)]
+        return OnTouch(self.data.num_images, self._path)
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -267,15 +290,3 @@ def default_cache(root: str, size: str) -> str:
     if not folder.name:
         raise UserError(f"data_root {root}: the cache cannot lie beside it. Say where it goes: cache=.")
     return f"{folder}.{size}.latents"
-
-
-def check_share(name: str, value: Any) -> float:
-    """An argument as a float. Raises UserError if it is not 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 <= value <= 1:
-        raise UserError(f"{name}={value!r}: a probability, expected 0 to 1.")
-    return float(value)
-
-
-def check_kind(name: str, value: Any, kinds: tuple[type, ...], expected: str) -> None:
-    if not isinstance(value, kinds):
-        raise UserError(f"{name}={value!r}: expected {expected}.")

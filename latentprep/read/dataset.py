@@ -51,7 +51,7 @@ class LatentDataset(Dataset[LatentBatch]):
     cond_model: makes their cond: a callable from a list of B prompts to [B,T,D], or to a dict of such. It is called in
         the training process, when batch.cond is asked for; without it, say include_cond=False.
 
-    A field of the cache that has no name in LatentBatch is in batch.fields, name -> [B,...], if all of the batch have it.
+    Fields of the cache that have no name of their own in a batch are in batch.fields, name -> [B,...].
 
     `data[i]` and `data.__getitems__(indices)` give a LatentBatch; the indices of one batch are to be of one bucket, as
     BucketBatchSampler gives them. Raises UserError for a cache that is missing or lacks what is asked for.
