@@ -1,12 +1,11 @@
 """PersonalizedBase: the entries of stable-diffusion-webui's dataset, read from a latent cache."""
 
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from secrets import randbits
-from typing import Any, TypeVar, overload
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,74 +14,13 @@ from torch.utils.data import Dataset, get_worker_info
 
 from latentprep.errors import UserError
 from latentprep.options import EncodeOptions, Geometry, ImageOptions, TextOptions
+from latentprep.personalized.entries import DatasetEntry, EpochIndices, LatentDist, OnTouch
 from latentprep.personalized.models import DTYPES, make_live_vae
 from latentprep.personalized.update import Interrupted, check_without_models, keywords_for_options, update_cache
 from latentprep.prompts import load_template, vary_tags
 from latentprep.read.arguments import check_int, check_kind, check_sampling_method, check_share
 from latentprep.read.counters import mix
 from latentprep.read.dataset import LatentDataset
-
-T = TypeVar("T")
-
-
-@dataclass
-class LatentDist:
-    """The posterior of one image, unscaled, as the ancestor's entries held it."""
-
-    mean: Tensor  # [1,C,h,w] float32
-    std: Tensor  # the same
-
-    def sample(self) -> Tensor:
-        return self.mean + self.std * torch.randn_like(self.mean)
-
-    def mode(self) -> Tensor:
-        return self.mean
-
-
-@dataclass
-class DatasetEntry:
-    """One image, as the ancestor handed it out."""
-
-    filename: str
-    filename_text: str  # its caption
-    latent_dist: LatentDist | None = None  # with latent_sampling_method "random"
-    latent_sample: Tensor | None = None  # [C,h,w] float32, scaled for the UNet
-    cond: Tensor | None = None  # [T,D]; T is the prompt's own
-    cond_text: str | None = None  # its prompt
-    weight: Tensor | None = None  # [C,h,w], minimum 0 and mean 1
-
-
-class EpochIndices(list[int]):
-    """The indices of a batch of PersonalizedDataLoader, whose epoch decides the draws.
-
-    Any other list of indices gets new draws at each call.
-    """
-
-    def __init__(self, indices: list[int], epoch: int) -> None:
-        super().__init__(indices)
-        self.epoch = epoch
-
-
-class OnTouch(Sequence[T]):
-    """A list whose parts are read from the cache when they are touched, and not kept."""
-
-    def __init__(self, count: int, read: Callable[[int], T]) -> None:
-        self._numbers, self._read = range(count), read
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, number: int) -> T: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[T]: ...
-    def __getitem__(self, number: int | slice) -> T | list[T]:
-        if isinstance(number, slice):
-            return [self._read(n) for n in self._numbers[number]]
-        return self._read(self._numbers[number])
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} that are read when touched>"
 
 
 class PersonalizedBase(Dataset[DatasetEntry]):
@@ -266,12 +204,12 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         return line.replace("[filewords]", caption).replace("[name]", self.placeholder_token)
 
     @property
-    def dataset(self) -> "OnTouch[DatasetEntry]":
+    def dataset(self) -> OnTouch[DatasetEntry]:
         """An entry for each image; each is read, and drawn anew, whenever it is touched."""
         return OnTouch(self.data.num_images, self.__getitem__)
 
     @property
-    def image_paths(self) -> "OnTouch[str]":
+    def image_paths(self) -> OnTouch[str]:
         """The path of each image, in the order of `dataset`."""
         return OnTouch(self.data.num_images, self._path)
 

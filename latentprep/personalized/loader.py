@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentprep.errors import UserError
-from latentprep.personalized.dataset import DatasetEntry, EpochIndices, PersonalizedBase
+from latentprep.personalized.dataset import PersonalizedBase
+from latentprep.personalized.entries import DatasetEntry, EpochIndices
 from latentprep.read.arguments import check_int
 from latentprep.read.sampler import BucketBatchSampler
 
