@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.options import EncodeOptions, Geometry, ImageOptions, TextOptions
 from latentprep.personalized.entries import DatasetEntry, EpochIndices, LatentDist, OnTouch
 from latentprep.personalized.models import DTYPES, make_live_vae
@@ -151,6 +152,9 @@ class PersonalizedBase(Dataset[DatasetEntry]):
 
     def __len__(self) -> int:
         return self.length
+
+    def __repr__(self) -> str:
+        return f"PersonalizedBase({shortened(self.data_root, 200)}, {self.data!r})"
 
     def __getitem__(self, index: int) -> DatasetEntry:
         return self.__getitems__([index])[0]

@@ -7,10 +7,13 @@ from typing import TypeVar, overload
 import torch
 from torch import Tensor
 
+from latentprep.human import shortened
+from latentprep.read.describe import show_tensors
+
 T = TypeVar("T")
 
 
-@dataclass
+@dataclass(repr=False)
 class LatentDist:
     """The posterior of one image, unscaled, as the ancestor's entries held it."""
 
@@ -23,8 +26,11 @@ class LatentDist:
     def mode(self) -> Tensor:
         return self.mean
 
+    def __repr__(self) -> str:
+        return f"LatentDist({show_tensors(vars(self))})"
 
-@dataclass
+
+@dataclass(repr=False)
 class DatasetEntry:
     """One image, as the ancestor handed it out."""
 
@@ -35,6 +41,11 @@ class DatasetEntry:
     cond: Tensor | None = None  # [T,D]; T is the prompt's own
     cond_text: str | None = None  # its prompt
     weight: Tensor | None = None  # [C,h,w], minimum 0 and mean 1
+
+    def __repr__(self) -> str:
+        parts = [shortened(self.filename, 200), repr(shortened(self.cond_text or ""))]
+        parts.append(show_tensors({name: value for name, value in vars(self).items() if isinstance(value, Tensor)}))
+        return f"DatasetEntry({', '.join(filter(None, parts))})"
 
 
 class EpochIndices(list[int]):

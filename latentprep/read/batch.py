@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from latentprep.cache.normalization import Normalization
+from latentprep.human import counted
 from latentprep.read.cond import finish_cond
 from latentprep.read.describe import show_dtype, show_shape, show_tensors
 
@@ -42,7 +43,7 @@ class LatentBatch:
     def __repr__(self) -> str:
         mean = self.latent_mean
         stored = "mean" if self.latent_std is None else "mean and std"
-        parts = [f"{len(self)} samples of {show_shape(mean.shape[1:])} {show_dtype(mean.dtype)}, {stored}"]
+        parts = [f"{counted(len(self), 'sample')} of {show_shape(mean.shape[1:])} {show_dtype(mean.dtype)}, {stored}"]
         if self.stored_cond is not None:
             parts.append(f"cond {show_tensors(self.stored_cond)}")
         elif self.cond_model is not None:
