@@ -190,6 +190,17 @@ def test_a_batch_of_two_buckets_is_refused(cache):
     assert torch.equal(data[-1].latent_mean, data[7].latent_mean)
 
 
+@pytest.mark.parametrize("where", [None, "", 3])
+def test_what_is_no_place_of_a_cache_is_refused(where):
+    with pytest.raises(UserError, match=f"^cache={where!r}: expected a folder or a URL"):
+        LatentDataset(where)
+
+
+def test_a_batch_of_no_samples_is_refused(cache):
+    with pytest.raises(UserError, match="a batch of no indices: expected at least one"):
+        LatentDataset(cache).__getitems__([])
+
+
 def test_plain_dataloader_with_the_sampler(cache):
     data = LatentDataset(cache)
     loader = DataLoader(data, batch_sampler=BucketBatchSampler(data, 3), collate_fn=LatentDataset.collate)
@@ -338,6 +349,13 @@ def test_time_ids_are_those_of_diffusers_sdxl_training(cache):
         ({"placeholder_token": "x"}, "placeholder_token: without a template there is no [name]."),
         ({"keep_tags": 3}, "keep_tags=3: nothing is shuffled or dropped."),
         ({"use_weight": 1.5}, "use_weight=1.5: expected True, False, 'raw' or a floor such as 0.1."),
+        ({"use_weight": []}, "use_weight=[]: expected True, False, 'raw' or a floor such as 0.1."),
+        ({"flip_p": True}, "flip_p=True: a probability, expected 0 to 1."),
+        ({"shuffle_tags": "no"}, "shuffle_tags='no': expected True or False."),
+        ({"wildcards": 2}, "wildcards=2: expected True or False."),
+        ({"include_cond": None}, "include_cond=None: expected True or False."),
+        ({"placeholder_token": 3}, "placeholder_token=3: expected a text."),
+        ({"cond_model": 3, "shuffle_tags": True}, "cond_model: a int, expected a callable from prompts to cond."),
     ],
 )
 def test_options_that_do_not_go_together(cache, options, message):

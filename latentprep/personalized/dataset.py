@@ -19,7 +19,14 @@ from latentprep.personalized.entries import DatasetEntry, EpochIndices, LatentDi
 from latentprep.personalized.models import DTYPES, make_live_vae
 from latentprep.personalized.update import Interrupted, check_without_models, keywords_for_options, update_cache
 from latentprep.prompts import load_template, vary_tags
-from latentprep.read.arguments import check_int, check_kind, check_sampling_method, check_share
+from latentprep.read.arguments import (
+    check_flags,
+    check_int,
+    check_kind,
+    check_location,
+    check_sampling_method,
+    check_share,
+)
 from latentprep.read.counters import mix
 from latentprep.read.dataset import LatentDataset
 
@@ -88,17 +95,16 @@ class PersonalizedBase(Dataset[DatasetEntry]):
     ) -> None:
         if not str(data_root or ""):
             raise UserError("data_root: is empty, expected a folder of images.")
-        if cache is not None and not (isinstance(cache, Path) or (isinstance(cache, str) and cache)):
-            raise UserError(f"cache={cache!r}: expected a folder or a URL.")
+        if cache is not None:
+            check_location(cache)
         width, height = check_int("width", width, 1), check_int("height", height, 1)
         batch_size, gradient_step = check_int("batch_size", batch_size, 1), check_int("gradient_step", gradient_step, 1)
         repeats = check_int("repeats", repeats, 1)
         flip_p, tag_drop_out = check_share("flip_p", flip_p), check_share("tag_drop_out", tag_drop_out)
-        for name, flag in (
-            ("include_cond", include_cond), ("shuffle_tags", shuffle_tags), ("varsize", varsize),
-            ("use_weight", use_weight), ("overwrite", overwrite), ("allow_gone", allow_gone),
-        ):  # fmt: skip
-            check_kind(name, flag, (bool, np.bool_), "True or False")
+        check_flags(
+            include_cond=include_cond, shuffle_tags=shuffle_tags, varsize=varsize, use_weight=use_weight,
+            overwrite=overwrite, allow_gone=allow_gone,
+        )  # fmt: skip
         for name, text in (("placeholder_token", placeholder_token), ("version", version)):
             check_kind(name, text, (str,), "a text")
         check_sampling_method(latent_sampling_method)

@@ -1,6 +1,7 @@
 """Arguments of the reader's classes, checked: what cannot be meant is refused in one line that names it."""
 
 from operator import index
+from os import PathLike
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,18 @@ def check_kind(name: str, value: Any, kinds: tuple[type, ...], expected: str) ->
     """Raise UserError unless an argument is of one of these types."""
     if not isinstance(value, kinds):
         raise UserError(f"{name}={value!r}: expected {expected}.")
+
+
+def check_location(value: Any) -> None:
+    """Raise UserError unless `cache` is a path or a URL."""
+    if not isinstance(value, str | PathLike) or not str(value):
+        raise UserError(f"cache={value!r}: expected a folder or a URL.")
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise UserError unless all of these arguments are True or False, numpy's too."""
+    for name, flag in flags.items():
+        check_kind(name, flag, (bool, np.bool_), "True or False")
 
 
 def check_sampling_method(value: Any) -> str:

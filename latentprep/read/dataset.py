@@ -13,15 +13,22 @@ from latentprep.cache.ragged import Ragged
 from latentprep.cache.readers import Reading
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.human import counted, printable, shortened
+from latentprep.human import counted, shortened
 from latentprep.prompts import load_template
-from latentprep.read.arguments import check_int, check_sampling_method, check_share, check_use_weight
+from latentprep.read.arguments import (
+    check_flags,
+    check_int,
+    check_location,
+    check_sampling_method,
+    check_share,
+    check_use_weight,
+)
 from latentprep.read.batch import CondModel, LatentBatch
 from latentprep.read.cond import StoredCond, finish_cond
-from latentprep.read.describe import show_dtype, show_shape
+from latentprep.read.describe import show_cond, show_shape
 from latentprep.read.draws import Draws
 from latentprep.read.index import Index, Shape
-from latentprep.read.prompts import Prompts, Wording
+from latentprep.read.prompts import Prompts, Wording, check_cond_model
 from latentprep.read.shards import OpenShards, Run, gather, gather_others, gather_std, promised_by
 from latentprep.read.weight import gather_weight
 from latentprep.records import is_flipped
@@ -76,6 +83,8 @@ class LatentDataset(Dataset[LatentBatch]):
         cond_model: CondModel | None = None,
         seed: int = 0,
     ) -> None:
+        check_location(cache)
+        check_flags(include_cond=include_cond)
         self.latent_sampling_method = check_sampling_method(latent_sampling_method)
         self.repeats, self.seed = check_int("repeats", repeats, 1), check_int("seed", seed)
         self.flip_p, self.use_weight = check_share("flip_p", flip_p), check_use_weight(use_weight)
@@ -88,6 +97,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self.normalization = self.manifest.normalization
         self._index = Index(self.manifest.shards, self.repeats)
         stored = StoredCond(self.storage, self.manifest)
+        check_cond_model(cond_model, wording, needs_cond=include_cond and stored.is_there)
         self._prompts = Prompts(wording, stored, include_cond=include_cond, caption_dropout=caption_dropout)
         self._shards = OpenShards(self.storage, self.manifest, self._index.groups, needs_cond=include_cond)
         is_mirrored = [is_flipped(view) for view in self.manifest.latent["views"]]
@@ -97,7 +107,7 @@ class LatentDataset(Dataset[LatentBatch]):
         self._check()
 
     def _check(self) -> None:
-        """Raise UserError if the cache lacks what is asked for, or the arguments do not go together."""
+        """Raise UserError if the cache lacks what is asked for."""
         method, root = self.latent_sampling_method, self.storage.root
         if method != "deterministic" and not promised_by(self.manifest).has_std:
             raise UserError(
@@ -106,17 +116,6 @@ class LatentDataset(Dataset[LatentBatch]):
             )
         if self.flip_p and not self._flipped.any():
             raise UserError(f"flip_p={self.flip_p}: {root} holds no mirrored views. Encode with --flip.")
-        makes_prompts = self._prompts.wording.makes_prompts
-        if makes_prompts and self.include_cond and self.cond_model is None and self._prompts.stored.is_there:
-            raise UserError(
-                "template, shuffle_tags, tag_drop_out and wildcards make prompts anew, which the stored cond does not "
-                "fit. Give cond_model=, a callable from prompts to cond, or include_cond=False."
-            )
-        if self.cond_model is not None and not makes_prompts:
-            raise UserError(
-                "cond_model: the cond is stored already. It is for prompts that are made anew: template, shuffle_tags, "
-                "tag_drop_out, wildcards."
-            )
         if self._index.num_images == 0:
             raise UserError(f"{root}: the cache is empty, there is nothing to train on.")
 
@@ -148,8 +147,7 @@ class LatentDataset(Dataset[LatentBatch]):
             return "no cond"
         if self.cond_model is not None:
             return "cond by cond_model"
-        known = (self._shards.cond or {}).items()
-        return "cond " + (", ".join(show_cond(name, *row) for name, row in known) or "stored")
+        return f"cond {show_cond(self._shards.cond or {}) or 'stored'}"
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that flips and random draws depend on; LatentLoader sets it."""
@@ -197,6 +195,8 @@ class LatentDataset(Dataset[LatentBatch]):
             with torch.autocast("cpu", enabled=False):
                 return self.read(indices, epoch)
         chosen = np.asarray(indices, np.int64)
+        if not len(chosen):
+            raise UserError("a batch of no indices: expected at least one.")
         draws = Draws(self.seed, epoch, chosen % len(self), self.num_images)
         view = draws.views(len(self._flipped) // self._num_mirrors, self._num_mirrors, self.flip_p)
         runs = self._open_runs(chosen, view)
@@ -251,7 +251,3 @@ class LatentDataset(Dataset[LatentBatch]):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "cond_model": None}  # a text encoder stays where it is
-
-
-def show_cond(name: str, dtype: torch.dtype, shape: tuple[int | None, ...]) -> str:
-    return f"{printable(name)} {show_shape(shape)} {show_dtype(dtype)}"

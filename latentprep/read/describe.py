@@ -19,3 +19,10 @@ def show_dtype(value: dtype) -> str:
 def show_tensors(tensors: dict[str, Tensor]) -> str:
     """prompt_embeds [4,77,768], pooled_prompt_embeds [4,1280]."""
     return ", ".join(f"{printable(name)} {show_shape(value.shape)}" for name, value in tensors.items())
+
+
+def show_cond(rows: dict[str, tuple[dtype, tuple[int | None, ...]]]) -> str:
+    """prompt_embeds [T,768] float16, pooled [768] float16: of a prompt."""
+    return ", ".join(
+        f"{printable(name)} {show_shape(shape)} {show_dtype(kind)}" for name, (kind, shape) in rows.items()
+    )

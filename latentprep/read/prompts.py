@@ -1,14 +1,14 @@
 """Which prompt each sample of a batch has: one of those that are stored, or one made anew of its captions."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from latentprep.errors import UserError
 from latentprep.prompts import expand_wildcards, make_prompt, vary_tags
-from latentprep.read.arguments import check_int, check_share
+from latentprep.read.arguments import check_flags, check_int, check_kind, check_share
 from latentprep.read.cond import StoredCond
 from latentprep.read.counters import CAPTION, DROP, PROMPT
 from latentprep.read.draws import Draws
@@ -27,6 +27,8 @@ class Wording:
     wildcards: bool = False
 
     def __post_init__(self) -> None:
+        check_flags(shuffle_tags=self.shuffle_tags, wildcards=self.wildcards)
+        check_kind("placeholder_token", self.placeholder_token, (str,), "a text")
         check_share("tag_drop_out", self.tag_drop_out)
         check_int("keep_tags", self.keep_tags, 0)
         if self.template and any("[name]" in line for line in self.template) and not self.placeholder_token:
@@ -49,6 +51,24 @@ class Wording:
         caption = vary_tags(caption, random, self.shuffle_tags, self.tag_drop_out, self.keep_tags)
         of_line = random if self.wildcards else None
         return make_prompt(self.template, caption, self.placeholder_token, seed, key, wildcards=of_line)
+
+
+def check_cond_model(cond_model: Any, wording: Wording, needs_cond: bool) -> None:
+    """Raise UserError if prompts are made anew and nothing makes their cond, or cond_model would have nothing to do."""
+    if wording.makes_prompts and needs_cond and cond_model is None:
+        raise UserError(
+            "template, shuffle_tags, tag_drop_out and wildcards make prompts anew, which the stored cond does not "
+            "fit. Give cond_model=, a callable from prompts to cond, or include_cond=False."
+        )
+    if cond_model is None:
+        return
+    if not callable(cond_model):
+        raise UserError(f"cond_model: a {type(cond_model).__name__}, expected a callable from prompts to cond.")
+    if not wording.makes_prompts:
+        raise UserError(
+            "cond_model: the cond is stored already. It is for prompts that are made anew: template, shuffle_tags, "
+            "tag_drop_out, wildcards."
+        )
 
 
 class TextOfBatch(NamedTuple):
