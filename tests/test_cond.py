@@ -9,11 +9,11 @@ from torch.utils.data import DataLoader
 
 from latentprep import BucketBatchSampler, LatentDataset
 from latentprep.cache.manifest import commit, open_manifest
-from latentprep.cache.ragged import Ragged
+from latentprep.cache.ragged import Ragged, pad
 from latentprep.cache.shard import open_text, write_text, write_uncond
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.read.cond import finish_cond, pad
+from latentprep.read.cond import finish_cond
 from tests.conftest import SMALL
 
 WIDTH = 3
@@ -67,14 +67,14 @@ def check(batch, fill):
         own = row_of(prompt, WIDTH).float()
         assert torch.equal(row[mask], own)
         assert mask.tolist() == [n < len(own) for n in range(len(row))]
-        padding = own[-1] if fill == "last" else torch.zeros(WIDTH)
+        padding = own[-1] if fill == "repeat" else torch.zeros(WIDTH)
         assert (row[~mask] == padding).all()
 
 
-@pytest.mark.parametrize("fill", [None, "last", "zeros"])
+@pytest.mark.parametrize("fill", [None, "repeat", "zeros"])
 def test_a_batch_is_padded_as_the_cache_says_with_a_mask(plain, fill):
     data = LatentDataset(ragged_cache(plain, fill))
-    check(data.__getitems__(tall(data)), fill or "last")
+    check(data.__getitems__(tall(data)), fill or "repeat")
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
@@ -136,11 +136,11 @@ def test_an_empty_prompt_of_another_shape_is_said(plain, empty):
 
 
 def test_a_rule_of_padding_that_is_none_is_refused(plain):
-    with pytest.raises(UserError, match=r"pads prompts by 'lots', expected last or zeros"):
+    with pytest.raises(UserError, match=r"pads prompts by 'lots', expected zeros or repeat"):
         LatentDataset(ragged_cache(plain, "lots"))
 
 
-@pytest.mark.parametrize("fill", ["last", "zeros"])
+@pytest.mark.parametrize("fill", ["repeat", "zeros"])
 @pytest.mark.parametrize("width", [(WIDTH,), (12, 2)])
 def test_rows_of_any_number_of_dimensions_are_padded(fill, width):
     rows = [row_of(prompt, *width) for prompt in ("a", "bc", "def")]
@@ -149,7 +149,7 @@ def test_rows_of_any_number_of_dimensions_are_padded(fill, width):
     assert padded.dtype == torch.float16
     for row, found, length in zip(rows, padded, lengths.tolist(), strict=True):
         assert torch.equal(found[:length], row)
-        assert (found[length:] == (row[-1] if fill == "last" else 0)).all()
+        assert (found[length:] == (row[-1] if fill == "repeat" else 0)).all()
     alike, lengths = pad([rows[0], rows[0]], fill)
     assert torch.equal(alike, torch.stack([rows[0], rows[0]]))
     assert lengths.tolist() == [len(rows[0])] * 2

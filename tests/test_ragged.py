@@ -7,13 +7,12 @@ from safetensors.torch import load_file
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.ragged import Ragged, finite_rows, put_cond, row_shape, stack_rows, take_cond
+from latentprep.cache.ragged import Ragged, finite_rows, pad, put_cond, row_shape, stack_rows, take_cond
 from latentprep.cache.schema import STORED
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.look.verify import verify
 from latentprep.personalized import PersonalizedBase
-from latentprep.read.cond import pad
 from tests.test_ancestor import WIDTH, LatentDiffusion, vae, web_uis_conditioner  # noqa: F401 (a fixture)
 
 
@@ -43,7 +42,7 @@ def test_finite_rows():
 
 
 def test_padding_repeats_the_last_vector():
-    padded, lengths = pad(rows(3, 1), "last")
+    padded, lengths = pad(rows(3, 1), "repeat")
     assert lengths.tolist() == [3, 1]
     assert torch.equal(padded[0], rows(3)[0])
     assert torch.equal(padded[1], rows(1)[0].expand(3, -1))

@@ -8,6 +8,10 @@ from torch import Tensor
 
 from latentprep.cache.strings import Tensors, check_offsets
 
+# What a shorter row of a batch is filled up with: zeros, as pipelines do whose masks say what counts; or its last
+# vector again, stable-diffusion-webui's rule (modules/hypernetworks/hypernetwork.py).
+ZEROS, REPEAT = FILLS = ("zeros", "repeat")
+
 
 class Ragged:
     """Rows of different lengths, end to end in one tensor: row n is values[offsets[n] : offsets[n + 1]], [T,D]."""
@@ -53,6 +57,22 @@ def finite_rows(cond: Cond) -> Tensor:
     if isinstance(cond, Ragged):
         return torch.tensor([bool(cond[n].isfinite().all()) for n in range(len(cond))], dtype=torch.bool)
     return cond.isfinite().flatten(1).all(1)
+
+
+def pad(rows: Sequence[Tensor], fill: str) -> tuple[Tensor, Tensor]:
+    """Rows [T,D...] as one tensor [B,longest T,D...], and their lengths [B] int64; `fill` is one of FILLS."""
+    longest = max(map(len, rows))
+
+    def lengthen(row: Tensor) -> Tensor:
+        last = row[-1:] if fill == REPEAT else torch.zeros_like(row[-1:])
+        return torch.cat([row, last.expand(longest - len(row), *row.shape[1:])]) if len(row) < longest else row
+
+    return torch.stack([lengthen(row) for row in rows]), torch.tensor([len(row) for row in rows])
+
+
+def mask_of(lengths: Tensor, longest: int) -> Tensor:
+    """[B,T] bool: which tokens of padded rows are their own, by their lengths [B]."""
+    return torch.arange(longest, device=lengths.device)[None] < lengths[:, None]
 
 
 def put_cond(tensors: Tensors, conds: Conds) -> None:

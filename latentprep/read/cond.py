@@ -1,6 +1,5 @@
 """Stored cond of a batch: gathered, that of the empty prompt put in for what is dropped, and padded to one length."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,13 +7,12 @@ import torch
 from torch import Tensor
 
 from latentprep.cache.manifest import Manifest
-from latentprep.cache.ragged import Cond, Conds, row_shape
+from latentprep.cache.ragged import FILLS, REPEAT, Cond, Conds, mask_of, pad, row_shape
 from latentprep.cache.shard import open_uncond, uncond_name
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.read.shards import Run, gather
 
-FILLS = ("last", "zeros")  # what follows the tokens of a short prompt: its last vector again, or zeros
 Rows = Tensor | list[Tensor]  # [B,...], or B tensors [T,...], each with its own T
 
 
@@ -72,7 +70,7 @@ class StoredCond:
 
 def fill_of(manifest: Manifest, storage: Storage) -> str:
     """How short prompts are padded: one of FILLS, as the family of the models has it. Raises UserError."""
-    fill: str = manifest.recipe["text"].get("fill", "last")
+    fill: str = manifest.recipe["text"].get("fill", REPEAT)
     if fill not in FILLS:
         raise UserError(f"{storage.root}: pads prompts by {fill!r:.80}, expected {' or '.join(FILLS)}.")
     return fill
@@ -92,24 +90,6 @@ def put_empty(rows: Rows, is_dropped: np.ndarray, empty: Tensor) -> None:
         rows[:] = [empty.to(row.dtype) if drop else row for row, drop in zip(rows, is_dropped, strict=True)]
 
 
-def pad(rows: Sequence[Tensor], fill: str) -> tuple[Tensor, Tensor]:
-    """B rows [T,...] as one tensor [B,longest T,...], and their lengths [B] int64.
-
-    fill: "zeros", or "last", which repeats a row's last vector: stable-diffusion-webui's rule
-    (modules/hypernetworks/hypernetwork.py).
-    """
-    lengths = torch.tensor([len(row) for row in rows])
-    longest = int(lengths.max())
-    if longest == int(lengths.min()):
-        return torch.stack(list(rows)), lengths
-    padded = rows[0].new_zeros(len(rows), longest, *rows[0].shape[1:])
-    for target, row in zip(padded, rows, strict=True):
-        target[: len(row)] = row
-        if fill == "last":
-            target[len(row) :] = row[-1]
-    return padded, lengths
-
-
 def finish_cond(stored: dict[str, Tensor], lengths: dict[str, Tensor]) -> dict[str, Tensor]:
     """Cond as a training loop takes it: name -> [B,...] float32, and <name>_mask [B,T] bool of each that has lengths.
 
@@ -117,6 +97,5 @@ def finish_cond(stored: dict[str, Tensor], lengths: dict[str, Tensor]) -> dict[s
     """
     cond = {name: value.float() for name, value in stored.items()}
     for name, own in lengths.items():
-        numbers = torch.arange(stored[name].shape[1], device=own.device)
-        cond.setdefault(f"{name}_mask", numbers < own[:, None])
+        cond.setdefault(f"{name}_mask", mask_of(own, stored[name].shape[1]))
     return cond
