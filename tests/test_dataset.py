@@ -40,6 +40,8 @@ def test_a_sample_is_what_was_encoded(cache):
     assert batch.cond["prompt_embeds"].shape == (1, 77, 64)
     assert batch.cond["prompt_embeds"].dtype == torch.float32
     assert batch.weight.shape == (1, 1, 8, 8)
+    assert batch.weight.dtype == torch.float32
+    assert LatentDataset(cache, use_weight="raw")[0].weight.dtype == torch.float32
     assert batch.original_size.tolist() == [[80, 64]]
     assert data.caption(by_key(data)["tall2.png"]) == ["picture number 2"]
     assert data.uncond()["prompt_embeds"].shape == (1, 77, 64)
@@ -390,6 +392,18 @@ def test_of_several_stored_prompts_each_epoch_takes_one_with_its_cond(cache):
             assert number // 3 == index
             seen.add(number)
     assert seen == set(range(24))
+
+
+def test_cond_that_is_not_made_yet_matters_to_those_who_ask_for_it(cache):
+    storage = Storage(cache)
+    manifest = open_manifest(storage)
+    (entry,) = manifest.shards
+    text = replace(open_text(storage, entry.unit, entry.text), cond={})
+    stamp = write_text(storage, entry.unit, "bare", text, {"recipe": {}})
+    commit(storage, replace(manifest, shards=[replace(entry, text="bare", text_file=stamp)]), [])
+    with pytest.raises(UserError, match=r"its images have no cond yet, .* Run the same latentprep encode with --only"):
+        LatentDataset(cache)[0]
+    assert LatentDataset(cache, include_cond=False)[0].cond is None
 
 
 def test_no_more_shards_stay_open_than_the_system_allows(run, images, tmp_path, monkeypatch):
