@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from latentprep.api import compact, encode, inspect, merge, verify
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
-    from latentprep.read.sampler import BucketBatchSampler, LatentLoader
+    from latentprep.read.loader import LatentLoader
+    from latentprep.read.sampler import BucketBatchSampler
     from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 
 # where the public names live; imported on first use, since `latentprep --help` must not wait for torch
@@ -27,7 +28,7 @@ _HOMES = {
     "compact": "api", "encode": "api", "inspect": "api", "merge": "api", "verify": "api",
     "Compacted": "results", "Encoded": "results", "Merged": "results", "Summary": "results", "Verified": "results",
     "LatentBatch": "read.batch", "LatentDataset": "read.dataset",
-    "BucketBatchSampler": "read.sampler", "LatentLoader": "read.sampler",
+    "BucketBatchSampler": "read.sampler", "LatentLoader": "read.loader",
 }  # fmt: skip
 
 

@@ -11,7 +11,8 @@ from latentprep.errors import UserError
 from latentprep.options import count_pixels
 from latentprep.prepare.models.vae_encoder import Posterior
 from latentprep.read.dataset import LatentDataset
-from latentprep.read.sampler import BucketBatchSampler, LatentLoader
+from latentprep.read.loader import LatentLoader
+from latentprep.read.sampler import BucketBatchSampler
 from tests.conftest import SMALL
 from tests.test_cli import refused
 

@@ -171,7 +171,7 @@ def test_a_shard_that_is_not_what_the_manifest_promises_is_not_read(cache):
         data[0]
     data = LatentDataset(cache)
     assert len(data[0].cond["prompt_embeds"]) == 1
-    data._cond = {"prompt_embeds": (torch.float16, torch.Size([1, 2]))}  # as if the first shard had others
+    data._shards.cond = {"prompt_embeds": (torch.float16, torch.Size([1, 2]))}  # as if the first shard had others
     with pytest.raises(UserError, match="this shard and its text do not fit the others"):
         data[len(data) - 1]
 

@@ -13,8 +13,8 @@ from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import Text, write_text
 from latentprep.errors import UserError
-from latentprep.read.batch import rescale_weight
 from latentprep.read.counters import mix
+from latentprep.read.weight import rescale_weight
 from tests.conftest import SMALL
 
 
@@ -40,6 +40,8 @@ def test_a_sample_is_what_was_encoded(cache):
     assert batch.cond["prompt_embeds"].shape == (1, 77, 64)
     assert batch.cond["prompt_embeds"].dtype == torch.float32
     assert batch.weight.shape == (1, 1, 8, 8)
+    assert batch.weight.dtype == torch.float32
+    assert LatentDataset(cache, use_weight="raw")[0].weight.dtype == torch.float32
     assert batch.original_size.tolist() == [[80, 64]]
     assert data.caption(by_key(data)["tall2.png"]) == ["picture number 2"]
     assert data.uncond()["prompt_embeds"].shape == (1, 77, 64)
@@ -140,10 +142,10 @@ def test_include_cond(cache):
 
 def test_opening_touches_no_shard_and_pickles_without_maps(cache, tmp_path):
     data = LatentDataset(cache)
-    assert not data._open
+    assert not data._shards.opened
     assert data[0] is not None
-    assert data._open
-    assert not pickle.loads(pickle.dumps(data))._open
+    assert data._shards.opened
+    assert not pickle.loads(pickle.dumps(data))._shards.opened
     for path in (tmp_path / "cache" / "shards").iterdir():
         path.unlink()
     with pytest.raises(UserError, match=r"missing. Run the same latentprep encode again"):
@@ -188,6 +190,17 @@ def test_a_batch_of_two_buckets_is_refused(cache):
         LatentDataset(cache)[-9]
     data = LatentDataset(cache)
     assert torch.equal(data[-1].latent_mean, data[7].latent_mean)
+
+
+@pytest.mark.parametrize("where", [None, "", 3])
+def test_what_is_no_place_of_a_cache_is_refused(where):
+    with pytest.raises(UserError, match=f"^cache={where!r}: expected a folder or a URL"):
+        LatentDataset(where)
+
+
+def test_a_batch_of_no_samples_is_refused(cache):
+    with pytest.raises(UserError, match="a batch of no indices: expected at least one"):
+        LatentDataset(cache).__getitems__([])
 
 
 def test_plain_dataloader_with_the_sampler(cache):
@@ -338,6 +351,13 @@ def test_time_ids_are_those_of_diffusers_sdxl_training(cache):
         ({"placeholder_token": "x"}, "placeholder_token: without a template there is no [name]."),
         ({"keep_tags": 3}, "keep_tags=3: nothing is shuffled or dropped."),
         ({"use_weight": 1.5}, "use_weight=1.5: expected True, False, 'raw' or a floor such as 0.1."),
+        ({"use_weight": []}, "use_weight=[]: expected True, False, 'raw' or a floor such as 0.1."),
+        ({"flip_p": True}, "flip_p=True: a probability, expected 0 to 1."),
+        ({"shuffle_tags": "no"}, "shuffle_tags='no': expected True or False."),
+        ({"wildcards": 2}, "wildcards=2: expected True or False."),
+        ({"include_cond": None}, "include_cond=None: expected True or False."),
+        ({"placeholder_token": 3}, "placeholder_token=3: expected a text."),
+        ({"cond_model": 3, "shuffle_tags": True}, "cond_model: a int, expected a callable from prompts to cond."),
     ],
 )
 def test_options_that_do_not_go_together(cache, options, message):
@@ -374,14 +394,26 @@ def test_of_several_stored_prompts_each_epoch_takes_one_with_its_cond(cache):
     assert seen == set(range(24))
 
 
+def test_cond_that_is_not_made_yet_matters_to_those_who_ask_for_it(cache):
+    storage = Storage(cache)
+    manifest = open_manifest(storage)
+    (entry,) = manifest.shards
+    text = replace(entry.open_text(storage), cond={})
+    stamp = write_text(storage, entry.unit, "bare", text, {"recipe": {}})
+    commit(storage, replace(manifest, shards=[replace(entry, text="bare", text_file=stamp)]), [])
+    with pytest.raises(UserError, match=r"its images have no cond yet, .* Run the same latentprep encode with --only"):
+        LatentDataset(cache)[0]
+    assert LatentDataset(cache, include_cond=False)[0].cond is None
+
+
 def test_no_more_shards_stay_open_than_the_system_allows(run, images, tmp_path, monkeypatch):
     assert run("encode", images, "--out", tmp_path / "many", *SMALL, "--shard-size", "1kB").code == 0
     wanted = [LatentDataset(tmp_path / "many")[index] for index in range(8)]
-    monkeypatch.setattr("latentprep.read.dataset.MAX_OPEN", 3)
+    monkeypatch.setattr("latentprep.read.shards.MAX_OPEN", 3)
     data = LatentDataset(tmp_path / "many")
     for index in [*range(8), *range(8)]:
         assert torch.equal(data[index].latent_sample, wanted[index].latent_sample)
-        assert len(data._open) <= 3
+        assert len(data._shards.opened) <= 3
 
 
 def test_every_tensor_of_a_batch_moves(run, images, tmp_path):

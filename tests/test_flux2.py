@@ -5,13 +5,15 @@ import pickle
 import shutil
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from latentprep import LatentDataset
-from latentprep.cache.normalization import Normalization, normalization_from_json, patchify
+from latentprep.cache.manifest import LatentFacts
+from latentprep.cache.normalization import Normalization, patchify
 from latentprep.errors import UserError
 from latentprep.personalized.models import make_live_vae
 from latentprep.prepare.models import vaes
@@ -155,17 +157,23 @@ def test_patches_are_flux2s():
     assert torch.equal(loss, patchify(latents**2 * weight, 2))
 
 
+def facts(normalization):
+    """What a manifest says of latents of 4 channels."""
+    data = {"normalization": normalization, "factor": 8, "channels": 4, "views": ["plain"]}
+    return msgspec.convert(data, LatentFacts)
+
+
 @pytest.mark.parametrize("patch", [0, 3, True, 2.0, "2", None, [2]])
 def test_patches_that_are_none(patch):
-    with pytest.raises(ValueError, match="patch is"):
-        normalization_from_json({"patch": patch, "shift": [0.0], "scale": [1.0]}, 4)
+    with pytest.raises(ValueError, match="patch"):
+        facts({"patch": patch, "shift": [0.0], "scale": [1.0]})
 
 
 def test_of_patches_each_channel_has_its_numbers():
     data = {"patch": 2, "shift": [0.0] * 16, "scale": [1.0] * 16}
-    assert normalization_from_json(data, 4).to_json() == data
+    assert facts(data).normalization.to_json() == data
     with pytest.raises(ValueError, match="expected 1 or 16 numbers"):
-        normalization_from_json({**data, "shift": [0.0] * 4}, 4)
+        facts({**data, "shift": [0.0] * 4})
 
 
 def test_a_manifest_of_latents_that_are_no_patches_is_refused(flux2, images, tmp_path, run):

@@ -27,7 +27,8 @@ from latentprep.errors import UserError
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.source.folder import Folder
 from latentprep.read import counters
-from latentprep.read.batch import LatentBatch, rescale_weight
+from latentprep.read.batch import LatentBatch
+from latentprep.read.weight import rescale_weight
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files, rows
 from tests.test_incremental import SHARDS, same_rows, touch

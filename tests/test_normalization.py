@@ -3,13 +3,15 @@
 import json
 import shutil
 
+import msgspec
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from latentprep import LatentDataset
-from latentprep.cache.normalization import Normalization, normalization_from_json
+from latentprep.cache.manifest import LatentFacts
+from latentprep.cache.normalization import Normalization
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import TINY
 from tests.test_single_file import configs_of, ldm_vae, make_sd1, opened, posterior
@@ -154,9 +156,8 @@ def test_tiny_is_scaled_by_its_config():
         {"shift": [0.0], "scale": [1.0] * 3}, {"shift": [True], "scale": [1.0]}, {"shift": ["0"], "scale": [1.0]},
         {"shift": [float("nan")], "scale": [1.0]}, {"shift": [0.0], "scale": [float("inf")]},
         {"shift": [0.0], "scale": [0.0]}, {"shift": [0.0], "scale": [-1.0]}, {"shift": [2e6], "scale": [1.0]},
-        {"shift": [0.0], "scale": [1.0], "more": 1},
     ],
 )  # fmt: skip
 def test_normalizations_that_are_none(data):
     with pytest.raises(ValueError, match=r"normalization|shift|scale"):
-        normalization_from_json(data, 4)
+        msgspec.convert({"normalization": data, "factor": 8, "channels": 4, "views": ["plain"]}, LatentFacts)

@@ -139,8 +139,8 @@ def test_verify_inspect_and_compact_know_it(cache, images, run):
 def test_a_shard_of_the_other_kind_does_not_fit(cache):
     data = LatentDataset(cache[0])
     data[0]
-    data._cond["prompt_embeds"] = (torch.float16, (77, WIDTH))
-    data._open.clear()
+    data._shards.cond["prompt_embeds"] = (torch.float16, (77, WIDTH))
+    data._shards.opened.clear()
     with pytest.raises(UserError, match="do not fit the others"):
         data[0]
 

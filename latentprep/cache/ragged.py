@@ -1,7 +1,6 @@
 """Cond of P prompts: one tensor if all have the same number of tokens, else rows of their own lengths (Ragged)."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -81,11 +80,6 @@ def pad(rows: Sequence[Tensor], fill: str) -> tuple[Tensor, Tensor]:
         return torch.cat([row, last.expand(longest - len(row), *row.shape[1:])]) if len(row) < longest else row
 
     return torch.stack([lengthen(row) for row in rows]), torch.tensor([len(row) for row in rows])
-
-
-def fill_of(recipe: Mapping[str, Any]) -> str:
-    """How a text recipe says that shorter rows are filled up; one that does not say so repeats."""
-    return ZEROS if recipe.get("fill") == ZEROS else REPEAT
 
 
 def mask_of(lengths: Tensor, longest: int) -> Tensor:

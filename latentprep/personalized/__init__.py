@@ -4,7 +4,8 @@ Old training code moves over with one changed import. The images are encoded onc
 the second start on only what is new. What is different from the ancestor stands in the README.
 """
 
-from latentprep.personalized.dataset import DatasetEntry, LatentDist, PersonalizedBase
+from latentprep.personalized.dataset import PersonalizedBase
+from latentprep.personalized.entries import DatasetEntry, LatentDist
 from latentprep.personalized.loader import BatchLoader, PersonalizedDataLoader
 
 __all__ = ["BatchLoader", "DatasetEntry", "LatentDist", "PersonalizedBase", "PersonalizedDataLoader"]

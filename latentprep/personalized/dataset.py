@@ -1,7 +1,7 @@
 """PersonalizedBase: the entries of stable-diffusion-webui's dataset, read from a latent cache."""
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from secrets import randbits
@@ -14,50 +14,22 @@ from torch.utils.data import Dataset, get_worker_info
 
 from latentprep.errors import UserError
 from latentprep.geometry import Geometry
+from latentprep.human import shortened
 from latentprep.options import EncodeOptions, ImageOptions, TextOptions
+from latentprep.personalized.entries import DatasetEntry, EpochIndices, LatentDist, OnTouch
 from latentprep.personalized.models import DTYPES, make_live_vae
 from latentprep.personalized.update import Interrupted, check_without_models, keywords_for_options, update_cache
 from latentprep.prompts import load_template, vary_tags
-from latentprep.read.counters import check_int, mix
-from latentprep.read.dataset import SAMPLING_METHODS, LatentDataset
-
-
-@dataclass
-class LatentDist:
-    """The posterior of one image, unscaled, as the ancestor's entries held it."""
-
-    mean: Tensor  # [1,C,h,w] float32
-    std: Tensor  # the same
-
-    def sample(self) -> Tensor:
-        return self.mean + self.std * torch.randn_like(self.mean)
-
-    def mode(self) -> Tensor:
-        return self.mean
-
-
-@dataclass
-class DatasetEntry:
-    """One image, as the ancestor handed it out."""
-
-    filename: str
-    filename_text: str  # its caption
-    latent_dist: LatentDist | None = None  # with latent_sampling_method "random"
-    latent_sample: Tensor | None = None  # [C,h,w] float32, scaled for the UNet
-    cond: Tensor | None = None  # [T,D]; T is the prompt's own
-    cond_text: str | None = None  # its prompt
-    weight: Tensor | None = None  # [C,h,w], minimum 0 and mean 1
-
-
-class EpochIndices(list[int]):
-    """The indices of a batch of PersonalizedDataLoader, whose epoch decides the draws.
-
-    Any other list of indices gets new draws at each call.
-    """
-
-    def __init__(self, indices: list[int], epoch: int) -> None:
-        super().__init__(indices)
-        self.epoch = epoch
+from latentprep.read.arguments import (
+    check_flags,
+    check_int,
+    check_kind,
+    check_location,
+    check_sampling_method,
+    check_share,
+)
+from latentprep.read.counters import mix
+from latentprep.read.dataset import LatentDataset
 
 
 class PersonalizedBase(Dataset[DatasetEntry]):
@@ -124,23 +96,19 @@ class PersonalizedBase(Dataset[DatasetEntry]):
     ) -> None:
         if not str(data_root or ""):
             raise UserError("data_root: is empty, expected a folder of images.")
-        if cache is not None and not (isinstance(cache, Path) or (isinstance(cache, str) and cache)):
-            raise UserError(f"cache={cache!r}: expected a folder or a URL.")
+        if cache is not None:
+            check_location(cache)
         width, height = check_int("width", width, 1), check_int("height", height, 1)
         batch_size, gradient_step = check_int("batch_size", batch_size, 1), check_int("gradient_step", gradient_step, 1)
         repeats = check_int("repeats", repeats, 1)
         flip_p, tag_drop_out = check_share("flip_p", flip_p), check_share("tag_drop_out", tag_drop_out)
-        for name, flag in (
-            ("include_cond", include_cond), ("shuffle_tags", shuffle_tags), ("varsize", varsize),
-            ("use_weight", use_weight), ("overwrite", overwrite), ("allow_gone", allow_gone),
-        ):  # fmt: skip
-            check_kind(name, flag, (bool, np.bool_), "True or False")
+        check_flags(
+            include_cond=include_cond, shuffle_tags=shuffle_tags, varsize=varsize, use_weight=use_weight,
+            overwrite=overwrite, allow_gone=allow_gone,
+        )  # fmt: skip
         for name, text in (("placeholder_token", placeholder_token), ("version", version)):
             check_kind(name, text, (str,), "a text")
-        if latent_sampling_method not in SAMPLING_METHODS:
-            raise UserError(
-                f"latent_sampling_method={latent_sampling_method!r}: expected one of {', '.join(SAMPLING_METHODS)}."
-            )
+        check_sampling_method(latent_sampling_method)
         if interrupted is not None and not callable(interrupted):
             raise UserError(f"interrupted={interrupted!r}: expected a function that gives True or False.")
         if cond_model is not None and not (callable(cond_model) or hasattr(cond_model, "encode_prompt")):
@@ -191,6 +159,9 @@ class PersonalizedBase(Dataset[DatasetEntry]):
 
     def __len__(self) -> int:
         return self.length
+
+    def __repr__(self) -> str:
+        return f"PersonalizedBase({shortened(self.data_root, 200)}, {self.data!r})"
 
     def __getitem__(self, index: int) -> DatasetEntry:
         return self.__getitems__([index])[0]
@@ -244,14 +215,14 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         return line.replace("[filewords]", caption).replace("[name]", self.placeholder_token)
 
     @property
-    def dataset(self) -> list[DatasetEntry]:
-        """An entry for each image; read anew at every access."""
-        return [self[index] for index in range(self.data.num_images)]
+    def dataset(self) -> OnTouch[DatasetEntry]:
+        """An entry for each image; each is read, and drawn anew, whenever it is touched."""
+        return OnTouch(self.data.num_images, self.__getitem__)
 
     @property
-    def image_paths(self) -> list[str]:
+    def image_paths(self) -> OnTouch[str]:
         """The path of each image, in the order of `dataset`."""
-        return [self._path(index) for index in range(self.data.num_images)]
+        return OnTouch(self.data.num_images, self._path)
 
     @cached_property
     def groups(self) -> list[list[int]]:
@@ -268,15 +239,3 @@ def default_cache(root: str, size: str) -> str:
     if not folder.name:
         raise UserError(f"data_root {root}: the cache cannot lie beside it. Say where it goes: cache=.")
     return f"{folder}.{size}.latents"
-
-
-def check_share(name: str, value: Any) -> float:
-    """An argument as a float. Raises UserError if it is not 0 to 1."""
-    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 <= value <= 1:
-        raise UserError(f"{name}={value!r}: a probability, expected 0 to 1.")
-    return float(value)
-
-
-def check_kind(name: str, value: Any, kinds: tuple[type, ...], expected: str) -> None:
-    if not isinstance(value, kinds):
-        raise UserError(f"{name}={value!r}: expected {expected}.")

@@ -7,8 +7,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentprep.errors import UserError
-from latentprep.personalized.dataset import DatasetEntry, EpochIndices, PersonalizedBase
-from latentprep.read.counters import check_int
+from latentprep.human import counted
+from latentprep.personalized.dataset import PersonalizedBase
+from latentprep.personalized.entries import DatasetEntry, EpochIndices
+from latentprep.read.arguments import check_int
+from latentprep.read.describe import show_shape
 from latentprep.read.sampler import BucketBatchSampler
 
 
@@ -21,6 +24,11 @@ class BatchLoader:
         self.latent_sample = torch.stack([entry.latent_sample for entry in data])  # type: ignore[misc]  # [B,C,h,w]
         weights = [entry.weight for entry in data if entry.weight is not None]
         self.weight = torch.stack(weights) if len(weights) == len(data) else None  # [B,C,h,w]
+
+    def __repr__(self) -> str:
+        return (
+            f"BatchLoader({counted(len(self.latent_sample), 'sample')} of {show_shape(self.latent_sample.shape[1:])})"
+        )
 
     def pin_memory(self) -> "BatchLoader":
         self.latent_sample = self.latent_sample.pin_memory()
@@ -64,6 +72,9 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
             if self._running == epoch:  # else another `for` has begun since: the state is that one's
                 self._used = used
             yield batch
+
+    def __repr__(self) -> str:
+        return f"PersonalizedDataLoader({self.batches.describe()}, next epoch {self.epoch},\n  {self.dataset!r})"
 
     @property
     def next_batch(self) -> int:

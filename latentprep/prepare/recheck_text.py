@@ -107,6 +107,7 @@ def list_samples(
     storage: Storage, manifest: Manifest, options: TextOptions, count: int, seed: int
 ) -> Iterator[Sample | Problem]:
     """The empty prompt, then those of `count` random images, each once for a shard; a Problem for a wrong prompt."""
+    assert manifest.uncond is not None  # find_text says so
     _, uncond = open_uncond(storage, manifest.uncond.id)
     yield Sample(uncond_name(manifest.uncond.id), "", {name: value[0] for name, value in uncond.items()})
     for entry, rows in groupby(sample_rows(manifest, count, seed), key=lambda sample: sample[0]):

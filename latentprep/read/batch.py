@@ -8,11 +8,14 @@ import torch
 from torch import Tensor
 
 from latentprep.cache.normalization import Normalization
+from latentprep.human import counted
+from latentprep.read.cond import finish_cond
+from latentprep.read.describe import show_dtype, show_shape, show_tensors
 
 CondModel = Callable[[list[str]], "Tensor | dict[str, Tensor]"]  # B prompts -> [B,T,D], or name -> [B,...]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class LatentBatch:
     """B samples of one bucket. Numbers stay as stored until they are asked for, so that little crosses to the GPU."""
 
@@ -29,12 +32,27 @@ class LatentBatch:
     crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
     flipped: Tensor  # [B] bool
     cond_lengths: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] int64: tokens before the padding
+    fields: dict[str, Tensor] = field(default_factory=dict)  # name -> [B,...]: what else the cache holds of each sample
     cond_model: CondModel | None = None  # makes cond of cond_text, where the dataset makes prompts of its own
-    _drawn: Tensor | None = field(default=None, repr=False)
-    _made_cond: dict[str, Tensor] | None = field(default=None, repr=False)
+    _drawn: Tensor | None = None
+    _made_cond: dict[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.index)
+
+    def __repr__(self) -> str:
+        mean = self.latent_mean
+        stored = "mean" if self.latent_std is None else "mean and std"
+        parts = [f"{counted(len(self), 'sample')} of {show_shape(mean.shape[1:])} {show_dtype(mean.dtype)}, {stored}"]
+        if self.stored_cond is not None:
+            parts.append(f"cond {show_tensors(self.stored_cond)}")
+        elif self.cond_model is not None:
+            parts.append("cond by cond_model")
+        if self.weight is not None:
+            parts.append("weight")
+        if self.fields:
+            parts.append(show_tensors(self.fields))
+        return f"LatentBatch({', '.join(parts)}, on {mean.device})"
 
     @property
     def latent_sample(self) -> Tensor:
@@ -56,13 +74,14 @@ class LatentBatch:
     def cond(self) -> dict[str, Tensor] | None:
         """Text embeddings: {"prompt_embeds": [B,T,D], ...}, float32 as far as they are stored; None without.
 
-        If prompts differ in length, shorter ones are filled up to the longest of the batch, as their recipe says: with
-        zeros, or with their last vector, as in stable-diffusion-webui. `cond_lengths` says how long each is.
+        If the prompts of a model differ in length, shorter ones are padded to the longest of the batch, and
+        {"prompt_embeds_mask": [B,T] bool} says which tokens are their own; `cond_lengths` says how many. The padding
+        is what the model's family wants: zeros, or the last vector again, as in stable-diffusion-webui.
 
         Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
         """
         if self.stored_cond is not None:
-            return {name: value.float() for name, value in self.stored_cond.items()}
+            return finish_cond(self.stored_cond, self.cond_lengths)
         if self._made_cond is None and self.cond_model is not None:
             made = self.cond_model(self.cond_text)
             self._made_cond = made if isinstance(made, dict) else {"prompt_embeds": made}
@@ -91,17 +110,13 @@ class LatentBatch:
         """The batch in page-locked memory; a DataLoader with pin_memory=True calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, move: Any) -> "LatentBatch":
-        names = (
-            "index", "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped",
-            "_drawn",
-        )  # fmt: skip
-        moved = {name: move(value) for name in names if (value := getattr(self, name)) is not None}
-        if self._made_cond is not None:
-            moved["_made_cond"] = {name: move(value) for name, value in self._made_cond.items()}
-        moved["cond_lengths"] = {name: move(value) for name, value in self.cond_lengths.items()}
-        if self.stored_cond is not None:
-            moved["stored_cond"] = {name: move(value) for name, value in self.stored_cond.items()}
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "LatentBatch":
+        moved: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor) and name != "noise_seed":
+                moved[name] = move(value)
+            elif isinstance(value, dict):
+                moved[name] = {key: move(tensor) for key, tensor in value.items()}
         return replace(self, **moved)
 
 
@@ -112,13 +127,3 @@ def draw_noise(seeds: Tensor, like: Tensor) -> Tensor:
     for row, seed in zip(noise, seeds.tolist(), strict=True):
         row.normal_(generator=generator.manual_seed(seed))
     return noise
-
-
-def rescale_weight(weight: Tensor) -> Tensor:
-    """Weight maps [B,1,h,w] with a minimum of 0 and a mean of 1 each; ones where a map is constant.
-
-    stable-diffusion-webui's rule, which divided by zero for constant maps.
-    """
-    weight = weight - weight.amin(dim=(1, 2, 3), keepdim=True)
-    mean = weight.mean(dim=(1, 2, 3), keepdim=True)
-    return torch.where(mean > 0, weight / mean.clamp(min=torch.finfo(weight.dtype).tiny), torch.ones_like(weight))

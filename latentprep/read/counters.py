@@ -1,24 +1,8 @@
 """Random choices from counters: they depend on seed, epoch and sample, and on no state that a process could lose."""
 
 from math import isqrt
-from operator import index
 
 import numpy as np
-
-from latentprep.errors import UserError
-
-
-def check_int(name: str, value: object, low: int | None = None) -> int:
-    """An argument as an int, numpy's too. Raises UserError for anything else, and below `low`."""
-    try:
-        if isinstance(value, bool):
-            raise TypeError
-        found = index(value)  # type: ignore[arg-type]
-    except TypeError:
-        raise UserError(f"{name}={value!r}: expected a whole number.") from None
-    if low is not None and found < low:
-        raise UserError(f"{name}={found}: expected at least {low}.")
-    return found
 
 
 def mix(seed: int, *parts: np.ndarray | int) -> np.ndarray:

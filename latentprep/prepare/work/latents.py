@@ -5,7 +5,7 @@ encodes in the thread that calls run(); what it gives is fetched and checked beh
 """
 
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -83,7 +83,7 @@ class Run:
         self.results: SimpleQueue[Any] = SimpleQueue()
         self.failed: set[str] = set()  # ids of units of which nothing more is to be done
         self.stopping = Signal()
-        self.waits: Counter[Any] = Counter()  # stage -> seconds, since the last Step
+        self.waits: defaultdict[str, float] = defaultdict(float)  # stage -> seconds, since the last Step
 
     def run(self, units: Iterable[Unit]) -> Iterator[Event]:
         """See LatentsWorker.run."""
@@ -119,7 +119,7 @@ class Run:
             if message is not None:
                 with self._on("write"):
                     self._put(self.behind, message)
-            waits, self.waits = self.waits, Counter()
+            waits, self.waits = self.waits, defaultdict(float)
             yield Step(num_done, is_new, waits)
             while not self.results.empty():
                 yield self._get("write", self.results)

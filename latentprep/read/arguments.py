@@ -1,0 +1,64 @@
+"""Arguments of the reader's classes, checked: what cannot be meant is refused in one line that names it."""
+
+from operator import index
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from latentprep.errors import UserError
+
+SAMPLING_METHODS = ("once", "deterministic", "random")
+
+
+def check_int(name: str, value: object, low: int | None = None) -> int:
+    """An argument as an int, numpy's too. Raises UserError for anything else, and below `low`."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        number = index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(f"{name}={value!r}: expected a whole number.") from None
+    if low is not None and number < low:
+        raise UserError(f"{name}={number}: expected at least {low}.")
+    return number
+
+
+def check_share(name: str, value: Any) -> float:
+    """A probability as a float. Raises UserError if it is not 0 to 1."""
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating) or not 0 <= value <= 1:
+        raise UserError(f"{name}={value!r}: a probability, expected 0 to 1.")
+    return float(value)
+
+
+def check_kind(name: str, value: Any, kinds: tuple[type, ...], expected: str) -> None:
+    """Raise UserError unless an argument is of one of these types."""
+    if not isinstance(value, kinds):
+        raise UserError(f"{name}={value!r}: expected {expected}.")
+
+
+def check_location(value: Any) -> None:
+    """Raise UserError unless `cache` is a path or a URL."""
+    if not isinstance(value, str | PathLike) or not str(value):
+        raise UserError(f"cache={value!r}: expected a folder or a URL.")
+
+
+def check_flags(**flags: Any) -> None:
+    """Raise UserError unless all of these arguments are True or False, numpy's too."""
+    for name, flag in flags.items():
+        check_kind(name, flag, (bool, np.bool_), "True or False")
+
+
+def check_sampling_method(value: Any) -> str:
+    """`latent_sampling_method`. Raises UserError if it is none of the three."""
+    if value not in SAMPLING_METHODS:
+        raise UserError(f"latent_sampling_method={value!r}: expected one of {', '.join(SAMPLING_METHODS)}.")
+    return str(value)
+
+
+def check_use_weight(value: Any) -> bool | str | float:
+    """`use_weight`. Raises UserError for anything but a bool, "raw" or a floor of 0 to 1."""
+    is_floor = isinstance(value, float) and 0 <= value <= 1
+    if isinstance(value, bool) or is_floor or (isinstance(value, str) and value == "raw"):
+        return value  # type: ignore[no-any-return]
+    raise UserError(f"use_weight={value!r}: expected True, False, 'raw' or a floor such as 0.1.")

@@ -1,0 +1,100 @@
+"""Stored cond of a batch: gathered, that of the empty prompt put in for what is dropped, and padded to one length."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.manifest import Manifest
+from latentprep.cache.names import uncond_name
+from latentprep.cache.ragged import REPEAT, Cond, Conds, mask_of, pad, row_shape
+from latentprep.cache.storage import Storage
+from latentprep.cache.text import open_uncond
+from latentprep.errors import UserError
+from latentprep.read.shards import Run, gather
+
+Rows = Tensor | list[Tensor]  # [B,...], or B tensors [T,...], each with its own T
+
+
+class StoredCond:
+    """The cond of a cache: that of its prompts, and that of the empty prompt, which is read when first needed."""
+
+    def __init__(self, storage: Storage, manifest: Manifest) -> None:
+        self.storage, self.manifest = storage, manifest
+        self.fill = manifest.recipe.text.fill or REPEAT  # how shorter prompts are padded, as the family has it
+        self._empty: Conds | None = None
+
+    @property
+    def is_there(self) -> bool:
+        return self.manifest.uncond is not None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_empty": None}  # memory maps are opened anew in each process
+
+    def empty(self) -> Conds:
+        """Cond of the empty prompt, name -> [1,...], as stored. Raises UserError."""
+        if self._empty is None:
+            self._empty = open_uncond(self.storage, self._name)[1]
+        return self._empty
+
+    @property
+    def _name(self) -> str:
+        """What the file of the empty prompt is called by."""
+        assert self.manifest.uncond is not None
+        return self.manifest.uncond.id
+
+    def take(
+        self, runs: list[Run], prompts: list[np.ndarray], is_dropped: np.ndarray | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Cond of a batch, name -> [B,...], and of what is padded the lengths, name -> [B] int64.
+
+        prompts: of each run the numbers [n] of its samples' prompts. is_dropped [B] bool: which get the empty prompt's;
+        None: none does.
+        """
+        cond: dict[str, Tensor] = {}
+        lengths: dict[str, Tensor] = {}
+        for name, first in runs[0].group.cond.items():
+            rows = gather_cond([(run.group.cond[name], own) for run, own in zip(runs, prompts, strict=True)])
+            if is_dropped is not None:
+                put_empty(rows, is_dropped, self._empty_row(name, first))
+            if isinstance(rows, Tensor):
+                cond[name] = rows
+            else:
+                cond[name], lengths[name] = pad(rows, self.fill)
+        return cond, lengths
+
+    def _empty_row(self, name: str, like: Cond) -> Tensor:
+        """[T,...] of the empty prompt. Raises UserError if that is of another shape than the prompts' own."""
+        empty = self.empty().get(name)
+        if empty is None or row_shape(empty) != row_shape(like):
+            raise UserError(
+                f"{self.storage.locate(uncond_name(self._name))}: its {name} does not fit that of the "
+                "shards. Run latentprep verify."
+            )
+        return empty[0]
+
+
+def gather_cond(parts: list[tuple[Cond, np.ndarray]]) -> Rows:
+    """Rows of what is stored, part after part. All parts are of one kind, dense or ragged: OpenShards checks that."""
+    dense = [(value, own) for value, own in parts if isinstance(value, Tensor)]
+    return gather(dense) if dense else [value[row] for value, own in parts for row in own.tolist()]
+
+
+def put_empty(rows: Rows, is_dropped: np.ndarray, empty: Tensor) -> None:
+    """Put the empty prompt's [T,...] in the place of dropped rows."""
+    if isinstance(rows, Tensor):
+        rows[torch.from_numpy(is_dropped)] = empty.to(rows.dtype)
+    else:
+        rows[:] = [empty.to(row.dtype) if drop else row for row, drop in zip(rows, is_dropped, strict=True)]
+
+
+def finish_cond(stored: dict[str, Tensor], lengths: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Cond as a training loop takes it: name -> [B,...] float32, and <name>_mask [B,T] bool of each that has lengths.
+
+    A mask says which tokens are a prompt's own, and no padding. One that is stored under that name counts instead.
+    """
+    cond = {name: value.float() for name, value in stored.items()}
+    for name, own in lengths.items():
+        cond.setdefault(f"{name}_mask", mask_of(own, stored[name].shape[1]))
+    return cond

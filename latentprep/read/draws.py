@@ -1,0 +1,52 @@
+"""Draws: what chance decides of the samples of one batch."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.read.counters import CROP, FLIP, NOISE, fractions, mix
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """The choices of B samples. They depend on seed, epoch and sample: on no batch, order or process."""
+
+    seed: int
+    epoch: int
+    samples: np.ndarray  # [B] int64: indices into the dataset, 0 or more
+    num_images: int  # sample n is of image n % num_images, and its repetition n // num_images
+
+    def numbers(self, what: int) -> np.ndarray:
+        """[B] uint64 for one purpose: a counter's name, such as counters.FLIP."""
+        return mix(self.seed, what, self.epoch, self.samples)
+
+    def happens(self, what: int, share: float) -> np.ndarray:
+        """[B] bool: true for this share of all samples."""
+        return fractions(self.numbers(what)) < share
+
+    def pick(self, what: int, count: int, span: slice = slice(None)) -> np.ndarray:
+        """[b] int64 below count, for a part of the samples: repetitions of an image take its choices in turn."""
+        repeat, image = np.divmod(self.samples[span], self.num_images)
+        start = (mix(self.seed, what, self.epoch, image) % np.uint64(count)).astype(np.int64)
+        picked: np.ndarray = (start + repeat) % count
+        return picked
+
+    def views(self, num_crops: int, num_mirrors: int, flip_p: float) -> np.ndarray:
+        """[B] int64: the view of each sample. Views stand crop after crop, each as it is and then mirrored."""
+        view = np.zeros(len(self.samples), np.int64)
+        if num_crops > 1:
+            view = self.pick(CROP, num_crops) * num_mirrors
+        if flip_p:
+            view += self.happens(FLIP, flip_p)
+        return view
+
+    def noise_seeds(self, digest: np.ndarray | None) -> Tensor:
+        """[B] int64 of 0 or more: where the noise of each sample starts.
+
+        `digest` [B] uint64: with it the seeds follow from the content of the images alone, so that they stay the same
+        in every epoch and while the cache grows.
+        """
+        numbers = self.numbers(NOISE) if digest is None else mix(self.seed, NOISE, 0, digest)
+        return torch.from_numpy((numbers >> np.uint64(1)).astype(np.int64))

@@ -1,0 +1,125 @@
+"""Which prompt each sample of a batch has: one of those that are stored, or one made anew of its captions."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch import Tensor
+
+from latentprep.errors import UserError
+from latentprep.prompts import expand_wildcards, make_prompt, vary_tags
+from latentprep.read.arguments import check_flags, check_int, check_kind, check_share
+from latentprep.read.cond import StoredCond
+from latentprep.read.counters import CAPTION, DROP, PROMPT
+from latentprep.read.draws import Draws
+from latentprep.read.shards import Run
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How prompts are made anew of captions, for every sample and epoch. Raises UserError for what does not fit."""
+
+    template: tuple[str, ...] | None = None  # lines
+    placeholder_token: str = ""
+    shuffle_tags: bool = False
+    keep_tags: int = 0
+    tag_drop_out: float = 0.0
+    wildcards: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(shuffle_tags=self.shuffle_tags, wildcards=self.wildcards)
+        check_kind("placeholder_token", self.placeholder_token, (str,), "a text")
+        check_share("tag_drop_out", self.tag_drop_out)
+        check_int("keep_tags", self.keep_tags, 0)
+        if self.template and any("[name]" in line for line in self.template) and not self.placeholder_token:
+            raise UserError("template: uses [name]. Say what it stands for: placeholder_token='sks dog'.")
+        if self.placeholder_token and self.template is None:
+            raise UserError("placeholder_token: without a template there is no [name]. Give template= as well.")
+        if self.keep_tags and not (self.shuffle_tags or self.tag_drop_out):
+            raise UserError(f"keep_tags={self.keep_tags}: nothing is shuffled or dropped. Give shuffle_tags=True.")
+
+    @property
+    def makes_prompts(self) -> bool:
+        """Whether anything is asked for, so that the stored prompts do not count."""
+        return self.template is not None or self.shuffle_tags or self.tag_drop_out > 0 or self.wildcards
+
+    def make(self, key: str, captions: list[str], seed: int) -> str:
+        """A prompt of one of an image's captions: tags dropped and shuffled, a line of the template filled."""
+        random = np.random.default_rng(seed)
+        caption = captions[int(random.integers(len(captions)))] if captions else ""
+        caption = expand_wildcards(caption, random) if self.wildcards else caption
+        caption = vary_tags(caption, random, self.shuffle_tags, self.tag_drop_out, self.keep_tags)
+        of_line = random if self.wildcards else None
+        return make_prompt(self.template, caption, self.placeholder_token, seed, key, wildcards=of_line)
+
+
+def check_cond_model(cond_model: Any, wording: Wording, needs_cond: bool) -> None:
+    """Raise UserError if prompts are made anew and nothing makes their cond, or cond_model would have nothing to do."""
+    if wording.makes_prompts and needs_cond and cond_model is None:
+        raise UserError(
+            "template, shuffle_tags, tag_drop_out and wildcards make prompts anew, which the stored cond does not "
+            "fit. Give cond_model=, a callable from prompts to cond, or include_cond=False."
+        )
+    if cond_model is None:
+        return
+    if not callable(cond_model):
+        raise UserError(f"cond_model: a {type(cond_model).__name__}, expected a callable from prompts to cond.")
+    if not wording.makes_prompts:
+        raise UserError(
+            "cond_model: the cond is stored already. It is for prompts that are made anew: template, shuffle_tags, "
+            "tag_drop_out, wildcards."
+        )
+
+
+class TextOfBatch(NamedTuple):
+    """What a batch says."""
+
+    prompts: list[str]  # B
+    cond: dict[str, Tensor] | None  # name -> [B,...] as stored; None: there is none, or it is to be made
+    lengths: dict[str, Tensor]  # name -> [B] int64, of cond that is padded
+
+
+class Prompts:
+    """The prompts of a cache and their stored cond; of a share of the samples the empty prompt and its cond."""
+
+    def __init__(self, wording: Wording, stored: StoredCond, *, include_cond: bool, caption_dropout: float) -> None:
+        check_share("caption_dropout", caption_dropout)
+        self.wording, self.stored = wording, stored
+        self.include_cond, self.caption_dropout = include_cond, caption_dropout
+
+    def take(self, runs: list[Run], draws: Draws) -> TextOfBatch:
+        """Raises UserError if the empty prompt's cond is needed and cannot be read."""
+        is_dropped = draws.happens(DROP, self.caption_dropout) if self.caption_dropout else None
+        if is_dropped is not None and not is_dropped.any():
+            is_dropped = None
+        if self.wording.makes_prompts:
+            return TextOfBatch(drop(self._made(runs, draws), is_dropped), None, {})
+        numbers = [choose_prompts(run, draws) for run in runs]
+        stored = [run.group.prompt[n] for run, own in zip(runs, numbers, strict=True) for n in own.tolist()]
+        prompts = drop(stored, is_dropped)
+        if not self.include_cond or not runs[0].group.cond:
+            return TextOfBatch(prompts, None, {})
+        return TextOfBatch(prompts, *self.stored.take(runs, numbers, is_dropped))
+
+    def _made(self, runs: list[Run], draws: Draws) -> list[str]:
+        seeds = draws.numbers(CAPTION).tolist()
+        images = [(run.group, n) for run in runs for n in run.images.tolist()]
+        return [
+            self.wording.make(group.key[n], group.caption[n], seed)
+            for (group, n), seed in zip(images, seeds, strict=True)
+        ]
+
+
+def choose_prompts(run: Run, draws: Draws) -> np.ndarray:
+    """[n] int32: for each sample of a run one of the K prompts of its image, by its number in the shard."""
+    count = run.group.prompt_of.shape[1]
+    variant = draws.pick(PROMPT, count, run.span) if count > 1 else 0
+    numbers: np.ndarray = run.group.prompt_of[run.images, variant]
+    return numbers
+
+
+def drop(prompts: list[str], is_dropped: np.ndarray | None) -> list[str]:
+    """The prompts, but the empty one in place of those that are dropped, [B] bool; None: none is."""
+    if is_dropped is None:
+        return prompts
+    return ["" if gone else prompt for prompt, gone in zip(prompts, is_dropped.tolist(), strict=True)]

@@ -1,0 +1,170 @@
+"""Open files: OpenGroups, memory-mapped on first touch and checked against what the manifest promises; their rows."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentprep.cache.group import LatentGroup, TextGroup
+from latentprep.cache.manifest import Manifest
+from latentprep.cache.ragged import Conds, row_shape
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.read.describe import show_dtype
+
+MAX_OPEN = 16_000  # groups, of two memory maps each: Linux allows a process 65,530 maps
+# fields that a batch has under a name of its own, or has no use for
+KNOWN = frozenset({
+    "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped", "digest",
+    "prompt_of", "nbytes", "version",
+})  # fmt: skip
+
+
+def list_columns(group: LatentGroup, words: TextGroup) -> Iterator[tuple[str, str, Tensor]]:
+    """The numbers that both files hold of a group: name, letters of the shape as in the table of fields, and values."""
+    for part in (group, words):
+        for field in part.table():
+            value = part.columns.get(field.name)
+            if value is not None and isinstance(field.kind, frozenset):
+                yield field.name, field.shape, torch.as_tensor(value)
+
+
+class OpenGroup:
+    """One group of a shard, memory-mapped: N images in V views. Of image n, view v stands in row n * V + v."""
+
+    def __init__(self, group: LatentGroup, words: TextGroup, prompt: Sequence[str], cond: Conds) -> None:
+        count, self.num_views = group.latent_mean.shape[:2]
+        self.shape = tuple(group.latent_mean.shape[2:])
+        self.of_view: dict[str, Tensor] = {}  # field -> [N*V,...]
+        self.of_image: dict[str, Tensor] = {}  # field -> [N,...]
+        for name, letters, value in list_columns(group, words):
+            if not letters.startswith("N"):  # one for all images
+                value, letters = value.expand(count, *value.shape), f"N{letters}"
+            if letters.startswith("NV"):
+                self.of_view[name] = value.flatten(0, 1)
+            else:
+                self.of_image[name] = value
+        self.others = [name for name in (*self.of_view, *self.of_image) if name not in KNOWN]
+        self.mean, self.std = self.of_view["latent_mean"], self.of_view.get("latent_std")
+        weight = self.of_view.get("weight")
+        self.weight = torch.ones((), dtype=torch.float16).expand(count * self.num_views, *self.shape[1:])
+        if weight is not None:
+            self.weight = weight
+        # [N*V,8]: original_size, resized_size, crop; numpy, since a row of it costs a tenth of a tensor's
+        original_size = group.original_size[:, None].expand(-1, self.num_views, -1)
+        self.geometry = torch.cat([original_size, group.resized_size, group.crop], dim=2).flatten(0, 1).numpy()
+        self.digest = group.digest.numpy().view(np.uint64)[:, 0]  # [N]: half of each image's content hash
+        self.key, self.caption, self.prompt_of = words.key, words.caption, words.prompt_of
+        self.prompt, self.cond = prompt, cond
+
+
+class Run(NamedTuple):
+    """Consecutive samples of a batch that stand in one group."""
+
+    group: OpenGroup
+    images: np.ndarray  # [n] int64: their rows in what there is of every image
+    views: np.ndarray  # [n] int64: their rows in what there is of every view
+    span: slice  # where they are in the batch
+
+
+def gather(parts: list[tuple[Tensor, np.ndarray]]) -> Tensor:
+    """[B,...]: rows of memory-mapped tensors, part after part."""
+    count = sum(len(rows) for _, rows in parts)
+    if len(parts) * 4 > count:  # few rows of each: one stack of views is the fastest
+        return torch.stack([tensor[row] for tensor, rows in parts for row in rows.tolist()])
+    out = torch.empty((count, *parts[0][0].shape[1:]), dtype=parts[0][0].dtype)
+    start = 0
+    for tensor, rows in parts:
+        torch.index_select(tensor, 0, torch.from_numpy(rows.astype(np.int64)), out=out[start : start + len(rows)])
+        start += len(rows)
+    return out
+
+
+def gather_std(runs: list[Run]) -> Tensor | None:
+    """[B,C,h,w]; None if the cache has none."""
+    parts = [(run.group.std, run.views) for run in runs if run.group.std is not None]
+    return gather(parts) if parts else None
+
+
+def gather_others(runs: list[Run]) -> dict[str, Tensor]:
+    """Fields that the reader does not know, name -> [B,...]; those that all groups of the batch have."""
+    names = [name for name in runs[0].group.others if all(name in run.group.others for run in runs)]
+    return {name: gather([rows_of(run, name) for run in runs]) for name in names}
+
+
+def rows_of(run: Run, name: str) -> tuple[Tensor, np.ndarray]:
+    """A field of a run's group, and the run's rows in it."""
+    of_view = run.group.of_view.get(name)
+    return (run.group.of_image[name], run.images) if of_view is None else (of_view, run.views)
+
+
+class OpenShards:
+    """The groups of a cache by number, opened when they are first asked for; each process opens its own."""
+
+    def __init__(self, storage: Storage, manifest: Manifest, groups: list[tuple[int, int]], needs_cond: bool) -> None:
+        """`groups`: shard, and group in it, by number. Without needs_cond it does not matter what cond there is."""
+        self.storage, self.manifest, self.groups, self.needs_cond = storage, manifest, groups, needs_cond
+        self.opened: dict[int, OpenGroup] = {}
+        # name -> dtype and shape of a row, as the first shard has it and all others must; None: none was opened
+        self.cond: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] | None = None
+
+    def __getitem__(self, number: int) -> OpenGroup:
+        """Raises UserError for files that are missing, damaged, or not what the manifest promises."""
+        group = self.opened.get(number)
+        if group is None:
+            group = self._open(number)
+            if len(self.opened) >= MAX_OPEN:
+                del self.opened[next(iter(self.opened))]  # the one that was opened first
+            self.opened[number] = group
+        return group
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": {}}  # memory maps are opened anew in each process
+
+    def _open(self, number: int) -> OpenGroup:
+        shard, own = self.groups[number]
+        entry = self.manifest.shards[shard]
+        latents = entry.open_latents(self.storage)
+        text = entry.open_text(self.storage)
+        group = OpenGroup(latents.groups[own], text.groups[own], text.prompt, text.cond)
+        self._check(group, self.storage.locate(entry.latents_name))
+        return group
+
+    def _check(self, group: OpenGroup, where: str) -> None:
+        """Raise UserError if a shard is not what the manifest, and the shards read before, promise of it."""
+        is_promised = kept_by(group) == promised_by(self.manifest)
+        cond = {name: (value.dtype, row_shape(value)) for name, value in group.cond.items()}
+        if not self.needs_cond:
+            cond = self.cond = {}
+        has_cond = self.manifest.uncond is not None
+        if self.cond is None and bool(cond) == has_cond:
+            self.cond = cond
+        if self.needs_cond and is_promised and has_cond and not cond:
+            raise UserError(
+                f"{where}: its images have no cond yet, as encode --only latents leaves them. "
+                "Run the same latentprep encode with --only text."
+            )
+        if not is_promised or cond != self.cond:
+            raise UserError(
+                f"{where}: this shard and its text do not fit the others, or cache.json "
+                "(views, dtype, std or cond). Run latentprep verify."
+            )
+
+
+class Promise(NamedTuple):
+    """What every group of a cache must have."""
+
+    num_views: int
+    dtype: str
+    has_std: bool
+
+
+def promised_by(manifest: Manifest) -> Promise:
+    recipe = manifest.recipe.latents
+    return Promise(len(manifest.latent.views), recipe.store_dtype, recipe.store != "mean")
+
+
+def kept_by(group: OpenGroup) -> Promise:
+    return Promise(group.num_views, show_dtype(group.mean.dtype), group.std is not None)
