@@ -13,7 +13,7 @@ TALL, WIDE, EMPTY = (4, 8, 6), (4, 6, 8), (4, 7, 7)
 def shard(*groups, dead=()):
     """A shard of groups (rows, shape); `dead` are rows, numbered through its groups."""
     named = tuple((f"g{n}", rows, shape) for n, (rows, shape) in enumerate(groups))
-    return Shard("u", "t", named, Stamp(1, ""), Stamp(1, ""), tuple(dead))
+    return Shard("u", named, Stamp(100, ""), "t", Stamp(1, ""), tuple(dead))
 
 
 SHARDS = [

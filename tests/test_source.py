@@ -19,7 +19,7 @@ from latentprep.prepare.source import sources
 from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import list_masks
 from latentprep.prepare.source.sources import open_source
-from latentprep.recipe import latents_recipe
+from latentprep.recipe import LatentsRecipe
 from latentprep.records import Item
 from tests import zip_source
 from tests.conftest import SMALL, gradient, read_item
@@ -247,7 +247,7 @@ def test_sources_and_how_images_are_loaded_can_go_to_other_processes(zips, tmp_p
     for source in (open_source(zips), open_source(images)):
         listing = list_images(source)
         geometry = Geometry.from_options(resolution="64", bucket_step=32)
-        recipe = latents_recipe(
+        recipe = LatentsRecipe.of(
             vae="", geometry=geometry, images=ImageOptions(), flip=False, dtype="float32", store="mean",
             store_dtype="float32",
         )  # fmt: skip
