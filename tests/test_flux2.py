@@ -259,6 +259,22 @@ def test_the_two_halves_of_encode_are_encode(tmp_path, dtype):
         assert torch.equal(one.std, other.std)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_on_cuda_the_numbers_come_by_themselves(flux2, dtype):
+    encoder = open_vae(flux2[1]).open(torch.device("cuda"), dtype)
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    started = [encoder.start(pixels.pin_memory()) for _ in range(3)]
+    found = [encoder.finish(one, pixels) for one in started]
+    wanted = open_vae(flux2[1]).open(CPU, torch.float32).encode(pixels)
+    for one in found:
+        assert one.mean.device.type == "cpu"
+        assert torch.allclose(one.mean, wanted.mean, atol=0.05)
+        assert torch.equal(one.mean, found[0].mean)
+    levels = to_levels(torch.arange(256, dtype=torch.uint8).cuda(), LEVELS.cuda())
+    assert torch.equal(levels.cpu(), LEVELS)
+
+
 def test_memory_that_is_full_only_for_the_second_encoding_halves_it(tmp_path, monkeypatch):
     torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(8, 16), down_block_types=("DownEncoderBlock2D",) * 2, norm_num_groups=8,
