@@ -207,7 +207,7 @@ RECIPE = {
     "text": {},
     "libraries": {},
 }  # fmt: skip
-LATENT = {"normalization": {"shift": [0.0], "scale": [0.5]}, "factor": 8, "channels": 4, "views": ["plain"]}
+LATENT = {"normalization": {"patch": 1, "shift": [0.0], "scale": [0.5]}, "factor": 8, "channels": 4, "views": ["plain"]}
 
 
 def manifest(**changes):
@@ -290,6 +290,7 @@ def sealed(tmp_path, change):
         (["tombstones", "u1"], [1, 1]), (["tombstones"], []), (["latent", "normalization"], "x"),
         (["latent", "normalization", "scale"], [float("nan")]), (["latent", "normalization", "scale"], [0]),
         (["latent", "normalization", "scale"], [1.0, 2.0]), (["latent", "normalization", "shift"], 0.5),
+        (["latent", "normalization", "patch"], 3), (["latent", "normalization", "patch"], True),
         (["latent", "factor"], 0), (["latent", "views"], ["plain", "inside out"]), (["recipe"], None),
         (["recipe", "latents", "store_dtype"], "int8"), (["recipe", "latents", "geometry"], []),
         (["made_with", "config"], 5), (["made_with", "masks"], []), (["recipe", "latents", "tiling"], "x"),
