@@ -150,11 +150,13 @@ def test_tiny_is_scaled_by_its_config():
 @pytest.mark.parametrize(
     "data",
     [
-        None, [], {}, {"patch": 1, "shift": [0.0]}, {"patch": 1, "shift": [0.0], "scale": 1.0}, {"patch": 1, "shift": [0.0], "scale": []},
-        {"patch": 1, "shift": [0.0], "scale": [1.0] * 3}, {"patch": 1, "shift": [True], "scale": [1.0]}, {"patch": 1, "shift": ["0"], "scale": [1.0]},
-        {"patch": 1, "shift": [float("nan")], "scale": [1.0]}, {"patch": 1, "shift": [0.0], "scale": [float("inf")]},
-        {"patch": 1, "shift": [0.0], "scale": [0.0]}, {"patch": 1, "shift": [0.0], "scale": [-1.0]}, {"patch": 1, "shift": [2e6], "scale": [1.0]},
-        {"patch": 1, "shift": [0.0], "scale": [1.0], "more": 1}, {"shift": [0.0], "scale": [1.0]},
+        None, [], {}, {"patch": 1, "shift": [0.0]}, {"shift": [0.0], "scale": [1.0]},
+        {"patch": 1, "shift": [0.0], "scale": 1.0}, {"patch": 1, "shift": [0.0], "scale": []},
+        {"patch": 1, "shift": [0.0], "scale": [1.0] * 3}, {"patch": 1, "shift": [True], "scale": [1.0]},
+        {"patch": 1, "shift": ["0"], "scale": [1.0]}, {"patch": 1, "shift": [float("nan")], "scale": [1.0]},
+        {"patch": 1, "shift": [0.0], "scale": [float("inf")]}, {"patch": 1, "shift": [0.0], "scale": [0.0]},
+        {"patch": 1, "shift": [0.0], "scale": [-1.0]}, {"patch": 1, "shift": [2e6], "scale": [1.0]},
+        {"patch": 1, "shift": [0.0], "scale": [1.0], "more": 1},
     ],
 )  # fmt: skip
 def test_normalizations_that_are_none(data):
