@@ -121,7 +121,7 @@ def test_a_vae_in_memory_is_known_by_its_statistics(flux2):
         (config("vae", batch_norm_eps="x"), "batch_norm_eps is 'x', expected 0 to 1"),
         (config("vae", latent_channels=8), "tensors of its VAE are not those of its config"),
         (config("vae", layers_per_block=10**6), "layers_per_block is 1000000"),
-        (config("vae", decoder_block_out_channels=[10**9] * 4), "decoder_block_out_channels is"),
+        (config("vae", block_out_channels=[10**9] * 4), "block_out_channels is"),
         (config("vae", act_fn="x" * 10**5), "act_fn is"),
         (config("vae", sample_size=10**12), "sample_size is"),
         (weights("vae/" + FILE, set_value("bn.running_mean", float("nan"))), "shift is nan"),
@@ -214,7 +214,7 @@ def test_a_row_adds_a_vae_of_videos(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(vaes, "VAES", (*vaes.VAES, VaeClass("AutoencoderKLQwenImage", ("base_dim", "z_dim"))))
     torch.manual_seed(0)
     mean, std = [0.5, -0.5, 0.0, 1.0], [2.0, 1.0, 0.5, 3.0]
-    vae = kind(base_dim=8, z_dim=4, num_res_blocks=1, latents_mean=mean, latents_std=std).eval()
+    vae = kind(base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, latents_mean=mean, latents_std=std).eval()
     vae.save_pretrained(tmp_path)
     opened = open_vae(tmp_path)
     assert (opened.factor, opened.latent_channels, opened.has_std, opened.can_tile) == (8, 4, True, False)
@@ -265,6 +265,22 @@ def test_the_two_halves_of_encode_are_encode(tmp_path, dtype):
         assert one.mean.dtype == torch.float32
         assert torch.equal(one.mean, other.mean)
         assert torch.equal(one.std, other.std)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_on_cuda_the_numbers_come_by_themselves(flux2, dtype):
+    encoder = open_vae(flux2[1]).open(torch.device("cuda"), dtype)
+    pixels = torch.randint(0, 256, (3, 64, 64, 3), dtype=torch.uint8)
+    started = [encoder.start(pixels.pin_memory()) for _ in range(3)]
+    found = [encoder.finish(one, pixels) for one in started]
+    wanted = open_vae(flux2[1]).open(CPU, torch.float32).encode(pixels)
+    for one in found:
+        assert one.mean.device.type == "cpu"
+        assert torch.allclose(one.mean, wanted.mean, atol=0.05)
+        assert torch.equal(one.mean, found[0].mean)
+    levels = to_levels(torch.arange(256, dtype=torch.uint8).cuda(), LEVELS.cuda())
+    assert torch.equal(levels.cpu(), LEVELS)
 
 
 def test_memory_that_is_full_only_for_the_second_encoding_halves_it(tmp_path, monkeypatch):

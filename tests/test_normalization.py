@@ -152,10 +152,12 @@ def test_tiny_is_scaled_by_its_config():
 @pytest.mark.parametrize(
     "data",
     [
-        None, [], {}, {"shift": [0.0]}, {"shift": [0.0], "scale": 1.0}, {"shift": [0.0], "scale": []},
-        {"shift": [0.0], "scale": [1.0] * 3}, {"shift": [True], "scale": [1.0]}, {"shift": ["0"], "scale": [1.0]},
-        {"shift": [float("nan")], "scale": [1.0]}, {"shift": [0.0], "scale": [float("inf")]},
-        {"shift": [0.0], "scale": [0.0]}, {"shift": [0.0], "scale": [-1.0]}, {"shift": [2e6], "scale": [1.0]},
+        None, [], {}, {"patch": 1, "shift": [0.0]}, {"patch": 1, "scale": [1.0]},
+        {"patch": 1, "shift": [0.0], "scale": 1.0}, {"patch": 1, "shift": [0.0], "scale": []},
+        {"patch": 1, "shift": [0.0], "scale": [1.0] * 3}, {"patch": 1, "shift": [True], "scale": [1.0]},
+        {"patch": 1, "shift": ["0"], "scale": [1.0]}, {"patch": 1, "shift": [float("nan")], "scale": [1.0]},
+        {"patch": 1, "shift": [0.0], "scale": [float("inf")]}, {"patch": 1, "shift": [0.0], "scale": [0.0]},
+        {"patch": 1, "shift": [0.0], "scale": [-1.0]}, {"patch": 1, "shift": [2e6], "scale": [1.0]},
     ],
 )  # fmt: skip
 def test_normalizations_that_are_none(data):

@@ -294,6 +294,7 @@ def sealed(tmp_path, change):
         (["shards", 0, "dead"], [1, 1]), (["shards", 0, "dead"], {}), (["latent", "normalization"], "x"),
         (["latent", "normalization", "scale"], [float("nan")]), (["latent", "normalization", "scale"], [0]),
         (["latent", "normalization", "scale"], [1.0, 2.0]), (["latent", "normalization", "shift"], 0.5),
+        (["latent", "normalization", "patch"], 3), (["latent", "normalization", "patch"], True),
         (["latent", "factor"], 0), (["latent", "views"], ["plain", "inside out"]), (["recipe"], None),
         (["recipe", "latents", "store_dtype"], "int8"), (["recipe", "latents", "geometry"], []),
         (["recipe", "latents", "store"], "std"), (["recipe", "latents", "images", "draft"], "yes"),

@@ -4,6 +4,7 @@ The files are written here, by a mapping of names from diffusers to the original
 """
 
 import json
+import pickle
 import re
 import shutil
 
@@ -563,3 +564,20 @@ def test_stable_diffusion_1_of_true_size_needs_no_config(tmp_path):
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids
     (cond,) = conds(models.text.load_pipeline(torch.float32))
     assert torch.equal(cond, encoder.float().eval()(ids)[0])
+
+
+def test_descriptions_of_a_file_go_to_other_processes(model, tmp_path):
+    folder, texts = make_sd1(tmp_path, model)
+    file = tmp_path / "model.safetensors"
+    save_file(ldm_vae(AutoencoderKL.from_pretrained(folder / "vae"), "first_stage_model.") | texts, file)
+    models = opened(file, config=configs_of(folder, tmp_path / "configs"))
+    data = pickle.dumps(models)
+    assert len(data) < 20_000  # paths and configs, no weights
+    again = pickle.loads(data)
+    assert again == models
+    pixels = torch.randint(0, 256, (1, 32, 32, 3), dtype=torch.uint8).numpy()
+    one, other = (found.vae.open(torch.device("cpu"), torch.float32).encode(pixels) for found in (models, again))
+    assert torch.equal(one.mean, other.mean)
+    assert torch.equal(one.std, other.std)
+    one, other = (found.text.open(torch.device("cpu"), torch.float32).encode(["a cat"]) for found in (models, again))
+    assert torch.equal(one["prompt_embeds"], other["prompt_embeds"])

@@ -134,7 +134,7 @@ def first_row(tensor, value):
         ("latents", put("latent_mean", lambda t: t[:1]), "structure"),
         ("latents", put("digest", lambda t: t[:, :8]), "structure"),
         ("latents", put("flipped", lambda t: t * 0), "views"),
-        ("latents", meta("normalization", {"shift": [0.0], "scale": [9.0]}), "header"),
+        ("latents", meta("normalization", {"patch": 1, "shift": [0.0], "scale": [9.0]}), "header"),
         ("latents", meta("recipe", {}), "recipe"),
         ("latents", meta("groups", [["x", -1]]), "structure"),
         ("latents", meta("groups", {"a": 1}), "structure"),

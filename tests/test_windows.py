@@ -165,7 +165,7 @@ def test_more_tokens_than_max_exactly_where_something_is_cut(minis):
     encoder = TextEncoder(open_text(minis["sd2"].folder), CPU, torch.float32, TextOptions(max_tokens=150))
 
     def kept(prompt):
-        sizes = encoder._count([join(window) for window in encoder._make_windows([prompt])])
+        sizes = encoder.windows.count([join(window) for window in encoder.windows.split([prompt])])
         return sum(min(75, size) for size in sizes)
 
     dice = random.Random(1)

@@ -167,6 +167,19 @@ def test_the_digest_is_of_the_chat_too(zimage, tmp_path):
     assert open_text(folder).digest != before
 
 
+def test_weights_that_were_saved_with_a_head_are_loaded_without(zimage, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(zimage[1], folder)
+    edit(folder / "model_index.json", text_encoder=["transformers", "Qwen3Model"])
+    text = open_text(folder)
+    text.check()
+    assert_rows(text.open(CPU, torch.float32).encode(["a cat"])["prompt_embeds"], expected(zimage[0], ["a cat"]))
+    path = folder / "text_encoder" / "config.json"
+    edit(path, intermediate_size=64)
+    with pytest.raises(UserError, match="text_encoder are not those of its config"):
+        open_text(folder).check()
+
+
 def test_descriptions_go_to_other_processes(zimage):
     text = open_text(zimage[1])
     data = pickle.dumps(text)

@@ -19,7 +19,7 @@ from latentprep.options import TextOptions
 from latentprep.prepare.devices import choose_devices, is_out_of_memory
 from latentprep.prepare.models.families import FIXED
 from latentprep.prepare.models.model_set import open_made_text
-from latentprep.prepare.models.single_file import TextFile
+from latentprep.prepare.models.text_file import TextFile
 from latentprep.prepare.models.text_folder import TextFolder
 from latentprep.prepare.recheck import larger, sample_rows
 from latentprep.prompts import make_prompts

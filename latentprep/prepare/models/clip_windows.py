@@ -24,7 +24,7 @@ class ClipWindows:
         """The windows of P prompts one after the other, `num_windows` of each."""
         fragments = [parse_emphasis(prompt) if self.emphasis else [(prompt, 1.0)] for prompt in prompts]
         return [
-            window for parts in fragments for window in split_windows(parts, self.num_windows, self.room, self._count)
+            window for parts in fragments for window in split_windows(parts, self.num_windows, self.room, self.count)
         ]
 
     def merge(self, cond: Conds, windows: Windows) -> Conds:
@@ -52,14 +52,14 @@ class ClipWindows:
         """[N,T]: the weight of each token of N windows; 1 for start, end and padding."""
         weights = torch.ones(len(windows), num_tokens)
         for row, window in zip(weights, windows, strict=True):
-            counts = self._count([text for text, _ in window]) if window else []
+            counts = self.count([text for text, _ in window]) if window else []
             each = [weight for (_, weight), count in zip(window, counts, strict=True) for _ in range(count)][
                 : self.room
             ]
             row[1 : 1 + len(each)] = torch.tensor(each)
         return weights
 
-    def _count(self, texts: list[str]) -> list[int]:
+    def count(self, texts: list[str]) -> list[int]:
         """Tokens of each text, without start and end."""
         return [len(ids) for ids in self.tokenizer(texts, add_special_tokens=False, truncation=False)["input_ids"]]
 

@@ -95,9 +95,16 @@ def check_encoder(
 
     with blame(f"{folder}: its config.json makes no {kind}"), torch.device("meta"):
         model = getattr(transformers, kind)(make_config(kind, config))
-    # transformers 5 leaves text_model. out of names
-    wanted = {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(wanted, {name.removeprefix("text_model."): shape for name, shape in shapes.items()}, str(folder), part)
+    wanted = {_short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(wanted, {_short(name): shape for name, shape in shapes.items()}, str(folder), part)
+
+
+def _short(name: str) -> str:
+    """A tensor's name without what transformers adds and leaves out as it loads.
+
+    CLIP's begin with text_model. up to transformers 4; Qwen3's with model. where they were saved with a head.
+    """
+    return name.removeprefix("text_model.").removeprefix("model.")
 
 
 def make_config(kind: str, config: dict[str, Any]) -> Any:
