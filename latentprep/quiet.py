@@ -1,5 +1,7 @@
 """Other libraries say nothing while a run goes on, and are afterwards as they were: in a notebook they are its own."""
 
+import os
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -31,11 +33,24 @@ class Shared:
                 self.stack.close()
 
 
+VERBOSITY = "TRANSFORMERS_VERBOSITY"  # transformers reads it when it is imported, where it already talks
+
+
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """No warnings, and none of what transformers says while it is imported."""
+    is_ours = VERBOSITY not in os.environ and "transformers" not in sys.modules
+    if is_ours:
+        os.environ[VERBOSITY] = "error"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        if is_ours:
+            del os.environ[VERBOSITY]
+            if "transformers" in sys.modules:
+                sys.modules["transformers"].utils.logging.set_verbosity_warning()  # its default
 
 
 @contextmanager

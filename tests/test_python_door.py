@@ -306,6 +306,22 @@ def test_other_libraries_are_afterwards_as_they_were(images, tmp_path):
         quiet_libraries()
 
 
+QUIET = """
+import os, sys
+import latentprep
+latentprep.encode(sys.argv[1], sys.argv[2], model="tiny", resolution=64, bucket_step=32, device="cpu", progress=False)
+import transformers
+print(transformers.utils.logging.get_verbosity() == transformers.utils.logging.WARNING, "TRANSFORMERS_VERBOSITY" in os.environ)
+"""
+
+
+def test_a_silent_call_prints_nothing_at_all(images, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
+    command = [sys.executable, "-c", QUIET, str(images), str(tmp_path / "c")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
+    assert (done.stdout, done.stderr) == ("True False\n", "")
+
+
 def test_it_works_in_a_thread_and_in_two_at_once(images, tmp_path):
     filters = list(warnings.filters)
     results = {}
