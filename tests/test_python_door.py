@@ -311,7 +311,8 @@ import os, sys
 import latentprep
 latentprep.encode(sys.argv[1], sys.argv[2], model="tiny", resolution=64, bucket_step=32, device="cpu", progress=False)
 import transformers
-print(transformers.utils.logging.get_verbosity() == transformers.utils.logging.WARNING, "TRANSFORMERS_VERBOSITY" in os.environ)
+logging = transformers.utils.logging
+print(logging.get_verbosity() == logging.WARNING, "TRANSFORMERS_VERBOSITY" in os.environ)
 """
 
 
