@@ -22,6 +22,15 @@ from latentprep.records import Item, Skip
 quiet_libraries()
 torch.set_num_threads(1)
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped without CUDA."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
 TINY = Path(latentprep.__file__).parent / "tiny"
 HELD_OUT = ("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png")
 PHOTOS = (

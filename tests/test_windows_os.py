@@ -99,7 +99,8 @@ def test_a_cache_is_made_and_changed_and_its_reader_reads_on(windows, run, image
     for path in opened:
         assert path.exists(), "the reader has it open"
     assert all(map(torch.equal, [batch.latent_mean for batch in LatentLoader(data, 4)], wanted))
-    old = [path for path in opened if f"shards/{path.name}" in json.loads((cache / readers.SUPERSEDED_NAME).read_text())]
+    waiting = json.loads((cache / readers.SUPERSEDED_NAME).read_text())
+    old = [path for path in opened if f"shards/{path.name}" in waiting]
     assert old
     del data
     (images / "tall0.txt").write_text("a fourth caption")
