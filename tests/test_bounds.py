@@ -48,13 +48,13 @@ def test_a_shard_may_be_filled_to_the_last_byte():
 
 
 def test_a_std_that_is_not_finite_is_no_row(run, images, tmp_path, monkeypatch):
-    encode = VaeEncoder.encode
+    encode = VaeEncoder.start
 
     def overflows(self, pixels):
         found = encode(self, pixels)
         return Posterior(found.mean, found.std * torch.inf)
 
-    monkeypatch.setattr(VaeEncoder, "encode", overflows)
+    monkeypatch.setattr(VaeEncoder, "start", overflows)
     result = run("encode", images, "--out", tmp_path / "c", *SMALL)
     assert result.code == 1
     assert "none of its 8 images can be used" in result.err
@@ -62,13 +62,13 @@ def test_a_std_that_is_not_finite_is_no_row(run, images, tmp_path, monkeypatch):
 
 
 def test_a_batch_is_never_larger_than_asked_for(run, images, tmp_path, monkeypatch):
-    encode, sizes = VaeEncoder.encode, []
+    encode, sizes = VaeEncoder.start, []
 
     def counts(self, pixels):
         sizes.append(len(pixels))
         return encode(self, pixels)
 
-    monkeypatch.setattr(VaeEncoder, "encode", counts)
+    monkeypatch.setattr(VaeEncoder, "start", counts)
     assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--batch-size", 3).code == 0
     assert sizes == [3, 1, 3, 1]  # two buckets of four
 

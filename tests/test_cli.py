@@ -266,14 +266,14 @@ def test_a_read_only_cache_folder(run, images, tmp_path, monkeypatch):
 def test_one_units_bug_stops_only_that_unit(run, images, tmp_path, monkeypatch):
     from latentprep.prepare.models.vae_encoder import VaeEncoder
 
-    whole = VaeEncoder.encode
+    whole = VaeEncoder.start
 
     def encode(self, pixels):
         if pixels.shape[1] == 32:
             raise RuntimeError("a bug")
         return whole(self, pixels)
 
-    monkeypatch.setattr(VaeEncoder, "encode", encode)
+    monkeypatch.setattr(VaeEncoder, "start", encode)
     options = (*SMALL, "--shard-size", "30kB")
     result = run("encode", images, "--out", tmp_path / "c", *options)
     assert result.code == 1

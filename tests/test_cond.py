@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentprep import BucketBatchSampler, LatentDataset
-from latentprep.cache.manifest import commit, open_manifest
+from latentprep.cache.manifest import Uncond, commit, open_manifest
 from latentprep.cache.ragged import Ragged, pad
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import write_text, write_uncond
@@ -34,12 +34,12 @@ def ragged_cache(folder, fill=None, empty=None):
         text = entry.open_text(storage)
         rows = [row_of(prompt, WIDTH) for prompt in text.prompt]
         cond = {"prompt_embeds": Ragged.of(rows), "pooled": torch.ones(len(rows), 2).half()}
-        stamp = write_text(storage, entry.unit, "ragged", replace(text, cond=cond), {"recipe": {}})
-        shards.append(replace(entry, text="ragged", text_file=stamp))
+        stamp = write_text(storage, entry.id, "ragged", replace(text, cond=cond, metadata={"recipe": {}}))
+        shards.append(entry.with_text("ragged", stamp))
     empty = empty or {"prompt_embeds": Ragged.of([row_of("", WIDTH)]), "pooled": torch.zeros(1, 2).half()}
     uncond = write_uncond(storage, "0" * 16, empty, {})
-    recipe = {**manifest.recipe, "text": {**manifest.recipe.text, **({"fill": fill} if fill else {})}}
-    commit(storage, replace(manifest, recipe=recipe, shards=shards, uncond="0" * 16, uncond_file=uncond), [])
+    recipe = replace(manifest.recipe, text=replace(manifest.recipe.text, fill=fill))
+    commit(storage, replace(manifest, recipe=recipe, shards=shards, uncond=Uncond("0" * 16, uncond)), [])
     return folder
 
 
@@ -136,7 +136,7 @@ def test_an_empty_prompt_of_another_shape_is_said(plain, empty):
 
 
 def test_a_rule_of_padding_that_is_none_is_refused(plain):
-    with pytest.raises(UserError, match=r"pads prompts by 'lots', expected zeros or repeat"):
+    with pytest.raises(UserError, match=r"not a complete manifest \(.*zeros\|repeat.*recipe\.text\.fill"):
         LatentDataset(ragged_cache(plain, "lots"))
 
 

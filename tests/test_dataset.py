@@ -398,9 +398,9 @@ def test_cond_that_is_not_made_yet_matters_to_those_who_ask_for_it(cache):
     storage = Storage(cache)
     manifest = open_manifest(storage)
     (entry,) = manifest.shards
-    text = replace(entry.open_text(storage), cond={})
-    stamp = write_text(storage, entry.unit, "bare", text, {"recipe": {}})
-    commit(storage, replace(manifest, shards=[replace(entry, text="bare", text_file=stamp)]), [])
+    text = replace(entry.open_text(storage), cond={}, metadata={"recipe": {}})
+    stamp = write_text(storage, entry.id, "bare", text)
+    commit(storage, replace(manifest, shards=[entry.with_text("bare", stamp)]), [])
     with pytest.raises(UserError, match=r"its images have no cond yet, .* Run the same latentprep encode with --only"):
         LatentDataset(cache)[0]
     assert LatentDataset(cache, include_cond=False)[0].cond is None

@@ -121,7 +121,7 @@ def test_cond_equals_clip_on_the_same_tokens(run, photos, model, tmp_path):
         with torch.inference_mode():
             wanted = encoder(tokens)[0][0]
         assert torch.allclose(found[key]["cond/prompt_embeds"], wanted, atol=1e-5)
-    uncond = open_uncond(Storage(tmp_path / "c"), open_manifest(Storage(tmp_path / "c")).uncond)[1]["prompt_embeds"]
+    uncond = open_uncond(Storage(tmp_path / "c"), open_manifest(Storage(tmp_path / "c")).uncond.id)[1]["prompt_embeds"]
     tokens = tokenizer("", padding="max_length", max_length=77, return_tensors="pt").input_ids
     with torch.inference_mode():
         assert torch.allclose(uncond, encoder(tokens)[0], atol=1e-5)

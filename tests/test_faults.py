@@ -205,7 +205,7 @@ from latentprep.prepare.models.vae_encoder import VaeEncoder
 def encode(self, pixels):
     print("encoding", flush=True)
     ctypes.CDLL(None).usleep(30_000_000)  # as deep in another library as torch: Python's handlers have to wait
-VaeEncoder.encode = encode
+VaeEncoder.start = encode
 cli.main()
 """
 

@@ -75,7 +75,7 @@ def test_each_setting_of_the_text_encoder_makes_cond_anew(run, images, tmp_path,
 def test_what_a_failed_unit_leaves_behind_goes_to_no_other(run, images, tmp_path, monkeypatch):
     options = ("encode", images, *SMALL, "--shard-size", "60kB", "--batch-size", 1, "--workers", 1)
     assert run(*options, "--out", tmp_path / "whole").code == 0
-    encode, calls = VaeEncoder.encode, []
+    encode, calls = VaeEncoder.start, []
 
     def fails_once(self, pixels):
         calls.append(1)
@@ -83,7 +83,7 @@ def test_what_a_failed_unit_leaves_behind_goes_to_no_other(run, images, tmp_path
             raise RuntimeError("as if")
         return encode(self, pixels)
 
-    monkeypatch.setattr(VaeEncoder, "encode", fails_once)
+    monkeypatch.setattr(VaeEncoder, "start", fails_once)
     result = run(*options, "--out", tmp_path / "c")
     assert result.code == 1
     assert result.out.count("FAILED") == 1

@@ -109,14 +109,14 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(images, tmp_path):
 def test_a_failure_is_in_the_result(images, tmp_path, monkeypatch):
     from latentprep.prepare.models.vae_encoder import VaeEncoder
 
-    whole = VaeEncoder.encode
+    whole = VaeEncoder.start
 
     def fail_sometimes(self, pixels):
         if pixels.shape[1] == 32:
             raise RuntimeError("a bug\x1b[2J")
         return whole(self, pixels)
 
-    monkeypatch.setattr(VaeEncoder, "encode", fail_sometimes)
+    monkeypatch.setattr(VaeEncoder, "start", fail_sometimes)
     result = encode_once(images, tmp_path / "c", shard_size="30kB")
     assert not result.ok
     assert result.num_cached == 4

@@ -17,8 +17,8 @@ from torch import Tensor
 from latentprep.read.counters import mix
 from latentprep.recipe import digest_of
 
-# What the names of a VAE's weights begin with that its latents come from; bn is FLUX.2's normalization.
-ENCODER_PARTS = ("encoder.", "quant_conv.", "bn.")
+# What the names of a VAE's weights begin with that its latents come from. FLUX.2's bn is known by the normalization.
+ENCODER_PARTS = ("encoder.", "quant_conv.")
 PROBE_SIDE = 64  # pixels
 # two windows of CLIP, with commas and weights: a changed setting of the web UI changes what becomes of these
 SHORT_PROMPT = "(masterpiece:1.5), [sketch], a photo of a cat"  # for pipelines, which cut at one window

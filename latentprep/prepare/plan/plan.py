@@ -107,9 +107,11 @@ class Planner:
         ):
             return self._narrow(replace(plan, found=frozenset(leftovers)))
         taken = [shard for leftover in leftovers.values() if (shard := leftover.check(storage)) is not None]
-        return self._narrow(self._plan(storage, [*shards, *taken], [*known_skips, *left_skips]))
+        return self._narrow(self._plan(storage, [*shards, *taken], [*known_skips, *left_skips], leftovers.keys()))
 
-    def _plan(self, storage: Storage, shards: list[Shard], known_skips: list[Skip]) -> Plan:
+    def _plan(
+        self, storage: Storage, shards: list[Shard], known_skips: list[Skip], of_leftovers: Collection[str] = ()
+    ) -> Plan:
         matching = Matching(self.items, shards, storage, self.hash_files, self.unread, self.check_content)
         kept: list[Shard] = []
         tasks: list[TextTask] = []
@@ -118,7 +120,7 @@ class Planner:
         recipe = self.recipe.text.to_json()
         for matched in matching.shards:
             shard, rows = matched.shard.with_dead(matched.dead()), matched.rows()
-            if not shard.num_images and not shard.text_id:
+            if not shard.num_images and shard.id in of_leftovers:
                 continue  # of no use, and in no manifest
             if make_text_id(shard.id, rows, recipe) == shard.text_id or not shard.num_images:
                 kept.append(shard)  # what nobody reads needs no new text
