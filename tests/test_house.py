@@ -1,6 +1,8 @@
 """ARCHITECTURE.md is true to the code: what a machine can compare is compared."""
 
+import json
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from latentprep.prepare.engine import ENGINES
 from latentprep.prepare.models.families import FAMILIES
 from latentprep.prepare.models.vaes import VAES
 from latentprep.prepare.source.sources import SOURCES
+from tests.conftest import SMALL
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(latentprep.__file__).parent
@@ -110,3 +113,29 @@ def test_the_files_of_a_cache_are_those_that_have_names():
     assert set(listed) - set(ours) == {
         "cache.json", "skipped.jsonl", ".lock", ".lock.0-of-2", ".readers", ".superseded.json",
     }  # fmt: skip
+
+
+def test_what_tests_share_is_checked_by_mypy():
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["mypy"]
+    shared = {f"tests.{path.stem}" for path in (ROOT / "tests").glob("*.py") if not path.name.startswith("test_")}
+    assert shared == set(config["modules"])
+
+
+def test_what_needs_cuda_is_marked():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        if path != Path(__file__):
+            assert "skipif(not torch.cuda" not in path.read_text(encoding="utf-8"), path
+
+
+def test_headers_and_manifest_hold_what_the_page_names(run, images, tmp_path):
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL).code == 0
+    manifest = json.loads((tmp_path / "c" / "cache.json").read_text())
+    found = {*manifest, *manifest["shards"][0]}
+    for path in [*(tmp_path / "c" / "shards").iterdir(), *(tmp_path / "c").glob("uncond.*")]:
+        data = path.read_bytes()
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+        assert [*header] == ["latentprep"]
+        found |= json.loads(header["latentprep"]).keys()
+    section = PAGE.partition("## The cache on disk")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", section))
+    assert found <= named, found - named
