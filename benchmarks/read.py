@@ -24,11 +24,15 @@ import typer
 
 from latentprep import LatentDataset, LatentLoader
 from latentprep.cache.group import LatentGroup, TextGroup
-from latentprep.cache.latents import write_latents
-from latentprep.cache.manifest import Manifest, commit
+from latentprep.cache.latents import Latents, write_latents
+from latentprep.cache.manifest import LatentFacts, MadeWith, Manifest, Uncond, commit
+from latentprep.cache.normalization import Normalization
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import Text, write_text, write_uncond
+from latentprep.geometry import Geometry
+from latentprep.options import ImageOptions, TextOptions
+from latentprep.recipe import LatentsRecipe, Recipe, TextRecipe
 
 SHAPE = (4, 64, 64)
 
@@ -43,7 +47,7 @@ def write_cache(
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).half()
 
-    entries = []
+    shards = []
     for n in range(num_shards):
         sizes = torch.full((rows, 2), 512, dtype=torch.int32)
         crop = torch.tensor([0, 0, 512, 512], dtype=torch.int32).repeat(rows, 1, 1)
@@ -57,23 +61,28 @@ def write_cache(
             crop=crop,
             flipped=torch.zeros(1, dtype=torch.uint8),
             digest=torch.randint(0, 256, (rows, 16), dtype=torch.uint8, generator=generator),
+            key=[f"{n}/{row}.jpg" for row in range(rows)],
+            nbytes=torch.zeros(rows, dtype=torch.int64),
+            version=torch.zeros(rows, dtype=torch.int64),
         )
-        names = [f"{n}/{row}.jpg" for row in range(rows)]
-        prompt_of = np.arange(rows, dtype=np.int32)[:, None]
+        names = list(latents.key)
         group = TextGroup(
-            "h512w512", names, [[name] for name in names], prompt_of, np.zeros(rows, np.int64), np.zeros(rows, np.int64)
-        )
+            "h512w512", key=names, caption=[[name] for name in names], nbytes=np.zeros(rows, np.int64),
+            version=np.zeros(rows, np.int64), prompt_of=np.arange(rows, dtype=np.int32)[:, None],
+        )  # fmt: skip
         text = Text([group], names, {"prompt_embeds": noise(rows, 77, width)})
-        stamps = write_latents(storage, f"u{n}", [latents], {}), write_text(storage, f"u{n}", "t", text, {})
-        entries.append(Shard(f"u{n}", "t", (("h512w512", rows, shape),), *stamps))
-    uncond = write_uncond(storage, "empty", {"prompt_embeds": noise(1, 77, width)}, {})
-    latents_recipe = {
-        "vae": "", "geometry": {}, "images": {}, "views": ["plain"], "dtype": "float32", "store": "mean+std",
-        "store_dtype": "float16",
-    }  # fmt: skip
-    recipe = {"latents": latents_recipe, "text": {}, "libraries": {}}
-    latent = {"normalization": {"shift": [0.0], "scale": [0.18215]}, "factor": 8, "channels": 4, "views": ["plain"]}
-    commit(storage, Manifest(recipe, latent, {"model": ""}, entries, uncond="empty", uncond_file=uncond), [])
+        latents_file = write_latents(storage, f"u{n}", Latents([latents], {}))
+        shard = Shard(f"u{n}", (("h512w512", rows, shape),), latents_file)
+        shards.append(shard.with_text("t", write_text(storage, f"u{n}", "t", text)))
+    uncond = Uncond("0" * 16, write_uncond(storage, "0" * 16, {"prompt_embeds": noise(1, 77, width)}, {}))
+    recipe = Recipe(
+        LatentsRecipe("", Geometry("native"), ImageOptions(), ("plain",), "float32", "mean+std", "float16"),
+        TextRecipe.of(
+            text_encoder="x", settings={}, options=TextOptions(), seed=0, dtype="float32", store_dtype="float16"
+        ),
+    )
+    facts = LatentFacts(Normalization((0.0,), (0.18215,)), 8, shape[0], ("plain",))
+    commit(storage, Manifest(recipe, facts, MadeWith(""), shards, uncond=uncond), [])
 
 
 Ram = dict[str, torch.Tensor]  # latent_mean, latent_std, cond: [count,...] float16

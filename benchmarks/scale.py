@@ -17,7 +17,6 @@ import typer
 from read import write_cache
 
 from latentprep.cache.manifest import commit, open_manifest
-from latentprep.cache.names import latents_name, text_name
 from latentprep.cache.storage import Storage
 
 
@@ -27,12 +26,11 @@ def write_manifest(folder: Path, num_shards: int, rows: int) -> None:
     storage = Storage(folder)
     manifest = open_manifest(storage)
     (first,) = manifest.shards
-    shards = [replace(first, unit=f"u{n:05}x") for n in range(num_shards)]
+    shards = [replace(first, id=f"u{n:05}x") for n in range(num_shards)]
     for shard in shards:
-        os.link(storage.locate(latents_name(first.unit)), storage.locate(latents_name(shard.unit)))
-        os.link(storage.locate(text_name(first.unit, first.text)), storage.locate(text_name(shard.unit, shard.text)))
-    manifest.shards[:] = shards
-    commit(storage, manifest, [])
+        os.link(storage.locate(first.latents_name), storage.locate(shard.latents_name))
+        os.link(storage.locate(first.text_name), storage.locate(shard.text_name))
+    commit(storage, replace(manifest, shards=shards), [])
 
 
 MEASURE = """

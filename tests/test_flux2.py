@@ -9,6 +9,7 @@ import msgspec
 import pytest
 import torch
 from diffusers import AutoencoderDC, AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from latentprep import LatentDataset
@@ -77,6 +78,20 @@ def test_batches_hold_what_flux2s_pipeline_makes_bit_for_bit(flux2, images, tmp_
     assert json.loads((tmp_path / "c" / "cache.json").read_text())["latent"]["normalization"]["patch"] == 2
     random = LatentDataset(tmp_path / "c", include_cond=False).__getitems__([0])
     assert random.latent_sample.shape[1] == 16
+
+
+def test_weights_fit_what_the_denoiser_sees(flux2, images, tmp_path, run):
+    faded = Image.new("RGBA", (64, 64), (200, 30, 30, 0))
+    faded.paste((200, 30, 30, 255), (0, 0, 40, 64))
+    faded.save(images / "faded.png")
+    assert run("encode", images, "--out", tmp_path / "c", "--model", flux2[1], "--no-cond", *SIZE).code == 0
+    data = LatentDataset(tmp_path / "c", include_cond=False, use_weight="raw")
+    (index,) = [n for n in range(len(data)) if data.key(n) == "faded.png"]
+    batch = data[index]
+    assert batch.weight.shape == batch.latent_sample.shape
+    flat = batch.stored_weight.expand(-1, batch.latent_mean.shape[1], -1, -1)
+    assert torch.equal(batch.weight, patchify(flat, 2))
+    assert {0.0, 1.0} <= set(batch.weight.flatten().tolist())
 
 
 def test_buckets_are_whole_patches(flux2, images, tmp_path, run):

@@ -26,7 +26,7 @@ class LatentBatch:
     normalization: Normalization
     stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
     cond_text: list[str]  # B prompts
-    weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
+    stored_weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
     original_size: Tensor  # [B,2] int32: height, width before the resize
     resized_size: Tensor  # [B,2] int32
     crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
@@ -48,7 +48,7 @@ class LatentBatch:
             parts.append(f"cond {show_tensors(self.stored_cond)}")
         elif self.cond_model is not None:
             parts.append("cond by cond_model")
-        if self.weight is not None:
+        if self.stored_weight is not None:
             parts.append("weight")
         if self.fields:
             parts.append(show_tensors(self.fields))
@@ -69,6 +69,16 @@ class LatentBatch:
                 sample = sample + self.latent_std.float() * draw_noise(self.noise_seed, sample)
             self._drawn = self.normalization.apply(sample)
         return self._drawn
+
+    @property
+    def weight(self) -> Tensor | None:
+        """Loss weight of every number that the denoiser sees, float32: [B,1,h,w]; None without use_weight.
+
+        Of patches it is [B,4C,h/2,w/2], since the four latent pixels of one may weigh differently.
+        """
+        if self.stored_weight is None:
+            return None
+        return self.normalization.patch_weight(self.stored_weight, self.latent_mean.shape[1])
 
     @property
     def cond(self) -> dict[str, Tensor] | None:

@@ -213,7 +213,7 @@ class LatentDataset(Dataset[LatentBatch]):
             cond_lengths=text.lengths,
             cond_text=text.prompts,
             cond_model=self.cond_model if self.include_cond else None,
-            weight=gather_weight(runs, self.use_weight) if self.use_weight is not False else None,
+            stored_weight=gather_weight(runs, self.use_weight) if self.use_weight is not False else None,
             original_size=geometry[:, :2],
             resized_size=geometry[:, 2:4],
             crop=geometry[:, 4:],
