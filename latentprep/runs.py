@@ -22,7 +22,8 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
     from latentprep.cache.lock import hold
     from latentprep.prepare.encode import encode
     from latentprep.prepare.engine.where import find_share
-    from latentprep.prepare.survey import check_paths, prepare
+    from latentprep.prepare.refusals import check_paths
+    from latentprep.prepare.survey import prepare
 
     with quiet_warnings:
         check_paths(options, progress.say)

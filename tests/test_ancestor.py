@@ -628,7 +628,7 @@ def test_a_stop_in_the_first_shard_is_gone_on_from_on_another_device(images, vae
     again = Noisy(vae)
     data = base(images, vae, model=again, flip_p=0)
     assert len(data) == 28
-    assert data.data.manifest.latent.views == ["plain", "flipped"]
+    assert data.data.manifest.latent.views == ("plain", "flipped")
     assert 0 < done <= 10**9 - 1 - again.left + done <= 2 * 28 + 2  # one batch at most is encoded twice
 
 

@@ -272,12 +272,12 @@ def test_an_unfinished_cache_of_another_recipe_is_refused(run, images, tmp_path)
 
 
 def test_other_versions_of_libraries_are_said_and_not_refused(run, images, tmp_path, monkeypatch):
-    from latentprep.prepare import survey
+    from latentprep.prepare import recipes
 
     options = ("--out", tmp_path / "c", *SMALL)
     assert run("encode", images, *options).code == 0
-    now = survey.versions()
-    monkeypatch.setattr(survey, "versions", lambda: {**now, "torch": "9.9"})
+    now = recipes.versions()
+    monkeypatch.setattr(recipes, "versions", lambda: {**now, "torch": "9.9"})
     result = run("encode", images, *options)
     assert f'versions torch: "{now["torch"]}" -> "9.9": latents that are new may differ' in result.err
     assert "nothing to do" in result.out

@@ -51,7 +51,7 @@ def test_a_skip_stays_while_nothing_has_changed(encode, images, tmp_path, monkey
 def test_another_decoder_tries_again(encode, images, monkeypatch):
     break_png(images / "wide0.png")
     encode()
-    monkeypatch.setattr("latentprep.prepare.survey.decoder_versions", lambda: "pillow 99")
+    monkeypatch.setattr("latentprep.prepare.recipes.decoder_versions", lambda: "pillow 99")
     result = encode()
     assert "1 new" in result.out
     assert "skipped  1 unreadable" in result.out
@@ -102,7 +102,7 @@ def test_skips_of_a_run_that_did_not_finish_heal_too(encode, images, tmp_path, m
     encode()
     (tmp_path / "c" / "cache.json").unlink()  # as a run that is killed leaves it
     (tmp_path / "c" / "skipped.jsonl").unlink()
-    monkeypatch.setattr("latentprep.prepare.survey.decoder_versions", lambda: "pillow 99")
+    monkeypatch.setattr("latentprep.prepare.recipes.decoder_versions", lambda: "pillow 99")
     encode()
     assert skips(tmp_path)["wide0.png"]["condition"] == "pillow 99"
     assert "nothing to do" in encode().out

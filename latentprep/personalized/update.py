@@ -21,7 +21,8 @@ from latentprep.personalized.first_stage import Autocast, is_autocast_on
 from latentprep.personalized.models import LiveText, LiveTextModel, LiveVae, LiveVaeModel
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
-from latentprep.prepare.survey import check_paths, prepare
+from latentprep.prepare.refusals import check_paths
+from latentprep.prepare.survey import prepare
 from latentprep.recipe import recipe_changes, to_json
 from latentprep.records import is_flipped
 

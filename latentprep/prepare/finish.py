@@ -13,7 +13,8 @@ from latentprep.cache.shard import Shard
 from latentprep.errors import UserError
 from latentprep.prepare.engine import ranks
 from latentprep.prepare.outcome import STAGES, Outcome, Tally
-from latentprep.prepare.survey import Prepared, nothing_usable
+from latentprep.prepare.refusals import nothing_usable
+from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.events import Truncated
 from latentprep.recipe import digest_of
 from latentprep.records import Skip

@@ -1,18 +1,13 @@
 """What there is to do, before anything is written: source, captions, models and cache -> a plan."""
 
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 
-from latentprep import __version__
-from latentprep.cache.leftovers import Leftover, find_leftovers, find_missing
+from latentprep.cache.leftovers import find_leftovers, find_missing
 from latentprep.cache.manifest import LatentFacts, Manifest, find_manifest, read_skips
 from latentprep.cache.names import uncond_name
-from latentprep.cache.ours import check_ours
-from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted, human_bytes, printable
@@ -20,10 +15,12 @@ from latentprep.options import EncodeOptions
 from latentprep.prepare.devices import choose_devices, choose_dtype, default_batch_size, default_shard_bytes
 from latentprep.prepare.engine.where import Where, find_share
 from latentprep.prepare.images.load import LoadOptions
-from latentprep.prepare.images.pillow import decoder_versions, limit_pixels
+from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
+from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
+from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable
 from latentprep.prepare.source.captions import Captioned, add_captions
 from latentprep.prepare.source.content import hash_images
 from latentprep.prepare.source.listing import Listing, list_images
@@ -31,10 +28,8 @@ from latentprep.prepare.source.masks import Masks, add_masks, list_masks
 from latentprep.prepare.source.sources import open_source
 from latentprep.prepare.work.latents import LatentsWorker
 from latentprep.prepare.work.text import TextWorker
-from latentprep.recipe import LatentsRecipe, Recipe, TextRecipe, recipe_changes
+from latentprep.recipe import Recipe, recipe_changes
 from latentprep.records import REASONS, Item, Skip
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -162,21 +157,6 @@ def list_source(options: EncodeOptions, say: Say) -> tuple[Listing, Masks | None
     return listing, masks
 
 
-def check_paths(options: EncodeOptions, say: Say) -> None:
-    """Raise UserError where --out cannot be a cache of its own."""
-    storage = Storage(options.out)
-    if not storage.is_local:
-        if "memory" in storage.fs.protocol:
-            say(f"out      {options.out}: in the memory of this process, and gone with it")
-        return
-    out = Path(storage.path)
-    if out.resolve() == options.source.resolve():
-        raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
-    if out.is_file():
-        raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
-    check_ours(storage)
-
-
 def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Where, str]:
     """Devices, share of the work, and the number type of the models; says them. Raises UserError."""
     share = find_share(options.rank, options.world_size)
@@ -218,110 +198,8 @@ def say_plan(options: EncodeOptions, plan: Plan, lost: Sequence[str], say: Say) 
         say(f"lost     {line}: its images are encoded again")
 
 
-def check_source(
-    options: EncodeOptions, plan: Plan, manifest: Manifest | None, leftovers: Mapping[str, Leftover]
-) -> None:
-    """Raise UserError if this is not the source that the cache was made from: most images would be gone from it.
-
-    That is so if more than half of them are, or any of them and the source has another path than it had. With another
-    path it is also refused if more than half have other content: other folders may have the same names, as 0001.png.
-    """
-    gone, changed = (sum(change.what == what for change in plan.changes) for what in ("gone", "changed"))
-    held = manifest.num_images if manifest is not None else 0
-    held += sum(leftover.num_rows for leftover in leftovers.values())
-    before = manifest.made_with.source or "" if manifest is not None else ""
-    now = str(options.source.resolve())
-    is_other = before not in ("", now)
-    if options.allow_gone or not (2 * gone > held or (is_other and (gone or 2 * changed > held))):
-        return
-    what = f"{gone:,} of its {counted(held, 'image')} are not"
-    if not gone:
-        what = f"{changed:,} of its {counted(held, 'image')} have another content"
-    raise UserError(
-        f"{options.out}: {what} in SOURCE {now}"
-        + (f"; it was made from {before}" if is_other else "")
-        + ". Nothing was written. Is that the right folder, and wholly there? Give another --out, or --allow-gone "
-        "if this is what you want."
-    )
-
-
-def nothing_usable(options: EncodeOptions, skips: Sequence[Skip], failures: Sequence[str] = ()) -> str:
-    """Says that a source gives a cache of no images at all, and an example of why; `failures` are faults of ours."""
-    where = f"SOURCE {options.source}"
-    if failures:
-        return f"{where}: no cache was made, since {counted(len(failures), 'unit')} failed ({failures[0]})."
-    why = f"{skips[0].key}: {skips[0].reason}, {skips[0].detail}"
-    reasons = Counter(skip.reason for skip in skips).most_common()
-    counts = "; " + ", ".join(f"{count:,} {reason}" for reason, count in reasons) if len(reasons) > 1 else ""
-    return f"{where}: none of its {len(skips):,} images can be used ({why}{counts}). Nothing was written."
-
-
-def skip_conditions(options: EncodeOptions) -> dict[str, str]:
-    """What a skip depends on, for each of records.CONDITIONS; "" keeps no skip."""
-    libraries = versions()
-    return {
-        "machine": "",
-        "decoder": decoder_versions(),
-        "limits": f"--max-megapixels {options.max_pixels / 1e6:g}" + " --strict-images" * options.strict_images,
-        "encoder": f"torch {libraries['torch']}, diffusers {libraries['diffusers']}",
-    }
-
-
-def make_recipe(options: EncodeOptions, models: Models, dtype: str) -> Recipe:
-    """Everything that decides the numbers in the cache."""
-    vae, text = models.vae, models.text
-    is_upcast = models.is_upcast and (options.dtype, dtype) == ("auto", "float16")
-    return Recipe(
-        LatentsRecipe.of(
-            vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
-            dtype="float32" if is_upcast else dtype, store=options.store if vae.has_std else "mean",
-            store_dtype=options.store_dtype, tiling=options.tiling,
-        ),
-        TextRecipe.of(
-            text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
-            options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype,
-        ),
-        versions(),
-    )  # fmt: skip
-
-
-def make_facts(models: Models, recipe: Recipe) -> LatentFacts:
-    """What a reader must know of the latents."""
-    return LatentFacts(models.vae.normalization, models.vae.factor, models.vae.latent_channels, recipe.latents.views)
-
-
-def check_recipe(
-    options: EncodeOptions, recipe: Recipe, manifest: Manifest | None, leftovers: Mapping[str, Leftover]
-) -> None:
-    """Raise UserError where the folder holds a cache, finished or not, whose latents were made otherwise."""
-    made = [manifest.recipe.latents.to_json()] if manifest is not None else [left.recipe for left in leftovers.values()]
-    for before in made:
-        changes = list(recipe_changes(before, recipe.latents.to_json()))
-        if changes:
-            kind = "a cache" if manifest is not None else "an unfinished cache"
-            raise UserError(
-                f"{options.out}: holds {kind} of another recipe ({'; '.join(changes)}; cache -> asked). "
-                "Give another --out, the options it was made with, or --overwrite to start anew."
-            )
-
-
 def has_uncond(storage: Storage, manifest: Manifest) -> bool:
     """Whether the cond of the empty prompt is there, if it should be."""
     if manifest.uncond is None:
         return True
     return storage.sizes().get(uncond_name(manifest.uncond.id)) == manifest.uncond.file.nbytes
-
-
-def estimate_row_bytes(recipe: Recipe, models: Models, options: EncodeOptions) -> RowBytes:
-    """What rows will cost on disk, from the configs alone."""
-    posterior = 2 if recipe.latents.store == "mean+std" else 1
-    itemsize = TORCH_DTYPES[options.store_dtype].itemsize
-    latent = len(recipe.latents.views) * (posterior * models.vae.latent_channels * itemsize + 2)  # + 2: weight
-    cond = options.text.prompts_per_image * models.text.num_values(options.text) * itemsize if models.text else 0
-    return RowBytes(latent, cond + 512, models.vae.factor)  # 512: key, captions and prompts
-
-
-def versions() -> dict[str, str]:
-    """Versions of the libraries that the numbers come from."""
-    libraries = ("torch", "diffusers", "transformers", "pillow")
-    return {"latentprep": __version__, **{name: version(name) for name in libraries}}

@@ -1,0 +1,86 @@
+"""What is refused before anything is written: folders, recipes and sources that a cache does not go with."""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from latentprep.cache.leftovers import Leftover
+from latentprep.cache.manifest import Manifest
+from latentprep.cache.ours import check_ours
+from latentprep.cache.storage import Storage
+from latentprep.errors import UserError
+from latentprep.human import counted
+from latentprep.options import EncodeOptions
+from latentprep.prepare.plan.plan import Plan
+from latentprep.recipe import Recipe, recipe_changes
+from latentprep.records import Skip
+
+Say = Callable[[str], None]
+
+
+def check_paths(options: EncodeOptions, say: Say) -> None:
+    """Raise UserError where --out cannot be a cache of its own."""
+    storage = Storage(options.out)
+    if not storage.is_local:
+        if "memory" in storage.fs.protocol:
+            say(f"out      {options.out}: in the memory of this process, and gone with it")
+        return
+    out = Path(storage.path)
+    if out.resolve() == options.source.resolve():
+        raise UserError(f"--out {options.out}: is the image folder itself. Give the cache a folder of its own.")
+    if out.is_file():
+        raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
+    check_ours(storage)
+
+
+def check_recipe(
+    options: EncodeOptions, recipe: Recipe, manifest: Manifest | None, leftovers: Mapping[str, Leftover]
+) -> None:
+    """Raise UserError where the folder holds a cache, finished or not, whose latents were made otherwise."""
+    made = [manifest.recipe.latents.to_json()] if manifest is not None else [left.recipe for left in leftovers.values()]
+    for before in made:
+        changes = list(recipe_changes(before, recipe.latents.to_json()))
+        if changes:
+            kind = "a cache" if manifest is not None else "an unfinished cache"
+            raise UserError(
+                f"{options.out}: holds {kind} of another recipe ({'; '.join(changes)}; cache -> asked). "
+                "Give another --out, the options it was made with, or --overwrite to start anew."
+            )
+
+
+def check_source(
+    options: EncodeOptions, plan: Plan, manifest: Manifest | None, leftovers: Mapping[str, Leftover]
+) -> None:
+    """Raise UserError if this is not the source that the cache was made from: most images would be gone from it.
+
+    That is so if more than half of them are, or any of them and the source has another path than it had. With another
+    path it is also refused if more than half have other content: other folders may have the same names, as 0001.png.
+    """
+    gone, changed = (sum(change.what == what for change in plan.changes) for what in ("gone", "changed"))
+    held = manifest.num_images if manifest is not None else 0
+    held += sum(leftover.num_rows for leftover in leftovers.values())
+    before = manifest.made_with.source or "" if manifest is not None else ""
+    now = str(options.source.resolve())
+    is_other = before not in ("", now)
+    if options.allow_gone or not (2 * gone > held or (is_other and (gone or 2 * changed > held))):
+        return
+    what = f"{gone:,} of its {counted(held, 'image')} are not"
+    if not gone:
+        what = f"{changed:,} of its {counted(held, 'image')} have another content"
+    raise UserError(
+        f"{options.out}: {what} in SOURCE {now}"
+        + (f"; it was made from {before}" if is_other else "")
+        + ". Nothing was written. Is that the right folder, and wholly there? Give another --out, or --allow-gone "
+        "if this is what you want."
+    )
+
+
+def nothing_usable(options: EncodeOptions, skips: Sequence[Skip], failures: Sequence[str] = ()) -> str:
+    """Says that a source gives a cache of no images at all, and an example of why; `failures` are faults of ours."""
+    where = f"SOURCE {options.source}"
+    if failures:
+        return f"{where}: no cache was made, since {counted(len(failures), 'unit')} failed ({failures[0]})."
+    why = f"{skips[0].key}: {skips[0].reason}, {skips[0].detail}"
+    reasons = Counter(skip.reason for skip in skips).most_common()
+    counts = "; " + ", ".join(f"{count:,} {reason}" for reason, count in reasons) if len(reasons) > 1 else ""
+    return f"{where}: none of its {len(skips):,} images can be used ({why}{counts}). Nothing was written."
