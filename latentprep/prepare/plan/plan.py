@@ -7,7 +7,7 @@ from latentprep.cache.leftovers import Leftover
 from latentprep.cache.names import make_text_id, make_unit_id
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
-from latentprep.prepare.plan.buckets import Place
+from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
 from latentprep.recipe import Recipe, recipe_changes
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit
@@ -79,7 +79,7 @@ class Planner:
 
     items: list[Item]
     skips: list[Skip]  # of what was listed
-    place: Place
+    place: PlaceImage
     row_bytes: RowBytes
     recipe: Recipe
     shard_bytes: int
