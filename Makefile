@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test slow lint faults lowest bench clean
+.PHONY: demo test slow lint faults lowest newest bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/latentprep demo demo
@@ -28,6 +28,10 @@ faults: $(VENV)/.installed-test
 lowest: .venv-lowest/.installed
 	.venv-lowest/bin/python -m pytest -n 2 -m "not slow"
 
+# some of the tests with the newest Python of this machine; says what is not there
+newest:
+	.ci/newest
+
 bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/read.py
 	$(PYTHON) benchmarks/scale.py
@@ -38,7 +42,7 @@ bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/pillow_samples.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest demo dist build
+	rm -rf $(VENV) .venv-lowest .venv-newest demo dist build
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)

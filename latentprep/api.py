@@ -196,7 +196,7 @@ def verify(
 def compact(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
-    min_share: Annotated[float, Option("SHARE", "Rewrite shards of which at least this share is tombstones.", least=0, most=1)] = 0.2,  # compact.MIN_SHARE
+    min_share: Annotated[float, Option("SHARE", "Rewrite shards of which at least this share is dead.", least=0, most=1)] = 0.2,  # compact.MIN_SHARE
 ) -> Compacted:
     """Free the space of images that changed or were removed: rewrite the shards that hold many of them.
 

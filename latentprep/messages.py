@@ -119,7 +119,7 @@ def summary_of_changes(prepared: Prepared) -> str:
     """3 new, 1 renamed, ... in the order of CHANGES; what was found of an unfinished run is said apart."""
     counts = Counter(change.what for change in prepared.plan.changes)
     parts = [f"{counts[what]:,} {what}" for what in CHANGES if counts[what]]
-    found = sum(len(unit.items) for unit in prepared.plan.units if unit.id in prepared.plan.found)
+    found = sum(len(unit.items) for unit in prepared.plan.units if unit.id in prepared.plan.leftovers)
     if found:
         parts.append(f"of the new {found:,} encoded by a run that did not finish")
     return ", ".join(parts)

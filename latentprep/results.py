@@ -117,12 +117,12 @@ class Verified:
 
 @dataclass(frozen=True, repr=False)
 class Compacted:
-    """What compact() did. A tombstone is the row of an image that changed or was removed."""
+    """What compact() did. A dead row is that of an image that changed or was removed."""
 
     cache: str
     num_shards: int  # rewritten or removed
-    num_rows: int  # tombstones that are gone
-    num_left: int  # tombstones that stay, in shards that have few
+    num_rows: int  # dead rows that are gone
+    num_left: int  # dead rows that stay, in shards that have few
     num_bytes: int  # freed
     num_read: int  # old files that a training loop may still read: they go with a later encode or compact
     damaged: tuple[str, ...]  # what is wrong with the shards that were left alone
@@ -133,7 +133,7 @@ class Compacted:
         return not self.damaged
 
     def __repr__(self) -> str:
-        left = f"; {counted(self.num_left, 'tombstone')} left in shards that have few" if self.num_left else ""
+        left = f"; {counted(self.num_left, 'dead row')} left in shards that have few" if self.num_left else ""
         lines = [
             f"{self.cache}: {counted(self.num_shards, 'shard')} rewritten or removed, {counted(self.num_rows, 'row')} "
             f"and {human_bytes(self.num_bytes)} freed{left}"

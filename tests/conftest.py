@@ -1,9 +1,11 @@
 """What the tests share: real photos, the built-in model, miniatures made from config classes, and the command line."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Self
 
 import pytest
 import torch
@@ -21,6 +23,15 @@ from latentprep.records import Item, Skip
 
 quiet_libraries()
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked gpu are skipped without CUDA."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
 
 TINY = Path(latentprep.__file__).parent / "tiny"
 HELD_OUT = ("skimage/data/astronaut.png", "skimage/data/chelsea.png", "skimage/data/coffee.png")
@@ -47,8 +58,11 @@ class Result:
     err: str
 
 
+Run = Callable[..., Result]
+
+
 @pytest.fixture
-def run(monkeypatch, capfd):
+def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """Runs the command line in this process: run("encode", "images", ...) -> exit code, stdout, stderr."""
 
     def run_cli(*arguments: object) -> Result:
@@ -67,7 +81,7 @@ def run(monkeypatch, capfd):
 
 
 @pytest.fixture
-def photos(tmp_path) -> Path:
+def photos(tmp_path: Path) -> Path:
     """A folder of six real photos of five sizes, some with captions."""
     folder = tmp_path / "photos"
     folder.mkdir()
@@ -82,19 +96,19 @@ def photos(tmp_path) -> Path:
 class NoBar:
     """A progress bar for tests that call encode() themselves: it shows nothing."""
 
-    def __init__(self, total, stage=""):
+    def __init__(self, total: int, stage: str = "") -> None:
         self.initial = 0
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         return None
 
-    def set_postfix_str(self, text, refresh=True):
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         pass
 
-    def update(self, count):
+    def update(self, count: int) -> None:
         pass
 
 
@@ -113,7 +127,7 @@ def gradient(width: int, height: int, mode: str = "RGB") -> Image.Image:
 
 
 @pytest.fixture
-def images(tmp_path) -> Path:
+def images(tmp_path: Path) -> Path:
     """A folder of eight small drawn images: four in each of two buckets at 64 pixels, two with alpha."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -136,7 +150,9 @@ def scaled_by(factor: float, shift: float = 0.0) -> Normalization:
 SMALL = ("--model", "tiny", "--resolution", "64", "--bucket-step", "32", "--min-side", "32")
 
 
-def make_model(folder: Path, *, block_out_channels=(8, 8, 16, 16), hidden_size: int = 32, seed: int = 0) -> Path:
+def make_model(
+    folder: Path, *, block_out_channels: tuple[int, ...] = (8, 8, 16, 16), hidden_size: int = 32, seed: int = 0
+) -> Path:
     """A Stable Diffusion 1.x folder with random weights, in layout and classes as diffusers saves one."""
     torch.manual_seed(seed)
     count = len(block_out_channels)
@@ -177,5 +193,5 @@ def make_model(folder: Path, *, block_out_channels=(8, 8, 16, 16), hidden_size: 
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "sd")

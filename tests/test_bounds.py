@@ -214,7 +214,7 @@ def test_a_prompt_that_just_fits_is_not_cut(run, images, tmp_path):
     assert (text["tokens"]["max"], text["max_tokens"], text["truncated_prompts"]) == (78, 77, 1)
 
 
-def test_what_is_cropped_counts_no_tombstones(run, images, tmp_path):
+def test_what_is_cropped_counts_no_dead_rows(run, images, tmp_path):
     options = ("encode", images, "--out", tmp_path / "c", *SMALL)
     assert run(*options).code == 0
     for name in ("wide0", "wide2"):

@@ -97,7 +97,7 @@ def test_the_mask_moves_with_the_batch(plain):
     assert moved.cond["prompt_embeds_mask"].is_meta
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="pins memory for a GPU")
+@pytest.mark.gpu
 def test_all_of_cond_is_pinned(plain):
     data = LatentDataset(ragged_cache(plain))
     batch = data.__getitems__(tall(data)).pin_memory()

@@ -280,7 +280,7 @@ def test_the_two_halves_of_encode_are_encode(tmp_path, dtype):
         assert torch.equal(one.std, other.std)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_on_cuda_the_numbers_come_by_themselves(flux2, dtype):
     encoder = open_vae(flux2[1]).open(torch.device("cuda"), dtype)

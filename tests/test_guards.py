@@ -99,32 +99,32 @@ def cache(run, images, tmp_path) -> Path:
 
 
 @pytest.fixture
-def with_tombstones(run, images, cache) -> Path:
+def with_dead_rows(run, images, cache) -> Path:
     for name in ("tall0", "wide0", "wide1"):
         (images / f"{name}.png").unlink()
     assert run("encode", images, "--out", cache, *SMALL, *SHARDS, "--flip").code == 0
     return cache
 
 
-def test_compact_waits_for_the_lock(run, with_tombstones):
-    with hold(Storage(with_tombstones)):
-        before = files(with_tombstones / "shards")
-        result = run("compact", with_tombstones, "--min-share", 0)
+def test_compact_waits_for_the_lock(run, with_dead_rows):
+    with hold(Storage(with_dead_rows)):
+        before = files(with_dead_rows / "shards")
+        result = run("compact", with_dead_rows, "--min-share", 0)
         assert result.code == 1
         assert "another latentprep is at work on it" in result.err
-        assert files(with_tombstones / "shards") == before
+        assert files(with_dead_rows / "shards") == before
 
 
-def test_compact_deletes_nothing_before_it_has_committed(run, with_tombstones, monkeypatch):
-    before = files(with_tombstones)
+def test_compact_deletes_nothing_before_it_has_committed(run, with_dead_rows, monkeypatch):
+    before = files(with_dead_rows)
 
     def fails(*_):
         raise UserError("the disk is full")
 
     monkeypatch.setattr(compacting, "commit", fails)
-    result = run("compact", with_tombstones, "--min-share", 0)
+    result = run("compact", with_dead_rows, "--min-share", 0)
     assert result.code == 1
-    assert before.items() <= files(with_tombstones).items()
+    assert before.items() <= files(with_dead_rows).items()
 
 
 def test_a_file_and_its_folder_are_on_disk_before_it_counts(tmp_path, monkeypatch):
@@ -241,7 +241,7 @@ def test_no_orphan_of_a_remote_is_cleared(run, cache, monkeypatch):
     assert remote.exists("shards/abc.latents.safetensors")
 
 
-def test_a_shard_with_just_the_share_of_tombstones_is_rewritten():
+def test_a_shard_with_just_the_share_of_dead_rows_is_rewritten():
     def shard(num_dead):
         return Shard("u", (("g", 5, (4, 8, 8)),), Stamp(5, ""), "t", Stamp(1, ""), tuple(range(num_dead)))
 
@@ -285,7 +285,7 @@ def test_a_field_without_values_is_refused():
         check_numbers(field, torch.zeros(0, dtype=torch.int64), "x/nbytes", {})
 
 
-def test_a_row_that_counts_goes_before_a_tombstone_of_the_same_content(run, images, tmp_path):
+def test_a_row_that_counts_goes_before_a_dead_row_of_the_same_content(run, images, tmp_path):
     shutil.copy2(images / "wide0.png", images / "copy.png")
     options = ("encode", images, "--out", tmp_path / "c", *SMALL)
     assert run(*options).code == 0

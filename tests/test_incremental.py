@@ -283,7 +283,7 @@ def test_other_versions_of_libraries_are_said_and_not_refused(run, images, tmp_p
     assert "nothing to do" in result.out
 
 
-def test_compact_frees_what_tombstones_hold_and_changes_no_row(run, images, tmp_path):
+def test_compact_frees_what_dead_rows_hold_and_changes_no_row(run, images, tmp_path):
     options = ("--out", tmp_path / "c", *SMALL, *SHARDS, "--flip")
     assert run("encode", images, *options).code == 0
     for name in ("tall0", "wide0", "wide1", "wide2"):

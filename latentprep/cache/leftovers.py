@@ -90,7 +90,7 @@ def clear_temporaries(storage: Storage) -> None:
     """Delete what a killed run was just writing; only for who holds the lock."""
     for name in (*storage.names(), *storage.names(FOLDER)):
         if is_temporary(name):
-            storage.delete(name)
+            storage.delete_unless_open(name)
 
 
 def list_orphans(storage: Storage, manifest: Manifest) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from latentprep import system
 from latentprep.cache.ours import LOCK_NAME, check_ours
 from latentprep.cache.storage import Storage
 from latentprep.errors import LockedError, UserError
@@ -73,15 +74,19 @@ def _lock(storage: Storage, path: Path) -> Iterator[None]:
         try:
             path.write_text(json.dumps(_myself()), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
+            if not system.is_in_use(error):  # Windows may let nobody write to a file that is locked, its holder neither
+                raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
         yield
     finally:
         # Here nothing may fail: it would hide what went wrong before. What is left behind is locked anew, or empty.
         # First unlink, then release: whoever opened the file meanwhile sees that it lost its name, and tries again.
-        with suppress(OSError):  # Windows unlinks no open file: there it stays, empty of meaning
+        with suppress(OSError):
             path.unlink(missing_ok=True)
         with suppress(OSError):
             lock.release()
+        if system.IS_WINDOWS:  # which unlinks no open file: so if this can be done, nobody has it
+            with suppress(OSError):
+                path.unlink(missing_ok=True)
 
 
 def _check_free(storage: Storage, paths: list[Path]) -> None:

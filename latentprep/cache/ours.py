@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from latentprep import system
 from latentprep.cache.names import FOLDER, MANIFEST, PARTIAL_NAME, SHARD_NAME, SKIPPED, is_temporary
 from latentprep.cache.readers import NAME as READERS_NAME
 from latentprep.cache.readers import SUPERSEDED_NAME
@@ -49,8 +50,8 @@ def _may_be_ours(path: Path) -> bool:
         return False
     try:
         data = path.read_bytes() if path.stat().st_size < 2**20 else b"?"
-    except OSError:
-        return False
+    except OSError as error:
+        return path.name == LOCK_NAME and system.is_in_use(error)  # whoever takes the lock sees that it is held
     if path.name == LOCK_NAME and data:
         try:
             found = json.loads(data)

@@ -9,7 +9,7 @@ import json
 import os
 import time
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from latentprep.cache.names import MANIFEST
@@ -64,10 +64,8 @@ def free(storage: Storage, names: Iterable[str], named: Collection[str] = ()) ->
         if is_alone is False:
             return []
         if is_alone is None:
-            names = _those_of_yesterday(storage, names, named)
-        for name in names:
-            storage.delete(name)
-    return names
+            return _free_after_a_day(storage, names, named)
+        return [name for name in names if storage.delete_unless_open(name)]
 
 
 def invite_readers(storage: Storage) -> None:
@@ -129,22 +127,20 @@ def _lock(descriptor: int, *, exclusive: bool) -> bool | None:
     return True
 
 
-def _those_of_yesterday(storage: Storage, names: list[str], named: Collection[str]) -> list[str]:
-    """Of these files, and of those written down before, the ones that nobody has needed for a day.
+def _free_after_a_day(storage: Storage, names: list[str], named: Collection[str]) -> list[str]:
+    """Delete, of these files and of those written down before, the ones that nobody has needed for a day.
 
     The others are written down with the time.
     """
     now, known = time.time(), _superseded(storage)
     since = {name: min(known.get(name, now), now) for name in {*names, *known} if name not in named}
-    gone = sorted(name for name in since if now - since[name] >= GRACE)
+    old = sorted(name for name in since if now - since[name] >= GRACE)
+    gone = {name for name in old if storage.delete_unless_open(name)}
     left = {name: since[name] for name in since if name not in gone}
-    if left == known:
-        return gone
-    try:
-        storage.write_atomic(SUPERSEDED_NAME, json.dumps(left, indent=1, sort_keys=True).encode())
-    except UserError:
-        return []
-    return gone
+    if left != known:
+        with suppress(UserError):  # then a day begins anew
+            storage.write_atomic(SUPERSEDED_NAME, json.dumps(left, indent=1, sort_keys=True).encode())
+    return sorted(gone)
 
 
 def _superseded(storage: Storage) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import stat
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,7 @@ from typing import Annotated
 import fsspec
 from msgspec import Meta
 
+from latentprep import system
 from latentprep.errors import UnreadableError, UserError, WriteError
 from latentprep.human import human_bytes
 
@@ -119,7 +121,8 @@ class Storage:
     def write_atomic(self, name: str, data: bytes) -> Stamp:
         """All of the bytes under the final name, or nothing.
 
-        Local: temporary file in the same folder, fsync, rename, fsync of the folder. Remote: one put.
+        Local: temporary file in the same folder, fsync, rename, fsync of the folder. Remote: one put. Windows replaces
+        no file that is open: one with the same bytes counts as written.
         Raises WriteError if the disk is full or read-only, and whatever a remote says.
         """
         stamp = Stamp.of(data)
@@ -139,9 +142,10 @@ class Storage:
                     file.write(data)
                     file.flush()
                     os.fsync(file.fileno())
-                os.replace(temporary, target)
+                self._replace(temporary, target, stamp)
             except BaseException:
-                temporary.unlink(missing_ok=True)
+                with suppress(OSError):  # it would hide what went wrong; the next run clears it away
+                    temporary.unlink(missing_ok=True)
                 raise
             _sync_folder(target.parent)
         except OSError as error:
@@ -151,19 +155,43 @@ class Storage:
             ) from error
         return stamp
 
-    def delete(self, name: str) -> None:
-        """Remove a file, if it is there."""
+    def _replace(self, temporary: Path, target: Path, stamp: Stamp) -> None:
+        """Give a file its name. Raises OSError."""
         try:
-            self.fs.rm_file(self.locate(name))
+            system.patiently(lambda: os.replace(temporary, target))
+        except OSError as error:
+            if not (system.is_in_use(error) and target.is_file() and Stamp.of(target.read_bytes()) == stamp):
+                raise
+            temporary.unlink(missing_ok=True)
+
+    def delete(self, name: str) -> None:
+        """Remove a file, if it is there. Raises UserError."""
+        try:
+            system.patiently(lambda: self.fs.rm_file(self.locate(name)))
         except FileNotFoundError:
             return
         except OSError as error:
             raise UserError(f"{self.locate(name)}: cannot delete ({error.strerror or error}).") from error
 
+    def delete_unless_open(self, name: str) -> bool:
+        """Remove a file that nobody needs; whether it is gone: on Windows it stays if somebody has it open.
+
+        Raises UserError.
+        """
+        try:
+            self.fs.rm_file(self.locate(name))
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            if not system.is_in_use(error):
+                raise UserError(f"{self.locate(name)}: cannot delete ({error.strerror or error}).") from error
+            return False
+        return True
+
 
 def _sync_folder(folder: Path) -> None:
     """Have the disk know the new name; Windows has no such call for folders."""
-    if os.name == "nt":
+    if system.IS_WINDOWS:
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -9,6 +9,7 @@ from typing import Any
 
 import typer
 
+from latentprep import system
 from latentprep.human import harmless, printable
 from latentprep.progress import make_bar
 
@@ -84,6 +85,8 @@ def unbreakable() -> Iterator[None]:
         with suppress(OSError, ValueError, AttributeError):  # a full disk, closed, or no stream at all
             stream.flush()
         try:
+            if system.IS_WINDOWS and stream.isatty():
+                continue  # a console takes text and no bytes, and does not break
             raw = Unbreakable(stream.fileno())
         except (OSError, ValueError, AttributeError):
             continue  # a notebook's, or none

@@ -42,7 +42,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
             "latents": sum(shard.latents_file.nbytes for shard in manifest.shards),
             "text": sum(shard.nbytes - shard.latents_file.nbytes for shard in manifest.shards),
         },
-        "tombstones": manifest.num_dead,
+        "dead_rows": manifest.num_dead,
         "can_compact": any(map(would_rewrite, manifest.shards)),
         "made_with": asdict(manifest.made_with),
         "recipe": manifest.recipe.to_json(),

@@ -32,9 +32,9 @@ def facts_table(summary: dict[str, Any]) -> Table:
     table.add_row("shards", f"{summary['shards']:,}")
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in sizes.items())
     table.add_row("on disk", f"{human_bytes(total)} ({parts}), {human_bytes(total / max(1, images))} an image")
-    if summary["tombstones"]:
+    if summary["dead_rows"]:
         advice = ": latentprep compact" if summary["can_compact"] else ", too few to compact"
-        table.add_row("tombstones", f"{summary['tombstones']:,} rows of changed or removed images{advice}")
+        table.add_row("dead rows", f"{summary['dead_rows']:,} of changed or removed images{advice}")
     table.add_row("model", _plain(made["model"]) + (f", VAE {_plain(made['vae'])}" if made.get("vae") else ""))
     table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
     table.add_row("pixels", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["images"].items()))

@@ -9,7 +9,7 @@ from latentprep.records import Placement, Size
 
 Verdict = tuple[str, str]  # reason, detail of a Skip
 SMALLEST_PART = 0.02  # of an image, that its crop must keep
-Place = Callable[[Size], Placement | Verdict]
+PlaceImage = Callable[[Size], Placement | Verdict]
 
 
 def list_buckets(geometry: Geometry) -> list[Size]:
@@ -45,7 +45,7 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
     return min(buckets, key=lambda b: (round(abs(math.log(b[1] / b[0]) - aspect), 9), -b[0] * b[1], b))
 
 
-def make_place(geometry: Geometry, factor: int) -> Place:
+def make_place(geometry: Geometry, factor: int) -> PlaceImage:
     """A function from an image's size to its Placement, or to (reason, detail) where it has none."""
     geometry.check_factor(factor)
     if geometry.mode == "native":

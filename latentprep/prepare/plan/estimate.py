@@ -28,7 +28,7 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
     """Seconds for the images and prompts of a plan; None where no model is needed. Loads models, writes nothing."""
     plan, device, models = prepared.plan, torch.device(prepared.where.devices[0]), prepared.models
     rows = [
-        pair for unit in plan.units if unit.id not in plan.found
+        pair for unit in plan.units if unit.id not in plan.leftovers
         for pair in zip(unit.items, unit.placements, strict=True)
     ]  # fmt: skip
     seconds, measured = 0.0, []

@@ -7,7 +7,7 @@ from latentprep.cache.leftovers import Leftover
 from latentprep.cache.names import make_text_id, make_unit_id
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
-from latentprep.prepare.plan.buckets import Place
+from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
 from latentprep.recipe import Recipe, recipe_changes
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit
@@ -54,7 +54,7 @@ class Plan:
     unread: tuple[str, ...]  # keys of images that cannot be read now: what the cache has of them stays
     lost: tuple[str, ...]  # shards that cannot be read, and why; their images are encoded again
     later: tuple[str, ...] = ()  # keys of images of which --only text makes nothing, since they have no latents
-    found: frozenset[str] = frozenset()  # ids of the units whose latents file a run that did not finish has left
+    leftovers: frozenset[str] = frozenset()  # ids of the units whose latents file a run that did not finish has left
 
     @property
     def num_unit_items(self) -> int:
@@ -79,7 +79,7 @@ class Planner:
 
     items: list[Item]
     skips: list[Skip]  # of what was listed
-    place: Place
+    place: PlaceImage
     row_bytes: RowBytes
     recipe: Recipe
     shard_bytes: int
@@ -105,7 +105,7 @@ class Planner:
         if leftovers.keys() <= {unit.id for unit in plan.units} and all(
             is_current(skip, self.conditions) for skip in left_skips
         ):
-            return self._narrow(replace(plan, found=frozenset(leftovers)))
+            return self._narrow(replace(plan, leftovers=frozenset(leftovers)))
         taken = [shard for leftover in leftovers.values() if (shard := leftover.check(storage)) is not None]
         return self._narrow(self._plan(storage, [*shards, *taken], [*known_skips, *left_skips], leftovers.keys()))
 
@@ -179,10 +179,10 @@ class Planner:
                 changes=tuple(change for change in plan.changes if change.what in LATENT_CHANGES),
             )
         if self.only == "text":
-            left = {item.key for unit in plan.units if unit.id not in plan.found for item in unit.items}
+            left = {item.key for unit in plan.units if unit.id not in plan.leftovers for item in unit.items}
             return replace(
                 plan,
-                units=tuple(unit for unit in plan.units if unit.id in plan.found),
+                units=tuple(unit for unit in plan.units if unit.id in plan.leftovers),
                 changes=tuple(change for change in plan.changes if change.key not in left),
                 later=tuple(sorted(left)),
             )

@@ -5,9 +5,10 @@ import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO
 
+from latentprep import system
 from latentprep.prepare.images.pillow import describe
 from latentprep.prepare.source.door import File, NotRegularError, Source
 from latentprep.records import Skip
@@ -26,6 +27,7 @@ class Folder(Source):
             yield found if isinstance(found, Skip) else file_at(found, found.relative_to(root).as_posix())
 
     def read(self, key: str, limit: int) -> bytes:
+        check_inside(key)
         with open_regular(Path(self.where) / key) as file:
             size = os.fstat(file.fileno()).st_size
             return file.read(max(0, min(size, limit)) + 1)  # Python takes memory for all that is asked for
@@ -37,6 +39,16 @@ class Folder(Source):
 def open_folder(where: str, without: tuple[Path, ...]) -> Folder | None:
     """A folder, whatever is in it."""
     return Folder(where, without) if Path(where).is_dir() else None
+
+
+def check_inside(key: str) -> None:
+    """Raise OSError for a key that leads out of its folder on Windows alone: with a drive, or .. between backslashes.
+
+    Keys of a cache are a stranger's; that none has a leading / or .. between slashes was checked as it was opened.
+    """
+    path = PureWindowsPath(key)
+    if system.IS_WINDOWS and (path.anchor or ".." in path.parts):
+        raise OSError("its name leads outside of the source")
 
 
 def file_at(path: Path, key: str) -> File:
@@ -65,16 +77,18 @@ def walk(folder: Path, without: Iterable[Path] = ()) -> Iterator[Path | Skip]:
 
     A folder below it that cannot be listed is a Skip. Raises OSError if `folder` itself cannot be.
     """
-    seen: set[tuple[int, int]] = set()
+    seen: set[object] = set()
     pending = [folder]
     hidden = {path.resolve() for path in without}
     while pending:
         here = pending.pop()
         try:
             status = here.stat()
-            if (status.st_dev, status.st_ino) in seen or here.resolve() in hidden:
+            # some network disks of Windows number no file
+            known_by = (status.st_dev, status.st_ino) if status.st_ino else here.resolve()
+            if known_by in seen or here.resolve() in hidden:
                 continue
-            seen.add((status.st_dev, status.st_ino))
+            seen.add(known_by)
             if here != folder and (here / "cache.json").is_file() and (here / "shards").is_dir():
                 continue  # another latent cache
             with os.scandir(here) as listing:

@@ -1,0 +1,29 @@
+"""What Windows does otherwise: it deletes, replaces and reads no file that another has open, mapped or locked."""
+
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+IS_WINDOWS = os.name == "nt"
+MAPPED = 1224  # ERROR_USER_MAPPED_FILE: Python knows no class for it
+WAITS = (0.01, 0.05, 0.2, 0.5)  # seconds between attempts: who reads cache.json has it open for a moment
+
+
+def is_in_use(error: OSError) -> bool:
+    """Whether Windows refuses something only because another program, or a reader, has the file open."""
+    return IS_WINDOWS and (isinstance(error, PermissionError) or getattr(error, "winerror", None) == MAPPED)
+
+
+def patiently(act: Callable[[], T]) -> T:
+    """Do something to a file; on Windows again for a second, if somebody has it open. Raises OSError."""
+    for seconds in WAITS:
+        try:
+            return act()
+        except OSError as error:
+            if not is_in_use(error):
+                raise
+        time.sleep(seconds)
+    return act()
