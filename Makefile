@@ -37,6 +37,7 @@ bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/scale.py
 	$(PYTHON) benchmarks/decode.py
 	$(PYTHON) benchmarks/encode.py
+	$(PYTHON) benchmarks/waits.py
 	$(PYTHON) benchmarks/precision.py
 	$(PYTHON) benchmarks/memory.py
 	$(PYTHON) benchmarks/pillow_samples.py

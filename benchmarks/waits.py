@@ -1,10 +1,10 @@
-"""How long a device waits for the rest of `latentprep encode`: with a stand-in for a fast GPU, and with a VAE of no cost.
+"""How long a device waits for the rest of `latentprep encode`: a stand-in for a fast GPU, and a VAE of no cost.
 
     python benchmarks/waits.py
 
-The first takes a batch of 8 images of 512x512 in 25 ms, an H100's rate, and leaves the cores alone meanwhile: the share of
-the time that it is busy is what counts. The second takes no time at all: what counts is how many images come, against what
-the threads that decode give by themselves. Both write latents of the right shape. All runs in one process, in turn.
+The first takes a batch of 8 images of 512x512 in 25 ms, an H100's rate, and leaves the cores alone meanwhile: what
+counts is the share of the time that it is busy. The second takes no time: what counts is how many images come, against
+what the threads that decode give by themselves. Both write latents of the right shape. All runs are in one process.
 """
 
 import os
@@ -69,7 +69,7 @@ class Model:
 
 
 def draw(folder: Path, count: int, size: tuple[int, int], suffix: str) -> None:
-    """Images of noise on gradients, so that a JPEG takes a photo's time to decode; all but a few are links to others."""
+    """Images of noise on gradients, so that a JPEG takes a photo's time to decode; all but 20 are links to others."""
     folder.mkdir()
     random = np.random.default_rng(0)
     rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
@@ -137,15 +137,15 @@ def main(
             rates.append(count / (device.last - device.first))
             alone.append(count // 2 / decode(plan(root / "jpeg", next(caches))))
             together.append(count // 2 / encode(plan(root / "jpeg", next(caches)), StandIn(0.0)))
-    print(
-        f"a device of 25 ms for {BATCH} images of {SIDE}x{SIDE}, BMP files: busy {statistics.median(busy):.1%} of the time,"
-    )
-    print(f"{statistics.median(rates):.0f} images/s of {BATCH / 0.025:.0f}")
+    share, rate = statistics.median(busy), statistics.median(rates)
+    print(f"a device of 25 ms for {BATCH} images of {SIDE}x{SIDE}, BMP files:")
+    print(f"    busy {share:.1%} of the time; {rate:.0f} images/s of {BATCH / 0.025:.0f}")
     ratio = statistics.median(one / other for one, other in zip(together, alone, strict=True))
+    print(f"a device of no cost, JPEG files of 1600x1200 to {SIDE}:")
     print(
-        f"a device of no cost, JPEG files of 1600x1200 to {SIDE}: {statistics.median(together):.1f} images/s, {ratio:.1%} of"
+    pace, limit = statistics.median(together), statistics.median(alone)
+    print(f"    {pace:.1f} images/s, {ratio:.1%} of the {limit:.1f} that are decoded alone")
     )
-    print(f"the {statistics.median(alone):.1f} that the threads decode by themselves")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -30,7 +31,7 @@ def commands():
 
 @pytest.fixture
 def desk(photos, tmp_path, monkeypatch):
-    """A folder as the README's reader has it: ./photos, and a small model in the place of the large one."""
+    """A folder as the README's reader has it: ./photos, ./shards, and a small model in the place of the large one."""
     folder = make_model(tmp_path / "stable-diffusion-v1-5")
     UNet2DConditionModel(
         block_out_channels=(8, 16),
@@ -43,6 +44,10 @@ def desk(photos, tmp_path, monkeypatch):
     ).save_pretrained(folder / "unet")
     DDPMScheduler().save_pretrained(folder / "scheduler")
     shutil.copy(folder / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "vae-ft-mse.safetensors")
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "00000.tar", "w") as tar:
+        for path in sorted(photos.iterdir()):
+            tar.add(path, path.name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
