@@ -142,10 +142,8 @@ def main(
     print(f"    busy {share:.1%} of the time; {rate:.0f} images/s of {BATCH / 0.025:.0f}")
     ratio = statistics.median(one / other for one, other in zip(together, alone, strict=True))
     print(f"a device of no cost, JPEG files of 1600x1200 to {SIDE}:")
-    print(
     pace, limit = statistics.median(together), statistics.median(alone)
     print(f"    {pace:.1f} images/s, {ratio:.1%} of the {limit:.1f} that are decoded alone")
-    )
 
 
 if __name__ == "__main__":
