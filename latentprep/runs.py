@@ -70,9 +70,11 @@ def nothing_to_do(prepared: "Prepared") -> Encoded:
     """Of a cache that is complete already; what runs before have left behind is cleared away."""
     from latentprep import messages
     from latentprep.cache.leftovers import clear_orphans, clear_temporaries
+    from latentprep.cache.readers import invite_readers
 
     assert prepared.manifest is not None
     cleared = (0, 0)
+    invite_readers(prepared.storage)  # a run that was killed just behind its commit has not
     if prepared.where.world_size == 1:
         clear_temporaries(prepared.storage)
         cleared = clear_orphans(prepared.storage, prepared.manifest)
