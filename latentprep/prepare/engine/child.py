@@ -52,7 +52,7 @@ class Channel:
 
 
 def serve(worker: Any, connection: Connection, num_threads: int) -> None:
-    """What the process runs. It ends with the last line, whatever its threads are at: a read that hangs holds up none."""
+    """What the process runs. It ends with the last line, whatever its threads are at: a read that hangs is left."""
     try:
         signal.signal(signal.SIGTERM, _stop)
         for name in ("SIGINT", "SIGHUP"):  # a terminal sends them to all processes: the parent decides

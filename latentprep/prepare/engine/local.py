@@ -137,8 +137,8 @@ class Pool:
         self.num_stillborn += not child.has_asked
         if self.num_stillborn > 1:  # one may have been killed; two will be followed by others without end
             raise UserError(
-                f"--devices: the process for {device} ended before it began, with exit code {code}. What it wrote above "
-                "may say why. Leave --devices out to use one device."
+                f"--devices: the process for {device} ended before it began, with exit code {code}. What it wrote "
+                "above may say why. Leave --devices out to use one device."
             )
         if is_second:
             self.again += [(task, child.slot) for task in child.left]  # it had not begun

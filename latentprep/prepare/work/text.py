@@ -98,6 +98,8 @@ class Run:
             if self.num_write_failures == MAX_WRITE_FAILURES:
                 raise
             return Failure(task_id, str(error))
+        except Exception as error:  # of a library, or ours: the other texts go on
+            return Failure(task_id, f"{type(error).__name__}: {error}")
         self.num_write_failures = 0
         return result
 
