@@ -1,5 +1,6 @@
 """prepare/engine/local.py and child.py: several processes, their deaths, their errors, and their end."""
 
+import json
 import multiprocessing
 import os
 import signal
@@ -18,6 +19,8 @@ from latentprep.prepare.engine import local
 from latentprep.prepare.engine.child import Channel, Unheard, portable
 from latentprep.prepare.engine.where import Where
 from latentprep.prepare.work.events import Failure, Step, TextResult
+from tests.conftest import SMALL, gradient
+from tests.test_encode import files
 from tests.workers import OddError, Task, Worker
 
 TWO = Where(("cpu", "cpu"))
@@ -192,3 +195,98 @@ def test_a_parent_that_is_gone_is_no_tasks_failure():
     with pytest.raises(Unheard):
         channel.send(Step(1))
     assert not issubclass(Unheard, Exception)
+
+
+class Run:
+    """`latentprep encode --devices cpu,cpu` as a process of its own, over so many images that it can be disturbed."""
+
+    def __init__(self, images, cache, *options):
+        command = ["encode", images, "--out", cache, *SMALL, "--resolution", "192", "--shard-size", "200kB", *options]
+        self.arguments = [str(part) for part in command]
+        self.cache = cache
+
+    def start(self):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "latentprep", *self.arguments], cwd=ROOT, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+        return self
+
+    def wait_for_shards(self, count):
+        wait_until(lambda: len(list(self.cache.glob("shards/*.latents.*"))) >= count, 60)
+
+    def workers(self):
+        """Process ids of its children, without multiprocessing's own."""
+        pid = self.process.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+    def end(self):
+        out, err = self.process.communicate(timeout=120)
+        assert "Traceback" not in err
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def many(images):
+    for n in range(40):
+        gradient(192 + n, 180).save(images / f"more{n}.png")
+    (images / "bad.png").write_bytes((images / "wide0.png").read_bytes()[:-40])
+    return images
+
+
+def without_device(cache):
+    found = files(cache)
+    manifest = json.loads(found.pop("cache.json"))
+    device = manifest["made_with"].pop("device")
+    manifest.pop("blake2b")
+    return found, manifest, device
+
+
+@pytest.mark.slow
+def test_disturbed_as_it_may_be_the_end_is_that_of_one_device(run, many, tmp_path):
+    assert run(*Run(many, tmp_path / "whole").arguments).code == 0
+    *wanted, device = without_device(tmp_path / "whole")
+    assert device == "cpu"
+    disturbed = Run(many, tmp_path / "c", "--devices", "cpu,cpu")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        disturbed.start().wait_for_shards(1)
+        pids = disturbed.workers()
+        assert len(pids) == 2
+        os.killpg(disturbed.process.pid, number)  # as a terminal or a scheduler does: to all of its processes
+        code, _, err = disturbed.end()
+        assert code == 128 + number
+        assert "safe in" in err
+        assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    before = {path.name: path.stat().st_ino for path in (tmp_path / "c" / "shards").glob("*.latents.*")}
+
+    disturbed.start().wait_for_shards(len(before) + 1)
+    pids = disturbed.workers()
+    disturbed.process.kill()
+    disturbed.process.communicate()
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+
+    disturbed.start().wait_for_shards(len(before) + 2)
+    os.kill(disturbed.workers()[0], signal.SIGKILL)
+    code, out, err = disturbed.end()
+    assert code == 0, err
+    assert "FAILED" not in out
+    now = {path.name: path.stat().st_ino for path in (tmp_path / "c" / "shards").glob("*.latents.*")}
+    assert before.items() <= now.items()  # no finished shard was made again
+    *found, device = without_device(tmp_path / "c")
+    assert device == "cpu, cpu"
+    assert found == wanted
+
+
+@pytest.mark.slow
+def test_an_error_in_a_process_is_one_line_at_the_terminal(many, tmp_path):
+    running = Run(many, tmp_path / "c", "--devices", "cpu,cpu").start()
+    running.wait_for_shards(1)
+    (tmp_path / "images").rename(tmp_path / "gone")
+    code, _, err = running.end()
+    assert code == 1
+    lines = [line for line in err.replace("\r", "\n").splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert lines[0].startswith("error: SOURCE ")

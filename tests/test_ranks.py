@@ -133,7 +133,7 @@ def test_shards_of_an_unfinished_run_that_planned_otherwise_are_in_no_ones_way(e
     undo = stop_after(monkeypatch, [1])
     encode(None, None, *larger, code=130)
     undo()
-    shutil.copy(images / "tall0.png", images / "a-new-one.png")
+    shutil.copy(images / "wide0.png", images / "a-new-one.png")
     assert (
         "an unfinished run that planned otherwise: only a run without ranks takes such up" in encode(0, 2, *larger).err
     )
