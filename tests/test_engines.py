@@ -218,8 +218,8 @@ class Run:
 
     def workers(self):
         """Process ids of its children, without multiprocessing's own."""
-        pid = self.process.pid
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        tasks = Path(f"/proc/{self.process.pid}/task").glob("*/children")  # each thread has its own
+        children = [child for task in tasks for child in task.read_text().split()]
         return [int(child) for child in children if b"spawn_main" in Path(f"/proc/{child}/cmdline").read_bytes()]
 
     def end(self):
@@ -287,6 +287,6 @@ def test_an_error_in_a_process_is_one_line_at_the_terminal(many, tmp_path):
     (tmp_path / "images").rename(tmp_path / "gone")
     code, _, err = running.end()
     assert code == 1
-    lines = [line for line in err.replace("\r", "\n").splitlines() if "error" in line]
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert lines[0].startswith("error: SOURCE ")
