@@ -201,7 +201,7 @@ class Run:
     """`latentprep encode --devices cpu,cpu` as a process of its own, over so many images that it can be disturbed."""
 
     def __init__(self, images, cache, *options):
-        command = ["encode", images, "--out", cache, *SMALL, "--resolution", "192", "--shard-size", "200kB", *options]
+        command = ["encode", images, "--out", cache, *SMALL, "--resolution", "384", "--shard-size", "90kB", *options]
         self.arguments = [str(part) for part in command]
         self.cache = cache
 
@@ -231,7 +231,7 @@ class Run:
 @pytest.fixture
 def many(images):
     for n in range(40):
-        gradient(192 + n, 180).save(images / f"more{n}.png")
+        gradient(96 + n, 90).save(images / f"more{n}.png")
     (images / "bad.png").write_bytes((images / "wide0.png").read_bytes()[:-40])
     return images
 
