@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -10,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 ASK = "next"  # what a process sends to be given a task; it is sent None if there is none
@@ -91,7 +91,7 @@ def portable(error: Exception) -> Exception:
     """An exception that can be sent, with a note of where it was raised."""
     error.add_note("".join(traceback.format_exception(error)))
     try:
-        pickle.loads(pickle.dumps(error))  # some cannot be made again from what they hold
+        ForkingPickler.loads(ForkingPickler.dumps(error))  # some cannot be made again from what they hold
     except Exception:  # whatever their classes raise
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
