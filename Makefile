@@ -22,7 +22,7 @@ lint: $(VENV)/.installed-lint
 
 # the tests that kill and mutate at random, at greater length: a quarter of an hour
 faults: $(VENV)/.installed-test
-	LATENTPREP_KILLS=200 LATENTPREP_FUZZ=10 $(PYTHON) -m pytest -n 2 tests/test_faults.py tests/test_fuzz.py tests/test_combinations.py
+	LATENTPREP_KILLS=200 LATENTPREP_FUZZ=10 $(PYTHON) -m pytest -n 2 tests/test_faults.py tests/test_kills.py tests/test_fuzz.py tests/test_combinations.py
 
 # the tests with the lowest versions that pyproject.toml allows, all together; torch alone as in constraints.txt
 lowest: .venv-lowest/.installed

@@ -100,7 +100,13 @@ def encode(
     In Python it returns what became of it. A skipped image is no error: it is counted in the result, as are failures
     (faults of latentprep's own); `result.ok` is False if there were any. With dry_run=True the result says what there is
     to do. Raises UserError for what the caller can mend: arguments, models, a full disk, a cache that another process
-    writes to; and OSError as the file system does. Raises KeyboardInterrupt after Ctrl-C, once what is done is safe on disk; the same call goes on from there.
+    writes to; and OSError as the file system does. Raises KeyboardInterrupt after Ctrl-C, once what is done is safe on
+    disk; the same call goes on from there.
+
+    Under torchrun or SLURM each process that calls it does its share of the work, and returns once that is done. The
+    last one commits the cache; `result.absent` are the ranks that were still at work. So wait for all of them, as
+    torch.distributed.barrier() does, before a dataset opens the cache. If only one of the processes calls it, give
+    rank=0 and world_size=1: else it waits for shares that nobody does.
     """
     # fmt: on
     from latentprep.human import parse_bytes
@@ -218,8 +224,8 @@ def merge(
 ) -> Merged:
     """Commit what the ranks of an encode have finished, if the last of them could not.
 
-    In Python it returns what was committed. Raises UserError if ranks are missing, if they have done different work, or if
-    another process writes to the cache.
+    In Python it returns what was committed. Raises UserError if ranks are missing, if they have done different work, or
+    if a rank or another process is still at work on the cache.
     """
     # fmt: on
     from latentprep.runs import run_merge

@@ -20,7 +20,9 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import LockedError, UserError
 
 NAME = LOCK_NAME
-RANK_NAME = re.compile(r"\.lock\.\d+-of-\d+")  # beside it, of each of several runs that share the work
+PATIENCE = 0.5  # seconds for a lock: who only looks whether it is free holds it for a moment
+MOMENT = 0.02
+RANK_NAME = re.compile(r"\.lock\.\d+-of-(\d+)")  # beside it, of each of several runs that share the work
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def hold(storage: Storage, share: tuple[int, int] | None = None, *, beside_ranks
     """Keep every other latentprep from writing to this cache. The folder is made; it goes again if nothing was written.
 
     `share` is rank and world size of a run that works beside others: it keeps away whoever is none of them, and
-    a second run of its rank. With `beside_ranks` such runs may go on.
+    a second run of its rank. With `beside_ranks` such runs may go on, of whom the caller is one.
 
     Raises LockedError that says who holds it, or UserError if the folder holds another program's files. A remote cache
     has no lock: there, same work writes the same files.
@@ -42,10 +44,11 @@ def hold(storage: Storage, share: tuple[int, int] | None = None, *, beside_ranks
     path = folder / (NAME if share is None else f"{NAME}.{share[0]}-of-{share[1]}")
     try:
         with _lock(storage, path):
-            if share is not None:
-                _check_free(storage, [folder / NAME])
-            elif not beside_ranks:
-                _check_free(storage, [other for other in folder.iterdir() if RANK_NAME.fullmatch(other.name)])
+            if not beside_ranks:
+                ranks = {other: match[1] for other in folder.iterdir() if (match := RANK_NAME.fullmatch(other.name))}
+                size = str(share[1]) if share is not None else ""
+                strangers = [other for other, world_size in ranks.items() if world_size != size]
+                _check_free(storage, [*strangers, folder / NAME] if share is not None else strangers)
             yield
     finally:
         with suppress(OSError):
@@ -59,14 +62,11 @@ def hold(storage: Storage, share: tuple[int, int] | None = None, *, beside_ranks
 def _lock(storage: Storage, path: Path) -> Iterator[None]:
     """Hold one lock. Raises LockedError, UserError."""
     _check_lock(path)
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(path)
     try:
-        lock.acquire()
+        lock.acquire(PATIENCE, MOMENT)
     except Timeout:
-        raise LockedError(
-            f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
-            "what it has finished by then is taken up."
-        ) from None
+        raise _locked(storage, path) from None
     except (OSError, NotImplementedError) as error:  # NotImplementedError: a disk without locks
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{storage.root}: cannot be locked ({reason}). Is it read-only?") from None
@@ -94,17 +94,23 @@ def _check_free(storage: Storage, paths: list[Path]) -> None:
     for path in paths:
         if not path.exists():
             continue
-        lock = FileLock(path, timeout=0)
+        lock = FileLock(path)
         try:
-            lock.acquire()
+            lock.acquire(PATIENCE, MOMENT)
         except Timeout:
-            raise LockedError(
-                f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
-                "what it has finished by then is taken up."
-            ) from None
+            raise _locked(storage, path) from None
         except (OSError, NotImplementedError):
             continue  # it cannot be told
+        with suppress(OSError):  # its holder was killed: as if it had unlinked it itself
+            path.unlink(missing_ok=True)
         lock.release()
+
+
+def _locked(storage: Storage, path: Path) -> LockedError:
+    return LockedError(
+        f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
+        "what it has finished by then is taken up."
+    )
 
 
 def _check_lock(path: Path) -> None:

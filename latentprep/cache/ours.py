@@ -47,9 +47,11 @@ def _may_be_ours(path: Path) -> bool:
     if path.name == FOLDER:
         return path.is_dir() and all(is_temporary(entry.name) for entry in path.iterdir())
     if path.is_symlink() or not path.is_file():
-        return False
+        return not os.path.lexists(path)  # gone meanwhile: another run has just ended
     try:
         data = path.read_bytes() if path.stat().st_size < 2**20 else b"?"
+    except FileNotFoundError:
+        return True  # gone meanwhile
     except OSError as error:
         return path.name == LOCK_NAME and system.is_in_use(error)  # whoever takes the lock sees that it is held
     if path.name == LOCK_NAME and data:

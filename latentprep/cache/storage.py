@@ -6,6 +6,7 @@ import stat
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from secrets import randbits
 from typing import Annotated
 
 import fsspec
@@ -136,7 +137,9 @@ class Storage:
         target = Path(self.locate(name))
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+            temporary = target.with_name(
+                f".{target.name}.{randbits(63)}.tmp"
+            )  # machines may share numbers of processes
             try:
                 with open(temporary, "wb") as file:
                     file.write(data)

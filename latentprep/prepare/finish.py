@@ -123,9 +123,15 @@ def hand_in(
     where = prepared.where
     own = [shard for shard in manifest.shards if shard != before.get(shard.id)]
     part = ranks.Part(
-        plan_digest(prepared), where.rank, where.world_size, replace(manifest, shards=own), tuple(before.values()),
-        tuple(skips), num_failures,
-    )  # fmt: skip
+        base=ranks.base_of(prepared.manifest),
+        plan=plan_digest(prepared),
+        rank=where.rank,
+        world_size=where.world_size,
+        manifest=replace(manifest, shards=own),
+        fallback=tuple(before.values()),
+        skips=tuple(skips),
+        num_failures=num_failures,
+    )
     ranks.hand_in(prepared.storage, part)
     return ranks.merge_if_complete(prepared.storage, part)
 
@@ -135,5 +141,6 @@ def plan_digest(prepared: Prepared) -> str:
     plan = prepared.plan
     tasks = [[task.id, [[*row.fingerprint, row.captions] for row in task.rows]] for task in plan.text_tasks]
     kept = [[shard.id, shard.text_id, shard.dead] for shard in plan.kept]
-    ids = [unit.id for unit in plan.units]
-    return digest_of([prepared.recipe.latents.to_json(), prepared.recipe.text.to_json(), ids, tasks, kept])
+    units = [[unit.id, [item.captions for item in unit.items]] for unit in plan.units]
+    recipe = prepared.recipe
+    return digest_of([recipe.latents.to_json(), recipe.text.to_json(), prepared.options.only, units, tasks, kept])

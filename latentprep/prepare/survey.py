@@ -130,8 +130,14 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     )  # fmt: skip
     missing = find_missing(storage, manifest.shards) if manifest is not None else {}
     shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
-    plan = planner.plan(storage, shards, [] if options.retry_skipped else known_skips, leftovers)
+    known = [] if options.retry_skipped else known_skips
+    plan = planner.plan(storage, shards, known, leftovers, is_shared=where.world_size > 1)
     check_source(options, plan, manifest, leftovers)
+    if where.world_size > 1 and len(plan.found) < len(leftovers):
+        say(
+            f"found    {counted(len(leftovers) - len(plan.found), 'shard')} of an unfinished run that planned "
+            "otherwise: only a run without ranks takes such up"
+        )
     say_plan(options, plan, [*missing.values(), *plan.lost], say)
     if manifest is None and not plan.units and not plan.kept and not plan.text_tasks:
         raise UserError(nothing_usable(options, plan.skips))

@@ -1,25 +1,27 @@
 """Runs a worker on this machine's devices: in this process for one, in a process each for several.
 
-A process is given a task when it asks for one. If it dies, its tasks go to another process, each once.
+A process is given a task when it asks for one. If it dies, each task that it had is tried once more, in a process of
+its own: so the one that kills is told from those that stood beside it.
 """
 
 import multiprocessing
-import os
 import signal
 import sys
-import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from latentprep.errors import UserError
+from latentprep.prepare.engine.child import ASK, serve
 from latentprep.prepare.engine.where import Where
 from latentprep.prepare.work.events import Event, Failure, Step
 
-ASK = "next"  # what a process sends to be given a task; it is sent None if there is none
+MAX_DEATHS = 3  # of processes of one device with nothing done in between: then the device is left alone
 
 
 def run(worker: Any, tasks: Sequence[Any], where: Where) -> Iterator[Event]:
@@ -27,55 +29,82 @@ def run(worker: Any, tasks: Sequence[Any], where: Where) -> Iterator[Event]:
     if len(where.devices) == 1:
         yield from replace(worker, device=where.devices[0]).run(tasks)
     else:
-        yield from Pool(worker, tasks).run(where.devices)
+        yield from Pool(worker, tasks, where.devices).run()
 
 
 @dataclass(eq=False)
 class Child:
-    """A process with a worker, and the tasks that it was given and has not done."""
+    """A process with a worker."""
 
     process: Any
     connection: Connection
-    device: str
-    tasks: dict[str, Any] = field(default_factory=dict)
+    slot: int  # number of its device
+    left: deque[Any]  # where its tasks come from
+    tasks: dict[str, Any] = field(default_factory=dict)  # those that it was given and has not done
     has_asked: bool = False  # for a task: it has begun
 
 
 class Pool:
-    """Processes with a worker each, and the tasks that are left."""
+    """Processes with a worker each, one for each device, and the tasks that are left."""
 
-    def __init__(self, worker: Any, tasks: Sequence[Any]) -> None:
-        self.worker = worker
+    def __init__(self, worker: Any, tasks: Sequence[Any], devices: Sequence[str]) -> None:
+        self.worker, self.devices = worker, devices
         self.left = deque(tasks)
-        self.tried: set[str] = set()  # ids of tasks whose process died
+        self.again: list[tuple[Any, int]] = []  # tasks whose process died, and the number of its device
         self.children: list[Child] = []
         self.num_stillborn = 0  # processes that ended before they had begun
+        self.deaths: Counter[int] = Counter()  # number of a device -> processes that died since its last result
+        self.last_code: int | None = None  # exit code of the one that died last
 
-    def run(self, devices: Sequence[str]) -> Iterator[Event]:
+    def run(self) -> Iterator[Event]:
         """The events of all processes, as they come."""
         try:
-            for device in devices[: len(self.left)]:
-                self._start(device)
+            self._fill()
             while self.children:
                 for ready in wait([child.connection for child in self.children]):
                     child = next(child for child in self.children if child.connection is ready)
                     yield from self._hear(child)
-                if self.left and not self.children:  # all have ended, and one has left its tasks behind
-                    self._start(devices[0])
+                self._fill()
+            if self.left or self.again:
+                raise UserError(
+                    f"--devices {','.join(self.devices)}: their processes die one after the other, the last with exit "
+                    f"code {self.last_code}; -9 may mean that memory ran out. What is done is kept."
+                )
         finally:
             self._stop()
 
-    def _start(self, device: str) -> None:
+    def _fill(self) -> None:
+        """Start a process on each device that has none, as long as there is something for it to do."""
+        usable = [slot for slot in range(len(self.devices)) if self.deaths[slot] < MAX_DEATHS]
+        for slot in usable:
+            if any(child.slot == slot for child in self.children):
+                continue
+            if len(self.left) > sum(not child.has_asked for child in self.children):
+                self._start(slot, self.left)
+                continue
+            for pair in self.again:
+                if pair[1] != slot or usable == [slot]:  # the device may be what kills
+                    self.again.remove(pair)
+                    self._start(slot, deque([pair[0]]))
+                    break
+
+    def _start(self, slot: int, left: deque[Any]) -> None:
+        """Start a process. In a thread, which no KeyboardInterrupt ends half-way, with a process that nobody knows."""
         import torch
 
+        with ThreadPoolExecutor(1, thread_name_prefix="start") as starter:
+            starter.submit(self._spawn, slot, left, torch.get_num_threads()).result()
+
+    def _spawn(self, slot: int, left: deque[Any], num_threads: int) -> None:
         context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
+        device = self.devices[slot]
         ours, theirs = context.Pipe()
-        arguments = (replace(self.worker, device=device), theirs, torch.get_num_threads())
+        arguments = (replace(self.worker, device=device), theirs, num_threads)
         process = context.Process(target=serve, args=arguments, name=f"latentprep on {device}")
-        with without_main():
+        with without_main(), deaf():
             process.start()
         theirs.close()
-        self.children.append(Child(process, ours, device))
+        self.children.append(Child(process, ours, slot, left))
 
     def _hear(self, child: Child) -> Iterator[Event]:
         """What a process has to say."""
@@ -84,48 +113,54 @@ class Pool:
         except (EOFError, OSError):
             yield from self._bury(child)
             return
-        if isinstance(message, UserError):
+        if isinstance(message, Exception):
             raise message
         if message != ASK:
             if not isinstance(message, Step):
                 child.tasks.pop(message.id, None)
+                self.deaths[child.slot] = 0
             yield message
             return
         child.has_asked = True
-        task = self.left.popleft() if self.left else None
+        task = child.left.popleft() if child.left else None
         if task is not None:
             child.tasks[task.id] = task
         with suppress(OSError):  # it has died: that is heard next
             child.connection.send(task)
 
     def _bury(self, child: Child) -> Iterator[Failure]:
-        """A process has ended: what it was given and has not done goes to another, the second time it is a failure."""
+        """A process has ended: what it had and has not done is tried once more, the second time it is a failure."""
         child.process.join()
         child.connection.close()
         self.children.remove(child)
+        device, code, is_second = self.devices[child.slot], child.process.exitcode, child.left is not self.left
         self.num_stillborn += not child.has_asked
         if self.num_stillborn > 1:  # one may have been killed; two will be followed by others without end
             raise UserError(
-                f"--devices: the process for {child.device} ended before it began, with exit code "
-                f"{child.process.exitcode}. What it wrote above may say why. Leave --devices out to use one device."
+                f"--devices: the process for {device} ended before it began, with exit code {code}. What it wrote "
+                "above may say why. Leave --devices out to use one device."
             )
-        for task in child.tasks.values():
-            if task.id in self.tried:
-                code = child.process.exitcode
-                yield Failure(
-                    task.id, f"two processes died with it; the last, on {child.device}, with exit code {code}"
-                )
-            else:
-                self.tried.add(task.id)
-                self.left.append(task)
+        if is_second:
+            self.again += [(task, child.slot) for task in child.left]  # it had not begun
+            for task in child.tasks.values():
+                yield Failure(task.id, f"two processes died with it; the last, on {device}, with exit code {code}")
+        elif child.tasks or not child.has_asked:
+            self.again += [(task, child.slot) for task in child.tasks.values()]
+            self.deaths[child.slot] += 1
+            self.last_code = code
 
     def _stop(self) -> None:
-        """End the processes that still run; each keeps what its device has done."""
+        """End the processes that still run; each keeps what its device has done.
+
+        They are told twice: by a signal, which a library may swallow (and which ends all at once on Windows), and by
+        the silence of the connection.
+        """
         for child in self.children:
-            child.process.terminate()
+            if sys.platform != "win32":
+                child.process.terminate()
+            child.connection.close()
         for child in self.children:
             child.process.join()
-            child.connection.close()
 
 
 @contextmanager
@@ -145,50 +180,18 @@ def without_main() -> Iterator[None]:
         vars(main).update(before)
 
 
-def serve(worker: Any, connection: Connection, num_threads: int) -> None:
-    """The life of a process: ask for tasks, do them, tell what happens."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the parent decides
-    signal.signal(signal.SIGTERM, _stop)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    import warnings
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Processes that this thread starts meanwhile do not hear the terminal, which sends its signals to all.
 
-    import torch
-
-    from latentprep.prepare.devices import quiet_libraries
-
-    warnings.filterwarnings("ignore")
-    quiet_libraries()
-    torch.set_num_threads(num_threads)  # the same bytes as in the parent's process
-    lock = threading.Lock()
-
-    def send(message: object) -> None:
-        with lock:
-            connection.send(message)
-
-    def ask() -> Iterator[Any]:
-        send(ASK)
-        while (task := connection.recv()) is not None:
-            yield task
-            send(ASK)
-
+    They would end in the midst of their imports, each with a traceback, before they can say themselves what to ignore.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # its first start would take the mask back
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
     try:
-        with closing(worker.run(ask())) as events:
-            for event in events:
-                send(event)
-    except UserError as error:
-        send(error)
-    except (KeyboardInterrupt, BrokenPipeError):
-        pass  # what is done is kept
-
-
-def _stop(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
-
-
-def _end_with_parent() -> None:
-    """End this process if its parent is gone, however it went."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -14,6 +14,9 @@ VARIABLES = (
 )
 
 
+MAX_WORLD_SIZE = 2**20
+
+
 @dataclass(frozen=True)
 class Where:
     """Where a run takes place."""
@@ -41,16 +44,20 @@ class Share:
 def find_share(rank: int | None, world_size: int | None, environment: Mapping[str, str] = os.environ) -> Share:
     """Which of several runs this is, as the options or the variables of torchrun or SLURM say. Raises UserError."""
     if rank is not None and world_size is not None:
+        if world_size > MAX_WORLD_SIZE:
+            raise UserError(f"--world-size {world_size}: expected at most {MAX_WORLD_SIZE}.")
         return Share(rank, world_size, None, "--rank")
     for names in VARIABLES:
         values = [environment.get(name) for name in names]
         if values[0] is None or values[1] is None or values[1] == "1":
             continue
+        if names[0] == "SLURM_PROCID" and "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
+            continue  # a batch script, or a shell of salloc: it runs once, whatever --ntasks says; srun makes steps
         try:
             found = [int(value) if value is not None else None for value in values]
         except ValueError:
             raise UserError(f"{names[0]}={values[0]}, {names[1]}={values[1]}: expected whole numbers.") from None
-        if found[0] is None or found[1] is None or not 0 <= found[0] < found[1]:
+        if found[0] is None or found[1] is None or not 0 <= found[0] < found[1] <= MAX_WORLD_SIZE:
             raise UserError(f"{names[0]}={values[0]}, {names[1]}={values[1]}: expected 0 <= rank < world size.")
         return Share(found[0], found[1], found[2], names[0])
     return Share()

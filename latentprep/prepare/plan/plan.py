@@ -90,7 +90,12 @@ class Planner:
     only: str | None = None  # latents, text; None: both
 
     def plan(
-        self, storage: Storage, shards: list[Shard], known_skips: list[Skip], leftovers: Mapping[str, Leftover]
+        self,
+        storage: Storage,
+        shards: list[Shard],
+        known_skips: list[Skip],
+        leftovers: Mapping[str, Leftover],
+        is_shared: bool = False,
     ) -> Plan:
         """What there is to do for a cache of this recipe. Raises UserError for files that may be whole.
 
@@ -99,8 +104,12 @@ class Planner:
 
         If nothing has changed since an unfinished run, its units are those of this plan, and are known by their names.
         If something has, each whole shard of it is taken into the cache as it is, and what is left is cut into units.
+        Not so if several runs share the plan (`is_shared`): each makes it at another time, so it must not depend
+        on what the others have done by then.
         """
         plan = self._plan(storage, shards, known_skips)
+        if is_shared:
+            return self._narrow(replace(plan, found=frozenset(leftovers) & {unit.id for unit in plan.units}))
         left_skips = [skip for leftover in leftovers.values() for skip in leftover.skips]
         if leftovers.keys() <= {unit.id for unit in plan.units} and all(
             is_current(skip, self.conditions) for skip in left_skips

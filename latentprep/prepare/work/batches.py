@@ -58,6 +58,7 @@ class LoadAhead:
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
         self.large = Lock()  # several images at once, but only one that is very large: memory stays bounded
         self.ahead: deque[tuple[str, Future[Loaded]]] = deque()
+        self.end: BaseException | None = None  # what has ended the tasks too early; those before it are handed out
 
     def take(self, unit_id: str) -> Iterator[Loaded]:
         """The loaded items of the unit that comes next."""
@@ -75,10 +76,17 @@ class LoadAhead:
 
     def fill(self, without: str = "") -> None:
         """Begin with as many images as are to be ahead."""
-        while len(self.ahead) < self.depth and (following := next(self.tasks, None)) is not None:
+        while len(self.ahead) < self.depth and (following := self._next()) is not None:
             unit_id, item, placement = following
             if unit_id != without:
                 self.ahead.append((unit_id, self.pool.submit(self._load, item, placement)))
+
+    def _next(self) -> Task | None:
+        try:
+            return next(self.tasks, None)
+        except BaseException as error:  # no fault of the unit whose images are handed out meanwhile
+            self.end = error
+            return None
 
     def stop(self, wait: bool) -> None:
         self.pool.shutdown(wait=wait, cancel_futures=True)

@@ -63,7 +63,7 @@ class Finisher:
 
     def run(self, messages: "Queue[Any]", results: "SimpleQueue[Any]") -> None:
         """Take messages up to None. What ends it is a result too: None, or an exception."""
-        end: BaseException | None = None
+        message: Any = ""
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             try:
                 while (message := messages.get()) is not None:
@@ -72,10 +72,11 @@ class Finisher:
                     self.rows.save(self.storage, self.metadata)
                 self._wait()
             except BaseException as error:
-                end = error
-                while messages.get() is not None:  # nobody is to wait for room
-                    pass
-        results.put(end)
+                results.put(error)  # at once: nothing that the device does from now on would be kept
+                while message is not None:  # nobody is to wait for room
+                    message = messages.get()
+                return
+        results.put(None)
 
     def _take(self, message: Any, writer: ThreadPoolExecutor, results: "SimpleQueue[Any]") -> None:
         if isinstance(message, UnitRows):
@@ -178,6 +179,8 @@ class Finisher:
             if self.num_write_failures == MAX_WRITE_FAILURES:
                 raise
             results.put(Failure(result.id, str(error)))
+        except Exception as error:  # of a library, or ours: it is not to be the next unit's
+            results.put(Failure(result.id, f"{type(error).__name__}: {error}"))
 
     def _wait(self) -> None:
         """Wait for the last write. Raises what it raised."""

@@ -21,7 +21,7 @@ from latentprep.cache.manifest import LatentFacts
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.prepare.devices import OutOfMemoryError, empty_cache
+from latentprep.prepare.devices import OutOfMemoryError, empty_cache, is_out_of_memory
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.work.batches import Batch, LoadAhead, Task, make_batches
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 AHEAD = 2  # batches that are ready for the device, and that wait behind it
 MOMENT = 0.1  # seconds after which a thread that waits looks whether it is to stop
+PATIENCE = 1.0  # seconds for the image that is just being decoded: a read that hangs holds up no run that is stopped
 
 
 @dataclass(frozen=True)
@@ -91,9 +92,9 @@ class Run:
         finisher = Finisher(self.storage, worker.recipe, worker.metadata, worker.conditions, self.failed)
         ahead = Thread(target=self._load, args=(units,), name="load", daemon=True)
         behind = Thread(target=finisher.run, args=(self.behind, self.results), name="finish")
-        ahead.start()
-        behind.start()
         try:
+            ahead.start()
+            behind.start()
             yield from self._encode(finisher)
             self._put(self.behind, None)
             yield from self._drain()
@@ -101,7 +102,9 @@ class Run:
             self.stopping.set()
             if behind.is_alive():
                 self.behind.put(None)  # the finisher takes what stands before it, and keeps that
-            behind.join()
+                behind.join()
+            if ahead.is_alive():
+                ahead.join(PATIENCE)
 
     def _encode(self, finisher: Finisher) -> Iterator[Event]:
         """The device's own thread: what is ready is encoded, and handed to who waits behind it."""
@@ -132,11 +135,18 @@ class Run:
     def _open(self) -> "ImageEncoder":
         """The VAE, loaded now: loading is no part of the images' speed."""
         worker = self.worker
+        dtype = TORCH_DTYPES[worker.recipe.dtype]
         with self._on("load"):
-            dtype = TORCH_DTYPES[worker.recipe.dtype]
-            return worker.vae.open(
-                torch.device(worker.device), dtype, tiling=worker.recipe.tiling, compile=worker.compile
-            )
+            try:
+                return worker.vae.open(
+                    torch.device(worker.device), dtype, tiling=worker.recipe.tiling, compile=worker.compile
+                )
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        raise UserError(
+            f"--device {worker.device}: its memory does not hold the VAE. Free some of it, or give another device."
+        )
 
     def _start(self, encoder: "ImageEncoder", batch: Batch) -> "Encoded | Failure | None":
         """A batch with what the device makes of it, which may still be at work on it."""
@@ -156,7 +166,7 @@ class Run:
     def _load(self, units: Iterable[Unit]) -> None:
         """The first thread: images become batches. What ends it is handed on: None, or an exception."""
         end: BaseException | None = None
-        begun: deque[UnitRows | LatentsResult] = deque()
+        begun: deque[UnitRows | LatentsResult | Failure] = deque()
         depth = max(2 * self.worker.batch_size, 2 * self.worker.threads)
         loader = LoadAhead(self.worker.load, self.worker.threads, depth, self._begin(units, begun))
         try:
@@ -167,25 +177,34 @@ class Run:
                 if isinstance(first, UnitRows):
                     self._batch(first, loader)
                 loader.fill()
+            end = loader.end
         except BaseException as error:
             end = error
         self._put(self.ready, end)
-        loader.stop(
-            wait=end is None and not self.stopping.is_set()
-        )  # a read that hangs holds up no run that is stopped
+        loader.stop(wait=end is None and not self.stopping.is_set())
 
-    def _begin(self, units: Iterable[Unit], begun: "deque[UnitRows | LatentsResult]") -> Iterator[Task]:
+    def _begin(self, units: Iterable[Unit], begun: "deque[UnitRows | LatentsResult | Failure]") -> Iterator[Task]:
         """The images to decode of each unit; `begun` gets what is there of it."""
         for unit in units:
+            found = self._find(unit)
+            begun.append(found)
+            if isinstance(found, UnitRows):
+                start = found.num_done
+                for item, placement in zip(unit.items[start:], unit.placements[start:], strict=True):
+                    yield unit.id, item, placement
+
+    def _find(self, unit: Unit) -> UnitRows | LatentsResult | Failure:
+        """What earlier runs have left of a unit. Raises UserError."""
+        try:
             leftover = find_leftover(self.storage, unit.id)
             shard = leftover.check(self.storage) if leftover is not None else None
             if leftover is not None and shard is not None:
-                begun.append(LatentsResult(unit.id, shard, leftover.skips, leftover.notes, num_found=len(unit.items)))
-                continue
-            rows = load_rows(self.storage, unit)
-            begun.append(rows)
-            for item, placement in zip(unit.items[rows.num_done :], unit.placements[rows.num_done :], strict=True):
-                yield unit.id, item, placement
+                return LatentsResult(unit.id, shard, leftover.skips, leftover.notes, num_found=len(unit.items))
+            return load_rows(self.storage, unit)
+        except UserError:
+            raise
+        except Exception as error:  # of a remote, or ours: it is no other unit's fault
+            return Failure(unit.id, f"{type(error).__name__}: {error}")
 
     def _batch(self, rows: UnitRows, loader: LoadAhead) -> None:
         """The batches of a unit, one after the other."""
@@ -200,7 +219,8 @@ class Run:
             raise
         except Exception as error:  # a fault of ours, which names its image
             self._put(self.ready, Failure(unit.id, str(error)))
-        loader.drop(unit.id)
+        if not self.stopping.is_set():
+            loader.drop(unit.id)
 
     def _get(self, stage: str, queue: "Queue[Any] | SimpleQueue[Any]") -> Any:
         """What comes next, waited for. Raises it if it is an exception."""

@@ -98,6 +98,8 @@ class Run:
             if self.num_write_failures == MAX_WRITE_FAILURES:
                 raise
             return Failure(task_id, str(error))
+        except Exception as error:  # of a library, or ours: the other texts go on
+            return Failure(task_id, f"{type(error).__name__}: {error}")
         self.num_write_failures = 0
         return result
 
@@ -147,14 +149,8 @@ class Run:
         ]
         prompts = list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
         index = {prompt: n for n, prompt in enumerate(prompts)}
-        made: list[dict[str, Any]] = [
-            {
-                "key": row.key,
-                "nbytes": row.nbytes,
-                "version": row.version,
-                "caption": list(row.captions),
-                "prompt_of": [index[prompt] for prompt in own] or [0] * options.prompts_per_image,
-            }
+        made = [
+            make_row(row, [index[prompt] for prompt in own] or [0] * options.prompts_per_image)
             for row, own in zip(rows, prompts_of_row, strict=True)
         ]
         edges = np.cumsum([0, *(count for _, count, _ in groups)]).tolist()
@@ -191,3 +187,14 @@ class Run:
         except (UserError, FileNotFoundError):
             return None  # not there, or damaged: it is made anew
         return stamp
+
+
+def make_row(row: Row, prompt_of: list[int]) -> dict[str, Any]:
+    """What a text file holds of an image, whose prompts have these numbers: field name -> value."""
+    return {
+        "key": row.key,
+        "nbytes": row.nbytes,
+        "version": row.version,
+        "caption": list(row.captions),
+        "prompt_of": prompt_of,
+    }
