@@ -133,9 +133,9 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     known = [] if options.retry_skipped else known_skips
     plan = planner.plan(storage, shards, known, leftovers, is_shared=where.world_size > 1)
     check_source(options, plan, manifest, leftovers)
-    if where.world_size > 1 and len(plan.found) < len(leftovers):
+    if where.world_size > 1 and len(plan.leftovers) < len(leftovers):
         say(
-            f"found    {counted(len(leftovers) - len(plan.found), 'shard')} of an unfinished run that planned "
+            f"found    {counted(len(leftovers) - len(plan.leftovers), 'shard')} of an unfinished run that planned "
             "otherwise: only a run without ranks takes such up"
         )
     say_plan(options, plan, [*missing.values(), *plan.lost], say)

@@ -109,7 +109,7 @@ class Planner:
         """
         plan = self._plan(storage, shards, known_skips)
         if is_shared:
-            return self._narrow(replace(plan, found=frozenset(leftovers) & {unit.id for unit in plan.units}))
+            return self._narrow(replace(plan, leftovers=frozenset(leftovers) & {unit.id for unit in plan.units}))
         left_skips = [skip for leftover in leftovers.values() for skip in leftover.skips]
         if leftovers.keys() <= {unit.id for unit in plan.units} and all(
             is_current(skip, self.conditions) for skip in left_skips
