@@ -17,7 +17,7 @@ from tests.test_encode import files
 from tests.test_engines import Run, many, without_device  # noqa: F401 (a fixture)
 from tests.test_faults import HARNESS, SHARDS, change, latents_files, more_images
 
-KILLS = int(os.environ.get("LATENTPREP_KILLS", "30"))  # `make faults`: 200
+KILLS = int(os.environ.get("LATENTPREP_KILLS", "16"))  # `make faults`: 200
 
 
 class Forked:
