@@ -13,7 +13,6 @@ from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_stamp
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_text
-from latentprep.records import Row
 
 NamePart = Annotated[str, Meta(pattern="^[0-9A-Za-z]+$")]  # of a file's name: it is not to lead anywhere else
 
@@ -90,7 +89,3 @@ class Shard:
     def open_text(self, storage: Storage) -> Text:
         """Its text file, checked against its groups. Raises UserError."""
         return open_text(storage, self.id, self.text_id, self.groups)
-
-    def rows(self, storage: Storage) -> list[Row]:
-        """What it says of every row, the dead too; without captions if it has no text yet. Raises UserError."""
-        return self.open_text(storage).rows() if self.text_id else self.open_latents(storage).rows()
