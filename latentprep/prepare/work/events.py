@@ -11,6 +11,7 @@ from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp
 from latentprep.records import Skip
 
+MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone, and nothing more can be kept
 NAMED = 5  # prompts that are named if many were truncated
 
 

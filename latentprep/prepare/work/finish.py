@@ -17,7 +17,7 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError, WriteError
 from latentprep.prepare.devices import OutOfMemoryError
 from latentprep.prepare.work.batches import Batch, End, Row
-from latentprep.prepare.work.events import Failure, LatentsResult
+from latentprep.prepare.work.events import MAX_WRITE_FAILURES, Failure, LatentsResult
 from latentprep.prepare.work.rows import UnitRows
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import NAMED_NOTES, Skip, Unit, is_flipped
@@ -25,8 +25,6 @@ from latentprep.records import NAMED_NOTES, Skip, Unit, is_flipped
 if TYPE_CHECKING:
     from latentprep.prepare.models.doors import ImageEncoder
     from latentprep.prepare.models.vae_encoder import Posterior
-
-MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone, and nothing more can be kept
 
 
 @dataclass(frozen=True, eq=False)

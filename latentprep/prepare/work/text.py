@@ -17,15 +17,13 @@ from latentprep.errors import UnreadableError, UserError, WriteError
 from latentprep.options import TextOptions
 from latentprep.prepare.plan.plan import TextTask
 from latentprep.prepare.work.cond import CondMaker, MadeCond
-from latentprep.prepare.work.events import Event, Failure, Step, TextResult
+from latentprep.prepare.work.events import MAX_WRITE_FAILURES, Event, Failure, Step, TextResult
 from latentprep.prompts import make_prompts
 from latentprep.recipe import TextRecipe
 from latentprep.records import Row
 
 if TYPE_CHECKING:
     from latentprep.prepare.models.doors import TextModel
-
-MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone
 
 
 @dataclass(frozen=True)
