@@ -1,5 +1,6 @@
 """What the tests share: real photos, the built-in model, miniatures made from config classes, and the command line."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,12 +26,27 @@ quiet_libraries()
 torch.set_num_threads(1)
 
 
+HAS_CUDA = torch.cuda.is_available()
+CUDA = torch.cuda.is_available, torch.cuda.device_count, os.environ.get("CUDA_VISIBLE_DEVICES")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests marked gpu are skipped without CUDA."""
-    if not torch.cuda.is_available():
+    if not HAS_CUDA:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs CUDA"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """All other tests run on a CPU, and so do the processes that they start: their numbers are those of a CPU."""
+    torch.cuda.is_available, torch.cuda.device_count, visible = CUDA
+    os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    if item.get_closest_marker("gpu") is None:
+        torch.cuda.is_available, torch.cuda.device_count, visible = lambda: False, lambda: 0, ""
+    if visible is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible
 
 
 TINY = Path(latentprep.__file__).parent / "tiny"
