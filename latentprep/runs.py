@@ -11,6 +11,7 @@ from latentprep.options import EncodeOptions
 from latentprep.progress import Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
+from latentprep.system import share_freed_memory
 
 if TYPE_CHECKING:
     from latentprep.prepare.survey import Prepared
@@ -25,6 +26,7 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
     from latentprep.prepare.refusals import check_paths
     from latentprep.prepare.survey import prepare
 
+    share_freed_memory()
     with quiet_warnings:
         check_paths(options, progress.say)
         if dry_run:

@@ -12,6 +12,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from latentprep.system import share_freed_memory
+
 ASK = "next"  # what a process sends to be given a task; it is sent None if there is none
 
 
@@ -76,6 +78,7 @@ def _work(worker: Any, channel: Channel, num_threads: int) -> None:
 
     from latentprep.prepare.devices import quiet_libraries
 
+    share_freed_memory()
     warnings.filterwarnings("ignore")
     quiet_libraries()
     torch.set_num_threads(num_threads)  # the same bytes as in the parent's process
