@@ -18,12 +18,14 @@ from latentprep.cache.lock import hold
 from latentprep.cache.manifest import find_manifest, open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import LockedError, UserError
+from latentprep.prepare.devices import default_threads
 from latentprep.prepare.engine import ranks
 from latentprep.prepare.engine.where import MAX_WORLD_SIZE, Share, find_share
 from latentprep.prepare.work import batches, cond, text
 from latentprep.prepare.work.latents import LatentsWorker
 from tests.conftest import SMALL
 from tests.test_encode import files
+from tests.test_latents_worker import prepared
 
 SHARDS = (*SMALL, "--shard-size", "15kB")
 
@@ -80,11 +82,25 @@ def test_which_variables_count():
     assert find_share(None, None, step) == Share(3, 8, 0, "SLURM_PROCID")
     batch = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}
     assert find_share(None, None, batch) == Share()  # it runs once, and would wait for seven others in vain
-    for bad in ({"RANK": "4"}, {"RANK": "x"}, {"RANK": "-1"}, {"WORLD_SIZE": str(10**12)}):
+    together = {**torchrun, "LOCAL_WORLD_SIZE": "4"}
+    assert find_share(None, None, together) == Share(1, 4, 1, "RANK", local_size=4)
+    for bad in ({"RANK": "4"}, {"LOCAL_WORLD_SIZE": "x"}, {"RANK": "x"}, {"RANK": "-1"}, {"WORLD_SIZE": str(10**12)}):
         with pytest.raises(UserError, match=r"^RANK=.*: expected"):
             find_share(None, None, {**torchrun, **bad})
     with pytest.raises(UserError, match=r"^--world-size 1048577: expected at most 1048576\."):
         find_share(0, MAX_WORLD_SIZE + 1, {})
+
+
+def test_who_shares_a_machine_shares_its_cores(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))  # that this process may use
+    assert [default_threads(count) for count in (1, 2, 5, 100)] == [12, 6, 2, 1]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(100)))
+    assert default_threads(2) == 16
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    for name, value in {"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert prepared(images, tmp_path / "c", workers=None).threads == 6
+    assert prepared(images, tmp_path / "d", workers=None, devices="cpu,cpu").threads == 3
 
 
 def test_torchrun_with_one_process_is_a_run_alone(encode, tmp_path, monkeypatch):

@@ -1,6 +1,5 @@
 """What there is to do, before anything is written: source, captions, models and cache -> a plan."""
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +11,13 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted, human_bytes, printable
 from latentprep.options import EncodeOptions
-from latentprep.prepare.devices import choose_devices, choose_dtype, default_batch_size, default_shard_bytes
+from latentprep.prepare.devices import (
+    choose_devices,
+    choose_dtype,
+    default_batch_size,
+    default_shard_bytes,
+    default_threads,
+)
 from latentprep.prepare.engine.where import Where, find_share
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import limit_pixels
@@ -54,7 +59,7 @@ class Prepared:
     @property
     def threads(self) -> int:
         """That decode, of each device."""
-        return self.options.workers or max(1, min(8, (os.cpu_count() or 1) // len(self.where.devices)))
+        return self.options.workers or default_threads(len(self.where.devices) * self.where.local_size)
 
     @property
     def batch_size(self) -> int:
@@ -180,7 +185,7 @@ def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Wher
             raise UserError(
                 "--overwrite with several ranks: one would delete what another has made. Delete the cache first."
             )
-    return Where(devices, share.rank, share.world_size), dtype
+    return Where(devices, share.rank, share.world_size, share.local_size), dtype
 
 
 def say_precision(recipe: Recipe, dtype: str, say: Say) -> None:

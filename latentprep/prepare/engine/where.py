@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from latentprep.errors import UserError
 
-# rank, world size, and the number on this machine: torchrun's names, SLURM's, Open MPI's
+# rank, world size, the number on this machine, and how many there are on it: torchrun's names, SLURM's, Open MPI's
 VARIABLES = (
-    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),  # each has cores of its own
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
 )
 
 
@@ -24,6 +24,7 @@ class Where:
     devices: tuple[str, ...]  # of this machine
     rank: int = 0  # of this run, 0 to world_size - 1
     world_size: int = 1  # runs that share the work
+    local_size: int = 1  # those of them that share this machine's cores
 
     @property
     def engine(self) -> str:
@@ -39,6 +40,7 @@ class Share:
     world_size: int = 1
     local_rank: int | None = None  # among the runs on this machine; None: it is not known
     origin: str = ""  # what said so
+    local_size: int = 1  # runs on this machine; 1 where nothing says it
 
 
 def find_share(rank: int | None, world_size: int | None, environment: Mapping[str, str] = os.environ) -> Share:
@@ -56,8 +58,9 @@ def find_share(rank: int | None, world_size: int | None, environment: Mapping[st
         try:
             found = [int(value) if value is not None else None for value in values]
         except ValueError:
-            raise UserError(f"{names[0]}={values[0]}, {names[1]}={values[1]}: expected whole numbers.") from None
+            said = ", ".join(f"{name}={value}" for name, value in zip(names, values, strict=True) if value is not None)
+            raise UserError(f"{said}: expected whole numbers.") from None
         if found[0] is None or found[1] is None or not 0 <= found[0] < found[1] <= MAX_WORLD_SIZE:
             raise UserError(f"{names[0]}={values[0]}, {names[1]}={values[1]}: expected 0 <= rank < world size.")
-        return Share(found[0], found[1], found[2], names[0])
+        return Share(found[0], found[1], found[2], names[0], max(1, found[3] or 1))
     return Share()
