@@ -1,15 +1,16 @@
 """How fast images are encoded: the VAE alone in each layout and batch size, and the whole of `latentprep encode`.
 
-    python benchmarks/encode.py                 # SD 1.5's VAE architecture at 256x256, random weights
-    python benchmarks/encode.py --side 512
+    python benchmarks/encode.py                              # SD 1.5's VAE architecture at 256x256, random weights
+    python benchmarks/encode.py --side 512 --count 4000      # with a GPU
 
-All contenders of a table run in turn, in one process, on the same pixels; compare the ratios.
+All contenders of a table run in turn, in one process; compare the ratios.
 """
 
 import os
 import statistics
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -20,12 +21,14 @@ import typer
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.geometry import Geometry
 from latentprep.options import EncodeOptions, TextOptions
-from latentprep.prepare.devices import quiet_libraries
+from latentprep.prepare.devices import choose_dtype, default_batch_size, quiet_libraries
 from latentprep.prepare.encode import encode
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
+from latentprep.prepare.outcome import Outcome
 from latentprep.prepare.survey import prepare
 
 
@@ -76,9 +79,10 @@ def measure_vae(side: int, rounds: int, folder: Path) -> None:
     save_vae(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (4, side, side, 3), np.uint8)
-    ours = VaeEncoder(open_vae(folder), device, torch.float32)
-    plain = AutoencoderKL.from_pretrained(folder).eval().to(device)
-    images = torch.from_numpy((pixels[:1] / 127.5 - 1).astype(np.float32)).permute(0, 3, 1, 2).contiguous().to(device)
+    dtype = TORCH_DTYPES[choose_dtype("auto", device.type)]
+    ours = VaeEncoder(open_vae(folder), device, dtype)
+    plain = AutoencoderKL.from_pretrained(folder, torch_dtype=dtype).eval().to(device)
+    images = torch.from_numpy(pixels[:1] / 127.5 - 1).permute(0, 3, 1, 2).contiguous().to(device, dtype)
 
     def reference() -> torch.Tensor:
         with torch.inference_mode():
@@ -86,45 +90,89 @@ def measure_vae(side: int, rounds: int, folder: Path) -> None:
 
     contenders: dict[str, Callable[[], object]] = {
         "AutoencoderKL.encode, one image at a time (NCHW)": reference,
-        "latentprep, batch 1 (channels_last)": lambda: ours.encode(pixels[:1]),
-        "latentprep, batch 4 (channels_last)": lambda: ours.encode(pixels),
+        "latentprep, one image at a time": lambda: ours.encode(pixels[:1]),
+        "latentprep, batches of 4": lambda: ours.encode(pixels),
     }
     seconds = median_seconds(contenders, rounds)
-    print(f"\nVAE encode, SD 1.5's architecture, {side}x{side}, float32 on {device}")
+    print(f"\nVAE encode, SD 1.5's architecture, {side}x{side}, {str(dtype).removeprefix('torch.')} on {device}")
     print(f"{'':52} {'ms/image':>9} {'speed':>7}")
     base = seconds["AutoencoderKL.encode, one image at a time (NCHW)"]
     for name, value in seconds.items():
-        per_image = value / (4 if "batch 4" in name else 1)
+        per_image = value / (4 if "of 4" in name else 1)
         print(f"{name:52} {per_image * 1000:9.0f} {base / per_image:6.2f}x")
 
 
-def measure_whole(count: int, folder: Path) -> None:
-    """Images/s of `encode` with `tiny`, and where the loop waited: what decoding and writing cost beside a fast VAE."""
-    (folder / "images").mkdir(parents=True)
-    rng = np.random.default_rng(0)
+def draw(folder: Path, count: int, size: tuple[int, int]) -> None:
+    """JPEG files of noise on gradients, which take a photo's time to decode; all but 20 are links to others."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(0)
+    rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
     for n in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (24, 32, 3), np.uint8))
-        coarse.resize((1600, 1200), Image.Resampling.BICUBIC).save(folder / "images" / f"{n:04}.jpg", quality=92)
+        path = folder / f"{n:05}.jpg"
+        if n < 20:
+            planes = [rows * random.uniform(0, 0.2) + columns * random.uniform(0, 0.2) for _ in range(3)]
+            pixels = np.stack(planes, axis=2) + random.normal(0, 12, (*size, 3))
+            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+        else:
+            os.link(folder / f"{n % 20:05}.jpg", path)
+
+
+def encode_bare(vae: AutoencoderKL, count: int, side: int, batch_size: int) -> float:
+    """Images/s of AutoencoderKL.encode in a loop, whose pixels are on the device already."""
+    shape = (batch_size, 3, side, side)
+    images = torch.rand(shape, generator=torch.Generator().manual_seed(0)).mul_(2).sub_(1).to(vae.device, vae.dtype)
+    with torch.inference_mode():
+        vae.encode(images).latent_dist.mean.cpu()  # warms up
+        started = time.perf_counter()
+        for _ in range(count // batch_size):
+            distribution = vae.encode(images).latent_dist
+            distribution.mean.cpu(), distribution.std.cpu()
+    return count // batch_size * batch_size / (time.perf_counter() - started)
+
+
+def encode_whole(images: Path, cache: Path, vae: Path, side: int, workers: int | None) -> Outcome:
+    """A run of `latentprep encode`."""
     options = EncodeOptions(
-        folder / "images", str(folder / "cache"), Geometry.from_options(resolution="256"), TextOptions(), model="tiny"
-    )
-    outcome = encode(prepare(options, lambda line: None), NoBar)
-    total = sum(outcome.waits.values())
-    waits = ", ".join(f"{stage} {seconds / total:.0%}" for stage, seconds in outcome.waits.items())
-    print(f"\nlatentprep encode, {count} JPEG files of 1600x1200, tiny, --resolution 256")
-    print(f"{outcome.num_encoded / outcome.encode_seconds:.1f} images/s; of what its two passes wait for: {waits}")
+        images, str(cache), Geometry.from_options(width=side, height=side), TextOptions(include_cond=False),
+        model="tiny", vae=str(vae), workers=workers,
+    )  # fmt: skip
+    return encode(prepare(options, lambda line: None), NoBar)
+
+
+def measure_whole(count: int, side: int, rounds: int, workers: int | None, folder: Path) -> None:
+    """Images/s of whole runs, against the VAE in a loop that has nothing to read, decode, check or write."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype, batch_size = choose_dtype("auto", device), default_batch_size(device, [(side, side)])
+    vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=TORCH_DTYPES[dtype]).eval().to(device)
+    print(f"\nlatentprep encode, {count} JPEG files to {side}x{side}, {dtype} on {device}, batches of {batch_size}")
+    print(f"{'files':>12} {'images/s':>9} {'of AutoencoderKL.encode in a loop':>34}   the device waits for")
+    for width, height in ((side, side), (1600, 1200)):
+        images = folder / f"{width}x{height}"
+        draw(images, count, (height, width))
+        rates, ratios = [], []
+        waits: Counter[str] = Counter()
+        for n in range(rounds):
+            bare = encode_bare(vae, count, side, batch_size)
+            outcome = encode_whole(images, folder / f"cache{width}-{n}", folder / "vae", side, workers)
+            rates.append(outcome.num_encoded / outcome.encode_seconds)
+            ratios.append(rates[-1] / bare)
+            waits.update(outcome.waits)
+        said = ", ".join(f"{stage} {seconds / waits.total():.0%}" for stage, seconds in waits.items() if seconds)
+        print(f"{width}x{height:<5} {statistics.median(rates):11.1f} {statistics.median(ratios):34.1%}   {said}")
 
 
 def main(
     side: Annotated[int, typer.Option(help="Side of the images for the VAE, in pixels.")] = 256,
     rounds: Annotated[int, typer.Option(help="Counted runs of each contender.")] = 5,
-    count: Annotated[int, typer.Option(help="Images for the whole run.")] = 100,
+    count: Annotated[int, typer.Option(help="Images of a whole run.")] = 100,
+    runs: Annotated[int, typer.Option(help="Whole runs of each kind of files.")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Threads that decode; else as many as encode takes.")] = None,
 ) -> None:
     quiet_libraries()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
         measure_vae(side, rounds, Path(folder) / "vae")
-        measure_whole(count, Path(folder) / "run")
+        measure_whole(count, side, runs, workers, Path(folder))
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 import re
 import threading
 import time
+from collections import Counter
 from contextlib import closing
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from latentprep.cache.latents import Latents
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError, WriteError
 from latentprep.geometry import Geometry
 from latentprep.options import EncodeOptions, TextOptions
+from latentprep.prepare.devices import BatchLimit
 from latentprep.prepare.encode import encode
-from latentprep.prepare.models.vae_encoder import VaeEncoder
+from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
 from latentprep.prepare.survey import prepare
 from latentprep.prepare.work import batches, latents, rows
 from latentprep.prepare.work.events import Failure, Step
@@ -272,3 +277,46 @@ def test_a_vae_that_does_not_fit_is_one_line(images, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"^--device cpu: its memory does not hold the VAE\. Free some of it"):
         run(images, tmp_path / "c")
     wait_for_threads()
+
+
+class Slow:
+    """A device that works by itself, in the order of what it is asked for, each input for as long as `seconds`."""
+
+    num_retried, limit = 0, BatchLimit()
+
+    def __init__(self, seconds):
+        self.seconds, self.free, self.num_asked, self.num_done, self.most = seconds, 0.0, 0, 0, 0
+
+    def start(self, pixels):
+        self.num_asked += 1
+        self.free = max(self.free, time.perf_counter()) + self.seconds
+        self.most = max(self.most, self.num_asked - self.num_done)
+        count, height, width, _ = pixels.shape
+        zeros = torch.zeros(count, 4, height // 8, width // 8)
+        return Posterior(zeros, zeros, Slow.Moment(self, self.free, self.num_asked))
+
+    def finish(self, started, pixels):
+        started.wait()
+        return started
+
+    class Moment:
+        def __init__(self, device, when, number):
+            self.device, self.when, self.number = device, when, number
+
+        def synchronize(self):
+            time.sleep(max(0.0, self.when - time.perf_counter()))
+            self.device.num_done = max(self.device.num_done, self.number)
+
+
+def test_what_waits_for_a_device_that_works_by_itself_is_counted_as_the_devices(images, tmp_path):
+    """And not as waiting for who writes behind it; it is asked for two inputs at most before they are done."""
+    found, device = prepared(images, tmp_path / "c"), Slow(0.05)
+    worker = replace(found.latents_worker(), vae=SimpleNamespace(open=lambda *_, **__: device))
+    waits = Counter()
+    for event in worker.run(found.plan.units):
+        if isinstance(event, Step):
+            waits.update(event.waits)
+    assert device.num_asked == 16  # eight images and their mirror images
+    assert device.most == 2
+    assert waits["encode"] > 0.5
+    assert waits["write"] < 0.2 * waits["encode"]

@@ -30,6 +30,11 @@ class Posterior:
     std: Tensor | None  # the same; None: the VAE gives none
     is_there: "torch.cuda.Event | None" = None  # of start: when its numbers have come from a CUDA device
 
+    def wait(self) -> None:
+        """Wait until the numbers are there; other threads have the core meanwhile."""
+        if self.is_there is not None:
+            self.is_there.synchronize()
+
 
 class VaeSource(Protocol):
     """Where a VAE's weights are: a folder or a single file."""
@@ -63,12 +68,15 @@ class VaeEncoder:
         self.tiling = tiling  # side of a tile in pixels; None: every image is encoded whole
         self.num_retried = 0  # images encoded again in float32, because half precision overflowed
         self.limit = BatchLimit()
+        # channels_last: 1.05 (256x256) to 1.13 times (512x512) as fast as NCHW on 2 CPU cores: benchmarks/encode.py
+        self.layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
         self.levels = LEVELS.to(device)
+        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # what carries pixels there
         self.vae = self._load(dtype)
         self.has_time = is_video(self.vae)
         self.vae_float32: Any = self.vae if dtype == torch.float32 else None
         if compile:
-            self.vae.encoder = CompiledEncoder(self.vae.encoder)
+            self.vae.encoder = CompiledEncoder(self.vae.encoder, self.layout)
 
     def _load(self, dtype: torch.dtype) -> Any:
         vae = self.source.load(dtype)
@@ -77,8 +85,7 @@ class VaeEncoder:
         if self.tiling is not None:
             set_tiling(vae, self.tiling, self.source.factor)
         vae = vae.eval().requires_grad_(False).to(self.device)
-        # channels_last: 1.05 (256x256) to 1.13 times (512x512) as fast as NCHW on 2 CPU cores: benchmarks/encode.py
-        return vae if is_video(vae) else vae.to(memory_format=torch.channels_last)
+        return vae if is_video(vae) else vae.to(memory_format=self.layout)
 
     def encode(self, pixels: Pixels) -> Posterior:
         """VAE posterior of a batch.
@@ -94,7 +101,8 @@ class VaeEncoder:
     def start(self, pixels: Pixels) -> Posterior:
         """The first half of encode: what the device does. It is asked for, and not waited for.
 
-        On CUDA the numbers are on their way to pinned memory; `finish` waits for them.
+        On CUDA pinned pixels are copied there beside the batch before, and the numbers are on their way to pinned
+        memory; `finish` waits for them.
         """
         with self.no_gradients():
             parts = self.limit.run(self._start, pixels)
@@ -104,15 +112,14 @@ class VaeEncoder:
             if self.device.type != "cuda":
                 return Posterior(mean, std)
             mean, std = send(mean), send(std) if std is not None else None
-            event = torch.cuda.Event()
+            event = torch.cuda.Event(blocking=True)
             event.record(torch.cuda.current_stream(self.device))
             return Posterior(mean, std, event)
 
     def finish(self, started: Posterior, pixels: Pixels) -> Posterior:
         """The second half of encode: the numbers are fetched and looked at, and those that overflowed are made anew."""
         with self.no_gradients():
-            if started.is_there is not None:
-                started.is_there.synchronize()
+            started.wait()
             mean = fetch(started.mean)
             std = fetch(started.std) if started.std is not None else None
             again = ~_is_finite(mean)
@@ -141,9 +148,20 @@ class VaeEncoder:
         return posterior_of(vae, images.to(vae.dtype), self.has_time)
 
     def _to_images(self, pixels: Pixels) -> Tensor:
-        """[N,3,H,W] float32 in -1..1 on the device; channels_last, which NHWC in memory already is."""
+        """[N,3,H,W] float32 in -1..1 on the device; NHWC in memory is channels_last already."""
         values = pixels if isinstance(pixels, Tensor) else torch.from_numpy(pixels)
-        return to_levels(values.to(self.device, non_blocking=True), self.levels).permute(0, 3, 1, 2)
+        return to_levels(self._send(values), self.levels).permute(0, 3, 1, 2).contiguous(memory_format=self.layout)
+
+    def _send(self, pixels: Tensor) -> Tensor:
+        """Pixels on the device; on CUDA in a stream of their own, which the batch that is in work does not hold up."""
+        if self.copies is None:
+            return pixels.to(self.device)
+        current = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(self.copies):
+            there = pixels.to(self.device, non_blocking=True)
+        current.wait_stream(self.copies)
+        there.record_stream(current)  # its memory is free for the next copy once the VAE has seen it
+        return there
 
 
 def to_levels(pixels: Tensor, levels: Tensor) -> Tensor:
@@ -187,8 +205,9 @@ class CompiledEncoder(torch.nn.Module):
 
     SHAPE = (3, 192, 256)  # of unequal sides: torch would make equal ones a condition of the program
 
-    def __init__(self, encoder: torch.nn.Module) -> None:
+    def __init__(self, encoder: torch.nn.Module, layout: torch.memory_format) -> None:
         super().__init__()
+        self.layout = layout
         self.encoder = torch.compile(encoder, dynamic=True)
         self.made: set[int] = set()  # 1: the program for single images, 2: the one for batches
 
@@ -205,7 +224,7 @@ class CompiledEncoder(torch.nn.Module):
 
         try:
             # a program is for one memory layout, and a tile is a view into its image
-            return self.encoder(images.contiguous(memory_format=torch.channels_last))
+            return self.encoder(images.contiguous(memory_format=self.layout))
         except TorchDynamoException as error:
             reason = str(error).strip().partition("\n")[0]
             raise UserError(

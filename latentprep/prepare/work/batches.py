@@ -9,6 +9,8 @@ from threading import Lock
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from latentprep.prepare.images.load import LoadOptions, is_large, load_pixels
 from latentprep.records import Item, Pixels, Placement, Skip, Unit, is_flipped
@@ -28,7 +30,7 @@ class Batch:
 
     unit: Unit
     rows: list[Row]
-    inputs: list[np.ndarray]  # [N,H,W,3] uint8 each: what the VAE is to see, one for each view that differs
+    inputs: list[Tensor]  # [N,H,W,3] uint8 each: what the VAE is to see, one for each view that differs
     input_of_view: list[int]
     skips: list[Skip]  # of the items since the batch before
     num_items: int  # since the batch before: its rows and the skips
@@ -97,9 +99,12 @@ class LoadAhead:
 
 
 def make_batches(
-    unit: Unit, start: int, loaded: Iterator[Loaded], batch_size: int, views: tuple[str, ...]
+    unit: Unit, start: int, loaded: Iterator[Loaded], batch_size: int, views: tuple[str, ...], pinned: bool = False
 ) -> Iterator[Batch | End]:
-    """Rows of one bucket, at most batch_size, in the unit's order from item `start` on; at last the End."""
+    """Rows of one bucket, at most batch_size, in the unit's order from item `start` on; at last the End.
+
+    pinned: their pixels lie in page-locked memory, from which CUDA copies without being waited for.
+    """
     rows: list[Row] = []
     pixels: list[np.ndarray] = []  # [K,H,W,3] of each row
     skips: list[Skip] = []  # before the last row
@@ -110,24 +115,26 @@ def make_batches(
             later.append(result)
             continue
         if rows and (len(rows) == batch_size or rows[0].placement.bucket != placement.bucket):
-            yield Batch(unit, rows, *stack(rows, pixels, views), skips, len(rows) + len(skips))
+            yield Batch(unit, rows, *stack(rows, pixels, views, pinned), skips, len(rows) + len(skips))
             rows, pixels, skips = [], [], []
         skips, later = skips + later, []
         rows.append(Row(item, placement, replace(result, pixels=result.pixels[:, :0])))
         pixels.append(result.pixels)
     if rows:
-        yield Batch(unit, rows, *stack(rows, pixels, views), skips, len(rows) + len(skips))
+        yield Batch(unit, rows, *stack(rows, pixels, views, pinned), skips, len(rows) + len(skips))
     yield End(unit, later)
 
 
-def stack(rows: list[Row], pixels: list[np.ndarray], views: tuple[str, ...]) -> tuple[list[np.ndarray], list[int]]:
+def stack(
+    rows: list[Row], pixels: list[np.ndarray], views: tuple[str, ...], pinned: bool
+) -> tuple[list[Tensor], list[int]]:
     """What the VAE is to see of each view, [N,H,W,3] uint8, and which of these each view is.
 
     Views that are the same for all rows are there once: images that just fit their bucket have one crop only.
     """
     boxes = list(zip(*(row.pixels.crops for row in rows), strict=True))  # of each crop those of all rows
     mirrors = len(views) // len(boxes)  # views of each crop
-    inputs: list[np.ndarray] = []
+    inputs: list[Tensor] = []
     known: dict[tuple[object, bool], int] = {}
     input_of_view = []
     for n, view in enumerate(views):
@@ -135,7 +142,8 @@ def stack(rows: list[Row], pixels: list[np.ndarray], views: tuple[str, ...]) -> 
         same = boxes[crop], flipped
         if same not in known:
             known[same] = len(inputs)
-            images = np.stack([own[crop] for own in pixels])
-            inputs.append(np.ascontiguousarray(images[:, :, ::-1]) if flipped else images)
+            images = torch.empty(len(pixels), *pixels[0].shape[1:], dtype=torch.uint8, pin_memory=pinned)
+            np.stack([own[crop][:, ::-1] if flipped else own[crop] for own in pixels], out=images.numpy())
+            inputs.append(images)
         input_of_view.append(known[same])
     return inputs, input_of_view

@@ -15,6 +15,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from latentprep.cache.leftovers import find_leftover
 from latentprep.cache.manifest import LatentFacts
@@ -33,6 +34,7 @@ from latentprep.records import Unit
 
 if TYPE_CHECKING:
     from latentprep.prepare.models.doors import ImageEncoder, VaeModel
+    from latentprep.prepare.models.vae_encoder import Posterior
 
 AHEAD = 2  # batches that are ready for the device, and that wait behind it
 MOMENT = 0.1  # seconds after which a thread that waits looks whether it is to stop
@@ -83,6 +85,7 @@ class Run:
         self.behind: Queue[Any] = Queue(AHEAD)  # what it has done
         self.results: SimpleQueue[Any] = SimpleQueue()
         self.failed: set[str] = set()  # ids of units of which nothing more is to be done
+        self.at_work: deque[Posterior] = deque()  # what the device has been asked for last
         self.stopping = Signal()
         self.waits: defaultdict[str, float] = defaultdict(float)  # stage -> seconds, since the last Step
 
@@ -154,7 +157,7 @@ class Run:
             return None
         with self._on("encode"):
             try:
-                return Encoded(batch, [encoder.start(images) for images in batch.inputs])
+                return Encoded(batch, [self._ask(encoder, images) for images in batch.inputs])
             except OutOfMemoryError as error:
                 return Encoded(batch, error)
             except UserError:
@@ -162,6 +165,13 @@ class Run:
             except Exception as error:  # of torch or a model
                 self.failed.add(batch.unit.id)
                 return Failure(batch.unit.id, f"{type(error).__name__}: {error}")
+
+    def _ask(self, encoder: "ImageEncoder", images: Tensor) -> "Posterior":
+        """Ask the device for one input more. It has AHEAD to do at most, else waits would count as another's."""
+        if len(self.at_work) == AHEAD:
+            self.at_work.popleft().wait()
+        self.at_work.append(encoder.start(images))
+        return self.at_work[-1]
 
     def _load(self, units: Iterable[Unit]) -> None:
         """The first thread: images become batches. What ends it is handed on: None, or an exception."""
@@ -211,7 +221,8 @@ class Run:
         unit, worker = rows.unit, self.worker
         try:
             loaded = loader.take(unit.id)
-            for batch in make_batches(unit, rows.num_done, loaded, worker.batch_size, worker.recipe.views):
+            views, on_cuda = worker.recipe.views, worker.device.startswith("cuda")
+            for batch in make_batches(unit, rows.num_done, loaded, worker.batch_size, views, pinned=on_cuda):
                 self._put(self.ready, batch)
                 if self.stopping.is_set() or unit.id in self.failed:
                     break
