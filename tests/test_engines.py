@@ -32,9 +32,11 @@ def tasks(*what):
 
 
 def run_all(tmp_path, what, ahead=1, where=TWO):
-    """id -> what became of each task; nothing of the processes is left behind."""
+    """id -> what became of each task; nothing of the processes is left behind, and each image counts once."""
     with closing(local.run(Worker(str(tmp_path), ahead), tasks(*what), where)) as events:
-        found = [event for event in events if not isinstance(event, Step)]
+        told = list(events)
+    found = [event for event in told if not isinstance(event, Step)]
+    assert sum(event.num_images for event in told if isinstance(event, Step)) == len(what)
     assert not multiprocessing.active_children()
     assert len({event.id for event in found}) == len(found)
     return {event.id: event for event in found}
@@ -178,7 +180,7 @@ def test_nothing_is_sent_behind_a_message_that_was_interrupted():
 
     channel = Channel(Interrupted())
     with pytest.raises(KeyboardInterrupt):
-        channel.send(Step(1))
+        channel.send(Step("", 1))
     with pytest.raises(Unheard):
         channel.send("next")
 
@@ -193,7 +195,7 @@ def test_a_parent_that_is_gone_is_no_tasks_failure():
         next(asked)
     thread.join()
     with pytest.raises(Unheard):
-        channel.send(Step(1))
+        channel.send(Step("", 1))
     assert not issubclass(Unheard, Exception)
 
 

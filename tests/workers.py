@@ -51,7 +51,7 @@ class Worker:
         begun = Path(self.folder) / f"{task.id}-{os.getpid()}"
         is_first = not list(Path(self.folder).glob(f"{task.id}-*"))
         begun.write_text(self.device)
-        yield Step(1)
+        yield Step(task.id, 1)
         if task.do == "die" or (task.do == "die once" and is_first):
             os.kill(os.getpid(), signal.SIGKILL)
         elif task.do == "user error":
@@ -65,14 +65,14 @@ class Worker:
         elif task.do == "flood":  # more than a pipe holds, from two threads
             threading.Thread(target=self.wait, daemon=True).start()
             while True:
-                yield Step(1, waits={"x" * 5000: 1.0})
+                yield Step(task.id, 1, waits={"x" * 5000: 1.0})
         elif task.do == "swallow":  # as a library may, that catches all
             while True:
                 try:
                     self.wait(60)
                 except KeyboardInterrupt:
                     (Path(self.folder) / f"swallowed-{os.getpid()}").write_text("")
-                    yield Step(1)
+                    yield Step(task.id, 1)
         elif task.do == "hang":  # as a read of a network disk
             ThreadPoolExecutor(1).submit(self.wait)
             time.sleep(0.05)

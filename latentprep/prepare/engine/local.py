@@ -42,6 +42,7 @@ class Child:
     left: deque[Any]  # where its tasks come from
     tasks: dict[str, Any] = field(default_factory=dict)  # those that it was given and has not done
     has_asked: bool = False  # for a task: it has begun
+    steps: Counter[tuple[str, bool]] = field(default_factory=Counter)  # id of a task, is_new -> images that are done
 
 
 class Pool:
@@ -116,7 +117,9 @@ class Pool:
         if isinstance(message, Exception):
             raise message
         if message != ASK:
-            if not isinstance(message, Step):
+            if isinstance(message, Step):
+                child.steps[message.id, message.is_new] += message.num_images
+            else:
                 child.tasks.pop(message.id, None)
                 self.deaths[child.slot] = 0
             yield message
@@ -128,7 +131,7 @@ class Pool:
         with suppress(OSError):  # it has died: that is heard next
             child.connection.send(task)
 
-    def _bury(self, child: Child) -> Iterator[Failure]:
+    def _bury(self, child: Child) -> Iterator[Event]:
         """A process has ended: what it had and has not done is tried once more, the second time it is a failure."""
         child.process.join()
         child.connection.close()
@@ -146,6 +149,7 @@ class Pool:
                 yield Failure(task.id, f"two processes died with it; the last, on {device}, with exit code {code}")
         elif child.tasks or not child.has_asked:
             self.again += [(task, child.slot) for task in child.tasks.values()]
+            yield from (Step(id_, -n, is_new) for (id_, is_new), n in child.steps.items() if id_ in child.tasks)
             self.deaths[child.slot] += 1
             self.last_code = code
 

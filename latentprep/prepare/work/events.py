@@ -11,19 +11,17 @@ from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp
 from latentprep.records import Skip
 
-MAX_WRITE_FAILURES = 2  # in a row: then the disk is full, or gone, and nothing more can be kept
 NAMED = 5  # prompts that are named if many were truncated
 
 
 @dataclass(frozen=True)
 class Step:
-    """Images that are done, for a progress bar."""
+    """Images of a task that are done, for a progress bar; and what the device has waited for since the last one."""
 
-    num_images: int
+    id: str  # of the task
+    num_images: int  # below 0: so many are to be done again
     is_new: bool = True  # or done by an earlier run
-    waits: Mapping[str, float] = field(
-        default_factory=dict
-    )  # stage -> seconds that the device waited, since the last step
+    waits: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from latentprep.cache.latents import Latents, write_latents
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
-from latentprep.errors import UserError, WriteError
+from latentprep.errors import UserError
 from latentprep.prepare.devices import OutOfMemoryError
 from latentprep.prepare.work.batches import Batch, End, Row
-from latentprep.prepare.work.events import MAX_WRITE_FAILURES, Failure, LatentsResult
+from latentprep.prepare.work.events import Failure, LatentsResult
 from latentprep.prepare.work.rows import UnitRows
+from latentprep.prepare.work.writing import Writing
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import NAMED_NOTES, Skip, Unit, is_flipped
 
@@ -56,8 +57,8 @@ class Finisher:
         self.rows: UnitRows | None = None  # of the unit in work
         self.named: dict[str, list[str]] = {}
         self.num_encoded = self.num_retried = 0
-        self.writing: Future[None] | None = None
-        self.num_write_failures = 0
+        self.writing = Writing()
+        self.written: Future[None] | None = None
 
     def run(self, messages: "Queue[Any]", results: "SimpleQueue[Any]") -> None:
         """Take messages up to None. What ends it is a result too: None, or an exception."""
@@ -155,7 +156,7 @@ class Finisher:
         )  # fmt: skip
         latents = rows.build(self.metadata)
         self._wait()
-        self.writing = writer.submit(self._write, latents, result, results)
+        self.written = writer.submit(self._write, latents, result, results)
 
     def _take_counts(self) -> tuple[int, str]:
         """How many images were encoded again in float32 since it was asked last, and what a full memory has taught."""
@@ -170,21 +171,16 @@ class Finisher:
             shard = None
             if latents.groups:
                 shard = Shard(result.id, latents.table(), write_latents(self.storage, result.id, latents))
-            self.num_write_failures = 0
+            self.writing.went_well()
             results.put(replace(result, shard=shard))
-        except WriteError as error:
-            self.num_write_failures += 1
-            if self.num_write_failures == MAX_WRITE_FAILURES:
-                raise
-            results.put(Failure(result.id, str(error)))
-        except Exception as error:  # of a library, or ours: it is not to be the next unit's
-            results.put(Failure(result.id, f"{type(error).__name__}: {error}"))
+        except Exception as error:
+            results.put(self.writing.failed(result.id, error))
 
     def _wait(self) -> None:
         """Wait for the last write. Raises what it raised."""
-        if self.writing is not None:
-            self.writing.result()
-            self.writing = None
+        if self.written is not None:
+            self.written.result()
+            self.written = None
 
 
 def make_row(row: Row, views: tuple[str, ...]) -> dict[str, Any]:

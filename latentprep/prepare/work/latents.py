@@ -25,7 +25,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.devices import OutOfMemoryError, empty_cache, is_out_of_memory
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import limit_pixels
-from latentprep.prepare.work.batches import Batch, LoadAhead, Task, make_batches
+from latentprep.prepare.work.batches import Batch, End, LoadAhead, Task, make_batches
 from latentprep.prepare.work.events import Event, Failure, LatentsResult, Step
 from latentprep.prepare.work.finish import Encoded, Finisher
 from latentprep.prepare.work.rows import UnitRows, load_rows
@@ -113,6 +113,7 @@ class Run:
         """The device's own thread: what is ready is encoded, and handed to who waits behind it."""
         encoder = None
         while (message := self._get("decode", self.ready)) is not None:
+            unit_id = message.unit.id if isinstance(message, UnitRows | Batch | End) else message.id
             num_done, is_new = getattr(message, "num_items", 0), True
             if isinstance(message, UnitRows | LatentsResult):
                 num_done, is_new = message.num_found, False
@@ -126,7 +127,7 @@ class Run:
                 with self._on("write"):
                     self._put(self.behind, message)
             waits, self.waits = self.waits, defaultdict(float)
-            yield Step(num_done, is_new, waits)
+            yield Step(unit_id, num_done, is_new, waits)
             while not self.results.empty():
                 yield self._get("write", self.results)
 

@@ -13,11 +13,12 @@ from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_seal, check_stamp
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_text, open_uncond, write_text, write_uncond
-from latentprep.errors import UnreadableError, UserError, WriteError
+from latentprep.errors import UnreadableError, UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.plan.plan import TextTask
 from latentprep.prepare.work.cond import CondMaker, MadeCond
-from latentprep.prepare.work.events import MAX_WRITE_FAILURES, Event, Failure, Step, TextResult
+from latentprep.prepare.work.events import Event, Failure, Step, TextResult
+from latentprep.prepare.work.writing import Writing
 from latentprep.prompts import make_prompts
 from latentprep.recipe import TextRecipe
 from latentprep.records import Row
@@ -64,10 +65,11 @@ class Run:
 
     def __init__(self, worker: TextWorker) -> None:
         self.worker, self.storage = worker, Storage(worker.out)
+        self.recipe = worker.recipe.to_json()
         self.cond = None
         if worker.text is not None:
             self.cond = CondMaker(worker.recipe, worker.text, worker.device, worker.options)
-        self.num_write_failures = 0
+        self.writing = Writing()
 
     def run(self, tasks: Iterable[TextTask | EmptyPrompt], writer: ThreadPoolExecutor) -> Iterator[Event]:
         """See TextWorker.run. While one text is written, the next is made."""
@@ -83,7 +85,7 @@ class Run:
             if writing is not None:
                 yield writing.result()
             writing = writer.submit(self._write, task.id, write)
-            yield Step(task.shard.num_images if isinstance(task, TextTask) else 0)
+            yield Step(task.id, task.shard.num_images if isinstance(task, TextTask) else 0)
         if writing is not None:
             yield writing.result()
 
@@ -91,20 +93,15 @@ class Run:
         """In the writer's thread. Raises WriteError if nothing can be written any more."""
         try:
             result = write()
-        except WriteError as error:
-            self.num_write_failures += 1
-            if self.num_write_failures == MAX_WRITE_FAILURES:
-                raise
-            return Failure(task_id, str(error))
-        except Exception as error:  # of a library, or ours: the other texts go on
-            return Failure(task_id, f"{type(error).__name__}: {error}")
-        self.num_write_failures = 0
-        return result
+            self.writing.went_well()
+            return result
+        except Exception as error:
+            return self.writing.failed(task_id, error)
 
     def _make_text(self, task: TextTask) -> Write:
         """The text of a shard, unless it is there from a run that was stopped."""
         shard, (rows, old, damaged) = task.shard, self._open_old(task)
-        text_id = make_text_id(shard.id, rows, self.worker.recipe.to_json())
+        text_id = make_text_id(shard.id, rows, self.recipe)
         name = text_name(shard.id, text_id)
         stamp = self._find(name, lambda: open_text(self.storage, shard.id, text_id, shard.groups))
         if stamp is not None:
@@ -112,9 +109,8 @@ class Run:
             return lambda: there
         prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead))
         made = self.cond.make(prompts, old) if self.cond is not None else MadeCond()
-        text = Text(
-            groups, prompts, made.cond, made.num_tokens, made.max_tokens, self._metadata(self.worker.recipe.to_json())
-        )
+        metadata = self._metadata(self.recipe)
+        text = Text(groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata)
 
         def write() -> TextResult:
             written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text))
