@@ -100,7 +100,7 @@ def test_who_shares_a_machine_shares_its_cores(images, tmp_path, monkeypatch):
     for name, value in {"RANK": 1, "WORLD_SIZE": 4, "LOCAL_RANK": 1, "LOCAL_WORLD_SIZE": 2}.items():
         monkeypatch.setenv(name, str(value))
     assert prepared(images, tmp_path / "c", workers=None).threads == 6
-    assert prepared(images, tmp_path / "d", workers=None, devices="cpu,cpu").threads == 3
+    assert prepared(images, tmp_path / "d", workers=None, device="auto", devices="cpu,cpu").threads == 3
 
 
 def test_torchrun_with_one_process_is_a_run_alone(encode, tmp_path, monkeypatch):
