@@ -4,6 +4,8 @@ import json
 import math
 import re
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from latentprep import LatentDataset
 from latentprep.errors import UserError
+from latentprep.prepare.models.files import class_of
 from latentprep.prepare.models.find import TEXT_FILES, VAE_FILES, commit_of, find_model
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.models.vae_folder import open_vae
-from tests.conftest import HELD_OUT, TINY, find_photo, make_model, scaled_by
+from tests.conftest import HELD_OUT, SMALL, TINY, find_photo, make_model, scaled_by
 
 
 def test_tiny_is_a_diffusers_folder_of_at_most_4_mb():
@@ -375,3 +379,51 @@ def test_code_is_never_downloaded_from_the_hub():
         assert not any(fnmatch(name, pattern) for pattern in wanted), name
     for name in ("vocab.json", "merges.txt", "spiece.model", "tokenizer.json", "special_tokens_map.json"):
         assert any(fnmatch(f"tokenizer_2/{name}", pattern) for pattern in wanted), name
+
+
+def set_length(model, value):
+    path = model / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "model_max_length": value}))
+
+
+@pytest.mark.parametrize("value", [10**30, 248, None, "x", -5, 0, 1e400, "missing"])
+def test_a_tokenizer_that_does_not_say_its_length_has_that_of_its_encoder(model, run, images, tmp_path, value):
+    """As one that was saved from its vocabulary alone: it says 10**30."""
+    copied = copy(model, tmp_path)
+    if value == "missing":
+        (copied / "tokenizer" / "tokenizer_config.json").unlink()
+    else:
+        set_length(copied, value)
+    for name, folder in (("c", copied), ("wanted", model)):
+        assert run("encode", images, "--out", tmp_path / name, "--model", folder, *SMALL[2:]).code == 0
+    found, wanted = (LatentDataset(tmp_path / name)[0].cond["prompt_embeds"] for name in ("c", "wanted"))
+    assert torch.equal(found, wanted)
+
+
+def test_a_tokenizer_that_would_cut_prompts_short_is_refused_before_anything_is_encoded(model, run, images, tmp_path):
+    copied = copy(model, tmp_path)
+    set_length(copied, 7)
+    result = run("encode", images, "--out", tmp_path / "c", "--model", copied, *SMALL[2:])
+    assert result.code == 1
+    assert "tokenizer_config.json: model_max_length is 7, but its text encoder takes 77 tokens. Set it" in result.err
+    assert not (tmp_path / "c").exists()
+
+
+def test_two_threads_that_ask_for_a_class_do_so_one_after_the_other():
+    """diffusers and transformers import it at that moment, and tell the second that there is none."""
+
+    class Lazy:
+        busy = False
+
+        def __getattr__(self, name):
+            if self.busy:
+                raise AttributeError(name)
+            self.busy = True
+            time.sleep(0.05)
+            self.busy = False
+            return name
+
+    library = Lazy()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: class_of(library, "Kind"), range(4))) == ["Kind"] * 4

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
@@ -26,6 +27,7 @@ MAX_SIZE = 2**20  # of a model's config: layers, widths, tokens
 MAX_JSON = 64 * 2**20  # bytes; the largest tokenizer.json known here has 17 MB, an index less than one
 # Names of attention in VAE files that diffusers saved before its version 0.15.
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+IMPORTING = Lock()
 AGAIN = "Compare its size with the original's: a download may have been cut short."
 
 
@@ -217,3 +219,12 @@ def _without_noise(config: Any) -> Any:
     if isinstance(config, list):
         return [_without_noise(value) for value in config]
     return config
+
+
+def class_of(library: Any, name: str) -> Any:
+    """A class of diffusers or transformers; None if it has none.
+
+    These import a class when it is first asked for, and tell a second thread that asks meanwhile that there is none.
+    """
+    with IMPORTING:
+        return getattr(library, name, None)

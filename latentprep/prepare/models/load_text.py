@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.prepare.models.families import Family
-from latentprep.prepare.models.files import blame, check_shapes, check_sizes, read_json
+from latentprep.prepare.models.files import blame, check_shapes, check_sizes, class_of, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -94,7 +94,7 @@ def check_encoder(
     import transformers
 
     with blame(f"{folder}: its config.json makes no {kind}"), torch.device("meta"):
-        model = getattr(transformers, kind)(make_config(kind, config))
+        model = class_of(transformers, kind)(make_config(kind, config))
     wanted = {_short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(wanted, {_short(name): shape for name, shape in shapes.items()}, str(folder), part)
 
@@ -112,7 +112,7 @@ def make_config(kind: str, config: dict[str, Any]) -> Any:
     import transformers
 
     fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
-    return getattr(transformers, KINDS[kind].config).from_dict(fields)
+    return class_of(transformers, KINDS[kind].config).from_dict(fields)
 
 
 def load_encoder(
@@ -129,7 +129,7 @@ def load_encoder(
 
     with blame(what):
         made = make_config(kind, config)
-        model, info = getattr(transformers, kind).from_pretrained(
+        model, info = class_of(transformers, kind).from_pretrained(
             None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
         )
     return model, info
@@ -149,23 +149,26 @@ def check_tokenizer(folder: Path, kind: str, option: str) -> None:
         raise UserError(f"{option}: {folder / CHAT_TEMPLATE} has over {MAX_TEMPLATE:,} bytes, which no template has.")
 
 
-def load_tokenizer_of(folder: Path, kind: str, vocab_size: int | None) -> Any:
-    """A tokenizer by its class, from its known files alone. Raises UserError.
+def load_tokenizer_of(folder: Path, kind: str, config: Mapping[str, Any]) -> Any:
+    """A tokenizer by its class, from its known files alone, for the text encoder of this config. Raises UserError.
 
     It sees a copy of these, since from_pretrained would also look at a config.json and the auto_map in it.
     """
     import transformers
 
+    vocab_size, own = config.get("vocab_size"), {}
     with TemporaryDirectory() as copy:
         for name in TOKENIZER_FILES:
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, Path(copy) / name)
         if (folder / TOKENIZER_CONFIG).exists():
-            config = read_json(folder / TOKENIZER_CONFIG, "--model")
-            kept = {key: value for key, value in config.items() if key not in UNUSED and not key.endswith("_file")}
-            (Path(copy) / TOKENIZER_CONFIG).write_text(json.dumps(kept), encoding="utf-8")
+            found = read_json(folder / TOKENIZER_CONFIG, "--model")
+            own = {key: value for key, value in found.items() if key not in UNUSED and not key.endswith("_file")}
+        if kind in _CLIP.tokenizers:
+            own["model_max_length"] = clip_length(folder, own, config)
+        (Path(copy) / TOKENIZER_CONFIG).write_text(json.dumps(own), encoding="utf-8")
         with blame(f"{folder}: its files make no {kind}"):
-            tokenizer = getattr(transformers, kind).from_pretrained(copy, local_files_only=True)
+            tokenizer = class_of(transformers, kind).from_pretrained(copy, local_files_only=True)
             tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
             size = len(tokenizer)
     tokenizer.apply_chat_template = blamed(
@@ -174,6 +177,21 @@ def load_tokenizer_of(folder: Path, kind: str, vocab_size: int | None) -> Any:
     if vocab_size is not None and size > vocab_size:
         raise UserError(f"{folder}: has {size:,} tokens, but its text encoder knows {vocab_size:,}. Download it again.")
     return tokenizer
+
+
+def clip_length(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """The tokens that a CLIP takes at once, which pipelines ask its tokenizer for: those of the text encoder.
+
+    A tokenizer that was saved from its vocabulary alone says 10**30 or nothing. Raises UserError for one that says
+    less: a pipeline would cut prompts there.
+    """
+    window, said = config.get("max_position_embeddings", 77), tokenizer.get("model_max_length")
+    if type(said) is int and 0 < said < window:
+        raise UserError(
+            f"--model {folder / TOKENIZER_CONFIG}: model_max_length is {said}, but its text encoder takes {window} "
+            f"tokens. Set it to {window}."
+        )
+    return int(window)
 
 
 def blamed(call: Callable[..., Any], what: str) -> Callable[..., Any]:
@@ -196,7 +214,7 @@ def pipeline_class(family: Family) -> Any:
     """The class of diffusers that encodes a family's prompts. Raises UserError if this diffusers has none."""
     import diffusers
 
-    kind = getattr(diffusers, family.pipeline, None)
+    kind = class_of(diffusers, family.pipeline)
     if kind is None:
         raise UserError(
             f"--model: {family.name} needs {family.pipeline}, which diffusers {diffusers.__version__} does not have. "

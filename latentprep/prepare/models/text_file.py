@@ -72,7 +72,7 @@ class TextFile(TextFiles):
         index = read_json(self.configs / "model_index.json", "--config")
         kind = check_class(index, folder.name, KINDS[TEXT_CLASSES[0]].tokenizers, f"--config {self.configs}")
         check_tokenizer(folder, TEXT_CLASSES[0], "--config")
-        return load_tokenizer_of(folder, kind, read_text_config(self.configs / part)["vocab_size"])
+        return load_tokenizer_of(folder, kind, read_text_config(self.configs / part))
 
 
 def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:

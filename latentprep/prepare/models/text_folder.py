@@ -115,9 +115,7 @@ class TextFolder(TextFiles):
             config = read_json(folder / "config.json", "--model")
             shapes = read_header(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), "--model")
             check_encoder(kind, config, shapes, folder, part)
-            tokenizer = load_tokenizer_of(
-                self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size")
-            )
+            tokenizer = load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config)
             if self.family.chat is not None:
                 chat_of(tokenizer, "a photo", self.family.chat)
 
@@ -125,7 +123,7 @@ class TextFolder(TextFiles):
         """An encoder and its tokenizer."""
         folder, kind = self.path / part, self.classes[part]
         config = read_json(folder / "config.json", "--model")
-        tokenizer = load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config.get("vocab_size"))
+        tokenizer = load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config)
         tensors = read_weights(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), ("",), "--model")
         model, info = load_encoder(kind, config, tensors, dtype, _no_model(folder, kind))
         check_whole(folder, "transformers", info["missing_keys"])

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
 from latentprep.human import shortened
-from latentprep.prepare.models.files import blame
+from latentprep.prepare.models.files import blame, class_of
 from latentprep.prepare.models.vaes import VaeClass, find_vae
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def build_vae(config: dict[str, Any], where: str) -> Any:
 
     row = find_vae(config.get("_class_name"))
     assert row is not None  # read_vae_config refuses others
-    kind = getattr(diffusers, row.name, None)
+    kind = class_of(diffusers, row.name)
     if kind is None:
         raise UserError(
             f"{where}: its VAE is {row.name}, which diffusers {diffusers.__version__} does not have. Upgrade diffusers."
