@@ -10,6 +10,7 @@ import regex
 
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
+from latentprep.prepare.source import metadata
 from latentprep.prepare.source.captions import add_captions, caption_from_name
 from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.sources import open_source
@@ -244,6 +245,35 @@ def test_parquet_that_is_none_or_lacks_a_column(folder):
         (folder / "metadata.parquet").write_bytes(damaged)
         with pytest.raises(UserError, match=r"^metadata.parquet: cannot be read as Parquet \("):
             captions(folder, caption_columns=("captions",))
+
+
+@pytest.mark.parametrize("kind", ["date32", "timestamp[s]", "timestamp[ns]", "duration[s]"])
+def test_parquet_with_times_that_python_has_not_is_one_line(folder, kind):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    (folder / "metadata.jsonl").unlink()
+    value = pyarrow.array([2**31 - 1], "int32" if kind == "date32" else "int64")
+    if kind == "timestamp[ns]":
+        value = pyarrow.array([1], "int64")
+    table = pyarrow.table({"file_name": ["a.png"], "text": value.cast(kind)})
+    parquet.write_table(table, folder / "metadata.parquet")
+    with pytest.raises(UserError, match=r"^metadata.parquet"):
+        captions(folder)
+
+
+def test_a_small_parquet_file_that_says_a_long_text_often_takes_no_memory(folder, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    monkeypatch.setattr(metadata, "MAX_METADATA", 5_000_000)
+    (folder / "metadata.jsonl").unlink()
+    texts = pyarrow.array(["x" * 60_000] * 100_000).dictionary_encode()
+    names = pyarrow.array(["a.png"] * 100_000).dictionary_encode()
+    parquet.write_table(pyarrow.table({"file_name": names, "text": texts}), folder / "metadata.parquet")
+    assert (folder / "metadata.parquet").stat().st_size < 10_000
+    with pytest.raises(UserError, match=r"metadata.parquet row 84: over 5,000,000 characters of captions up to here"):
+        captions(folder)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(folder, monkeypatch):

@@ -326,3 +326,20 @@ def test_the_transparent_colour_of_16_bits(tmp_path):
     scale_transparency(data, image)
     alpha = split_alpha(image)[1]
     assert np.argwhere(np.asarray(alpha) == 0).tolist() == [[1, 2]]
+
+
+def test_a_file_in_which_any_other_may_lie_is_not_opened(tmp_path):
+    """IPTC, of which Pillow opens what is inside without our list of formats: an EPS would start Ghostscript."""
+    assert "IPTC" in Image.OPEN or "IPTC" in Image.ID
+    assert not {"IPTC", "EPS", "WMF"} & set(pillow.formats())
+
+
+def test_the_size_of_a_mask_is_looked_at_before_it_is_decoded(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    save(tmp_path, gradient(64, 64))
+    gradient(300, 300).convert("L").save(masks / "x.jpg")
+    monkeypatch.setattr("latentprep.prepare.images.load.check_jpeg", None)  # which decodes it
+    found = load(tmp_path / "x.png", resolution="64", masks=masks)
+    assert (found.reason, "exceeds limit" in found.detail) == ("bad_mask", True)

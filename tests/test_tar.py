@@ -483,6 +483,11 @@ def pax(records):
             "more than 64 headers of one member at byte 0",
         ),
         ([member("x", b"n\0", type=tarfile.GNUTYPE_LONGNAME)], "ends within the headers of the member at byte 0"),
+        (
+            [member("x", size=2**80, type=tarfile.XGLTYPE)],
+            "damaged at byte 0: a size of 1,208,925,819,614",
+        ),
+        ([member("x", size=2**63 - 1024, type=tarfile.GNUTYPE_LONGLINK)], "damaged at byte 0: a size of 9,223,372,036"),
     ],
 )
 def test_crafted_headers_end_their_tar_and_no_more(tmp_path, rows, detail):

@@ -363,3 +363,12 @@ def test_overwrite_that_was_stopped_before_it_deleted_anything_is_advised_again(
         assert "--overwrite" in encode("--overwrite").err
     monkeypatch.setattr(VaeEncoder, "_posterior", stops)
     assert "--overwrite" not in encode("--overwrite").err
+
+
+def test_a_link_to_nowhere_under_a_leftovers_name_is_cleared_away(encode, tmp_path):
+    assert encode("--shard-size", "5kB").code == 0
+    cache = tmp_path / "c"
+    left = cache / "shards" / ("0" * 32 + ".latents.safetensors")
+    left.symlink_to(tmp_path / "nowhere")
+    assert encode("--shard-size", "5kB", "--placeholder", "x", "--template", "subject").code == 0
+    assert not left.is_symlink()

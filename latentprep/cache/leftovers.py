@@ -106,9 +106,17 @@ def clear_orphans(storage: Storage, manifest: Manifest) -> tuple[int, int]:
     """
     if not storage.is_local:
         return 0, 0
-    sizes = {name: storage.size(name) for name in list_orphans(storage, manifest)}
+    sizes = {name: _size(storage, name) for name in list_orphans(storage, manifest)}
     gone = free(storage, sizes, manifest.files())
     return len(gone), sum(sizes[name] for name in gone)
+
+
+def _size(storage: Storage, name: str) -> int:
+    """Bytes of a file; 0 for a link that leads nowhere, or in a circle."""
+    try:
+        return storage.size(name)
+    except OSError:
+        return 0
 
 
 def clear_cache(storage: Storage) -> None:

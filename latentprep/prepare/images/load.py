@@ -276,6 +276,7 @@ def draft(image: Image.Image, size: Size, options: LoadOptions) -> int:
 def load_mask(data: bytes, size: Size, strict: bool, notes: list[str]) -> Image.Image:
     """A mask as an upright "L" image: its alpha if it has some, else its brightness. Raises DecodeError "bad_mask"."""
     try:
+        open_image(io.BytesIO(data)).close()  # its size, before anything of it is decoded
         data = check_file(data, strict, notes)
         with open_image(io.BytesIO(data)) as image:
             found, orientation = oriented_size(image), read_orientation(image)

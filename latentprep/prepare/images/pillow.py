@@ -17,8 +17,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from latentprep.records import Size
 
-# Formats that Pillow only recognises, or would hand to another program (EPS, WMF).
-NOT_OPENED = ("BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF")
+# Formats that Pillow only recognises, or would hand to another program: EPS, WMF, and IPTC, in which any may lie.
+NOT_OPENED = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 WITH_A_PLUGIN = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": ""}  # suffix -> our extra that reads it
 DECODERS = ("pillow", "pillow-heif", "simplejpeg")  # packages that decide whether a file can be decoded
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
@@ -66,6 +66,16 @@ def describe(error: BaseException) -> str:
 def limit_pixels(max_pixels: int) -> None:
     """Have Pillow refuse larger images, wherever in a file they stand (an .ico may hold a PNG of any size)."""
     Image.MAX_IMAGE_PIXELS = max_pixels // 2  # it warns beyond this, and refuses beyond twice this
+
+
+@contextmanager
+def kept_limit() -> Iterator[None]:
+    """Puts Pillow's limit back at the end: it is the whole process's."""
+    before = Image.MAX_IMAGE_PIXELS
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def max_pixels() -> int:

@@ -16,6 +16,7 @@ MAX_CAPTION = (
     64_000  # bytes of a caption file, characters of a cell: 15,000 words; a tokenizer takes a minute for 10 MB
 )
 MAX_JSON = 2**20  # bytes of one image's .json: img2dataset puts all of EXIF into it
+PARQUET_ROWS = 1024  # at once: a small file may hold long texts many times
 MAX_METADATA = 2**30  # bytes of a metadata file, which is read as a whole
 FILE_NAME = "file_name"  # the column that names the image, relative to the metadata file
 Line = tuple[str, dict[str, Any]]  # where it stands; column -> value
@@ -32,6 +33,7 @@ def read_metadata(listing: Listing, columns: tuple[str, ...]) -> dict[str, list[
     Raises UserError, naming file and line, for what is no such file, and for a column that it does not have.
     """
     captions: dict[str, list[str]] = {}
+    num_characters = 0
     for name in list_tables(listing):
         for where, row in READERS[PurePosixPath(name).name](listing, name, (FILE_NAME, *columns)):
             image = row[FILE_NAME]
@@ -39,7 +41,11 @@ def read_metadata(listing: Listing, columns: tuple[str, ...]) -> dict[str, list[
                 raise UserError(f"{where}: expected a text as {FILE_NAME!r}, got {_short(image)}.")
             own = captions.setdefault((PurePosixPath(name).parent / image).as_posix(), [])
             for column in columns:
-                own += texts_of(row[column], where, column)
+                texts = texts_of(row[column], where, column)
+                num_characters += sum(map(len, texts))
+                if num_characters > MAX_METADATA:  # a Parquet file of some kB may say a long text a million times
+                    raise UserError(f"{where}: over {MAX_METADATA:,} characters of captions up to here. Shorten them.")
+                own += texts
     return captions
 
 
@@ -109,10 +115,10 @@ def read_parquet(listing: Listing, name: str, columns: tuple[str, ...]) -> Itera
     try:
         with parquet.ParquetFile(BufferReader(data)) as file:
             check_columns(name, columns, file.schema_arrow.names)
-            batches = file.iter_batches(columns=list(dict.fromkeys(columns)))
+            batches = file.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(columns)))
             for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                 yield f"{name} row {number}", row
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+    except (ArrowException, OSError, OverflowError, ValueError) as error:  # of dates that Python has not, too
         raise UserError(f"{name}: cannot be read as Parquet ({' '.join(str(error).split())[:200]}).") from None
 
 
