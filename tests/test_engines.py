@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from latentprep.errors import UserError
+from latentprep.prepare.devices import choose_devices
 from latentprep.prepare.engine import local
 from latentprep.prepare.engine.child import Channel, Unheard, portable
 from latentprep.prepare.engine.where import Where
@@ -297,3 +298,41 @@ def test_an_error_in_a_process_is_one_line_at_the_terminal(many, tmp_path):
     lines = [line for line in err.replace("\r", "\n").splitlines() if line.startswith("error")]
     assert len(lines) == 1
     assert lines[0].startswith("error: SOURCE ")
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_before_a_process_begins_is_shown(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr("torch.get_num_threads", lambda: -1)  # which the process is told to use
+    with pytest.raises(UserError, match=r"ended before it began, with exit code 1\. What it wrote above may say why"):
+        run_all(tmp_path, ["", ""])
+    assert "expects a positive integer" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("device", "devices", "message"),
+    [
+        ("cpu,cpu", None, "--device cpu,cpu: expected auto, cuda, cuda:N, mps or cpu. Several are for --devices."),
+        ("all", None, "--device all: expected auto, cuda, cuda:N, mps or cpu. Several are for --devices."),
+        ("auto", "bogus", "--devices bogus: expected auto, cuda, cuda:N, mps or cpu."),
+        ("auto", "cuda,cuda:0", "--devices cuda,cuda:0: cuda:0 stands twice in it."),
+        ("cuda:", None, "--device cuda:: expected auto"),
+        ("cuda:00", None, "--device cuda:00: expected auto"),
+        ("cuda:²", None, "--device cuda:²: expected auto"),
+        ("cpu:0", None, "--device cpu:0: expected auto"),
+        ("cuda:4", None, "--device cuda:4: there are 4 CUDA devices, counted from 0."),
+    ],
+)
+def test_a_device_that_is_none_is_named_with_its_option(monkeypatch, device, devices, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UserError) as error:
+        choose_devices(device, devices)
+    assert str(error.value).startswith(message)
+    assert choose_devices("auto", "cuda:0, cuda:3")[0] == ("cuda:0", "cuda:3")
+    assert choose_devices("auto", "cpu,cpu")[0] == ("cpu", "cpu")
+    assert choose_devices("cuda:3", None)[0] == ("cuda:3",)
+
+
+def test_more_devices_than_shards_are_told(run, images, tmp_path):
+    err = run("encode", images, "--out", tmp_path / "c", *SMALL[:-2], "--devices", "cpu,cpu", "--dry-run").err
+    assert "shards   1 shard to encode for 2 devices, which share whole ones: a smaller --shard-size makes more" in err

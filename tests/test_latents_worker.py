@@ -23,7 +23,7 @@ from latentprep.prepare.survey import prepare
 from latentprep.prepare.work import batches, latents, rows
 from latentprep.prepare.work.events import Failure, Step
 from latentprep.prepare.work.finish import Finisher
-from tests.conftest import NoBar
+from tests.conftest import NoBar, gradient
 from tests.test_encode import files
 
 
@@ -320,3 +320,129 @@ def test_what_waits_for_a_device_that_works_by_itself_is_counted_as_the_devices(
     assert device.most == 2
     assert waits["encode"] > 0.5
     assert waits["write"] < 0.2 * waits["encode"]
+
+
+def of_results(told):
+    return [event for event in told if not isinstance(event, Step)]
+
+
+def test_what_overflows_and_does_not_fit_in_float32_is_a_skip_by_itself(images, tmp_path, monkeypatch):
+    """One of four images of a batch overflows; the others keep what half precision gave."""
+    start, again = VaeEncoder._start, VaeEncoder._start_float32
+
+    def overflows(encoder, pixels):
+        mean, std = start(encoder, pixels)
+        mean = mean.clone()
+        mean[0] = torch.inf
+        return mean, std
+
+    def full(encoder, pixels):
+        raise RuntimeError("not enough memory: you tried to allocate 1 byte")
+
+    half = {"dtype": "bfloat16", "batch_size": 4, "flip": False, "shard_bytes": 10**9}
+    with monkeypatch.context() as patch:
+        patch.setattr(VaeEncoder, "_start", overflows)
+        patch.setattr(VaeEncoder, "_start_float32", full)
+        _, told = run(images, tmp_path / "c", **half)
+    (result,) = of_results(told)
+    assert [skip.reason for skip in result.skips] == ["out_of_memory"] * 2
+    assert result.shard.num_images == 6
+    with monkeypatch.context() as patch:  # memory is full for the VAE itself
+        patch.setattr(VaeEncoder, "_start", overflows)
+        load = VaeEncoder._load
+        patch.setattr(VaeEncoder, "_load", lambda e, dtype: full(e, 0) if dtype == torch.float32 else load(e, dtype))
+        _, told = run(images, tmp_path / "d", **half)
+    (result,) = of_results(told)
+    assert {skip.detail for skip in result.skips} == {"the device's memory does not hold the VAE in float32 too"}
+    monkeypatch.setattr(VaeEncoder, "_start", overflows)
+    monkeypatch.setattr(VaeEncoder, "_start_float32", again)
+    (result,) = of_results(run(images, tmp_path / "e", **half)[1])
+    assert not result.skips
+    assert result.num_retried == 2
+
+
+def test_a_float32_retry_that_does_not_fit_says_nothing_of_half_precision(images, tmp_path, monkeypatch):
+    start, again, sizes = VaeEncoder._start, VaeEncoder._start_float32, []
+
+    def overflows(encoder, pixels):
+        sizes.append(len(pixels))
+        mean, std = start(encoder, pixels)
+        return (torch.full_like(mean, torch.inf) if len(sizes) == 1 else mean), std
+
+    def one_at_a_time(encoder, pixels):
+        if len(pixels) > 1:
+            raise RuntimeError("not enough memory: you tried to allocate 1 byte")
+        return again(encoder, pixels)
+
+    monkeypatch.setattr(VaeEncoder, "_start", overflows)
+    monkeypatch.setattr(VaeEncoder, "_start_float32", one_at_a_time)
+    for n in range(12):
+        (images / f"more{n:02}.png").write_bytes((images / "wide0.png").read_bytes())
+    _, told = run(images, tmp_path / "c", dtype="bfloat16", batch_size=4, flip=False, shard_bytes=10**9)
+    assert sizes == [4] * 5
+    assert "out of memory with 2 images" in of_results(told)[0].batch_limit
+
+
+def test_a_unit_at_which_two_threads_fail_is_told_once(images, tmp_path, monkeypatch):
+    start, finishing, calls = VaeEncoder.start, threading.Event(), []
+
+    def fails_behind(*_):
+        finishing.set()
+        raise RuntimeError("behind")
+
+    def fails(encoder, pixels):
+        calls.append(1)
+        if len(calls) == 2:
+            finishing.wait(5)
+            raise RuntimeError("on the device")
+        return start(encoder, pixels)
+
+    monkeypatch.setattr(VaeEncoder, "start", fails)
+    monkeypatch.setattr(VaeEncoder, "finish", fails_behind)
+    units, told = run(images, tmp_path / "c", flip=False, shard_bytes=10**9)
+    assert [event.id for event in of_results(told)] == [units[0].id]
+
+
+def test_images_that_an_earlier_run_has_skipped_are_not_found_images(images, tmp_path, monkeypatch):
+    (images / "bad.png").write_bytes((images / "wide0.png").read_bytes()[:-60])
+    (first,) = of_results(run(images, tmp_path / "c", shard_bytes=10**9)[1])
+    assert [skip.key for skip in first.skips] == ["bad.png"]
+    _, told = run(images, tmp_path / "c", shard_bytes=10**9)
+    assert of_results(told)[0].num_found == 8
+    assert sum(event.num_images for event in told if isinstance(event, Step)) == 9
+
+
+def test_images_that_are_named_are_those_of_the_unit(images, tmp_path):
+    photo = gradient(64, 80).convert("RGB")
+    for name in ("a.jpg", "z.jpg"):
+        photo.save(images / name)
+        data = (images / name).read_bytes()
+        (images / name).write_bytes(data.replace(b"\xff\xda", b"\xff\xfe\0\x04ab" + b"\0" * 3 + b"\xff\xda", 1))
+    _, told = run(images, tmp_path / "c", shard_bytes=1)
+    named = [event.named for event in of_results(told) if event.named]
+    assert sorted(keys for found in named for keys in found.values()) == [("a.jpg",), ("z.jpg",)]
+
+
+def test_of_very_large_images_one_is_decoded_at_a_time(images, tmp_path, monkeypatch):
+    load, now, most = batches.load_pixels, [], []
+
+    def watched(*arguments):
+        now.append(1)
+        most.append(len(now))
+        time.sleep(0.02)
+        now.pop()
+        return load(*arguments)
+
+    monkeypatch.setattr(batches, "load_pixels", watched)
+    run(images, tmp_path / "c", workers=4)
+    assert max(most) > 1
+    most.clear()
+    monkeypatch.setattr(batches, "is_large", lambda item: True)
+    run(images, tmp_path / "d", workers=4)
+    assert max(most) == 1
+
+
+def test_a_fault_without_words_is_named(images, tmp_path, monkeypatch):
+    fail_once(monkeypatch, batches, "stack", MemoryError(), 1)
+    units, told = run(images, tmp_path / "c")
+    assert results(told)[units[0].id] == Failure(units[0].id, "MemoryError: ")

@@ -1,6 +1,7 @@
 """Where the models run, in which precision, and how many images at once."""
 
 import os
+import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,51 +12,66 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+DEVICE = re.compile(r"(?P<kind>cpu|mps|cuda)(?P<number>(?<=cuda):(0|[1-9][0-9]{0,3}))?")
 T = TypeVar("T")
 P = TypeVar("P", "np.ndarray", "torch.Tensor", "np.ndarray | torch.Tensor")
 
 
-def choose_devices(asked: str, local_rank: int | None = None) -> tuple[tuple[str, ...], str]:
-    """The devices that an option asks for, and why: "auto", "all", one or several between commas.
+def choose_device(asked: str, local_rank: int | None = None) -> tuple[str, str]:
+    """The device that --device asks for, and why.
 
     With "auto" each of several runs on one machine has the GPU of its number there, `local_rank`. Raises UserError if
-    a device is not there.
+    the device is not there.
     """
     import torch
 
-    if asked == "auto":
-        if torch.cuda.is_available():
-            number = (local_rank or 0) % torch.cuda.device_count()
-            device = f"cuda:{number}" if local_rank is not None else "cuda"
-            return (device,), "auto: " + torch.cuda.get_device_name(number)
-        if torch.backends.mps.is_available():
-            return ("mps",), "auto: Apple GPU"
-        return ("cpu",), "auto: no GPU that torch can use"
-    if asked == "all":
+    if asked != "auto":
+        check_device(asked, "--device")
+        return asked, "asked for"
+    if torch.cuda.is_available():
+        number = (local_rank or 0) % torch.cuda.device_count()
+        device = f"cuda:{number}" if local_rank is not None else "cuda"
+        return device, "auto: " + torch.cuda.get_device_name(number)
+    if torch.backends.mps.is_available():
+        return "mps", "auto: Apple GPU"
+    return "cpu", "auto: no GPU that torch can use"
+
+
+def choose_devices(device: str, devices: str | None, local_rank: int | None = None) -> tuple[tuple[str, ...], str]:
+    """The devices that --devices asks for, all or names between commas, or else --device; and why. Raises UserError."""
+    import torch
+
+    if devices is None:
+        one, reason = choose_device(device, local_rank)
+        return (one,), reason
+    if devices == "all":
         if not torch.cuda.is_available():
             raise UserError("--devices all: torch finds no CUDA device here. Use --device auto or cpu.")
         return tuple(f"cuda:{n}" for n in range(torch.cuda.device_count())), "all that torch can use"
-    option = "--devices" if "," in asked else "--device"
-    devices = tuple(part.strip() for part in asked.split(","))
-    for device in devices:
-        check_device(device, option)
-    twice = {device for device in devices if devices.count(device) > 1 and device != "cpu"}
-    if twice:
-        raise UserError(f"--devices {asked}: {min(twice)} stands twice in it.")
-    return devices, "asked for"
+    names = tuple(name.strip() for name in devices.split(","))
+    for name in names:
+        check_device(name, "--devices")
+    known = set()
+    for name in names:
+        same = "cuda:0" if name == "cuda" else name
+        if same in known and name != "cpu":
+            raise UserError(f"--devices {devices}: {same} stands twice in it.")
+        known.add(same)
+    return names, "asked for"
 
 
-def check_device(device: str, option: str = "--device") -> None:
+def check_device(device: str, option: str) -> None:
     """Raise UserError unless torch has such a device here."""
     import torch
 
-    kind, _, index = device.partition(":")
+    match = DEVICE.fullmatch(device)
+    if match is None:
+        several = " Several are for --devices." if option == "--device" and ("," in device or device == "all") else ""
+        raise UserError(f"{option} {device}: expected auto, cuda, cuda:N, mps or cpu.{several}")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if kind not in there or (index and (kind != "cuda" or not index.isdigit())):
-        raise UserError(f"{option} {device}: expected auto, cuda, cuda:N, mps or cpu.")
-    if not there[kind]:
+    if not there[match["kind"]]:
         raise UserError(f"{option} {device}: torch {torch.__version__} finds none here. Use --device auto or cpu.")
-    if index and int(index) >= torch.cuda.device_count():
+    if match["number"] and int(match["number"][1:]) >= torch.cuda.device_count():
         raise UserError(f"{option} {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
 
 
@@ -74,7 +90,7 @@ def default_batch_size(device: str, buckets: Iterable[Size]) -> int:
 
 
 def default_threads(num_sharing: int) -> int:
-    """Threads that decode images, of each device: its share of the cores that this process may use, up to 16.
+    """Threads that decode images for one device: its share of the cores that this process may use, up to 16.
 
     With 16 cores and an H200, 8 gave 86 images/s of 1600x1200 and 16 gave 127 (benchmarks/encode.py).
     """
@@ -87,7 +103,7 @@ def default_shard_bytes(device: str) -> int:
     return 16_000_000 if device == "cpu" else 256_000_000
 
 
-class OutOfMemoryError(Exception):
+class OutOfMemoryError(UserError):
     """Not even one image fits."""
 
 

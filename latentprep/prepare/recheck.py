@@ -5,19 +5,18 @@ from math import isnan
 from pathlib import Path, PurePosixPath
 
 import numpy as np
-import torch
 
 from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest, read_skips
-from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.prepare.devices import choose_devices
+from latentprep.prepare.devices import choose_device
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.images.pillow import limit_pixels, max_pixels
 from latentprep.prepare.models.doors import ImageEncoder
 from latentprep.prepare.models.model_set import open_made_vae
+from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
 from latentprep.prepare.source.content import hash_images
@@ -97,8 +96,8 @@ def reencode(
     """
     made_vae = find_vae(manifest, model, vae)
     recipe = manifest.recipe.latents
-    (chosen, *_), _ = choose_devices(device)
-    encoder = made_vae.open(torch.device(chosen), TORCH_DTYPES[recipe.dtype], tiling=recipe.tiling)
+    chosen, _ = choose_device(device)
+    encoder = open_encoder(made_vae, recipe, chosen)
     options = LoadOptions.from_recipe(open_source(folder), manifest.latent.factor, masks, recipe)
     problems, worst = [], 0.0
     for entry, number, row in sample_rows(manifest, count, seed):

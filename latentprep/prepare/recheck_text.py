@@ -16,7 +16,7 @@ from latentprep.cache.text import open_uncond
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
-from latentprep.prepare.devices import choose_devices, is_out_of_memory
+from latentprep.prepare.devices import choose_device, is_out_of_memory
 from latentprep.prepare.models.families import FIXED
 from latentprep.prepare.models.model_set import open_made_text
 from latentprep.prepare.models.text_file import TextFile
@@ -73,7 +73,7 @@ def reencode_text(
     recipe = manifest.recipe.text
     options = read_options(recipe, source, storage.root)
     num_values = source.num_values(options)
-    (chosen, *_), _ = choose_devices(device)
+    chosen, _ = choose_device(device)
     dtype = recipe.dtype or "float32"
     problems, worst = [], 0.0
     try:

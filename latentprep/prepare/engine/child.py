@@ -54,7 +54,8 @@ class Channel:
 
 
 def serve(worker: Any, connection: Connection, num_threads: int) -> None:
-    """What the process runs. It ends with the last line, whatever its threads are at: a read that hangs is left."""
+    """What the process runs. The last line ends it, even if a thread of it hangs in a read."""
+    code = 0
     try:
         signal.signal(signal.SIGTERM, _stop)
         for name in ("SIGINT", "SIGHUP"):  # a terminal sends them to all processes: the parent decides
@@ -64,11 +65,14 @@ def serve(worker: Any, connection: Connection, num_threads: int) -> None:
         _work(worker, Channel(connection), num_threads)
     except (KeyboardInterrupt, Unheard):
         pass  # what is done is kept
+    except BaseException:  # a fault of ours, or of what is installed: the parent points to what stands above
+        traceback.print_exc()
+        code = 1
     finally:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError, AttributeError):  # there may be none
                 stream.flush()
-        os._exit(0)
+        os._exit(code)
 
 
 def _work(worker: Any, channel: Channel, num_threads: int) -> None:

@@ -1,7 +1,7 @@
 """Runs a worker on this machine's devices: in this process for one, in a process each for several.
 
 A process is given a task when it asks for one. If it dies, each task that it had is tried once more, in a process of
-its own: so the one that kills is told from those that stood beside it.
+its own: then it is clear which of them has killed it.
 """
 
 import multiprocessing
@@ -53,7 +53,7 @@ class Pool:
         self.left = deque(tasks)
         self.again: list[tuple[Any, int]] = []  # tasks whose process died, and the number of its device
         self.children: list[Child] = []
-        self.num_stillborn = 0  # processes that ended before they had begun
+        self.num_stillborn = 0  # processes in a row that ended before they had begun
         self.deaths: Counter[int] = Counter()  # number of a device -> processes that died since its last result
         self.last_code: int | None = None  # exit code of the one that died last
 
@@ -97,6 +97,11 @@ class Pool:
             starter.submit(self._spawn, slot, left, torch.get_num_threads()).result()
 
     def _spawn(self, slot: int, left: deque[Any], num_threads: int) -> None:
+        if multiprocessing.current_process().daemon:
+            raise UserError(
+                f"--devices {','.join(self.devices)}: each needs a process, and a DataLoader's worker may start none. "
+                "Call encode in the main process, or give one device."
+            )
         context = multiprocessing.get_context("spawn")  # CUDA cannot be used in a forked process
         device = self.devices[slot]
         ours, theirs = context.Pipe()
@@ -124,7 +129,7 @@ class Pool:
                 self.deaths[child.slot] = 0
             yield message
             return
-        child.has_asked = True
+        child.has_asked, self.num_stillborn = True, 0
         task = child.left.popleft() if child.left else None
         if task is not None:
             child.tasks[task.id] = task

@@ -25,7 +25,7 @@ class ImageEncoder(Protocol):
 
     @property
     def num_retried(self) -> int:
-        """Images that were encoded again in float32, because half precision overflowed."""
+        """Encodings that were done again in float32, because half precision overflowed."""
         ...
 
     def start(self, pixels: "np.ndarray | torch.Tensor") -> "Posterior":
@@ -38,7 +38,8 @@ class ImageEncoder(Protocol):
     def finish(self, started: "Posterior", pixels: "np.ndarray | torch.Tensor") -> "Posterior":
         """What `start` gave, and the pixels it was given => the posterior on the CPU in float32.
 
-        Images whose numbers overflowed are encoded again. Raises OutOfMemoryError like start.
+        Images whose numbers overflowed are encoded again. Where memory does not suffice for that, they stay not finite,
+        and `too_large` says so.
         """
         ...
 

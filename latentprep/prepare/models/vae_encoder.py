@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from latentprep.errors import UserError
-from latentprep.prepare.devices import BatchLimit
+from latentprep.prepare.devices import BatchLimit, OutOfMemoryError, empty_cache, is_out_of_memory
 from latentprep.prepare.models.vaes import is_video, posterior_of
 
 # k/127.5 - 1 for every byte k, rounded once from double: the same floats as numpy's in the ancestor
@@ -29,6 +29,7 @@ class Posterior:
     mean: Tensor  # [N,C,H/f,W/f] float32 on the CPU; what VaeEncoder.start gives: in the VAE's dtype
     std: Tensor | None  # the same; None: the VAE gives none
     is_there: "torch.cuda.Event | None" = None  # of start: when its numbers have come from a CUDA device
+    too_large: str = ""  # of finish: why memory did not suffice to encode in float32 what is not finite
 
     def wait(self) -> None:
         """Wait until the numbers are there; other threads have the core meanwhile."""
@@ -66,8 +67,9 @@ class VaeEncoder:
         self.device = device
         self.dtype = dtype
         self.tiling = tiling  # side of a tile in pixels; None: every image is encoded whole
-        self.num_retried = 0  # images encoded again in float32, because half precision overflowed
+        self.num_retried = 0  # encodings done again in float32, because half precision overflowed
         self.limit = BatchLimit()
+        self.limit_float32 = self.limit if dtype == torch.float32 else BatchLimit()  # of what is encoded again
         # channels_last: 1.05 (256x256) to 1.13 times (512x512) as fast as NCHW on 2 CPU cores: benchmarks/encode.py
         self.layout = torch.channels_last if device.type == "cpu" else torch.contiguous_format
         self.levels = LEVELS.to(device)
@@ -96,7 +98,10 @@ class VaeEncoder:
         latent wide.
         If memory does not suffice, the batch is halved. Raises OutOfMemoryError if it does not for one image.
         """
-        return self.finish(self.start(pixels), pixels)
+        posterior = self.finish(self.start(pixels), pixels)
+        if posterior.too_large:
+            raise OutOfMemoryError(posterior.too_large)
+        return posterior
 
     def start(self, pixels: Pixels) -> Posterior:
         """The first half of encode: what the device does. It is asked for, and not waited for.
@@ -117,7 +122,10 @@ class VaeEncoder:
             return Posterior(mean, std, event)
 
     def finish(self, started: Posterior, pixels: Pixels) -> Posterior:
-        """The second half of encode: the numbers are fetched and looked at, and those that overflowed are made anew."""
+        """The second half of encode: the numbers are fetched and looked at, and those that overflowed are made anew.
+
+        Where memory does not suffice for that they stay not finite, and `too_large` says so.
+        """
         with self.no_gradients():
             started.wait()
             mean = fetch(started.mean)
@@ -125,18 +133,36 @@ class VaeEncoder:
             again = ~_is_finite(mean)
             if std is not None:
                 again |= ~_is_finite(std)
+            if self.dtype == torch.float32:
+                return Posterior(mean, std)
+            self.num_retried += int(again.sum())
             if self.device.type == "cpu" and 1 in mean.shape[2:]:
                 again[:] = True  # torch 2.13 convolves 16-bit numbers to one row or column wrongly (pytorch#163347)
-            if self.dtype != torch.float32 and bool(again.any()):
-                self.num_retried += int(again.sum())
-                if self.vae_float32 is None:
-                    self.vae_float32 = self._load(torch.float32)
-                rows = pixels[again if isinstance(pixels, Tensor) else again.numpy()]
-                parts = self.limit.run(self._start_float32, rows)
-                mean[again] = torch.cat([fetch(part) for part, _ in parts])
-                if std is not None:
-                    std[again] = torch.cat([fetch(part) for _, part in parts if part is not None])
+            if not bool(again.any()):
+                return Posterior(mean, std)
+            try:
+                parts = self._encode_again(pixels[again if isinstance(pixels, Tensor) else again.numpy()])
+            except OutOfMemoryError as error:
+                return Posterior(mean, std, too_large=str(error))
+            mean[again] = torch.cat([fetch(part) for part, _ in parts])
+            if std is not None:
+                std[again] = torch.cat([fetch(part) for _, part in parts if part is not None])
             return Posterior(mean, std)
+
+    def _encode_again(self, pixels: Pixels) -> list[tuple[Tensor, Tensor | None]]:
+        """Parts of a posterior, in float32. Raises OutOfMemoryError."""
+        if self.vae_float32 is None:
+            try:
+                self.vae_float32 = self._load(torch.float32)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+        if self.vae_float32 is None:  # not above: the exception holds what did not fit
+            empty_cache()
+            raise OutOfMemoryError("the device's memory does not hold the VAE in float32 too")
+        parts = self.limit_float32.run(self._start_float32, pixels)
+        self.limit.said = self.limit.said or self.limit_float32.said
+        return parts
 
     def _start(self, pixels: Pixels) -> tuple[Tensor, Tensor | None]:
         return self._posterior(self.vae, self._to_images(pixels))

@@ -10,6 +10,7 @@ import torch
 
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.prepare.images.load import load_pixels
+from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.survey import Prepared
 from latentprep.prompts import make_prompts
 from latentprep.records import Row
@@ -39,9 +40,7 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         batch = min(prepared.batch_size, count)
         images = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
         recipe = prepared.recipe.latents
-        vae = models.vae.open(
-            device, TORCH_DTYPES[recipe.dtype], tiling=recipe.tiling, compile=prepared.options.compile
-        )
+        vae = open_encoder(models.vae, recipe, str(device), prepared.options.compile)
         per_batch = time_twice(lambda: vae.encode(images)) * len(recipe.views)
         encode = per_batch / (batch * height * width) * pixels
 

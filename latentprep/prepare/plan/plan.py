@@ -104,8 +104,8 @@ class Planner:
 
         If nothing has changed since an unfinished run, its units are those of this plan, and are known by their names.
         If something has, each whole shard of it is taken into the cache as it is, and what is left is cut into units.
-        Not so if several runs share the plan (`is_shared`): each makes it at another time, so it must not depend
-        on what the others have done by then.
+        If several runs share the plan (`is_shared`), nothing of that is done: each plans at another time, and what the
+        others have done by then must not matter.
         """
         plan = self._plan(storage, shards, known_skips)
         if is_shared:

@@ -103,7 +103,7 @@ def make_batches(
 ) -> Iterator[Batch | End]:
     """Rows of one bucket, at most batch_size, in the unit's order from item `start` on; at last the End.
 
-    pinned: their pixels lie in page-locked memory, from which CUDA copies without being waited for.
+    pinned: their pixels lie in page-locked memory. CUDA copies from there while the caller goes on.
     """
     rows: list[Row] = []
     pixels: list[np.ndarray] = []  # [K,H,W,3] of each row

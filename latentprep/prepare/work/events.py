@@ -36,7 +36,7 @@ class LatentsResult:
     num_encoded: int = 0  # images, by this run
     num_found: int = 0  # images, by an earlier one
     num_retried: int = 0  # encodings done again in float32
-    batch_limit: str = ""  # what an overfull memory has taught; empty: nothing
+    batch_limit: str = ""  # how many images fit into memory at once; empty: it has always sufficed
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,11 @@ class Failure:
 
     id: str
     error: str
+
+    @classmethod
+    def of(cls, task_id: str, error: Exception) -> "Failure":
+        """What an exception does to a task: of a library or a remote, or a fault of ours."""
+        return cls(task_id, f"{type(error).__name__}: {error}")
 
 
 Result = LatentsResult | TextResult | Failure

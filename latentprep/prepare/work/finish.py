@@ -53,6 +53,7 @@ class Finisher:
     ) -> None:
         self.storage, self.recipe, self.metadata, self.conditions = storage, recipe, metadata, conditions
         self.failed = failed  # ids of units of which nothing more is to be done
+        self.told: set[str] = set()  # those of them that are results already
         self.encoder: ImageEncoder | None = None
         self.rows: UnitRows | None = None  # of the unit in work
         self.named: dict[str, list[str]] = {}
@@ -79,23 +80,26 @@ class Finisher:
 
     def _take(self, message: Any, writer: ThreadPoolExecutor, results: "SimpleQueue[Any]") -> None:
         if isinstance(message, UnitRows):
-            self.rows, self.named, self.num_encoded = message, {}, 0  # num_retried counts on
+            self.rows, self.named, self.num_encoded = message, {}, 0
         elif isinstance(message, LatentsResult):
             results.put(message)
         elif isinstance(message, Failure):
-            self._fail(message.id, message.error, results)
+            self._fail(message, results)
         elif message.unit.id not in self.failed:
             try:
                 self._add(message) if isinstance(message, Encoded) else self._end(message, writer, results)
             except UserError:
                 raise
             except Exception as error:  # of torch or a model
-                self._fail(message.unit.id, f"{type(error).__name__}: {error}", results)
+                self._fail(Failure.of(message.unit.id, error), results)
 
-    def _fail(self, unit: str, error: str, results: "SimpleQueue[Any]") -> None:
-        self.failed.add(unit)
+    def _fail(self, failure: Failure, results: "SimpleQueue[Any]") -> None:
+        """Tell of a unit that fails; once, though the device may have failed at it too."""
+        self.failed.add(failure.id)
         self.rows = None
-        results.put(Failure(unit, error))
+        if failure.id not in self.told:
+            self.told.add(failure.id)
+            results.put(failure)
 
     def _add(self, encoded: Encoded) -> None:
         """Gather the rows of a batch."""
@@ -116,7 +120,9 @@ class Finisher:
     def _keep(self, encoded: Encoded, rows: UnitRows) -> list[Skip]:
         """Add the rows of a batch that are finite; the others are skips."""
         batch, recipe = encoded.batch, self.recipe
-        mean, std = self._fetch(encoded)
+        mean, std, too_large = self._fetch(encoded)
+        what = f"the VAE gives no finite latents in float32, or none that {recipe.store_dtype} holds"
+        reason = ("out_of_memory", too_large) if too_large else ("non_finite", what)
         # after the cast: a mean of 70,000 is finite in float32 and not in a float16 cache
         is_finite = mean.isfinite().flatten(1).all(1)
         if std is not None:
@@ -130,12 +136,11 @@ class Finisher:
                 rows.groups.setdefault(row.placement.bucket, []).append({**latents, **make_row(row, recipe.views)})
                 self.num_encoded += 1
             else:
-                what = f"the VAE gives no finite latents in float32, or none that {recipe.store_dtype} holds"
-                skips.append(row.item.skip("non_finite", what))
+                skips.append(row.item.skip(*reason))
         return skips
 
-    def _fetch(self, encoded: Encoded) -> tuple[Tensor, Tensor | None]:
-        """Mean and std of all views, [N,V,C,h,w] each in the store dtype, on the CPU."""
+    def _fetch(self, encoded: Encoded) -> tuple[Tensor, Tensor | None, str]:
+        """Mean and std of all views, [N,V,C,h,w] each in the store dtype, on the CPU; and Posterior.too_large."""
         assert self.encoder is not None
         assert isinstance(encoded.posteriors, list)
         batch, dtype = encoded.batch, TORCH_DTYPES[self.recipe.store_dtype]
@@ -143,7 +148,8 @@ class Finisher:
         views = [made[n] for n in batch.input_of_view]
         mean = torch.stack([posterior.mean for posterior in views], dim=1).to(dtype)
         stds = [posterior.std for posterior in views if posterior.std is not None]
-        return mean, torch.stack(stds, dim=1).to(dtype) if stds else None
+        too_large = next((posterior.too_large for posterior in views if posterior.too_large), "")
+        return mean, torch.stack(stds, dim=1).to(dtype) if stds else None, too_large
 
     def _end(self, end: End, writer: ThreadPoolExecutor, results: "SimpleQueue[Any]") -> None:
         """A unit is done: hand its shard to the writer, once the one before is written."""

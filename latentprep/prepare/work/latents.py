@@ -19,12 +19,12 @@ from torch import Tensor
 
 from latentprep.cache.leftovers import find_leftover
 from latentprep.cache.manifest import LatentFacts
-from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.prepare.devices import OutOfMemoryError, empty_cache, is_out_of_memory
+from latentprep.prepare.devices import OutOfMemoryError, empty_cache
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import limit_pixels
+from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.work.batches import Batch, End, LoadAhead, Task, make_batches
 from latentprep.prepare.work.events import Event, Failure, LatentsResult, Step
 from latentprep.prepare.work.finish import Encoded, Finisher
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from latentprep.prepare.models.doors import ImageEncoder, VaeModel
     from latentprep.prepare.models.vae_encoder import Posterior
 
-AHEAD = 2  # batches that are ready for the device, and that wait behind it
+AHEAD = 2  # batches at most: ready for the device, in work on it, and done by it
 MOMENT = 0.1  # seconds after which a thread that waits looks whether it is to stop
 PATIENCE = 1.0  # seconds for the image that is just being decoded: a read that hangs holds up no run that is stopped
 
@@ -115,8 +115,10 @@ class Run:
         while (message := self._get("decode", self.ready)) is not None:
             unit_id = message.unit.id if isinstance(message, UnitRows | Batch | End) else message.id
             num_done, is_new = getattr(message, "num_items", 0), True
-            if isinstance(message, UnitRows | LatentsResult):
-                num_done, is_new = message.num_found, False
+            if isinstance(message, UnitRows):
+                num_done, is_new = message.num_done, False
+            elif isinstance(message, LatentsResult):
+                num_done, is_new = message.num_found + len(message.skips), False
             elif isinstance(message, Failure):
                 self.failed.add(message.id)
             elif isinstance(message, Batch):
@@ -139,18 +141,8 @@ class Run:
     def _open(self) -> "ImageEncoder":
         """The VAE, loaded now: loading is no part of the images' speed."""
         worker = self.worker
-        dtype = TORCH_DTYPES[worker.recipe.dtype]
         with self._on("load"):
-            try:
-                return worker.vae.open(
-                    torch.device(worker.device), dtype, tiling=worker.recipe.tiling, compile=worker.compile
-                )
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-        raise UserError(
-            f"--device {worker.device}: its memory does not hold the VAE. Free some of it, or give another device."
-        )
+            return open_encoder(worker.vae, worker.recipe, worker.device, worker.compile)
 
     def _start(self, encoder: "ImageEncoder", batch: Batch) -> "Encoded | Failure | None":
         """A batch with what the device makes of it, which may still be at work on it."""
@@ -165,10 +157,10 @@ class Run:
                 raise
             except Exception as error:  # of torch or a model
                 self.failed.add(batch.unit.id)
-                return Failure(batch.unit.id, f"{type(error).__name__}: {error}")
+                return Failure.of(batch.unit.id, error)
 
     def _ask(self, encoder: "ImageEncoder", images: Tensor) -> "Posterior":
-        """Ask the device for one input more. It has AHEAD to do at most, else waits would count as another's."""
+        """Ask the device for one input more. If it has AHEAD to do, wait for the first: that is its own time."""
         if len(self.at_work) == AHEAD:
             self.at_work.popleft().wait()
         self.at_work.append(encoder.start(images))
@@ -176,6 +168,8 @@ class Run:
 
     def _load(self, units: Iterable[Unit]) -> None:
         """The first thread: images become batches. What ends it is handed on: None, or an exception."""
+        if self.worker.device.startswith("cuda"):  # else pinned memory would take a part of the first GPU's
+            torch.cuda.set_device(self.worker.device)
         end: BaseException | None = None
         begun: deque[UnitRows | LatentsResult | Failure] = deque()
         depth = max(2 * self.worker.batch_size, 2 * self.worker.threads)
@@ -210,12 +204,12 @@ class Run:
             leftover = find_leftover(self.storage, unit.id)
             shard = leftover.check(self.storage) if leftover is not None else None
             if leftover is not None and shard is not None:
-                return LatentsResult(unit.id, shard, leftover.skips, leftover.notes, num_found=len(unit.items))
+                return LatentsResult(unit.id, shard, leftover.skips, leftover.notes, num_found=shard.num_images)
             return load_rows(self.storage, unit)
         except UserError:
             raise
         except Exception as error:  # of a remote, or ours: it is no other unit's fault
-            return Failure(unit.id, f"{type(error).__name__}: {error}")
+            return Failure.of(unit.id, error)
 
     def _batch(self, rows: UnitRows, loader: LoadAhead) -> None:
         """The batches of a unit, one after the other."""
@@ -229,8 +223,8 @@ class Run:
                     break
         except UserError:
             raise
-        except Exception as error:  # a fault of ours, which names its image
-            self._put(self.ready, Failure(unit.id, str(error)))
+        except Exception as error:  # a fault of ours
+            self._put(self.ready, Failure.of(unit.id, error))
         if not self.stopping.is_set():
             loader.drop(unit.id)
 

@@ -22,7 +22,7 @@ class UnitRows:
 
     unit: Unit
     num_done: int = 0  # items, of the unit's first
-    num_found: int = 0  # those of them that an earlier run has done
+    num_found: int = 0  # images among them that an earlier run has encoded
     groups: dict[Size, list[dict[str, Any]]] = field(default_factory=dict)  # bucket -> rows, field name -> value
     skips: list[Skip] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
@@ -57,7 +57,7 @@ def load_rows(storage: Storage, unit: Unit) -> UnitRows:
     if not all(key in bucket_of for group in latents.groups for key in group.key):
         return UnitRows(unit)
     groups = {bucket_of[group.key[0]]: [group.row(n) for n in range(len(group))] for group in latents.groups}
-    return UnitRows(unit, num_done, num_done, groups, skips, notes)
+    return UnitRows(unit, num_done, num_done - len(skips), groups, skips, notes)
 
 
 def group_label(bucket: Size) -> str:

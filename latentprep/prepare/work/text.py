@@ -1,5 +1,6 @@
 """The worker that makes texts: shards, and what their rows are to say, become text files; with cond, or without."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -75,17 +76,21 @@ class Run:
         """See TextWorker.run. While one text is written, the next is made."""
         writing: Future[TextResult | Failure] | None = None
         for task in tasks:
+            begun = time.perf_counter()
             try:
                 write = self._make_uncond() if isinstance(task, EmptyPrompt) else self._make_text(task)
             except UserError:
                 raise
             except Exception as error:  # of a library, or ours
-                yield Failure(task.id, f"{type(error).__name__}: {error}")
+                yield Failure.of(task.id, error)
                 continue
-            if writing is not None:
-                yield writing.result()
+            made = time.perf_counter()
+            before = writing.result() if writing is not None else None
             writing = writer.submit(self._write, task.id, write)
-            yield Step(task.id, task.shard.num_images if isinstance(task, TextTask) else 0)
+            waits = {"text": made - begun, "write": time.perf_counter() - made}
+            yield Step(task.id, task.shard.num_images if isinstance(task, TextTask) else 0, waits=waits)
+            if before is not None:
+                yield before
         if writing is not None:
             yield writing.result()
 

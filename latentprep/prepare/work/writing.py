@@ -18,7 +18,7 @@ class Writing:
     def failed(self, task_id: str, error: Exception) -> Failure:
         """The failure of the task whose file it was. Raises WriteError if nothing can be written any more."""
         if not isinstance(error, WriteError):  # of a library, or ours: it is not to be the next task's
-            return Failure(task_id, f"{type(error).__name__}: {error}")
+            return Failure.of(task_id, error)
         self.num_failures += 1
         if self.num_failures == MAX_FAILURES:
             raise error
