@@ -137,7 +137,8 @@ def done_text(prepared: Prepared, cleared: tuple[int, int]) -> str:
 
 def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     """What was written, what was skipped and why, and the next command to type."""
-    speed = f" ({outcome.num_encoded / outcome.encode_seconds:.1f} images/s)" if outcome.num_encoded else ""
+    rate = outcome.num_encoded / outcome.encode_seconds
+    speed = f" (latents at {rate:.1f} images/s)" if outcome.num_encoded else ""
     done = [counted(outcome.num_encoded, "image")] if outcome.num_encoded else []
     done += [counted(outcome.num_prompts, "prompt")] if outcome.num_prompts else []
     lines = [f"encoded  {' and '.join(done) or 'nothing'} in {outcome.seconds:.1f} s{speed}"]
@@ -168,7 +169,7 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     for failure in outcome.failures:
         lines.append(f"FAILED   {printable(failure)}")
     if outcome.failures:
-        lines.append("         these units are not in the cache; run the same command again to retry them")
+        lines.append("         none of that is in the cache yet; run the same command again to retry it")
     if outcome.absent:
         where, named = prepared.where, ", ".join(map(str, outcome.absent))
         command = shlex.join(["latentprep", "merge", prepared.options.out])
@@ -204,8 +205,9 @@ def kept_text(out: str) -> str:
     names = Storage(out).names(FOLDER)
     finished, started = (sum(part in name for name in names) for part in (".latents.", ".partial."))
     parts = [counted(finished, "finished shard")] if finished else []
-    parts += ["what is encoded of the next"] if started else []
-    return f"Stopped; {' and '.join(parts)} safe in {out}" if parts else "Stopped; nothing was encoded yet"
+    parts += ["what is encoded of the next" if finished else "what is encoded so far"] if started else []
+    is_or_are = "is" if len(parts) == 1 and finished < 2 else "are"
+    return f"Stopped; {' and '.join(parts)} {is_or_are} safe in {out}" if parts else "Stopped; nothing was encoded yet"
 
 
 def interrupted_text(out: str, arguments: list[str]) -> str:

@@ -23,11 +23,12 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
     from latentprep.cache.lock import hold
     from latentprep.prepare.encode import encode
     from latentprep.prepare.engine.where import find_share
+    from latentprep.prepare.images.pillow import kept_limit
     from latentprep.prepare.refusals import check_paths
     from latentprep.prepare.survey import prepare
 
     share_freed_memory()
-    with quiet_warnings:
+    with quiet_warnings, kept_limit():
         check_paths(options, progress.say)
         if dry_run:
             return estimate(options, progress)

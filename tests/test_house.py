@@ -36,6 +36,7 @@ def tree():
         names_, _, says = re.match(r"\s*(\S+(?:  \S+/)*)(\s*)(.*)", line).groups()
         for name in names_.split():
             path = "/".join([*folders[:depth], name.rstrip("/")])
+            assert path not in found, f"{path} stands twice"
             found[path] = says
             if name.endswith("/"):
                 folders[depth:] = [name.rstrip("/")]

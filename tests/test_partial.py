@@ -76,7 +76,7 @@ def test_a_damaged_partial_file_is_as_if_it_were_not_there(run, images, tmp_path
 
     monkeypatch.setattr(VaeEncoder, "_posterior", stops)
     result = run("encode", images, "--out", tmp_path / "c", *SMALL)
-    assert "Stopped; what is encoded of the next safe in" in result.err
+    assert "Stopped; what is encoded so far is safe in" in result.err
     (partial,) = (tmp_path / "c" / "shards").glob("*.partial.*")
     data = bytearray(partial.read_bytes())
     data[-1] ^= 1
@@ -102,7 +102,7 @@ def test_a_signal_keeps_the_unfinished_shard(run, images, tmp_path, number):
     process.send_signal(number)
     _, err = process.communicate()
     assert process.returncode == 128 + number
-    assert b"Stopped; what is encoded of the next safe in" in err
+    assert b"Stopped; what is encoded so far is safe in" in err
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
     torch.set_num_threads(1)
     whole = [str(part) for part in command]

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import re
+import time
 import weakref
 
 import pytest
@@ -11,6 +13,8 @@ from latentprep import LatentDataset
 from latentprep.errors import UserError
 from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.vae_encoder import VaeEncoder
+from latentprep.prepare.work import text
+from latentprep.prepare.work.cond import CondMaker
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files
 
@@ -35,9 +39,9 @@ def test_vae_and_text_encoder_are_never_in_memory_together(run, images, tmp_path
     assert len(alive) == 2
 
 
-def made_anew(run, images, tmp_path):
+def made_anew(run, images, tmp_path, shard_size=("--shard-size", "30kB")):
     """The files of a cache that was made in one run."""
-    assert run("encode", images, "--out", tmp_path / "other", *SMALL, "--shard-size", "30kB").code == 0
+    assert run("encode", images, "--out", tmp_path / "other", *SMALL, *shard_size).code == 0
     return files(tmp_path / "other")
 
 
@@ -123,3 +127,50 @@ def test_a_run_that_stops_between_the_passes_goes_on_with_text(run, images, tmp_
     assert result.code == 0
     assert "8 images found from an earlier run that did not finish" in result.out
     assert files(tmp_path / "c") == made_anew(run, images, tmp_path)
+
+
+def fails(*_arguments, **_options):
+    raise RuntimeError("no")
+
+
+@pytest.mark.parametrize("place", [(CondMaker, "make"), (text, "write_uncond")], ids=["made", "written"])
+def test_an_empty_prompt_that_failed_is_made_by_the_next_run(run, images, tmp_path, monkeypatch, place):
+    command = ("encode", images, "--out", tmp_path / "c", *SMALL)
+    owner, name = place
+    make = getattr(owner, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, lambda *a, **o: fails() if name != "make" or a[1] == [""] else make(*a, **o))
+        result = run(*command)
+    assert (result.code, "FAILED   empty prompt: RuntimeError: no" in result.out) == (1, True)
+    result = run(*command)
+    assert (result.code, "nothing to do" in result.out) == (0, False)
+    assert files(tmp_path / "c") == made_anew(run, images, tmp_path, shard_size=())
+    assert "nothing to do" in run(*command).out
+
+
+def test_a_text_that_failed_leaves_the_one_that_is_there(run, images, tmp_path, monkeypatch):
+    command = ("encode", images, "--out", tmp_path / "c", *SMALL)
+    assert run(*command).code == 0
+    (images / "wide0.txt").write_text("a river")
+    with monkeypatch.context() as patch:
+        patch.setattr(CondMaker, "make", fails)
+        (tmp_path / "c" / next(n for n in files(tmp_path / "c") if n.startswith("uncond"))).unlink()
+        result = run(*command)
+    assert result.code == 1
+    assert "FAILED   text of " in result.out
+    assert "FAILED   empty prompt: " in result.out
+    assert "none of that is in the cache yet; run the same command again" in result.out
+    assert run(*command).code == 0
+    assert files(tmp_path / "c") == made_anew(run, images, tmp_path, shard_size=())
+
+
+def test_the_time_of_the_text_encoder_is_told(run, images, tmp_path, monkeypatch):
+    encode = TextEncoder.encode
+
+    def slow(self, prompts):
+        time.sleep(0.3)
+        return encode(self, prompts)
+
+    monkeypatch.setattr(TextEncoder, "encode", slow)
+    out = run("encode", images, "--out", tmp_path / "c", *SMALL).out
+    assert float(re.search(r"text ([\d.]+) s", out)[1]) >= 0.6  # the captions, and the empty prompt

@@ -18,6 +18,7 @@ from typing import Annotated
 import numpy as np
 import pytest
 import typer
+from PIL import Image
 
 import latentprep
 from latentprep import UserError
@@ -611,3 +612,27 @@ def test_the_last_rank_commits(images, tmp_path):
         done = encode_once(images, tmp_path / "c", shard_size="30kB", rank=rank, world_size=2)
     assert done.absent == ()
     assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+def test_pillows_limit_is_put_back(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 12_345)
+    latentprep.encode(images, tmp_path / "c", model="tiny", resolution=64, max_megapixels=1, progress=False)
+    assert Image.MAX_IMAGE_PIXELS == 12_345
+
+
+def test_several_devices_in_a_process_that_may_start_none(images, tmp_path):
+    code = """
+import multiprocessing, sys, latentprep
+def work(images, out):
+    try:
+        latentprep.encode(images, out, model="tiny", resolution=64, devices="cpu,cpu", progress=False)
+    except latentprep.UserError as error:
+        print(error, flush=True)
+if __name__ == "__main__":
+    process = multiprocessing.get_context("fork").Process(target=work, args=sys.argv[1:], daemon=True)
+    process.start()
+    process.join()
+"""
+    command = [sys.executable, "-c", code, str(images), str(tmp_path / "c")]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "devices='cpu,cpu': each needs a process, and a DataLoader's worker may start none" in shown.stdout

@@ -35,4 +35,5 @@ class Zips(Source):
 
 
 def open_zips(where: str, without: tuple[Path, ...]) -> Zips | None:
-    return Zips(where) if any(Path(where).glob("*.zip")) else None
+    names = [path.name for path in Path(where).glob("[!.]*")] if Path(where).is_dir() else []
+    return Zips(where) if names and all(name.endswith(".zip") for name in names) else None

@@ -27,10 +27,10 @@ RANK_NAME = re.compile(r"\.lock\.\d+-of-(\d+)")  # beside it, of each of several
 
 @contextmanager
 def hold(storage: Storage, share: tuple[int, int] | None = None, *, beside_ranks: bool = False) -> Iterator[None]:
-    """Keep every other latentprep from writing to this cache. The folder is made; it goes again if nothing was written.
+    """Keep every other latentprep from writing to this cache. The folder is made, and removed if nothing was written.
 
-    `share` is rank and world size of a run that works beside others: it keeps away whoever is none of them, and
-    a second run of its rank. With `beside_ranks` such runs may go on, of whom the caller is one.
+    `share` is rank and world size of a run that works beside others. It keeps away all that do not belong to these, and
+    a second run of its rank. With `beside_ranks` the caller is one of these runs, and the others may go on.
 
     Raises LockedError that says who holds it, or UserError if the folder holds another program's files. A remote cache
     has no lock: there, same work writes the same files.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: once to stop in good order, twice to stop at once."""
+"""Ctrl-C and SIGTERM: the first one stops a run in good order, the second one at once."""
 
 import os
 import signal

@@ -70,7 +70,7 @@ def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, enc
         num_bytes=sum(shard.nbytes for shard in manifest.shards),
         skips=skips,
         notes=sum((result.notes for result in latents.latents), Counter()),
-        failures=[f"unit {name}: {error}" for name, error in failures.items()],
+        failures=name_failures(latents, texts),
         num_retried=sum(result.num_retried for result in latents.latents),
         batch_limit=next((result.batch_limit for result in latents.latents if result.batch_limit), ""),
         cleared=cleared,
@@ -79,6 +79,14 @@ def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, enc
         waits={stage: latents.waits[stage] + texts.waits[stage] for stage in STAGES},
         absent=absent,
     )
+
+
+def name_failures(latents: Tally, texts: Tally) -> list[str]:
+    """What failed, and why."""
+    units = [f"unit {name}: {error}" for name, error in latents.failures.items()]
+    return units + [
+        f"text of {name}: {error}" if name else f"empty prompt: {error}" for name, error in texts.failures.items()
+    ]
 
 
 def join(parts: Iterable[Mapping[str, tuple[str, ...]]]) -> dict[str, list[str]]:
@@ -92,10 +100,12 @@ def join(parts: Iterable[Mapping[str, tuple[str, ...]]]) -> dict[str, list[str]]
 
 def make_manifest(prepared: Prepared, shards: list[Shard], texts: Tally) -> Manifest:
     """What the cache is to consist of."""
-    recipe, file = prepared.recipe, texts.uncond_file
+    recipe, file, before = prepared.recipe, texts.uncond_file, prepared.manifest
     uncond = Uncond(make_uncond_id(recipe.text), file) if file is not None else None
-    if prepared.options.only == "latents" and prepared.manifest is not None:  # its shards may have cond
-        recipe, uncond = replace(recipe, text=prepared.manifest.recipe.text), prepared.manifest.uncond
+    if before is not None and prepared.options.only == "latents":  # its shards may have cond
+        recipe, uncond = replace(recipe, text=before.recipe.text), before.uncond
+    elif before is not None and "" in texts.failures and before.recipe.text.cond == recipe.text.cond:
+        uncond = before.uncond  # making it anew failed: what is there stays
     return Manifest(recipe, prepared.facts, made_with(prepared), shards, uncond=uncond)
 
 

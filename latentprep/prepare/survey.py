@@ -54,11 +54,11 @@ class Prepared:
     conditions: Mapping[str, str]  # of this run, that skips depend on
     row_bytes: RowBytes
     plan: Plan
-    has_uncond: bool  # whether the cond of the empty prompt is there, if it should be
+    has_uncond: bool  # whether the cond of the empty prompt is there, or none is asked for
 
     @property
     def threads(self) -> int:
-        """That decode, of each device."""
+        """How many decode images, for each device."""
         return self.options.workers or default_threads(len(self.where.devices) * self.where.local_size)
 
     @property
@@ -144,19 +144,25 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
             "otherwise: only a run without ranks takes such up"
         )
     say_plan(options, plan, [*missing.values(), *plan.lost], say)
+    sharing = len(where.devices) * where.world_size
+    if 0 < len(plan.units) < sharing:
+        say(
+            f"shards   {counted(len(plan.units), 'shard')} to encode for {sharing} devices, which share whole ones: "
+            "a smaller --shard-size makes more"
+        )
     if manifest is None and not plan.units and not plan.kept and not plan.text_tasks:
         raise UserError(nothing_usable(options, plan.skips))
     return Prepared(
         options, storage, models, where, recipe, make_facts(models, recipe), manifest, tuple(known_skips), captioned,
         LoadOptions.from_recipe(listing.source, models.vae.factor, masks, recipe.latents, options.strict_images),
-        conditions, row_bytes, plan, manifest is not None and has_uncond(storage, manifest),
+        conditions, row_bytes, plan, manifest is not None and has_uncond(storage, manifest, models),
     )  # fmt: skip
 
 
 def list_source(options: EncodeOptions, say: Say) -> tuple[Listing, Masks | None]:
     """The images, and the masks of its images where there are such. Raises UserError."""
+    # the cache and the masks may lie in the source, and are no images to encode
     own = [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
-    # which hold no images to encode, though they may lie in it
     listing = list_images(open_source(options.source, without=own))
     if options.masks is None:
         return listing, None
@@ -171,7 +177,7 @@ def list_source(options: EncodeOptions, say: Say) -> tuple[Listing, Masks | None
 def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Where, str]:
     """Devices, share of the work, and the number type of the models; says them. Raises UserError."""
     share = find_share(options.rank, options.world_size)
-    devices, reason = choose_devices(options.devices or options.device, share.local_rank)
+    devices, reason = choose_devices(options.device, options.devices, share.local_rank)
     dtype = choose_dtype(options.dtype, devices[0])
     at = f" at {models.commit}" if models.commit else ""
     vae = f", VAE {options.vae}" if options.vae else ""
@@ -180,7 +186,7 @@ def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Wher
         say("store    mean: this VAE gives no std")
     say(f"device   {', '.join(devices)}, {dtype} ({reason})")
     if share.world_size > 1:
-        say(f"rank     {share.rank} of {share.world_size} ({share.origin}): every {share.world_size}th unit is its own")
+        say(f"rank     {share.rank} of {share.world_size} ({share.origin}): they take the shards in turn")
         if options.overwrite:
             raise UserError(
                 "--overwrite with several ranks: one would delete what another has made. Delete the cache first."
@@ -209,8 +215,9 @@ def say_plan(options: EncodeOptions, plan: Plan, lost: Sequence[str], say: Say) 
         say(f"lost     {line}: its images are encoded again")
 
 
-def has_uncond(storage: Storage, manifest: Manifest) -> bool:
-    """Whether the cond of the empty prompt is there, if it should be."""
-    if manifest.uncond is None:
+def has_uncond(storage: Storage, manifest: Manifest, models: Models) -> bool:
+    """Whether the cond of the empty prompt is there, or none is asked for."""
+    if models.text is None:
         return True
-    return storage.sizes().get(uncond_name(manifest.uncond.id)) == manifest.uncond.file.nbytes
+    uncond = manifest.uncond
+    return uncond is not None and storage.sizes().get(uncond_name(uncond.id)) == uncond.file.nbytes
