@@ -104,8 +104,6 @@ def make_manifest(prepared: Prepared, shards: list[Shard], texts: Tally) -> Mani
     uncond = Uncond(make_uncond_id(recipe.text), file) if file is not None else None
     if before is not None and prepared.options.only == "latents":  # its shards may have cond
         recipe, uncond = replace(recipe, text=before.recipe.text), before.uncond
-    elif before is not None and "" in texts.failures and before.recipe.text.cond == recipe.text.cond:
-        uncond = before.uncond  # making it anew failed: what is there stays
     return Manifest(recipe, prepared.facts, made_with(prepared), shards, uncond=uncond)
 
 
