@@ -30,7 +30,7 @@ def test_encode_says_what_it_chose_what_it_did_and_what_comes_next(run, images, 
     assert "model    tiny (factor 8)" in result.err
     assert re.search(r"device   cpu, float32 \(auto: no GPU that torch can use\)", result.err)
     assert f"source   {images}: 9 images; captions: 4 from .txt, 5 from file names" in result.err
-    assert re.search(r"encoded  8 images and 9 prompts in \d+\.\d s \(\d+\.\d images/s\)", result.out)
+    assert re.search(r"encoded  8 images and 9 prompts in \d+\.\d s \(latents at \d+\.\d images/s\)", result.out)
     assert re.search(r"waited for decode [\d.]+ s, encode [\d.]+ s, text [\d.]+ s, write [\d.]+ s", result.out)
     assert "skipped  1 truncated (bad.png: " in result.out
     assert result.out.endswith(f"next     latentprep inspect {tmp_path / 'c'}\n")

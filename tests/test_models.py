@@ -19,6 +19,7 @@ from latentprep import LatentDataset
 from latentprep.errors import UserError
 from latentprep.prepare.models.files import class_of
 from latentprep.prepare.models.find import TEXT_FILES, VAE_FILES, commit_of, find_model
+from latentprep.prepare.models.load_text import transformers_class
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import HELD_OUT, SMALL, TINY, find_photo, make_model, scaled_by
@@ -427,3 +428,8 @@ def test_two_threads_that_ask_for_a_class_do_so_one_after_the_other():
     library = Lazy()
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: class_of(library, "Kind"), range(4))) == ["Kind"] * 4
+
+
+def test_a_class_that_this_transformers_lacks_is_one_line():
+    with pytest.raises(UserError, match=r"^--model: its text encoder needs Qwen9Model, which transformers [\d.]+ does"):
+        transformers_class("Qwen9Model")

@@ -10,7 +10,6 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from latentprep import LatentDataset
 from latentprep.cache.ragged import Ragged, mask_of, pad
@@ -25,6 +24,9 @@ from tests.test_families import make_t5, make_vae
 from tests.test_hostile_models import check_refused
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36")
+pytest.importorskip("transformers", minversion="4.51")
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model  # noqa: E402
+
 CPU = torch.device("cpu")
 PROMPTS = ["a red house, snow", "", "a cat " * 40, "naïve <|im_end|> ☃"]
 SIZE = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)

@@ -30,11 +30,12 @@ def choose_device(asked: str, local_rank: int | None = None) -> tuple[str, str]:
         return asked, "asked for"
     if torch.cuda.is_available():
         number = (local_rank or 0) % torch.cuda.device_count()
-        device = f"cuda:{number}" if local_rank is not None else "cuda"
-        return device, "auto: " + torch.cuda.get_device_name(number)
-    if torch.backends.mps.is_available():
-        return "mps", "auto: Apple GPU"
-    return "cpu", "auto: no GPU that torch can use"
+        found, reason = f"cuda:{number}" if local_rank is not None else "cuda", torch.cuda.get_device_name(number)
+    elif torch.backends.mps.is_available():
+        found, reason = "mps", "Apple GPU"
+    else:
+        found, reason = "cpu", "no GPU that torch can use"
+    return found, f"auto: {reason}"
 
 
 def choose_devices(device: str, devices: str | None, local_rank: int | None = None) -> tuple[tuple[str, ...], str]:

@@ -86,15 +86,27 @@ def check_class(index: Mapping[str, Any], part: str, allowed: tuple[str, ...], w
     )
 
 
+def transformers_class(name: str) -> Any:
+    """A class of transformers. Raises UserError if this transformers has none."""
+    import transformers
+
+    found = class_of(transformers, name)
+    if found is None:
+        raise UserError(
+            f"--model: its text encoder needs {name}, which transformers {transformers.__version__} does not have. "
+            "Upgrade transformers, or --no-cond."
+        )
+    return found
+
+
 def check_encoder(
     kind: str, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path, part: str
 ) -> None:
     """Raise UserError, before a weight is read, where a config makes no model or weights have other shapes."""
     import torch
-    import transformers
 
     with blame(f"{folder}: its config.json makes no {kind}"), torch.device("meta"):
-        model = class_of(transformers, kind)(make_config(kind, config))
+        model = transformers_class(kind)(make_config(kind, config))
     wanted = {_short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(wanted, {_short(name): shape for name, shape in shapes.items()}, str(folder), part)
 
@@ -109,10 +121,9 @@ def _short(name: str) -> str:
 
 def make_config(kind: str, config: dict[str, Any]) -> Any:
     """transformers' config object of a text encoder; whatever a library raises about it is the caller's to blame."""
-    import transformers
 
     fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
-    return class_of(transformers, KINDS[kind].config).from_dict(fields)
+    return transformers_class(KINDS[kind].config).from_dict(fields)
 
 
 def load_encoder(
@@ -125,11 +136,10 @@ def load_encoder(
     The weights are given in `dtype`, and not cast later: so transformers keeps the layers in float32 that overflow in
     float16 (T5's wo).
     """
-    import transformers
 
     with blame(what):
         made = make_config(kind, config)
-        model, info = class_of(transformers, kind).from_pretrained(
+        model, info = transformers_class(kind).from_pretrained(
             None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
         )
     return model, info
@@ -154,7 +164,6 @@ def load_tokenizer_of(folder: Path, kind: str, config: Mapping[str, Any]) -> Any
 
     It sees a copy of these, since from_pretrained would also look at a config.json and the auto_map in it.
     """
-    import transformers
 
     vocab_size, own = config.get("vocab_size"), {}
     with TemporaryDirectory() as copy:
@@ -168,7 +177,7 @@ def load_tokenizer_of(folder: Path, kind: str, config: Mapping[str, Any]) -> Any
             own["model_max_length"] = clip_length(folder, own, config)
         (Path(copy) / TOKENIZER_CONFIG).write_text(json.dumps(own), encoding="utf-8")
         with blame(f"{folder}: its files make no {kind}"):
-            tokenizer = class_of(transformers, kind).from_pretrained(copy, local_files_only=True)
+            tokenizer = transformers_class(kind).from_pretrained(copy, local_files_only=True)
             tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
             size = len(tokenizer)
     tokenizer.apply_chat_template = blamed(
