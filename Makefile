@@ -26,7 +26,7 @@ faults: $(VENV)/.installed-test
 
 # the tests with the lowest versions that pyproject.toml allows, all together; torch alone as in constraints.txt
 lowest: .venv-lowest/.installed
-	.venv-lowest/bin/python -m pytest -n 2 -m "not slow"
+	.venv-lowest/bin/python -m pytest -n 2 -m "not slow" $(TESTS)
 
 # some of the tests with the newest Python of this machine; says what is not there
 newest:
