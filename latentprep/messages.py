@@ -92,7 +92,7 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
         upscaled = sum(placement.enlarges(item.size) for item, placement in plan.rows())
         if upscaled:
             lines.append(
-                f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps their pixels)"
+                f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps the pixels)"
             )
     disk = sum(row_bytes.latents(bucket) * len(losses) for bucket, losses in rows.items())
     text = (plan.num_unit_items + plan.num_text_items) * row_bytes.per_row

@@ -95,8 +95,8 @@ CONDITIONS = ("machine", "decoder", "limits", "encoder")
 
 # What had to be done to an image, other than resizing and cropping it; said as "12 images <words>".
 NOTES = {
-    "enlarged": "enlarged to fill their bucket (--no-upscale keeps their pixels)",
-    "oriented": "turned upright by their EXIF orientation",
+    "enlarged": "enlarged to fill the bucket (--no-upscale keeps the pixels)",
+    "oriented": "turned upright by the EXIF orientation",
     "icc_to_srgb": "converted to sRGB from an embedded colour profile",
     "icc_unusable": "with a colour profile that cannot be used, taken as if it were not there",
     "cmyk_without_profile": "in CMYK without a profile, converted by Pillow's plain formula",
@@ -104,11 +104,11 @@ NOTES = {
     "high_byte": "of more than 8 bits a channel, of which Pillow keeps the upper 8",
     "cicp_to_srgb": "converted to sRGB from the colour space that a PNG's cICP names",
     "cicp_unusable": "with a cICP colour space that is not converted (HDR, and rare ones), taken as sRGB",
-    "damaged": "with damage in their JPEG, so that parts may be wrong (--strict-images leaves them out)",
+    "damaged": "with damage in the JPEG data, so that parts may be wrong (--strict-images leaves them out)",
     "first_frame": "with several frames, of which the first was taken (--animated skip leaves them out)",
     "whitened": "with white in place of a filling below full transparency (--background keep leaves it)",
     "laid_over_background": "with transparency, laid over the background",
-    "draft": "decoded at a fraction of their size (--no-draft decodes in full)",
+    "draft": "decoded at a fraction of the size (--no-draft decodes in full)",
     "mask": "weighted by a mask",
 }
 NAMED_NOTES = ("damaged",)  # those that call for a look at the images themselves

@@ -360,7 +360,7 @@ def test_demo_draws_encodes_and_says_what_to_type(run, tmp_path):
     result = run("demo", tmp_path / "demo")
     assert result.code == 0
     assert "encoded  24 images" in result.out
-    assert "4 images turned upright by their EXIF orientation" in result.out
+    assert "4 images turned upright by the EXIF orientation" in result.out
     assert "skipped  1 truncated (broken.jpg" in result.out
     assert result.out.endswith(f"next     latentprep inspect {tmp_path / 'demo' / 'cache'}\n")
     assert "nothing to do" in run("demo", tmp_path / "demo").out

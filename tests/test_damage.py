@@ -99,7 +99,7 @@ def test_damage_is_a_note_and_with_strict_images_a_skip(run, tmp_path, images):
     (images / "bad.jpg").write_bytes(taller(as_jpeg(photo)))
     encode = ("encode", images, "--out", tmp_path / "c", "--model", "tiny", "--resolution", 64, "--device", "cpu")
     result = run(*encode)
-    assert (result.code, "1 image with damage in their JPEG" in result.out) == (0, True)
+    assert (result.code, "1 image with damage in the JPEG data" in result.out) == (0, True)
     result = run(*encode, "--strict-images", "--overwrite")
     assert (result.code, "skipped  1 damaged (bad.jpg: Corrupt JPEG data" in result.out) == (0, True)
     assert "1 new" in run(*encode).out  # without the option it is tried again

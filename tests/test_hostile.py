@@ -221,7 +221,7 @@ def test_damaged_images_are_named(run, tmp_path, images):
     for n in range(7):
         (images / f"bad{n}\x1b.jpg").write_bytes(taller(as_jpeg(photo())))
     result = run("encode", images, "--out", tmp_path / "c", *SMALL, "--device", "cpu")
-    line = next(line for line in result.out.splitlines() if "damage in their JPEG" in line)
+    line = next(line for line in result.out.splitlines() if "damage in the JPEG data" in line)
     assert line.endswith("bad0\\x1b.jpg, bad1\\x1b.jpg, bad2\\x1b.jpg, bad3\\x1b.jpg, bad4\\x1b.jpg and 2 more")
 
 
