@@ -121,7 +121,6 @@ def _short(name: str) -> str:
 
 def make_config(kind: str, config: dict[str, Any]) -> Any:
     """transformers' config object of a text encoder; whatever a library raises about it is the caller's to blame."""
-
     fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
     return transformers_class(KINDS[kind].config).from_dict(fields)
 
@@ -136,7 +135,6 @@ def load_encoder(
     The weights are given in `dtype`, and not cast later: so transformers keeps the layers in float32 that overflow in
     float16 (T5's wo).
     """
-
     with blame(what):
         made = make_config(kind, config)
         model, info = transformers_class(kind).from_pretrained(
@@ -164,7 +162,6 @@ def load_tokenizer_of(folder: Path, kind: str, config: Mapping[str, Any]) -> Any
 
     It sees a copy of these, since from_pretrained would also look at a config.json and the auto_map in it.
     """
-
     vocab_size, own = config.get("vocab_size"), {}
     with TemporaryDirectory() as copy:
         for name in TOKENIZER_FILES:
