@@ -336,3 +336,27 @@ def test_a_device_that_is_none_is_named_with_its_option(monkeypatch, device, dev
 def test_more_devices_than_shards_are_told(run, images, tmp_path):
     err = run("encode", images, "--out", tmp_path / "c", *SMALL[:-2], "--devices", "cpu,cpu", "--dry-run").err
     assert "shards   1 shard to encode for 2 devices, which share whole ones: a smaller --shard-size makes more" in err
+
+
+@pytest.mark.slow
+def test_who_swallows_a_signal_sends_nothing_though_somebody_still_listens(tmp_path, monkeypatch):
+    """The next message is the last that a process can be told by: were it sent, it would wait for ever."""
+    stop, killed = local.Pool._stop, []
+
+    def slow(pool):
+        for child in pool.children:
+            child.process.terminate()
+        deadline = time.monotonic() + 15
+        while any(child.process.is_alive() for child in pool.children) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        killed.extend(child.process.kill() for child in pool.children if child.process.is_alive())
+        stop(pool)
+
+    monkeypatch.setattr(local.Pool, "_stop", slow)
+    events = local.run(Worker(str(tmp_path)), tasks("swallow", "swallow"), TWO)
+    while len(times_begun(tmp_path)) < 2:
+        next(events)
+    time.sleep(0.3)
+    events.close()
+    assert not killed
+    assert list(tmp_path.glob("swallowed-*"))

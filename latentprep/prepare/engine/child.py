@@ -26,11 +26,12 @@ class Channel:
 
     def __init__(self, connection: Connection) -> None:
         self.connection, self.lock, self.is_whole = connection, threading.Lock(), True
+        self.is_stopped = False  # by a signal, whose exception a library may have swallowed
 
     def send(self, message: object) -> None:
         """Raises Unheard."""
         with self.lock:
-            if not self.is_whole:  # a message was interrupted in its midst
+            if self.is_stopped or not self.is_whole:  # or a message was interrupted in its midst
                 raise Unheard
             self.is_whole = False
             try:
@@ -55,14 +56,20 @@ class Channel:
 
 def serve(worker: Any, connection: Connection, num_threads: int) -> None:
     """What the process runs. The last line ends it, even if a thread of it hangs in a read."""
-    code = 0
+    code, channel = 0, Channel(connection)
+
+    def stop(number: int, frame: object) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        channel.is_stopped = True
+        raise KeyboardInterrupt
+
     try:
-        signal.signal(signal.SIGTERM, _stop)
+        signal.signal(signal.SIGTERM, stop)
         for name in ("SIGINT", "SIGHUP"):  # a terminal sends them to all processes: the parent decides
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
         threading.Thread(target=_end_with_parent, daemon=True).start()
-        _work(worker, Channel(connection), num_threads)
+        _work(worker, channel, num_threads)
     except (KeyboardInterrupt, Unheard):
         pass  # what is done is kept
     except BaseException:  # a fault of ours, or of what is installed: the parent points to what stands above
@@ -102,11 +109,6 @@ def portable(error: Exception) -> Exception:
     except Exception:  # whatever their classes raise
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
-
-
-def _stop(number: int, frame: object) -> None:
-    signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
 
 
 def _end_with_parent() -> None:
