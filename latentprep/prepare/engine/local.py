@@ -161,8 +161,8 @@ class Pool:
     def _stop(self) -> None:
         """End the processes that still run; each keeps what its device has done.
 
-        They are told twice: by a signal (not on Windows, where it ends all at once), and by the silence of the connection.
-        A process whose library has swallowed the signal ends when it has something to tell.
+        They are told twice: by a signal (not on Windows, where it would end all at once), and by the silence of the
+        connection. A process whose library has swallowed the signal ends when it has something to tell.
         """
         for child in self.children:
             if sys.platform != "win32":
