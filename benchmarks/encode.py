@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import typer
 from diffusers import AutoencoderKL
-from PIL import Image
+from drawn import draw
 
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.geometry import Geometry
@@ -100,21 +100,6 @@ def measure_vae(side: int, rounds: int, folder: Path) -> None:
     for name, value in seconds.items():
         per_image = value / (4 if "of 4" in name else 1)
         print(f"{name:52} {per_image * 1000:9.0f} {base / per_image:6.2f}x")
-
-
-def draw(folder: Path, count: int, size: tuple[int, int]) -> None:
-    """JPEG files of noise on gradients, which take a photo's time to decode; all but 20 are links to others."""
-    folder.mkdir(parents=True)
-    random = np.random.default_rng(0)
-    rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
-    for n in range(count):
-        path = folder / f"{n:05}.jpg"
-        if n < 20:
-            planes = [rows * random.uniform(0, 0.2) + columns * random.uniform(0, 0.2) for _ in range(3)]
-            pixels = np.stack(planes, axis=2) + random.normal(0, 12, (*size, 3))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-        else:
-            os.link(folder / f"{n % 20:05}.jpg", path)
 
 
 def encode_bare(vae: AutoencoderKL, count: int, side: int, batch_size: int) -> float:

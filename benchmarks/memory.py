@@ -14,26 +14,8 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
-from PIL import Image
-
-DRAWN = 50  # different images; the rest are links to them, which cost no disk
-
-
-def draw(folder: Path, count: int) -> None:
-    """`count` JPEG files of 800x600: noise on gradients, so that they take a photo's time to decode."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    rows, columns = np.mgrid[0:600, 0:800]
-    drawn = []
-    for n in range(min(count, DRAWN)):
-        planes = [(rows * random.uniform(0, 0.3) + columns * random.uniform(0, 0.3)) for _ in range(3)]
-        pixels = np.stack(planes, axis=2) + random.normal(0, 12, (600, 800, 3))
-        drawn.append(folder / f"{n}.jpg")
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(drawn[-1], quality=90)
-    for n in range(len(drawn), count):
-        os.link(drawn[n % len(drawn)], folder / f"{n}.jpg")
+from drawn import draw
 
 
 def measure(images: Path, cache: Path, resolution: int) -> tuple[float, float]:
@@ -59,7 +41,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         for count in (few, many):
             images = Path(folder) / f"images{count}"
-            draw(images, count)
+            draw(images, count, (600, 800), different=50)
             peak, seconds = measure(images, Path(folder) / f"cache{count}", resolution)
             peaks.append(peak)
             print(f"{count:>8,} images   {peak:>7,.0f} MB at most   {seconds:>6.0f} s")

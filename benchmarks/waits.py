@@ -17,10 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 import typer
-from PIL import Image
+from drawn import draw
 
 from latentprep.geometry import Geometry
 from latentprep.options import EncodeOptions, TextOptions
@@ -66,21 +65,6 @@ class Model:
 
     def open(self, *_: Any, **__: Any) -> StandIn:
         return self.encoder
-
-
-def draw(folder: Path, count: int, size: tuple[int, int], suffix: str) -> None:
-    """Images of noise on gradients, so that a JPEG takes a photo's time to decode; all but 20 are links to others."""
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    rows, columns = np.mgrid[0 : size[0], 0 : size[1]]
-    for n in range(count):
-        path = folder / f"{n:05}{suffix}"
-        if n < 20:
-            planes = [rows * random.uniform(0, 0.2) + columns * random.uniform(0, 0.2) for _ in range(3)]
-            pixels = np.stack(planes, axis=2) + random.normal(0, 12, (*size, 3))
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
-        else:
-            os.link(folder / f"{n % 20:05}{suffix}", path)
 
 
 def plan(images: Path, cache: Path) -> Prepared:
