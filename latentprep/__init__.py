@@ -11,8 +11,8 @@ from latentprep.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
-    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "Merged", "Summary",
-    "UserError", "Verified", "__version__", "compact", "encode", "inspect", "merge", "verify",
+    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "LatentMix",
+    "Merged", "Summary", "UserError", "Verified", "__version__", "compact", "encode", "inspect", "merge", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
     from latentprep.read.loader import LatentLoader
+    from latentprep.read.mix import LatentMix
     from latentprep.read.sampler import BucketBatchSampler
     from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "compact": "api", "encode": "api", "inspect": "api", "merge": "api", "verify": "api",
     "Compacted": "results", "Encoded": "results", "Merged": "results", "Summary": "results", "Verified": "results",
-    "LatentBatch": "read.batch", "LatentDataset": "read.dataset",
+    "LatentBatch": "read.batch", "LatentDataset": "read.dataset", "LatentMix": "read.mix",
     "BucketBatchSampler": "read.sampler", "LatentLoader": "read.loader",
 }  # fmt: skip
 

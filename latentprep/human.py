@@ -29,9 +29,9 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def counted(count: int, noun: str) -> str:
+def counted(count: int, noun: str, ending: str = "s") -> str:
     """1 image, 2,000 images."""
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+    return f"{count:,} {noun}" + ("" if count == 1 else ending)
 
 
 def human_seconds(seconds: float) -> str:

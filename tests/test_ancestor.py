@@ -690,9 +690,9 @@ def test_a_finished_cache_needs_no_lock(images, vae):
 
 def test_a_state_that_is_refused_changes_nothing(images, vae):
     state = PersonalizedDataLoader(base(images, vae), batch_size=2).state_dict()
-    loader = PersonalizedDataLoader(base(images, vae), batch_size=3)
+    loader = PersonalizedDataLoader(base(images, vae, repeats=2), batch_size=3)
     before = loader.state_dict(), loader.dataset.seed, loader.dataset.data.seed
-    with pytest.raises(UserError, match="saved with batch_size=2"):
+    with pytest.raises(UserError, match="saved with num_samples=8"):
         loader.load_state_dict(state)
     assert before == (loader.state_dict(), loader.dataset.seed, loader.dataset.data.seed)
 

@@ -71,7 +71,7 @@ def test_any_whole_seed_will_do(run, images, cache, seed):
 
 
 def test_a_bucket_of_millions_takes_any_whole_seed_too(cache, monkeypatch):
-    monkeypatch.setattr("latentprep.read.sampler.LARGE", 1)
+    monkeypatch.setattr("latentprep.read.order.LARGE", 1)
     for seed in (-1, 2**70):
         sampler = BucketBatchSampler(LatentDataset(cache), 2, seed=seed)
         assert sorted(n for batch in sampler for n in batch) == list(range(8))
@@ -88,8 +88,8 @@ def test_what_is_no_whole_number_is_refused_by_name(cache, bad):
         "batch_size": [lambda: BucketBatchSampler(data, bad), lambda: LatentLoader(data, bad)],
         "gradient_step": [lambda: LatentLoader(data, 2, gradient_step=bad)],
         "epoch": [lambda: data.set_epoch(bad), lambda: sampler.set_epoch(bad), lambda: loader.set_epoch(bad)],
-        "rank": [lambda: BucketBatchSampler(data, 2, rank=bad, world_size=2)],
-        "world_size": [lambda: BucketBatchSampler(data, 2, world_size=bad)],
+        "rank": [lambda: BucketBatchSampler(data, 2, rank=bad, world_size=2)] * (bad is not None),
+        "world_size": [lambda: BucketBatchSampler(data, 2, world_size=bad)] * (bad is not None),
         "load_state_dict: next_batch": [lambda: loader.load_state_dict({**loader.state_dict(), "next_batch": bad})],
         "load_state_dict: epoch": [lambda: loader.load_state_dict({**loader.state_dict(), "epoch": bad})],
     }
@@ -119,6 +119,13 @@ def test_numbers_outside_their_range_are_refused_by_name(cache):
     for value in (float("nan"), "0.5", None, -0.1, 1.1):
         with pytest.raises(UserError, match=r"^flip_p=.*: a probability, expected 0 to 1"):
             LatentDataset(cache, flip_p=value)
+
+
+@pytest.mark.parametrize("ranks", [{"rank": 0}, {"world_size": 2}])
+def test_a_rank_is_given_with_the_number_of_ranks(cache, ranks):
+    for make in (LatentLoader, BucketBatchSampler):
+        with pytest.raises(UserError, match=r"^rank=(None|0), world_size=(None|2): give both, or neither"):
+            make(LatentDataset(cache), 2, **ranks)
 
 
 def test_numpy_s_integers_count(cache):

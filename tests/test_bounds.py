@@ -29,7 +29,9 @@ from latentprep.prepare.plan.plan import RowBytes, cut_rows
 from latentprep.prepare.source.sources import open_source
 from latentprep.prepare.work.cond import check_finite
 from latentprep.prompts import make_prompt
-from latentprep.read.sampler import BucketPlan, plan_bucket
+from latentprep.read.batch import cond_model_elsewhere
+from latentprep.read.order import Steps
+from latentprep.read.position import Position
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import Item, Placement, Skip
 from tests.conftest import SMALL, read_item
@@ -184,25 +186,26 @@ def test_a_shard_that_is_not_what_the_manifest_promises_is_not_read(cache):
 
 def test_a_text_encoder_stays_in_the_training_process(cache):
     data = LatentDataset(cache, shuffle_tags=True, cond_model=lambda prompts: torch.zeros(len(prompts), 3, 2))
-    assert pickle.loads(pickle.dumps(data)).cond_model is None  # a lambda could not be pickled
+    assert pickle.loads(pickle.dumps(data)).cond_model is cond_model_elsewhere  # a lambda could not be pickled
     assert data.cond_model is not None
 
 
 @pytest.mark.parametrize("large", [1, 2**22])
 def test_buckets_of_one_size_are_shuffled_each_by_itself(cache, monkeypatch, large):
-    monkeypatch.setattr("latentprep.read.sampler.LARGE", large)
+    monkeypatch.setattr("latentprep.read.order.LARGE", large)
     sampler = BucketBatchSampler(LatentDataset(cache), 1)
-    assert sampler._counts == [4, 4]
+    assert sampler.data.sizes_of_buckets() == [4, 4]
     orders = []
     for epoch in range(6):
-        sampler.set_epoch(epoch)
-        orders.append([sampler._take(bucket, np.arange(4), 0, {}).tolist() for bucket in (0, 1)])
+        samples = [n for batches in sampler.take(Position(epoch), range(1), 1) for n in batches.samples.tolist()]
+        orders.append(([n for n in samples if n < 4], [n - 4 for n in samples if n >= 4]))
     assert any(one != other for one, other in orders)
 
 
 def test_one_sample_left_for_each_rank_makes_a_step_of_its_own():
-    assert plan_bucket(10, 4, 2, drop_last=False) == BucketPlan(4, 2, 1, (2,))
-    assert plan_bucket(9, 4, 2, drop_last=False) == BucketPlan(4, 2, 0, (5, 4))
+    steps = Steps(np.array([10, 9]), 4, 2, drop_last=False)
+    assert steps.num_whole.tolist() == [1, 0]
+    assert steps.tails.tolist() == [[2, 0], [5, 4]]
 
 
 def test_verify_finds_a_key_that_stands_in_two_shards(run, images, tmp_path, monkeypatch):

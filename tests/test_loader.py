@@ -1,15 +1,19 @@
 """read/loader.py: epoch after epoch, with any number of workers, and on in mid-epoch."""
 
-import pytest
+import pickle
 
-from latentprep import LatentDataset, LatentLoader
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
 from latentprep.errors import UserError
 from tests.conftest import SMALL
 
 
 @pytest.fixture
 def data(run, images, tmp_path):
-    assert run("encode", images, "--out", tmp_path / "c", *SMALL).code == 0
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--flip").code == 0
     return LatentDataset(str(tmp_path / "c"), latent_sampling_method="random", repeats=4)
 
 
@@ -35,9 +39,24 @@ def test_loader_goes_on_in_mid_epoch_with_any_number_of_workers(data, workers):
     assert len(read(other)) == len(whole)  # and the epoch after is whole again
 
 
-def test_a_loader_refuses_the_state_of_another(data):
-    with pytest.raises(UserError, match="load_state_dict: saved with batch_size=3, this sampler has batch_size=4"):
-        LatentLoader(data, 4, seed=4).load_state_dict(LatentLoader(data, 3, seed=4).state_dict())
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seed": 1}, "dataset_seed=0, this sampler has dataset_seed=1"),
+        ({"flip_p": 0.5}, r"flip_p=0.0, this sampler has flip_p=0.5"),
+        (
+            {"latent_sampling_method": "once"},
+            "latent_sampling_method=random, this sampler has latent_sampling_method=once",
+        ),
+        ({"repeats": 2}, "num_samples=32, this sampler has num_samples=16"),
+        ({"caption_dropout": 0.1}, "caption_dropout=0.0, this sampler has caption_dropout=0.1"),
+    ],
+)
+def test_a_loader_refuses_the_state_of_another_dataset(data, options, message):
+    state = LatentLoader(data, 3, seed=4).state_dict()
+    other = LatentDataset(data.storage.root, **{"latent_sampling_method": "random", "repeats": 4, **options})
+    with pytest.raises(UserError, match=f"^load_state_dict: saved with {message}"):
+        LatentLoader(other, 3, seed=4).load_state_dict(state)
 
 
 def test_a_loop_that_was_left_starts_its_epoch_again(data):
@@ -52,3 +71,92 @@ def test_batch_size_and_gradient_step_are_clamped_to_the_data(data):
     assert (loader.batch_size, loader.gradient_step) == (32, 1)
     assert LatentLoader(data, 10, gradient_step=7).gradient_step == 3
     assert [len(batch) for batch in loader] == [16, 16]
+
+
+def own_loader(data, **options):
+    return DataLoader(data, batch_sampler=BucketBatchSampler(data, 3), collate_fn=LatentDataset.collate, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}, {"num_workers": 1, "persistent_workers": True}])
+def test_a_dataloader_of_one_s_own_draws_afresh_in_every_epoch(data, options):
+    loader, wanted = own_loader(data, **options), LatentLoader(data, 3)
+    epochs = [read(loader) for _ in range(3)]
+    assert epochs == [read(wanted) for _ in range(3)]
+    assert len({samples[0][1] for samples in epochs}) == 3
+    loader.batch_sampler.set_epoch(1)  # as Lightning and accelerate do: it counts
+    assert read(loader) == epochs[1]
+    loader.batch_sampler.set_epoch(1)
+    next(iter(loader))
+    loader.batch_sampler.set_epoch(2)
+    assert read(loader) == epochs[2]
+
+
+def test_two_loops_over_one_loader_have_each_their_epoch(data):
+    loader = LatentLoader(data, 3)
+    whole = read(loader)
+    loader.set_epoch(0)
+    first = iter(loader)
+    begun = next(first)
+    other = LatentLoader(data, 3)
+    other.set_epoch(5)
+    next(iter(other))  # the dataset's epoch is another one now
+    rest = [(batch.index.tolist(), batch.latent_sample.sum().item()) for batch in first]
+    assert [(begun.index.tolist(), begun.latent_sample.sum().item()), *rest] == whole
+
+
+def test_a_cond_model_behind_workers_is_an_error_that_names_the_loader(data):
+    def cond_model(prompts):
+        return torch.zeros(len(prompts), 1, 1)
+
+    made = LatentDataset(data.storage.root, shuffle_tags=True, cond_model=cond_model)
+    for context in ("fork", "spawn"):
+        loader = own_loader(made, num_workers=1, multiprocessing_context=context)
+        batch = next(iter(loader))
+        with pytest.raises(UserError, match=r"^batch.cond: cond_model stays.*Read with LatentLoader"):
+            batch.cond  # noqa: B018
+        again = pickle.loads(pickle.dumps(batch))
+        with pytest.raises(UserError, match=r"^batch.cond: cond_model stays"):
+            again.cond  # noqa: B018
+        assert next(iter(LatentLoader(made, 3, num_workers=1))).cond["prompt_embeds"].shape[1:] == (1, 1)
+
+
+def test_a_batch_gives_its_numbers_in_a_dtype(data):
+    data = LatentDataset(data.storage.root, latent_sampling_method="random", use_weight=True)
+    batch = data[0]
+    half = batch.to("cpu", torch.bfloat16)
+    assert half.latent_sample.dtype == half.weight.dtype == half.cond["prompt_embeds"].dtype == torch.bfloat16
+    assert torch.equal(half.latent_sample, batch.latent_sample.bfloat16())  # computed in float32 all the same
+    assert torch.equal(half.cond["prompt_embeds"], batch.cond["prompt_embeds"].bfloat16())
+    assert half.time_ids.dtype == torch.float32
+    assert half.latent_mean.dtype == batch.latent_mean.dtype
+    assert batch.to(torch.float16).latent_sample.dtype == torch.float16
+    assert batch.to(dtype=torch.float64).latent_sample.dtype == torch.float64
+    assert half.to("cpu").latent_sample.dtype == torch.bfloat16
+    assert batch.latent_sample.dtype == torch.float32
+    with pytest.raises(UserError, match=r"^batch.to: dtype=torch.int64, expected one of numbers with a point"):
+        batch.to("cpu", torch.int64)
+    assert batch.to("meta", non_blocking=True).latent_mean.is_meta
+
+
+def test_ranks_are_torchrun_s_and_looked_up_when_an_epoch_begins(data, monkeypatch):
+    loader, sampler = LatentLoader(data, 3), BucketBatchSampler(data, 3)
+    alone = [index for batch in loader for index in batch.index.tolist()]
+    loader.set_epoch(0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert len(loader) == len(sampler) == 12  # Lightning's own processes have no RANK before there is a group
+    shares = []
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        loader.set_epoch(0)
+        sampler.set_epoch(0)
+        shares.append([index for batch in loader for index in batch.index.tolist()])
+        assert shares[-1] == [index for batch in sampler for index in batch]
+        assert (sampler.rank, sampler.world_size) == (rank, 2)
+        assert "rank" in repr(loader)
+    assert sorted(shares[0] + shares[1]) == sorted(alone)
+    for rank, size in (("2", "2"), ("x", "2"), ("0", ""), ("-1", "1")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", size)
+        with pytest.raises(UserError, match=rf"^RANK='{rank}', WORLD_SIZE='{size}': expected 0 <= RANK < WORLD_SIZE"):
+            next(iter(loader))
+        assert len(LatentLoader(data, 3, rank=0, world_size=1)) == 12

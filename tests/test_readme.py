@@ -15,7 +15,7 @@ from latentprep.cli import commands as cli
 from latentprep.door import list_parameters
 from latentprep.prompts import list_templates
 from latentprep.records import REASONS
-from tests.conftest import make_model
+from tests.conftest import gradient, make_model
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -48,6 +48,9 @@ def desk(photos, tmp_path, monkeypatch):
     with tarfile.open(tmp_path / "shards" / "00000.tar", "w") as tar:
         for path in sorted(photos.iterdir()):
             tar.add(path, path.name)
+    (photos / "birds").mkdir()
+    for n in range(16):  # as BMP: the same bytes whatever the version of Pillow, so that the split is the same
+        gradient(32, 32).rotate(n * 6).save(photos / "birds" / f"{n}.bmp")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

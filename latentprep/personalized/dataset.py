@@ -16,11 +16,12 @@ from latentprep.errors import UserError
 from latentprep.geometry import Geometry
 from latentprep.human import shortened
 from latentprep.options import EncodeOptions, ImageOptions, TextOptions
-from latentprep.personalized.entries import DatasetEntry, EpochIndices, LatentDist, OnTouch
+from latentprep.personalized.entries import DatasetEntry, LatentDist, OnTouch
 from latentprep.personalized.models import DTYPES, make_live_vae
 from latentprep.personalized.update import Interrupted, check_without_models, keywords_for_options, update_cache
 from latentprep.prompts import load_template, vary_tags
 from latentprep.read.arguments import (
+    SamplingMethod,
     check_flags,
     check_int,
     check_kind,
@@ -30,6 +31,7 @@ from latentprep.read.arguments import (
 )
 from latentprep.read.counters import mix
 from latentprep.read.dataset import LatentDataset
+from latentprep.read.order import EpochIndices
 
 
 class PersonalizedBase(Dataset[DatasetEntry]):
@@ -80,7 +82,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         gradient_step: int = 1,
         shuffle_tags: bool = False,
         tag_drop_out: float = 0,
-        latent_sampling_method: str = "once",
+        latent_sampling_method: SamplingMethod = "once",
         varsize: bool = False,
         use_weight: bool = False,
         *,
@@ -227,7 +229,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
     @cached_property
     def groups(self) -> list[list[int]]:
         """For each size of image its indices, repetitions included."""
-        counts = [self.data.count_of_bucket(bucket) * self.data.repeats for bucket in range(len(self.data.buckets))]
+        counts = self.data.sizes_of_buckets()
         return [self.data.samples_of_bucket(n, np.arange(count)).tolist() for n, count in enumerate(counts)]
 
 

@@ -48,17 +48,6 @@ class DatasetEntry:
         return f"DatasetEntry({', '.join(filter(None, parts))})"
 
 
-class EpochIndices(list[int]):
-    """The indices of a batch of PersonalizedDataLoader, whose epoch decides the draws.
-
-    Any other list of indices gets new draws at each call.
-    """
-
-    def __init__(self, indices: list[int], epoch: int) -> None:
-        super().__init__(indices)
-        self.epoch = epoch
-
-
 class OnTouch(Sequence[T]):
     """A list whose parts are read from the cache when they are touched, and not kept."""
 

@@ -9,9 +9,10 @@ from torch.utils.data import DataLoader
 from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.personalized.dataset import PersonalizedBase
-from latentprep.personalized.entries import DatasetEntry, EpochIndices
+from latentprep.personalized.entries import DatasetEntry
 from latentprep.read.arguments import check_int
 from latentprep.read.describe import show_shape
+from latentprep.read.position import Position
 from latentprep.read.sampler import BucketBatchSampler
 
 
@@ -51,10 +52,9 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
         batch_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self.epoch = 0  # of the next `for`
-        self._running, self._used = 0, 0  # the epoch of the last `for`, and how many of its batches it was given
-        self._resume_at = 0  # the batch that the next `for` starts with
-        self.batches = PlannedBatches(dataset.data, batch_size, seed=dataset.seed)
+        self.batches = BucketBatchSampler(dataset.data, batch_size, seed=dataset.seed)
+        self._next = self._begun = Position()  # where the next `for` begins, and where the last one did
+        self._used = 0  # batches that the last one was given of its stretch of the epoch
         super().__init__(
             dataset,  # type: ignore[arg-type]
             batch_sampler=self.batches,
@@ -63,13 +63,14 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
         )
 
     def __iter__(self) -> Iterator[BatchLoader]:  # type: ignore[override]
-        self._running, self._used = self.epoch, self._resume_at
-        epoch, used = self._running, self._used
-        self.epoch, self._resume_at = self.epoch + 1, 0
-        self.batches.epoch, self.batches.start = epoch, used
+        batch_size, world_size = self.batches.samples_per_batch, self.batches.world_size
+        begun = self.batches.position = self._begun = self.batches.settle(self._next, world_size)
+        self._next = Position(begun.epoch + 1)
+        _, used = begun.split(batch_size, world_size)
+        self._used = used
         for batch in super().__iter__():
             used += 1
-            if self._running == epoch:  # else another `for` has begun since: the state is that one's
+            if self._begun is begun:  # else another `for` has begun since: the state is that one's
                 self._used = used
             yield batch
 
@@ -77,16 +78,22 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
         return f"PersonalizedDataLoader({self.batches.describe()}, next epoch {self.epoch},\n  {self.dataset!r})"
 
     @property
+    def epoch(self) -> int:
+        """The epoch that the next `for` gives."""
+        return self._next.epoch
+
+    @property
     def next_batch(self) -> int:
         """The number in its epoch of the batch that the next `for` starts with: 0, or more after load_state_dict.
 
         For loops that count: `for j, batch in enumerate(loader, loader.next_batch)`.
         """
-        return self._resume_at
+        return self._next.split(self.batches.samples_per_batch, self.batches.world_size)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, to be saved with a checkpoint."""
-        return {**self.batches.state_dict(self._used), "epoch": self._running}
+        batches = self.batches
+        return batches.describe_position(self._begun.after(self._used, batches.samples_per_batch, batches.world_size))
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where state_dict was taken. Takes over its seed, unless the dataset was given one. Raises UserError."""
@@ -95,25 +102,12 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
             raise UserError(f"load_state_dict: got a {type(state).__name__}, expected what state_dict gave.")
         before = self.batches.seed
         if not dataset.is_seeded:
-            self.batches.seed = check_int("load_state_dict: seed", state.get("seed"))
+            self.batches.seed = dataset.data.seed = check_int("load_state_dict: seed", state.get("seed"))
         try:
             self.batches.load_state_dict(state)
         except UserError:
-            self.batches.seed = before
+            self.batches.seed = dataset.data.seed = before
             raise
-        dataset.seed = dataset.data.seed = self.batches.seed
-        is_over = state["next_batch"] == len(self.batches)
-        self.epoch, self._resume_at = state["epoch"] + is_over, 0 if is_over else state["next_batch"]
-        self._running, self._used = self.epoch, self._resume_at
-
-
-class PlannedBatches(BucketBatchSampler):
-    """A BucketBatchSampler whose batches carry their epoch, and leave the dataset's alone."""
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = check_int("epoch", epoch, 0)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        epoch = self.epoch
-        for indices in super().__iter__():
-            yield EpochIndices(indices, epoch)
+        dataset.seed = self.batches.seed
+        self._next = self._begun = self.batches.settle(self.batches.position, self.batches.world_size)
+        _, self._used = self._begun.split(self.batches.samples_per_batch, self.batches.world_size)

@@ -2,13 +2,15 @@
 
 from operator import index
 from os import PathLike
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
 from latentprep.errors import UserError
 
-SAMPLING_METHODS = ("once", "deterministic", "random")
+SamplingMethod = Literal["once", "deterministic", "random"]
+UseWeight = bool | Literal["raw"] | float
+SAMPLING_METHODS = get_args(SamplingMethod)
 
 
 def check_int(name: str, value: object, low: int | None = None) -> int:
@@ -31,6 +33,14 @@ def check_share(name: str, value: Any) -> float:
     return float(value)
 
 
+def check_at_least_0(name: str, value: Any) -> float:
+    """A finite number of 0 or more, as a float. Raises UserError."""
+    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+    if not is_number or not 0 <= value < float("inf"):
+        raise UserError(f"{name}={value!r}: expected a number of 0 or more.")
+    return float(value)
+
+
 def check_kind(name: str, value: Any, kinds: tuple[type, ...], expected: str) -> None:
     """Raise UserError unless an argument is of one of these types."""
     if not isinstance(value, kinds):
@@ -49,14 +59,14 @@ def check_flags(**flags: Any) -> None:
         check_kind(name, flag, (bool, np.bool_), "True or False")
 
 
-def check_sampling_method(value: Any) -> str:
+def check_sampling_method(value: Any) -> SamplingMethod:
     """`latent_sampling_method`. Raises UserError if it is none of the three."""
     if value not in SAMPLING_METHODS:
         raise UserError(f"latent_sampling_method={value!r}: expected one of {', '.join(SAMPLING_METHODS)}.")
-    return str(value)
+    return value  # type: ignore[no-any-return]
 
 
-def check_use_weight(value: Any) -> bool | str | float:
+def check_use_weight(value: Any) -> UseWeight:
     """`use_weight`. Raises UserError for anything but a bool, "raw" or a floor of 0 to 1."""
     is_floor = isinstance(value, float) and 0 <= value <= 1
     if isinstance(value, bool) or is_floor or (isinstance(value, str) and value == "raw"):

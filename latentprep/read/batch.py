@@ -2,21 +2,35 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
+from typing_extensions import TypeVar
 
 from latentprep.cache.normalization import Normalization
+from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.read.cond import finish_cond
 from latentprep.read.describe import show_dtype, show_shape, show_tensors
 
 CondModel = Callable[[list[str]], "Tensor | dict[str, Tensor]"]  # B prompts -> [B,T,D], or name -> [B,...]
+Cond = dict[str, Tensor]  # name -> [B,...]
+# what the types of a batch say of include_cond and use_weight
+CondT = TypeVar("CondT", bound=Cond | None, default=Cond | None, covariant=True)
+WeightT = TypeVar("WeightT", bound=Tensor | None, default=Tensor | None, covariant=True)
+
+
+def cond_model_elsewhere(prompts: list[str]) -> Cond:
+    """Stands for a cond_model that was left behind in another process."""
+    raise UserError(
+        "batch.cond: cond_model stays in the training process, and this batch comes from a worker of a DataLoader. "
+        "Read with LatentLoader, which puts it back, or with num_workers=0."
+    )
 
 
 @dataclass(eq=False, repr=False)
-class LatentBatch:
+class LatentBatch(Generic[CondT, WeightT]):
     """B samples of one bucket. Numbers stay as stored until they are asked for, so that little crosses to the GPU."""
 
     index: Tensor  # [B] int64: indices into the dataset
@@ -33,7 +47,10 @@ class LatentBatch:
     flipped: Tensor  # [B] bool
     cond_lengths: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] int64: tokens before the padding
     fields: dict[str, Tensor] = field(default_factory=dict)  # name -> [B,...]: what else the cache holds of each sample
-    cond_model: CondModel | None = None  # makes cond of cond_text, where the dataset makes prompts of its own
+    loss_weight: float = 1.0  # of each sample
+    member: int = 0  # of a LatentMix: the number of the dataset that the samples are from
+    cond_model: CondModel | None = None  # makes cond of cond_text, if the dataset makes prompts of its own
+    dtype: torch.dtype = torch.float32  # of latent_sample, weight and cond, as `to` was told
     _drawn: Tensor | None = None
     _made_cond: dict[str, Tensor] | None = None
 
@@ -54,9 +71,18 @@ class LatentBatch:
             parts.append(show_tensors(self.fields))
         return f"LatentBatch({', '.join(parts)}, on {mean.device})"
 
+    def __getitem__(self, index: object) -> Any:
+        """Refused: DataLoader's own collate would take a batch apart. Raises UserError."""
+        raise UserError(
+            f"a LatentBatch has no [{index!r:.40}]: it is a whole batch. To a DataLoader give "
+            "collate_fn=LatentDataset.collate, or read with LatentLoader."
+        )
+
     @property
     def latent_sample(self) -> Tensor:
         """[B,C,h,w] float32, as the denoiser sees it: (patchify(mean + std * noise) - shift) * scale.
+
+        With `to(dtype)` it is given in that.
 
         FLUX.2's denoiser sees patches: [B,4C,h/2,w/2].
 
@@ -68,21 +94,30 @@ class LatentBatch:
             if self.latent_std is not None and self.noise_seed is not None:
                 sample = sample + self.latent_std.float() * draw_noise(self.noise_seed, sample)
             self._drawn = self.normalization.apply(sample)
-        return self._drawn
+        return self._drawn.to(self.dtype)
 
     @property
-    def weight(self) -> Tensor | None:
-        """Loss weight of every number that the denoiser sees, float32: [B,1,h,w]; None without use_weight.
+    def weight(self) -> WeightT:
+        """Loss weight of every number that the denoiser sees, like latent_sample: [B,1,h,w]; None without use_weight.
 
         Of patches it is [B,4C,h/2,w/2], since the four latent pixels of one may weigh differently.
         """
         if self.stored_weight is None:
-            return None
-        return self.normalization.patch_weight(self.stored_weight, self.latent_mean.shape[1])
+            return None  # type: ignore[return-value]  # WeightT is None then
+        weight = self.normalization.patch_weight(self.stored_weight, self.latent_mean.shape[1])
+        return weight.to(self.dtype)  # type: ignore[return-value]
 
     @property
-    def cond(self) -> dict[str, Tensor] | None:
-        """Text embeddings: {"prompt_embeds": [B,T,D], ...}, float32 as far as they are stored; None without.
+    def sample_weight(self) -> Tensor:
+        """[B] float32: how much each sample's loss counts, as the dataset's sample_weight says.
+
+        `(batch.sample_weight * loss.mean((1, 2, 3))).mean()`
+        """
+        return torch.full((len(self),), self.loss_weight, device=self.latent_mean.device)
+
+    @property
+    def cond(self) -> CondT:
+        """Text embeddings: {"prompt_embeds": [B,T,D], ...}, stored ones in latent_sample's dtype; None without.
 
         If the prompts of a model differ in length, shorter ones are padded to the longest of the batch, and
         {"prompt_embeds_mask": [B,T] bool} says which tokens are their own; `cond_lengths` says how many. The padding
@@ -91,11 +126,11 @@ class LatentBatch:
         Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
         """
         if self.stored_cond is not None:
-            return finish_cond(self.stored_cond, self.cond_lengths)
+            return finish_cond(self.stored_cond, self.cond_lengths, self.dtype)  # type: ignore[return-value]
         if self._made_cond is None and self.cond_model is not None:
             made = self.cond_model(self.cond_text)
             self._made_cond = made if isinstance(made, dict) else {"prompt_embeds": made}
-        return self._made_cond
+        return self._made_cond  # type: ignore[return-value]
 
     @property
     def time_ids(self) -> Tensor:
@@ -110,17 +145,32 @@ class LatentBatch:
         return torch.stack([*self.original_size.unbind(1), top, left, height, width], dim=1).float()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cond_model": None}  # stays in the training process; LatentLoader puts it back
+        kept = None if self.cond_model is None else cond_model_elsewhere  # LatentLoader puts the real one back
+        return {**self.__dict__, "cond_model": kept}
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> "LatentBatch":
-        """The batch on another device. Seeds stay behind: they are for the CPU's eyes."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    def to(
+        self,
+        device: torch.device | str | int | torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+        non_blocking: bool = False,
+    ) -> "LatentBatch[CondT, WeightT]":
+        """The batch on another device; with a dtype, latent_sample, weight and cond are given in it.
 
-    def pin_memory(self) -> "LatentBatch":
+        They are computed in float32 all the same. time_ids, sizes and masks keep their types. Seeds stay behind: they
+        are for the CPU's eyes. `batch.to(torch.bfloat16)` changes the dtype alone.
+        """
+        if isinstance(device, torch.dtype):
+            device, dtype = None, device
+        if dtype is not None and not dtype.is_floating_point:
+            raise UserError(f"batch.to: dtype={dtype}, expected one of numbers with a point, such as torch.bfloat16.")
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if device is not None else self
+        return moved if dtype is None else replace(moved, dtype=dtype)
+
+    def pin_memory(self) -> "LatentBatch[CondT, WeightT]":
         """The batch in page-locked memory; a DataLoader with pin_memory=True calls this."""
         return self._map(lambda tensor: tensor.pin_memory())
 
-    def _map(self, move: Callable[[Tensor], Tensor]) -> "LatentBatch":
+    def _map(self, move: Callable[[Tensor], Tensor]) -> "LatentBatch[CondT, WeightT]":
         moved: dict[str, Any] = {}
         for name, value in vars(self).items():
             if isinstance(value, Tensor) and name != "noise_seed":

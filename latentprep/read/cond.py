@@ -89,12 +89,14 @@ def put_empty(rows: Rows, is_dropped: np.ndarray, empty: Tensor) -> None:
         rows[:] = [empty.to(row.dtype) if drop else row for row, drop in zip(rows, is_dropped, strict=True)]
 
 
-def finish_cond(stored: dict[str, Tensor], lengths: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Cond as a training loop takes it: name -> [B,...] float32, and <name>_mask [B,T] bool of each that has lengths.
+def finish_cond(
+    stored: dict[str, Tensor], lengths: dict[str, Tensor], dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Cond as a training loop takes it: name -> [B,...] in a dtype, and <name>_mask [B,T] bool if it has lengths.
 
     A mask says which tokens are a prompt's own, and no padding. One that is stored under that name counts instead.
     """
-    cond = {name: value.float() for name, value in stored.items()}
+    cond = {name: value.to(dtype) for name, value in stored.items()}
     for name, own in lengths.items():
         cond.setdefault(f"{name}_mask", mask_of(own, stored[name].shape[1]))
     return cond

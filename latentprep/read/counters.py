@@ -17,7 +17,8 @@ def mix(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     return state
 
 
-FLIP, NOISE, PROMPT, CAPTION, DROP, CROP = 1, 2, 3, 4, 5, 6  # what a counter is for, so that no two choices share one
+# what a counter is for, so that no two choices share one
+FLIP, NOISE, PROMPT, CAPTION, DROP, CROP, SPLIT, TURN = range(1, 9)
 
 
 def fractions(draws: np.ndarray) -> np.ndarray:

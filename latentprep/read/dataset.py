@@ -1,14 +1,19 @@
 """LatentDataset: a latent cache as a map-style PyTorch dataset."""
 
+from collections.abc import Callable, Iterable, Iterator
+from copy import copy
+from operator import index as as_index
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, Literal, Self, TypedDict, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from typing_extensions import Unpack
 
 from latentprep.cache.manifest import open_manifest
+from latentprep.cache.normalization import Normalization
 from latentprep.cache.ragged import Ragged
 from latentprep.cache.readers import Reading
 from latentprep.cache.storage import Storage
@@ -16,6 +21,9 @@ from latentprep.errors import UserError
 from latentprep.human import counted, shortened
 from latentprep.prompts import load_template
 from latentprep.read.arguments import (
+    SamplingMethod,
+    UseWeight,
+    check_at_least_0,
     check_flags,
     check_int,
     check_location,
@@ -23,18 +31,36 @@ from latentprep.read.arguments import (
     check_share,
     check_use_weight,
 )
-from latentprep.read.batch import CondModel, LatentBatch
+from latentprep.read.batch import Cond, CondModel, CondT, LatentBatch, WeightT, cond_model_elsewhere
 from latentprep.read.cond import StoredCond, finish_cond
 from latentprep.read.describe import show_cond, show_shape
-from latentprep.read.draws import Draws
 from latentprep.read.index import Index, Shape
+from latentprep.read.order import Batches, EpochIndices
+from latentprep.read.parts import Chosen, choose_images, choose_keys, groups_of, split_by_content
 from latentprep.read.prompts import Prompts, Wording, check_cond_model
-from latentprep.read.shards import OpenShards, Run, gather, gather_others, gather_std, promised_by
-from latentprep.read.weight import gather_weight
-from latentprep.records import is_flipped
+from latentprep.read.reader import SampleReader, Sampling
+from latentprep.read.shards import OpenShards, promised_by
 
 
-class LatentDataset(Dataset[LatentBatch]):
+class Keywords(TypedDict, total=False):
+    """The keywords of LatentDataset that no type depends on."""
+
+    latent_sampling_method: SamplingMethod
+    repeats: int
+    flip_p: float
+    caption_dropout: float
+    template: str | Path | None
+    placeholder_token: str
+    shuffle_tags: bool
+    keep_tags: int
+    tag_drop_out: float
+    wildcards: bool
+    cond_model: CondModel | None
+    sample_weight: float
+    seed: int
+
+
+class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
     """A latent cache. An index stands for one image (with repeats, for one of its repetitions).
 
     cache: folder or URL.
@@ -64,15 +90,43 @@ class LatentDataset(Dataset[LatentBatch]):
     BucketBatchSampler gives them. Raises UserError for a cache that is missing or lacks what is asked for.
     """
 
+    # fmt: off
+    # what is in a batch, as types: cond with include_cond, a weight with use_weight
+    @overload
     def __init__(
+        self: "LatentDataset[Cond, None]", cache: str | Path, *, include_cond: Literal[True] = True,
+        use_weight: Literal[False] = False, **keywords: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "LatentDataset[Cond, Tensor]", cache: str | Path, *, include_cond: Literal[True] = True,
+        use_weight: Literal[True, "raw"] | float, **keywords: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "LatentDataset[None, None]", cache: str | Path, *, include_cond: Literal[False],
+        use_weight: Literal[False] = False, **keywords: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "LatentDataset[None, Tensor]", cache: str | Path, *, include_cond: Literal[False],
+        use_weight: Literal[True, "raw"] | float, **keywords: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "LatentDataset[Cond | None, Tensor | None]", cache: str | Path, *, include_cond: bool = True,
+        use_weight: UseWeight = False, **keywords: Unpack[Keywords],
+    ) -> None: ...
+    # fmt: on
+    def __init__(  # type: ignore[misc]  # its types are those above
         self,
         cache: str | Path,
         *,
-        latent_sampling_method: str = "once",
+        latent_sampling_method: SamplingMethod = "once",
         repeats: int = 1,
         flip_p: float = 0.0,
         include_cond: bool = True,
-        use_weight: bool | str | float = False,
+        use_weight: UseWeight = False,
         caption_dropout: float = 0.0,
         template: str | Path | None = None,
         placeholder_token: str = "",
@@ -81,29 +135,29 @@ class LatentDataset(Dataset[LatentBatch]):
         tag_drop_out: float = 0.0,
         wildcards: bool = False,
         cond_model: CondModel | None = None,
+        sample_weight: float = 1.0,
         seed: int = 0,
     ) -> None:
         check_location(cache)
         check_flags(include_cond=include_cond)
-        self.latent_sampling_method = check_sampling_method(latent_sampling_method)
+        sampling = Sampling(
+            check_sampling_method(latent_sampling_method), check_share("flip_p", flip_p), check_use_weight(use_weight),
+            check_at_least_0("sample_weight", sample_weight),
+        )  # fmt: skip
         self.repeats, self.seed = check_int("repeats", repeats, 1), check_int("seed", seed)
-        self.flip_p, self.use_weight = check_share("flip_p", flip_p), check_use_weight(use_weight)
         self.include_cond, self.cond_model = include_cond, cond_model
         lines = load_template(str(template)) if template is not None else None
         wording = Wording(lines, placeholder_token, shuffle_tags, keep_tags, tag_drop_out, wildcards)
         self.storage = Storage(cache)
         self._reading = Reading(self.storage)  # held from before the manifest is read: what it names stays
         self.manifest = open_manifest(self.storage)
-        self.normalization = self.manifest.latent.normalization
         self._index = Index(self.manifest.shards, self.repeats)
         stored = StoredCond(self.storage, self.manifest)
         check_cond_model(cond_model, wording, needs_cond=include_cond and stored.is_there)
         self._prompts = Prompts(wording, stored, include_cond=include_cond, caption_dropout=caption_dropout)
         self._shards = OpenShards(self.storage, self.manifest, self._index.groups, needs_cond=include_cond)
-        is_mirrored = [is_flipped(view) for view in self.manifest.latent.views]
-        self._flipped = torch.tensor(is_mirrored)  # [V] bool
-        self._num_mirrors = 2 if any(is_mirrored) else 1  # views of each crop
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # seen by workers that are kept between epochs
+        self._reader = SampleReader(self.manifest, self._shards, self._prompts, sampling)
+        self._epoch = make_epoch()
         self._check()
 
     def _check(self) -> None:
@@ -114,10 +168,31 @@ class LatentDataset(Dataset[LatentBatch]):
                 f"latent_sampling_method={method!r}: {root} holds means only. "
                 "Use 'deterministic', or encode with --store mean+std."
             )
-        if self.flip_p and not self._flipped.any():
+        if self.flip_p and not self._reader.has_mirrored:
             raise UserError(f"flip_p={self.flip_p}: {root} holds no mirrored views. Encode with --flip.")
         if self._index.num_images == 0:
             raise UserError(f"{root}: the cache is empty, there is nothing to train on.")
+
+    @property
+    def latent_sampling_method(self) -> SamplingMethod:
+        return self._reader.sampling.method
+
+    @property
+    def flip_p(self) -> float:
+        return self._reader.sampling.flip_p
+
+    @property
+    def use_weight(self) -> UseWeight:
+        return self._reader.sampling.use_weight
+
+    @property
+    def sample_weight(self) -> float:
+        return self._reader.sampling.sample_weight
+
+    @property
+    def normalization(self) -> Normalization:
+        """From latents as they are stored to what the denoiser sees."""
+        return self.manifest.latent.normalization
 
     @property
     def num_images(self) -> int:
@@ -136,7 +211,7 @@ class LatentDataset(Dataset[LatentBatch]):
         parts = [
             counted(self.num_images, "image") + (f" x {self.repeats} repeats" if self.repeats > 1 else ""),
             f"{counted(len(self.buckets), 'bucket')} {' '.join(sizes)}",
-            counted(len(self._flipped), "view"),
+            counted(self._reader.num_views, "view"),
             self.latent_sampling_method,
         ]
         return f"LatentDataset({shortened(self.storage.root, 200)}: {', '.join(parts)}, {self._describe_cond()})"
@@ -153,13 +228,59 @@ class LatentDataset(Dataset[LatentBatch]):
         """The epoch that flips and random draws depend on; LatentLoader sets it."""
         self._epoch.fill_(check_int("epoch", epoch, 0) % 2**63)
 
-    def count_of_bucket(self, bucket: int) -> int:
-        """Images of a bucket, by its place in `buckets`."""
-        return self._index.count_of_bucket(bucket)
+    def sizes_of_buckets(self) -> list[int]:
+        """Samples of each bucket, in the order of `buckets`."""
+        return [self._index.count_of_bucket(bucket) * self.repeats for bucket in range(len(self.buckets))]
+
+    def samples_before(self, epoch: int) -> list[int]:
+        """Samples of each bucket that all epochs before have taken: each takes every one."""
+        return [size * epoch for size in self.sizes_of_buckets()]
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
         """Indices [B] of samples given by their numbers in a bucket: image after image, repeat after repeat."""
         return self._index.samples_of_bucket(bucket, numbers)
+
+    def describe_state(self) -> dict[str, Any]:
+        """What order, draws and prompts of an epoch depend on, name -> JSON value: a saved position holds it."""
+        return {
+            "dataset_seed": self.seed, "repeats": self.repeats, "flip_p": self.flip_p,
+            "latent_sampling_method": self.latent_sampling_method, **self._prompts.describe_state(),
+            "cache": self._index.digest,
+        }  # fmt: skip
+
+    def select(self, keys: str | Iterable[str] | Callable[[str], object]) -> Self:
+        """The part of the data whose keys fit, as a dataset that reads the same files.
+
+        keys: a pattern ("birds/*.png"; * is any text, / too), a list of keys, or a function from a key to True or
+        False. Raises UserError if none is left, or a key of the list is not there.
+        """
+        if callable(keys):
+            return self._part(choose_images(self._index, self._shards, keys))
+        return self._part(choose_keys(self._index, self._shards, keys))
+
+    def split(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
+        """The rest of the images, and about this share of them: `train, val = data.split(0.05)`.
+
+        The content of an image decides where it goes, and nothing else: it stays there when images are added, removed
+        or renamed, and equal images are on the same side. Another seed splits otherwise. Raises UserError.
+        """
+        rest, part = split_by_content(self._index, self._shards, share, check_int("seed", seed))
+        return self._part(rest), self._part(part)
+
+    def digests(self) -> np.ndarray:
+        """[n] uint64: half of the content hash of each image, in the order of the dataset."""
+        found = [group.digest[rows] for _, rows, group in groups_of(self._index, self._shards)]
+        return np.concatenate(found)
+
+    def choose(self, is_chosen: np.ndarray) -> Self:
+        """The part of the data for which this is true, [n] bool: for each image, in the order of the dataset."""
+        parts = zip(self._index.rows(), self._index.split(is_chosen), strict=True)
+        return self._part({group: rows[own] for (group, rows), own in parts})
+
+    def _part(self, chosen: Chosen) -> Self:
+        part = copy(self)
+        part._index, part._epoch = self._index.choose(chosen), make_epoch()
+        return part
 
     def key(self, index: int) -> str:
         """Path of an image relative to the folder that was encoded."""
@@ -183,62 +304,37 @@ class LatentDataset(Dataset[LatentBatch]):
         ragged = [name for name, value in stored.empty().items() if isinstance(value, Ragged)]
         return finish_cond(rows, {name: torch.tensor([rows[name].shape[1]]) for name in ragged})
 
-    def __getitem__(self, index: int) -> LatentBatch:
-        return self.__getitems__([index])
-
-    def __getitems__(self, indices: list[int]) -> LatentBatch:
-        return self.read(indices, int(self._epoch))
-
-    def read(self, indices: list[int], epoch: int) -> LatentBatch:
-        """The batch that `__getitems__` gives in an epoch."""
-        if torch.is_autocast_enabled("cpu"):  # it would join no tensors of another 16-bit dtype than its own
-            with torch.autocast("cpu", enabled=False):
-                return self.read(indices, epoch)
-        chosen = np.asarray(indices, np.int64)
-        if not len(chosen):
-            raise UserError("a batch of no indices: expected at least one.")
-        draws = Draws(self.seed, epoch, chosen % len(self), self.num_images)
-        view = draws.views(len(self._flipped) // self._num_mirrors, self._num_mirrors, self.flip_p)
-        runs = self._open_runs(chosen, view)
-        geometry = torch.from_numpy(np.concatenate([run.group.geometry[run.views] for run in runs]))
-        is_drawn = self.latent_sampling_method != "deterministic"
-        text = self._prompts.take(runs, draws)
-        return LatentBatch(
-            index=torch.from_numpy(chosen),
-            latent_mean=gather([(run.group.mean, run.views) for run in runs]),
-            latent_std=gather_std(runs) if is_drawn else None,
-            noise_seed=self._noise_seeds(runs, draws) if is_drawn else None,
-            normalization=self.normalization,
-            stored_cond=text.cond,
-            cond_lengths=text.lengths,
-            cond_text=text.prompts,
-            cond_model=self.cond_model if self.include_cond else None,
-            stored_weight=gather_weight(runs, self.use_weight) if self.use_weight is not False else None,
-            original_size=geometry[:, :2],
-            resized_size=geometry[:, 2:4],
-            crop=geometry[:, 4:],
-            flipped=self._flipped[torch.from_numpy(view)],
-            fields=gather_others(runs),
-        )
-
-    def _open_runs(self, chosen: np.ndarray, view: np.ndarray) -> list[Run]:
-        """The rows of samples [B], of each the view [B]. Raises UserError if their latents are not of one shape."""
-        runs = []
-        for number, images, span in self._index.locate(chosen):
-            group = self._shards[number]
-            runs.append(Run(group, images, images * group.num_views + view[span], span))
-        num_shapes = len({run.group.shape for run in runs})
-        if num_shapes > 1:
+    def __getitem__(self, index: int) -> LatentBatch[CondT, WeightT]:
+        try:
+            return self.__getitems__([as_index(index)])
+        except TypeError:
             raise UserError(
-                f"a batch of {len(chosen)} indices mixes latents of {num_shapes} shapes. "
-                "Read with LatentLoader, or give DataLoader a BucketBatchSampler."
-            )
-        return runs
+                f"data[{show_index(index)}]: expected the index of one sample. "
+                "Several are data.__getitems__([0, 1, 2]), a part of the data is data.select(...)."
+            ) from None
 
-    def _noise_seeds(self, runs: list[Run], draws: Draws) -> Tensor:
-        """[B] int64; "once" counts by the images' content."""
-        is_once = self.latent_sampling_method == "once"
-        return draws.noise_seeds(np.concatenate([run.group.digest[run.images] for run in runs]) if is_once else None)
+    def __getitems__(self, indices: list[int]) -> LatentBatch[CondT, WeightT]:
+        """The batch of some samples, of the epoch that the sampler has given them, else of set_epoch's."""
+        epoch = indices.epoch if isinstance(indices, EpochIndices) else int(self._epoch)
+        return self.read(indices, epoch)
+
+    def read(self, indices: list[int], epoch: int) -> LatentBatch[CondT, WeightT]:
+        """The batch that `__getitems__` gives in an epoch. Raises IndexError for what is no index."""
+        samples = np.asarray(indices, np.int64)
+        if not len(samples):
+            raise UserError("a batch of no indices: expected at least one.")
+        (batch,) = self.read_many(Batches(self._index.check(samples), np.array([0, len(samples)])), epoch)
+        return batch
+
+    def read_many(self, batches: Batches, epoch: int) -> Iterator[LatentBatch[CondT, WeightT]]:
+        """Several batches of an epoch, each when it is asked for."""
+        for batch in self._reader.read(self._index, batches, self.seed, epoch):
+            self.give_cond_model(batch)
+            yield batch  # type: ignore[misc]  # of the types that the arguments say
+
+    def give_cond_model(self, batch: LatentBatch) -> None:
+        """Put the cond_model into a batch that comes from another process."""
+        batch.cond_model = self.cond_model if self.include_cond else None
 
     @staticmethod
     def collate(batch: "LatentBatch | list[LatentBatch]") -> LatentBatch:
@@ -250,4 +346,17 @@ class LatentDataset(Dataset[LatentBatch]):
         raise UserError("collate: DataLoader did not fetch a whole batch at once. Use LatentLoader.")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "cond_model": None}  # a text encoder stays where it is
+        # a text encoder stays where it is; LatentLoader gives it to the batches that come back
+        return {**self.__dict__, "cond_model": None if self.cond_model is None else cond_model_elsewhere}
+
+
+def make_epoch() -> Tensor:
+    """The number of an epoch, [] int64, seen by workers that are kept between epochs."""
+    return torch.zeros((), dtype=torch.int64).share_memory_()
+
+
+def show_index(index: object) -> str:
+    """0:3 of a slice, else its repr."""
+    if isinstance(index, slice):
+        return ":".join("" if part is None else str(part) for part in (index.start, index.stop))
+    return f"{index!r:.40}"

@@ -42,11 +42,18 @@ class Draws:
             view += self.happens(FLIP, flip_p)
         return view
 
-    def noise_seeds(self, digest: np.ndarray | None) -> Tensor:
-        """[B] int64 of 0 or more: where the noise of each sample starts.
+    def noise_seeds(self) -> Tensor:
+        """[B] int64 of 0 or more: where the noise of each sample starts, in this epoch."""
+        return as_seeds(self.numbers(NOISE))
 
-        `digest` [B] uint64: with it the seeds follow from the content of the images alone, so that they stay the same
-        in every epoch and while the cache grows.
-        """
-        numbers = self.numbers(NOISE) if digest is None else mix(self.seed, NOISE, 0, digest)
-        return torch.from_numpy((numbers >> np.uint64(1)).astype(np.int64))
+
+def noise_seeds_of(seed: int, digest: np.ndarray) -> Tensor:
+    """[B] int64 of 0 or more: noise that follows from the content of images alone, `digest` [B] uint64.
+
+    So it stays the same in every epoch, and while the cache grows.
+    """
+    return as_seeds(mix(seed, NOISE, 0, digest))
+
+
+def as_seeds(numbers: np.ndarray) -> Tensor:
+    return torch.from_numpy((numbers >> np.uint64(1)).astype(np.int64))

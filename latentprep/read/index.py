@@ -1,6 +1,8 @@
 """Index: which sample is which row of which group, and which samples belong to a bucket. Numbers only, no files."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from hashlib import blake2b
 from itertools import pairwise
 
 import numpy as np
@@ -13,8 +15,11 @@ Shape = tuple[int, ...]  # [C,h,w] of a latent
 class Index:
     """The samples of a cache in their order: group after group, dead rows left out, and all of that `repeats` times."""
 
-    def __init__(self, shards: Sequence[Shard], repeats: int = 1) -> None:
-        self.repeats = repeats
+    def __init__(
+        self, shards: Sequence[Shard], repeats: int = 1, chosen: Mapping[int, np.ndarray] | None = None
+    ) -> None:
+        """chosen: of some groups, by number, the rows [n] that are samples, rising; of the others all live ones are."""
+        self.repeats, self._shards, self._chosen = repeats, shards, chosen
         # (shard, group in it) by group number: the groups of all shards in a row
         self.groups = [(s, n) for s, shard in enumerate(shards) for n in range(len(shard.groups))]
         shapes = [shape for shard in shards for _, _, shape in shard.groups]
@@ -23,6 +28,9 @@ class Index:
         for group, (shard, number) in enumerate(self.groups):
             if shards[shard].dead:
                 self._live[group] = shards[shard].live_rows()[number]
+            if chosen is not None and group in chosen:
+                self._live[group] = chosen[group]
+            if group in self._live:
                 counts[group] = len(self._live[group])
         self._starts = np.cumsum([0, *counts], dtype=np.int64)  # group g holds images _starts[g] to _starts[g + 1]
         self.num_images = int(self._starts[-1])
@@ -36,20 +44,56 @@ class Index:
     def __len__(self) -> int:
         return self.num_images * self.repeats
 
-    def locate(self, indices: np.ndarray) -> Iterator[tuple[int, np.ndarray, slice]]:
-        """Where samples [B] stand, cut into runs of one group: its number, [n] rows in it, and the run's place in B.
+    @cached_property
+    def digest(self) -> str:
+        """16 hex digits that are others if the samples are, or stand in another order."""
+        parts = blake2b(digest_size=8)
+        for shard in self._shards:
+            parts.update(repr((shard.id, shard.groups, shard.dead)).encode())
+        for group, rows in sorted((self._chosen or {}).items()):
+            parts.update(group.to_bytes(8, "little") + rows.astype("<i8").tobytes())
+        return parts.hexdigest()
 
-        Negative indices count from the end. Raises IndexError.
-        """
+    def rows(self) -> Iterator[tuple[int, np.ndarray]]:
+        """Of each group that has samples its number, and the rows [n] that are samples."""
+        for group, count in enumerate(np.diff(self._starts).tolist()):
+            if count:
+                yield group, self._live[group] if group in self._live else np.arange(count)
+
+    def split(self, values: np.ndarray) -> list[np.ndarray]:
+        """Values [n] of all images, cut into those of each group of rows()."""
+        ends = self._starts[1:][np.diff(self._starts) > 0]
+        return np.split(values, ends[:-1])
+
+    def choose(self, chosen: Mapping[int, np.ndarray]) -> "Index":
+        """The index of some of its rows, given group by group; groups that are not given have none."""
+        none = np.arange(0)
+        return Index(self._shards, self.repeats, {group: chosen.get(group, none) for group in range(len(self.groups))})
+
+    def check(self, indices: np.ndarray) -> np.ndarray:
+        """Indices [S] as numbers of 0 or more. Raises IndexError for what is no sample."""
         outside = indices[(indices < -len(self)) | (indices >= len(self))]
         if len(outside):
             raise IndexError(f"index {outside[0]} of a dataset of {len(self)}")
-        images = indices % len(self) % self.num_images
+        found: np.ndarray = indices % len(self)
+        return found
+
+    def locate(self, indices: np.ndarray, edges: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray, slice]]:
+        """Where samples [S] stand, cut into runs of one group: its number, [n] rows in it, and the run's place in S.
+
+        At `edges` a run ends in any case. Negative indices count from the end. Raises IndexError.
+        """
+        images = self.check(indices) % self.num_images
         groups = np.searchsorted(self._starts, images, side="right") - 1
         rows = images - self._starts[groups]
-        edges = [0, *(np.flatnonzero(groups[1:] != groups[:-1]) + 1).tolist(), len(groups)]
-        for first, last in pairwise(edges):
-            group, own = int(groups[first]), rows[first:last]
+        is_first = np.ones(len(groups) + 1, bool)
+        np.not_equal(groups[1:], groups[:-1], out=is_first[1:-1])
+        if edges is not None:
+            is_first[edges] = True
+        firsts = np.flatnonzero(is_first)
+        numbers = groups[firsts[:-1]].tolist()
+        for group, (first, last) in zip(numbers, pairwise(firsts.tolist()), strict=True):
+            own = rows[first:last]
             yield group, self._live[group][own] if group in self._live else own, slice(first, last)
 
     def count_of_bucket(self, bucket: int) -> int:

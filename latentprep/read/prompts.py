@@ -1,13 +1,13 @@
 """Which prompt each sample of a batch has: one of those that are stored, or one made anew of its captions."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from latentprep.errors import UserError
-from latentprep.prompts import expand_wildcards, make_prompt, vary_tags
+from latentprep.prompts import counter, expand_wildcards, make_prompt, vary_tags
 from latentprep.read.arguments import check_flags, check_int, check_kind, check_share
 from latentprep.read.cond import StoredCond
 from latentprep.read.counters import CAPTION, DROP, PROMPT
@@ -87,9 +87,24 @@ class Prompts:
         self.wording, self.stored = wording, stored
         self.include_cond, self.caption_dropout = include_cond, caption_dropout
 
-    def take(self, runs: list[Run], draws: Draws) -> TextOfBatch:
-        """Raises UserError if the empty prompt's cond is needed and cannot be read."""
-        is_dropped = draws.happens(DROP, self.caption_dropout) if self.caption_dropout else None
+    def describe_state(self) -> dict[str, Any]:
+        """What prompts depend on, name -> JSON value."""
+        wording = asdict(self.wording)
+        lines = wording.pop("template")
+        return {
+            "caption_dropout": self.caption_dropout, **wording,
+            "template": None if lines is None else f"{counter(*lines):016x}",
+        }  # fmt: skip
+
+    def drops(self, draws: Draws) -> np.ndarray | None:
+        """[B] bool: which samples get the empty prompt; None: none does."""
+        return draws.happens(DROP, self.caption_dropout) if self.caption_dropout else None
+
+    def take(self, runs: list[Run], draws: Draws, is_dropped: np.ndarray | None) -> TextOfBatch:
+        """What a batch says. `draws` are of many batches, is_dropped [B] bool or None is of this one.
+
+        Raises UserError if the empty prompt's cond is needed and cannot be read.
+        """
         if is_dropped is not None and not is_dropped.any():
             is_dropped = None
         if self.wording.makes_prompts:
@@ -102,7 +117,7 @@ class Prompts:
         return TextOfBatch(prompts, *self.stored.take(runs, numbers, is_dropped))
 
     def _made(self, runs: list[Run], draws: Draws) -> list[str]:
-        seeds = draws.numbers(CAPTION).tolist()
+        seeds = draws.numbers(CAPTION)[runs[0].span.start : runs[-1].span.stop].tolist()
         images = [(run.group, n) for run in runs for n in run.images.tolist()]
         return [
             self.wording.make(group.key[n], group.caption[n], seed)
