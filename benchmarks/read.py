@@ -3,8 +3,8 @@
     python benchmarks/read.py                # MosaicML streaming takes part where it is installed
 
 Samples as of Stable Diffusion 1.5 at 512x512 (mean, std and cond in float16: 184 kB each), random order, one process,
-warm files. All contenders of the first table run in turn on the same samples; compare the ratios. Then: what workers
-change, and what it costs when no file is in memory yet.
+warm files. All contenders of a table run in turn on the same samples; compare the ratios. Then: smaller samples in more
+shards, what workers change, and what it costs when no file is in memory yet.
 """
 
 import os
@@ -114,6 +114,25 @@ def read_cache(
     return epoch
 
 
+def load(folder: Path) -> Ram:
+    """All of a cache's numbers, in memory."""
+    data = LatentDataset(folder, latent_sampling_method="random")
+    whole = data.__getitems__(list(range(len(data))))
+    assert whole.latent_std is not None
+    assert whole.stored_cond is not None
+    cond = whole.stored_cond["prompt_embeds"]
+    return {"latent_mean": whole.latent_mean, "latent_std": whole.latent_std, "cond": cond}
+
+
+def read_in_each_way(folder: Path, ram: Ram, batch_size: int) -> dict[str, Callable[[], None]]:
+    return {
+        "index_select from RAM of mean, std and cond: the limit": read_ram(ram, batch_size),
+        "LatentLoader, deterministic: mean and cond": read_cache(folder, batch_size, "deterministic"),
+        "LatentLoader, random: mean, std and cond": read_cache(folder, batch_size, "random"),
+        "LatentLoader, random, and the draw on the CPU": read_cache(folder, batch_size, "random", draw=True),
+    }
+
+
 def read_npz(folder: Path, ram: Ram, batch_size: int) -> Callable[[], None]:
     """An .npz in float32 for the latents of an image and one for its text, as kohya's sd-scripts caches them."""
     folder.mkdir()
@@ -214,31 +233,23 @@ def main(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "cache"
         write_cache(folder, num_shards, rows)
-        data = LatentDataset(folder, latent_sampling_method="random")
-        whole = data.__getitems__(list(range(count)))
-        assert whole.latent_std is not None
-        assert whole.stored_cond is not None
-        ram = {
-            "latent_mean": whole.latent_mean,
-            "latent_std": whole.latent_std,
-            "cond": whole.stored_cond["prompt_embeds"],
-        }
-
-        print(f"{count} samples of 184 kB, batch {batch_size}, torch {torch.__version__}")
-        print(f"{'':56} {'samples/s':>10} {'of limit':>9}")
-        contenders = {
-            "index_select from RAM: the limit": read_ram(ram, batch_size),
-            "LatentLoader, deterministic: mean and cond": read_cache(folder, batch_size, "deterministic"),
-            "LatentLoader, random: mean, std and cond": read_cache(folder, batch_size, "random"),
-            "LatentLoader, random, and the draw on the CPU": read_cache(folder, batch_size, "random", draw=True),
-            "an .npz for each image and text, as kohya's": read_npz(Path(temporary) / "npz", ram, batch_size),
-        }
+        ram = load(folder)
+        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batches of {batch_size}")
+        print(f"{f'{count} samples of 184 kB in {num_shards} shards':56} {'samples/s':>10} {'of limit':>9}")
+        contenders = read_in_each_way(folder, ram, batch_size)
+        contenders["an .npz for each image and text, as kohya's"] = read_npz(Path(temporary) / "npz", ram, batch_size)
         streaming = import_streaming()
         if streaming is not None:
             contenders["MosaicML streaming, local"] = read_mds(Path(temporary) / "mds", ram, batch_size, streaming)
         compare(contenders, rounds, count)
         if streaming is None:
             print("MosaicML streaming is not installed")
+
+        small = Path(temporary) / "small"
+        write_cache(small, num_shards * 5, rows // 5 * 2, (4, 32, 32), width=156)
+        number = num_shards * 5 * (rows // 5 * 2)
+        print(f"\n{f'{number} samples of 40 kB in {num_shards * 5} shards':56} {'samples/s':>10} {'of limit':>9}")
+        compare(read_in_each_way(small, load(small), batch_size), rounds, number)
 
         print("\nworkers, of which each hands its batches over through shared memory")
         compare(

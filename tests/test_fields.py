@@ -56,17 +56,16 @@ def test_what_the_reader_does_not_know_comes_with_every_batch(cache, more_fields
 
 
 def test_a_field_that_some_samples_lack_is_left_out(cache, more_fields):
-    data, rows = LatentDataset(cache), np.array([0])
+    data = LatentDataset(cache)
     groups = [data._shards[n] for n in range(2)]
     assert sorted("wide_only" in group.others for group in groups) == [False, True]
-    runs = [shards.Run(group, rows, rows, slice(n, n + 1)) for n, group in enumerate(groups)]
-    for run in runs:
-        assert ("wide_only" in shards.gather_others([run])) == ("wide_only" in run.group.others)
-    common = [run._replace(group=run.group) for run in runs]
-    for run in common:  # these depend on the bucket, so that no batch has both
-        run.group.others = [name for name in run.group.others if name != "depth"]
-    assert "wide_only" not in shards.gather_others(common)
-    assert "wide_only" not in shards.gather_others(common[::-1])
+    (wide,) = (n for n, group in enumerate(groups) if "wide_only" in group.others)
+    one = np.array([0])
+    assert data._shards.rows(one + wide, one, one).take("wide_only") is not None
+    for both in (np.array([0, 1]), np.array([1, 0])):  # fields depend on the bucket, so that no batch has both
+        rows = data._shards.rows(both, np.zeros(2, np.int64), np.zeros(2, np.int64))
+        assert rows.take("wide_only") is None
+        assert rows.take("original_size").shape == (2, 2)
 
 
 def test_what_it_knows_is_no_further_field(cache):

@@ -32,11 +32,8 @@ ROWS = [
 
 
 def place(index, samples):
-    found = {}
-    for group, rows, span in index.locate(np.array(samples)):
-        for where, row in zip(range(len(samples))[span], rows.tolist(), strict=True):
-            found[where] = group, row
-    return [found[where] for where in range(len(samples))]
+    groups, rows = index.find(np.array(samples))
+    return list(zip(groups.tolist(), rows.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("repeats", [1, 3])
@@ -65,7 +62,7 @@ def test_a_bucket_holds_the_samples_of_its_shape_image_after_image_repeat_after_
 @pytest.mark.parametrize("sample", [13, -14, 2**40])
 def test_what_is_no_sample_is_an_index_error(sample):
     with pytest.raises(IndexError, match=f"index {sample} of a dataset of 13"):
-        list(Index(SHARDS).locate(np.array([0, sample])))
+        Index(SHARDS).find(np.array([0, sample]))
 
 
 def test_no_shards_are_no_samples():

@@ -32,16 +32,24 @@ class Normalization:
                 if not low <= number <= high:  # NaN and infinities too
                     raise ValueError(f"{name} is {number}, expected {low:g} to {high:g}")
 
-    def apply(self, latents: "Tensor") -> "Tensor":
+    def apply(self, latents: "Tensor", in_place: bool = False) -> "Tensor":
         """[B,C,h,w] float32, unscaled => [B,C*patch*patch,h/patch,w/patch] float32, as the denoiser sees it.
+
+        in_place: the latents are nobody else's, and may be overwritten.
 
         One number is multiplied by. Several are the spread of each channel, by which pipelines divide (diffusers,
         pipeline_flux2.py): so is done here, and every bit is theirs.
         """
-        shifted = patchify(latents, self.patch) - _spread(self.shift, latents)
+        found = patchify(latents, self.patch)
+        if not in_place:
+            found = found.clone()
+        if any(self.shift):
+            found -= _spread(self.shift, latents)
         if len(self.scale) == 1:
-            return shifted * self.scale[0]
-        return shifted / _spread(tuple(1 / number for number in self.scale), latents)
+            found *= self.scale[0]
+        else:
+            found /= _spread(tuple(1 / number for number in self.scale), latents)
+        return found
 
     def patch_weight(self, weight: "Tensor", channels: int) -> "Tensor":
         """A loss weight of each latent in the shape of what the denoiser sees: [B,1,h,w] => one that multiplies it.

@@ -13,6 +13,8 @@ from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.read.cond import finish_cond
 from latentprep.read.describe import show_dtype, show_shape, show_tensors
+from latentprep.read.noise import draw_sample
+from latentprep.read.prompts import StoredPrompts
 
 CondModel = Callable[[list[str]], "Tensor | dict[str, Tensor]"]  # B prompts -> [B,T,D], or name -> [B,...]
 Cond = dict[str, Tensor]  # name -> [B,...]
@@ -36,10 +38,10 @@ class LatentBatch(Generic[CondT, WeightT]):
     index: Tensor  # [B] int64: indices into the dataset
     latent_mean: Tensor  # [B,C,h,w] in the store dtype; unscaled
     latent_std: Tensor | None  # the same; None: the mean is the sample
-    noise_seed: Tensor | None  # [B] int64, on the CPU: what each sample's draw starts from
+    noise_seed: Tensor | None  # [B] int64: what each sample's draw starts from
     normalization: Normalization
     stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
-    cond_text: list[str]  # B prompts
+    prompts: list[str] | StoredPrompts  # B
     stored_weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
     original_size: Tensor  # [B,2] int32: height, width before the resize
     resized_size: Tensor  # [B,2] int32
@@ -71,6 +73,13 @@ class LatentBatch(Generic[CondT, WeightT]):
             parts.append(show_tensors(self.fields))
         return f"LatentBatch({', '.join(parts)}, on {mean.device})"
 
+    @property
+    def cond_text(self) -> list[str]:
+        """B prompts."""
+        if not isinstance(self.prompts, list):
+            self.prompts = self.prompts.read()
+        return self.prompts
+
     def __getitem__(self, index: object) -> Any:
         """Refused: DataLoader's own collate would take a batch apart. Raises UserError."""
         raise UserError(
@@ -86,14 +95,15 @@ class LatentBatch(Generic[CondT, WeightT]):
 
         FLUX.2's denoiser sees patches: [B,4C,h/2,w/2].
 
-        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample there. (From
-        one seed a GPU draws other numbers than a CPU.)
+        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample, on every
+        device up to rounding.
         """
         if self._drawn is None:
-            sample = self.latent_mean.float()
-            if self.latent_std is not None and self.noise_seed is not None:
-                sample = sample + self.latent_std.float() * draw_noise(self.noise_seed, sample)
-            self._drawn = self.normalization.apply(sample)
+            if self.latent_std is None or self.noise_seed is None:
+                self._drawn = self.normalization.apply(self.latent_mean.float())
+            else:
+                sample = draw_sample(self.latent_mean, self.latent_std, self.noise_seed)
+                self._drawn = self.normalization.apply(sample, in_place=True)
         return self._drawn.to(self.dtype)
 
     @property
@@ -146,7 +156,7 @@ class LatentBatch(Generic[CondT, WeightT]):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = None if self.cond_model is None else cond_model_elsewhere  # LatentLoader puts the real one back
-        return {**self.__dict__, "cond_model": kept}
+        return {**self.__dict__, "cond_model": kept, "prompts": self.cond_text}  # elsewhere no file is open
 
     def to(
         self,
@@ -156,8 +166,8 @@ class LatentBatch(Generic[CondT, WeightT]):
     ) -> "LatentBatch[CondT, WeightT]":
         """The batch on another device; with a dtype, latent_sample, weight and cond are given in it.
 
-        They are computed in float32 all the same. time_ids, sizes and masks keep their types. Seeds stay behind: they
-        are for the CPU's eyes. `batch.to(torch.bfloat16)` changes the dtype alone.
+        They are computed in float32 all the same. time_ids, sizes and masks keep their types.
+        `batch.to(torch.bfloat16)` changes the dtype alone.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
@@ -173,17 +183,8 @@ class LatentBatch(Generic[CondT, WeightT]):
     def _map(self, move: Callable[[Tensor], Tensor]) -> "LatentBatch[CondT, WeightT]":
         moved: dict[str, Any] = {}
         for name, value in vars(self).items():
-            if isinstance(value, Tensor) and name != "noise_seed":
+            if isinstance(value, Tensor):
                 moved[name] = move(value)
             elif isinstance(value, dict):
                 moved[name] = {key: move(tensor) for key, tensor in value.items()}
         return replace(self, **moved)
-
-
-def draw_noise(seeds: Tensor, like: Tensor) -> Tensor:
-    """Standard normal noise of like's shape; every row from a seed of its own, so that batches may be cut anyhow."""
-    generator = torch.Generator(like.device)
-    noise = torch.empty_like(like)
-    for row, seed in zip(noise, seeds.tolist(), strict=True):
-        row.normal_(generator=generator.manual_seed(seed))
-    return noise

@@ -12,7 +12,7 @@ from latentprep.cache.ragged import REPEAT, Cond, Conds, mask_of, pad, row_shape
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import open_uncond
 from latentprep.errors import UserError
-from latentprep.read.shards import Run, gather
+from latentprep.read.rows import OpenRows
 
 Rows = Tensor | list[Tensor]  # [B,...], or B tensors [T,...], each with its own T
 
@@ -45,23 +45,23 @@ class StoredCond:
         return self.manifest.uncond.id
 
     def take(
-        self, runs: list[Run], prompts: list[np.ndarray], is_dropped: np.ndarray | None
+        self, rows: OpenRows, prompts: np.ndarray, is_dropped: np.ndarray | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Cond of a batch, name -> [B,...], and of what is padded the lengths, name -> [B] int64.
 
-        prompts: of each run the numbers [n] of its samples' prompts. is_dropped [B] bool: which get the empty prompt's;
-        None: none does.
+        prompts [B]: of each sample the number of its prompt in its shard. is_dropped [B] bool: which get the empty
+        prompt's; None: none does.
         """
         cond: dict[str, Tensor] = {}
         lengths: dict[str, Tensor] = {}
-        for name, first in runs[0].group.cond.items():
-            rows = gather_cond([(run.group.cond[name], own) for run, own in zip(runs, prompts, strict=True)])
+        for name, first in rows.first.cond.items():
+            own = take_cond(rows, name, prompts)
             if is_dropped is not None:
-                put_empty(rows, is_dropped, self._empty_row(name, first))
-            if isinstance(rows, Tensor):
-                cond[name] = rows
+                put_empty(own, is_dropped, self._empty_row(name, first))
+            if isinstance(own, Tensor):
+                cond[name] = own
             else:
-                cond[name], lengths[name] = pad(rows, self.fill)
+                cond[name], lengths[name] = pad(own, self.fill)
         return cond, lengths
 
     def _empty_row(self, name: str, like: Cond) -> Tensor:
@@ -75,10 +75,11 @@ class StoredCond:
         return empty[0]
 
 
-def gather_cond(parts: list[tuple[Cond, np.ndarray]]) -> Rows:
-    """Rows of what is stored, part after part. All parts are of one kind, dense or ragged: OpenShards checks that."""
-    dense = [(value, own) for value, own in parts if isinstance(value, Tensor)]
-    return gather(dense) if dense else [value[row] for value, own in parts for row in own.tolist()]
+def take_cond(rows: OpenRows, name: str, prompts: np.ndarray) -> Rows:
+    """Cond of each sample. All groups have the same kind, dense or ragged: OpenShards checks that."""
+    if isinstance(rows.first.cond[name], Tensor):
+        return rows.take_cond(name, prompts)
+    return [run.group.cond[name][row] for run in rows.runs for row in prompts[run.span].tolist()]
 
 
 def put_empty(rows: Rows, is_dropped: np.ndarray, empty: Tensor) -> None:

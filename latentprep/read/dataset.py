@@ -284,13 +284,13 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
     def key(self, index: int) -> str:
         """Path of an image relative to the folder that was encoded."""
-        ((number, rows, _),) = self._index.locate(np.array([index]))
-        return self._shards[number].key[int(rows[0])]
+        (number,), (row,) = self._index.find(np.array([index]))
+        return self._shards[int(number)].key[int(row)]
 
     def caption(self, index: int) -> list[str]:
         """The captions of an image."""
-        ((number, rows, _),) = self._index.locate(np.array([index]))
-        return self._shards[number].caption[int(rows[0])]
+        (number,), (row,) = self._index.find(np.array([index]))
+        return self._shards[int(number)].caption[int(row)]
 
     def uncond(self) -> dict[str, Tensor] | None:
         """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond.

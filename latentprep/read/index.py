@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from hashlib import blake2b
-from itertools import pairwise
 
 import numpy as np
 
@@ -36,8 +35,13 @@ class Index:
         self.num_images = int(self._starts[-1])
         self.buckets: list[Shape] = sorted({s for s, n in zip(shapes, counts, strict=True) if n})
         numbers = {shape: number for number, shape in enumerate(self.buckets)}
-        of_group = np.array([numbers.get(shape, -1) for shape in shapes], np.int64)
+        self.bucket_of_group = of_group = np.array([numbers.get(shape, -1) for shape in shapes], np.int64)
         self._groups_of_bucket = [np.flatnonzero(of_group == bucket) for bucket in range(len(self.buckets))]
+        # of groups of which not all rows are samples: those that are, end to end, and where each group's begin; else -1
+        self._live_rows = np.concatenate([*self._live.values(), np.arange(0)])
+        self._live_starts = np.full(len(self.groups), -1, np.int64)
+        ends = np.cumsum([0, *map(len, self._live.values())])
+        self._live_starts[list(self._live)] = ends[:-1]
         sizes = np.array(counts, np.int64)
         self._bucket_starts = [np.concatenate([[0], np.cumsum(sizes[own])]) for own in self._groups_of_bucket]
 
@@ -78,23 +82,19 @@ class Index:
         found: np.ndarray = indices % len(self)
         return found
 
-    def locate(self, indices: np.ndarray, edges: np.ndarray | None = None) -> Iterator[tuple[int, np.ndarray, slice]]:
-        """Where samples [S] stand, cut into runs of one group: its number, [n] rows in it, and the run's place in S.
+    def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of samples [S] the group and the row in it, each [S] int64.
 
-        At `edges` a run ends in any case. Negative indices count from the end. Raises IndexError.
+        Negative indices count from the end. Raises IndexError.
         """
         images = self.check(indices) % self.num_images
         groups = np.searchsorted(self._starts, images, side="right") - 1
         rows = images - self._starts[groups]
-        is_first = np.ones(len(groups) + 1, bool)
-        np.not_equal(groups[1:], groups[:-1], out=is_first[1:-1])
-        if edges is not None:
-            is_first[edges] = True
-        firsts = np.flatnonzero(is_first)
-        numbers = groups[firsts[:-1]].tolist()
-        for group, (first, last) in zip(numbers, pairwise(firsts.tolist()), strict=True):
-            own = rows[first:last]
-            yield group, self._live[group][own] if group in self._live else own, slice(first, last)
+        live = self._live_starts[groups]
+        is_part = live >= 0
+        if is_part.any():
+            rows[is_part] = self._live_rows[live[is_part] + rows[is_part]]
+        return groups, rows
 
     def count_of_bucket(self, bucket: int) -> int:
         """Images of a bucket, by its place in `buckets`."""

@@ -12,7 +12,7 @@ from latentprep.read.arguments import check_flags, check_int, check_kind, check_
 from latentprep.read.cond import StoredCond
 from latentprep.read.counters import CAPTION, DROP, PROMPT
 from latentprep.read.draws import Draws
-from latentprep.read.shards import Run
+from latentprep.read.rows import OpenRows
 
 
 @dataclass(frozen=True)
@@ -71,10 +71,23 @@ def check_cond_model(cond_model: Any, wording: Wording, needs_cond: bool) -> Non
         )
 
 
+@dataclass(frozen=True, eq=False)
+class StoredPrompts:
+    """The stored prompts of a batch, decoded when they are asked for: many loops never ask."""
+
+    rows: OpenRows
+    numbers: np.ndarray  # [B]
+    is_dropped: np.ndarray | None
+
+    def read(self) -> list[str]:
+        stored = [run.group.prompt[n] for run in self.rows.runs for n in self.numbers[run.span].tolist()]
+        return drop(stored, self.is_dropped)
+
+
 class TextOfBatch(NamedTuple):
     """What a batch says."""
 
-    prompts: list[str]  # B
+    prompts: list[str] | StoredPrompts  # B
     cond: dict[str, Tensor] | None  # name -> [B,...] as stored; None: there is none, or it is to be made
     lengths: dict[str, Tensor]  # name -> [B] int64, of cond that is padded
 
@@ -100,37 +113,47 @@ class Prompts:
         """[B] bool: which samples get the empty prompt; None: none does."""
         return draws.happens(DROP, self.caption_dropout) if self.caption_dropout else None
 
-    def take(self, runs: list[Run], draws: Draws, is_dropped: np.ndarray | None) -> TextOfBatch:
-        """What a batch says. `draws` are of many batches, is_dropped [B] bool or None is of this one.
+    def choose(self, rows: OpenRows, draws: Draws, span: slice) -> np.ndarray:
+        """[n] int64: of each sample one of the K prompts of its image, by its number in the shard."""
+        table = (
+            rows.take("prompt_of") if len({group.prompt_of.shape[1] for group in rows.opened.values()}) == 1 else None
+        )
+        if table is not None:
+            count = table.shape[1]
+            variant = draws.pick(PROMPT, count, span) if count > 1 else np.zeros(len(rows), np.int64)
+            return table.numpy()[np.arange(len(rows)), variant].astype(np.int64)
+        parts = []
+        for run in rows.runs:
+            own = slice(span.start + run.span.start, span.start + run.span.stop)
+            parts.append(run.group.prompt_of[run.images, draws.pick(PROMPT, run.group.prompt_of.shape[1], own)])
+        return np.concatenate(parts).astype(np.int64)
+
+    def take(
+        self, rows: OpenRows, numbers: np.ndarray, seeds: np.ndarray | None, is_dropped: np.ndarray | None
+    ) -> TextOfBatch:
+        """What a batch says. numbers [B]: as `choose` gives them; seeds [B]: of prompts that are made; is_dropped [B].
 
         Raises UserError if the empty prompt's cond is needed and cannot be read.
         """
         if is_dropped is not None and not is_dropped.any():
             is_dropped = None
-        if self.wording.makes_prompts:
-            return TextOfBatch(drop(self._made(runs, draws), is_dropped), None, {})
-        numbers = [choose_prompts(run, draws) for run in runs]
-        stored = [run.group.prompt[n] for run, own in zip(runs, numbers, strict=True) for n in own.tolist()]
-        prompts = drop(stored, is_dropped)
-        if not self.include_cond or not runs[0].group.cond:
+        if seeds is not None:
+            return TextOfBatch(drop(self._made(rows, seeds), is_dropped), None, {})
+        prompts = StoredPrompts(rows, numbers, is_dropped)
+        if not self.include_cond or not rows.first.cond:
             return TextOfBatch(prompts, None, {})
-        return TextOfBatch(prompts, *self.stored.take(runs, numbers, is_dropped))
+        return TextOfBatch(prompts, *self.stored.take(rows, numbers, is_dropped))
 
-    def _made(self, runs: list[Run], draws: Draws) -> list[str]:
-        seeds = draws.numbers(CAPTION)[runs[0].span.start : runs[-1].span.stop].tolist()
-        images = [(run.group, n) for run in runs for n in run.images.tolist()]
+    def seeds(self, draws: Draws) -> np.ndarray | None:
+        """[n] uint64: what prompts that are made anew start from; None: the stored ones count."""
+        return draws.numbers(CAPTION) if self.wording.makes_prompts else None
+
+    def _made(self, rows: OpenRows, seeds: np.ndarray) -> list[str]:
+        images = [(run.group, n) for run in rows.runs for n in run.images.tolist()]
         return [
             self.wording.make(group.key[n], group.caption[n], seed)
-            for (group, n), seed in zip(images, seeds, strict=True)
+            for (group, n), seed in zip(images, seeds.tolist(), strict=True)
         ]
-
-
-def choose_prompts(run: Run, draws: Draws) -> np.ndarray:
-    """[n] int32: for each sample of a run one of the K prompts of its image, by its number in the shard."""
-    count = run.group.prompt_of.shape[1]
-    variant = draws.pick(PROMPT, count, run.span) if count > 1 else 0
-    numbers: np.ndarray = run.group.prompt_of[run.images, variant]
-    return numbers
 
 
 def drop(prompts: list[str], is_dropped: np.ndarray | None) -> list[str]:

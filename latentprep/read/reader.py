@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +17,9 @@ from latentprep.read.draws import Draws, noise_seeds_of
 from latentprep.read.index import Index
 from latentprep.read.order import Batches
 from latentprep.read.prompts import Prompts
-from latentprep.read.shards import OpenShards, Run, gather, gather_others, gather_std
-from latentprep.read.weight import gather_weight
+from latentprep.read.rows import OpenRows
+from latentprep.read.shards import OpenShards
+from latentprep.read.weight import take_weight
 from latentprep.records import is_flipped
 
 
@@ -60,64 +62,78 @@ class SampleReader:
         flipped = torch.from_numpy(self._is_mirrored[view])
         noise = draws.noise_seeds() if self.sampling.method == "random" else None
         is_dropped = self.prompts.drops(draws)
-        all_runs = self._open_runs(index, batches, view)
-        for first, last in pairwise(batches.edges.tolist()):
-            own = slice(first, last)
-            runs = next(all_runs)
-            noise_seed = None if noise is None else noise[own]
+        seeds = self.prompts.seeds(draws)
+        groups, images = index.find(samples % len(index))
+        check_buckets(index, groups, batches.edges)
+        for piece in self._pieces(groups, batches.edges):
+            whole = slice(piece[0].start, piece[-1].stop)
+            rows = self.shards.rows(groups[whole], images[whole], view[whole])
+            prompts = self.prompts.choose(rows, draws, whole)
+            geometry = rows.take("geometry")
+            assert geometry is not None  # every open group has it
             if self.sampling.method == "once":
-                noise_seed = noise_seeds_of(seed, np.concatenate([run.group.digest[run.images] for run in runs]))
-            dropped = None if is_dropped is None else is_dropped[own]
-            yield self._make(runs, draws, dropped, numbers[own], flipped[own], noise_seed)
+                noise = noise_seeds_of(seed, rows.digests())
+            for span in piece:
+                own = slice(span.start - whole.start, span.stop - whole.start)
+                size, resized, crop = geometry[own].split([2, 2, 4], dim=1)
+                yield self._make(
+                    rows.part(own), prompts[own], None if seeds is None else seeds[span],
+                    None if is_dropped is None else is_dropped[span],
+                    index=numbers[span], flipped=flipped[span], original_size=size, resized_size=resized, crop=crop,
+                    noise_seed=None if noise is None else noise[own if self.sampling.method == "once" else span],
+                )  # fmt: skip
 
-    def _open_runs(self, index: Index, batches: Batches, view: np.ndarray) -> Iterator[list[Run]]:
-        """The rows of each batch; of each sample [S] the view [S]."""
-        runs: list[Run] = []
-        ends = iter(batches.edges[1:].tolist())
-        end = next(ends)
-        for number, images, span in index.locate(batches.samples % len(index), batches.edges):
-            group = self.shards[number]
-            runs.append(Run(group, images, images * group.num_views + view[span], span))
-            if span.stop < end:
-                continue
-            num_shapes = len({run.group.shape for run in runs})
-            if num_shapes > 1:
-                raise UserError(
-                    f"a batch of {sum(len(run.images) for run in runs)} indices mixes latents of {num_shapes} shapes. "
-                    "Read with LatentLoader, or give DataLoader a BucketBatchSampler."
-                )
-            yield runs
-            runs, end = [], next(ends, 0)
+    def _pieces(self, groups: np.ndarray, edges: np.ndarray) -> Iterator[list[slice]]:
+        """The batches, one after the other, as many at a time as there is no file to be opened for."""
+        spans = [slice(first, last) for first, last in pairwise(edges.tolist())]
+        start = 0
+        while start < len(spans):
+            are_open = np.logical_and.reduceat(self.shards.is_open[groups], edges[:-1])
+            wait = np.flatnonzero(~are_open[start:])
+            count = max(1, int(wait[0])) if len(wait) else len(spans) - start
+            yield spans[start : start + count]
+            start += count
 
     def _make(
         self,
-        runs: list[Run],
-        draws: Draws,
+        rows: OpenRows,
+        prompts: np.ndarray,
+        seeds: np.ndarray | None,
         is_dropped: np.ndarray | None,
-        index: Tensor,
-        flipped: Tensor,
         noise_seed: Tensor | None,
+        **fields: Any,
     ) -> LatentBatch:
         if torch.is_autocast_enabled("cpu"):  # it would join no tensors of another 16-bit dtype than its own
             with torch.autocast("cpu", enabled=False):
-                return self._make(runs, draws, is_dropped, index, flipped, noise_seed)
+                return self._make(rows, prompts, seeds, is_dropped, noise_seed, **fields)
         use_weight = self.sampling.use_weight
-        geometry = torch.from_numpy(np.concatenate([run.group.geometry[run.views] for run in runs]))
-        text = self.prompts.take(runs, draws, is_dropped)
+        text = self.prompts.take(rows, prompts, seeds, is_dropped)
+        others = {name: rows.take(name) for name in rows.first.others}
+        mean = rows.take("latent_mean")
+        assert mean is not None
         return LatentBatch(
-            index=index,
-            latent_mean=gather([(run.group.mean, run.views) for run in runs]),
-            latent_std=gather_std(runs) if noise_seed is not None else None,
+            latent_mean=mean,
+            latent_std=rows.take("latent_std") if noise_seed is not None else None,
             noise_seed=noise_seed,
             normalization=self._normalization,
             stored_cond=text.cond,
             cond_lengths=text.lengths,
-            cond_text=text.prompts,
-            stored_weight=gather_weight(runs, use_weight) if use_weight is not False else None,
-            original_size=geometry[:, :2],
-            resized_size=geometry[:, 2:4],
-            crop=geometry[:, 4:],
-            flipped=flipped,
-            fields=gather_others(runs),
+            prompts=text.prompts,
+            stored_weight=take_weight(rows, use_weight) if use_weight is not False else None,
+            fields={name: value for name, value in others.items() if value is not None},
             loss_weight=self.sampling.sample_weight,
+            **fields,
+        )
+
+
+def check_buckets(index: Index, groups: np.ndarray, edges: np.ndarray) -> None:
+    """Raise UserError if a batch mixes latents of several shapes."""
+    buckets = index.bucket_of_group[groups]
+    is_other = buckets != np.repeat(buckets[edges[:-1]], np.diff(edges))
+    if is_other.any():
+        batch = int(np.searchsorted(edges, np.flatnonzero(is_other)[0], side="right")) - 1
+        own = buckets[edges[batch] : edges[batch + 1]]
+        raise UserError(
+            f"a batch of {len(own)} indices mixes latents of {len(np.unique(own))} shapes. "
+            "Read with LatentLoader, or give DataLoader a BucketBatchSampler."
         )

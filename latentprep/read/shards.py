@@ -13,12 +13,13 @@ from latentprep.cache.ragged import Conds, row_shape
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.read.describe import show_dtype
+from latentprep.read.rows import Addresses, OpenRows
 
 MAX_OPEN = 16_000  # groups, of two memory maps each: Linux allows a process 65,530 maps
 # fields that a batch has under a name of its own, or has no use for
 KNOWN = frozenset({
     "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped", "digest",
-    "prompt_of", "nbytes", "version",
+    "prompt_of", "nbytes", "version", "geometry",
 })  # fmt: skip
 
 
@@ -48,56 +49,15 @@ class OpenGroup:
                 self.of_image[name] = value
         self.others = [name for name in (*self.of_view, *self.of_image) if name not in KNOWN]
         self.mean, self.std = self.of_view["latent_mean"], self.of_view.get("latent_std")
-        weight = self.of_view.get("weight")
-        self.weight = torch.ones((), dtype=torch.float16).expand(count * self.num_views, *self.shape[1:])
-        if weight is not None:
-            self.weight = weight
-        # [N*V,8]: original_size, resized_size, crop; numpy, since a row of it costs a tenth of a tensor's
+        if "weight" not in self.of_view:  # all of the group weighs 1
+            ones = torch.ones((), dtype=torch.float16)
+            self.of_view["weight"] = ones.expand(count * self.num_views, *self.shape[1:])
+        # [N*V,8]: original_size, resized_size, crop
         original_size = group.original_size[:, None].expand(-1, self.num_views, -1)
-        self.geometry = torch.cat([original_size, group.resized_size, group.crop], dim=2).flatten(0, 1).numpy()
+        self.of_view["geometry"] = torch.cat([original_size, group.resized_size, group.crop], dim=2).flatten(0, 1)
         self.digest = group.digest.numpy().view(np.uint64)[:, 0]  # [N]: half of each image's content hash
         self.key, self.caption, self.prompt_of = words.key, words.caption, words.prompt_of
         self.prompt, self.cond = prompt, cond
-
-
-class Run(NamedTuple):
-    """Consecutive samples of a batch that stand in one group."""
-
-    group: OpenGroup
-    images: np.ndarray  # [n] int64: their rows in what there is of every image
-    views: np.ndarray  # [n] int64: their rows in what there is of every view
-    span: slice  # where they are in the batch
-
-
-def gather(parts: list[tuple[Tensor, np.ndarray]]) -> Tensor:
-    """[B,...]: rows of memory-mapped tensors, part after part."""
-    count = sum(len(rows) for _, rows in parts)
-    if len(parts) * 4 > count:  # few rows of each: one stack of views is the fastest
-        return torch.stack([tensor[row] for tensor, rows in parts for row in rows.tolist()])
-    out = torch.empty((count, *parts[0][0].shape[1:]), dtype=parts[0][0].dtype)
-    start = 0
-    for tensor, rows in parts:
-        torch.index_select(tensor, 0, torch.from_numpy(rows.astype(np.int64)), out=out[start : start + len(rows)])
-        start += len(rows)
-    return out
-
-
-def gather_std(runs: list[Run]) -> Tensor | None:
-    """[B,C,h,w]; None if the cache has none."""
-    parts = [(run.group.std, run.views) for run in runs if run.group.std is not None]
-    return gather(parts) if parts else None
-
-
-def gather_others(runs: list[Run]) -> dict[str, Tensor]:
-    """Fields that the reader does not know, name -> [B,...]; those that all groups of the batch have."""
-    names = [name for name in runs[0].group.others if all(name in run.group.others for run in runs)]
-    return {name: gather([rows_of(run, name) for run in runs]) for name in names}
-
-
-def rows_of(run: Run, name: str) -> tuple[Tensor, np.ndarray]:
-    """A field of a run's group, and the run's rows in it."""
-    of_view = run.group.of_view.get(name)
-    return (run.group.of_image[name], run.images) if of_view is None else (of_view, run.views)
 
 
 class OpenShards:
@@ -107,6 +67,8 @@ class OpenShards:
         """`groups`: shard, and group in it, by number. Without needs_cond it does not matter what cond there is."""
         self.storage, self.manifest, self.groups, self.needs_cond = storage, manifest, groups, needs_cond
         self.opened: dict[int, OpenGroup] = {}
+        self.addresses: dict[str, Addresses] = {}  # of the fields of open groups
+        self.is_open = np.zeros(len(groups), bool)
         # name -> dtype and shape of a row, as the first shard has it and all others must; None: none was opened
         self.cond: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] | None = None
 
@@ -116,12 +78,35 @@ class OpenShards:
         if group is None:
             group = self._open(number)
             if len(self.opened) >= MAX_OPEN:
-                del self.opened[next(iter(self.opened))]  # the one that was opened first
-            self.opened[number] = group
+                first = next(iter(self.opened))  # the one that was opened first
+                del self.opened[first]
+                self.is_open[first] = False
+                for addresses in self.addresses.values():
+                    addresses.put(first, None)
+            self.opened[number], self.is_open[number] = group, True
+            self._note_addresses(number, group)
         return group
 
+    def _note_addresses(self, number: int, group: OpenGroup) -> None:
+        fields = {**group.of_view, **group.of_image}
+        fields |= {f"cond/{name}": cond for name, cond in group.cond.items() if isinstance(cond, Tensor)}
+        for name, tensor in fields.items():
+            if name not in self.addresses:
+                self.addresses[name] = Addresses(len(self.groups))
+            self.addresses[name].put(number, tensor)
+
+    def rows(self, groups: np.ndarray, images: np.ndarray, views: np.ndarray) -> OpenRows:
+        """Rows of samples, by their groups, their rows and the numbers of their views, each [n]; all are opened.
+
+        Raises UserError like __getitem__.
+        """
+        opened = {number: self[number] for number in np.unique(groups).tolist()}
+        num_views = len(self.manifest.latent.views)
+        return OpenRows(opened, self.addresses, groups, images, images * num_views + views)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "opened": {}}  # memory maps are opened anew in each process
+        nothing = {"opened": {}, "addresses": {}, "is_open": np.zeros(len(self.groups), bool)}
+        return {**self.__dict__, **nothing}  # memory maps are opened anew in each process
 
     def _open(self, number: int) -> OpenGroup:
         shard, own = self.groups[number]

@@ -3,12 +3,14 @@
 import torch
 from torch import Tensor
 
-from latentprep.read.shards import Run, gather
+from latentprep.read.rows import OpenRows
 
 
-def gather_weight(runs: list[Run], use_weight: bool | str | float) -> Tensor:
+def take_weight(rows: OpenRows, use_weight: bool | str | float) -> Tensor:
     """[B,1,h,w] float32. use_weight: True rescales, "raw" is alpha in 0..1, a number is the least that alpha counts."""
-    weight = gather([(run.group.weight, run.views) for run in runs])[:, None].float()
+    stored = rows.take("weight")
+    assert stored is not None  # every open group has one
+    weight = stored[:, None].float()
     if use_weight is True:
         return rescale_weight(weight)
     return weight if use_weight == "raw" else weight.clamp(min=float(use_weight))
