@@ -3,6 +3,7 @@
 These signatures are all there is of the options: the command line, help() and the checks are made from them.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -14,6 +15,7 @@ from latentprep.options import (
     CAPTION_COLUMN,
     DEFAULT_MODEL,
     Animated,
+    CaptionFrom,
     Dtype,
     EncodeOptions,
     ImageOptions,
@@ -76,6 +78,11 @@ def encode(
     joiner: Annotated[str, Option("TEXT", "Between the words that --word-regex finds.", CAPTIONS, shown="a space")] = " ",
     caption_lines: Annotated[bool, Option(help="Each line of a caption file is a caption of its own.", panel=CAPTIONS)] = False,
     caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files, and of the .json files in tars, that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN)] = None,
+    caption_from: Annotated[CaptionFrom, Option(help="auto: caption and metadata files, else the image's name; file: those alone; name, folder: the image's or its folder's name.", panel=CAPTIONS)] = "auto",
+    caption_extension: Annotated[str, Option(".EXT", "Ending of caption files.", CAPTIONS, shown=".txt, .caption")] = "",
+    caption_prefix: Annotated[str, Option("TEXT", "Put before each caption, with a space between.", CAPTIONS)] = "",
+    caption_suffix: Annotated[str, Option("TEXT", "Put behind each caption, with a space between.", CAPTIONS)] = "",
+    trigger: Annotated[str, Option("WORDS", "Words that begin each caption, such as sks dog; tags are shuffled behind them.", CAPTIONS)] = "",
     prompts_per_image: Annotated[int, Option("K", "Prompts of each image: other captions, template lines, tags and wildcards.", CAPTIONS)] = 1,
     shuffle_tags: Annotated[bool, Option(help="Shuffle the comma-separated tags of a caption.", panel=CAPTIONS)] = False,
     tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS)] = 0.0,
@@ -119,6 +126,11 @@ def encode(
     images = ImageOptions.from_options(
         background=background, weights=str(weights), animated=animated, draft=not no_draft
     )
+    if placeholder and not template:
+        raise UserError(
+            f"--placeholder {placeholder}: without a --template nothing has a [name] to be filled. "
+            f"To begin each caption with it: --trigger {shlex.quote(placeholder)}."
+        )
     columns = [caption_column] if isinstance(caption_column, str) else caption_column or [CAPTION_COLUMN]
     options = EncodeOptions(
         source=source,
@@ -134,7 +146,8 @@ def encode(
             load_template(str(template)) if template else None, placeholder, word_regex, joiner, not no_cond,
             prompts_per_image=prompts_per_image, shuffle_tags=shuffle_tags, tag_drop_out=tag_drop_out,
             keep_tags=keep_tags, wildcards=wildcards, caption_lines=caption_lines, caption_columns=tuple(columns),
-            max_tokens=max_tokens, clip_skip=clip_skip, emphasis=emphasis,
+            caption_from=caption_from, caption_extension=caption_extension, caption_prefix=caption_prefix,
+            caption_suffix=caption_suffix, trigger=trigger, max_tokens=max_tokens, clip_skip=clip_skip, emphasis=emphasis,
         ),
         model=str(model), vae=name_or_none(vae), config=name_or_none(config), revision=revision or None, flip=flip,
         store=store, store_dtype=store_dtype, device=device, devices=devices, dtype=dtype, rank=rank,

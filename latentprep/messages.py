@@ -14,28 +14,26 @@ from latentprep.prepare.outcome import Outcome
 from latentprep.prepare.plan.buckets import cropped_away
 from latentprep.prepare.plan.estimate import Estimate
 from latentprep.prepare.survey import Prepared
+from latentprep.prompts import make_prompts
 from latentprep.records import CHANGES, NOTES, Change, Size, Skip
 
 if TYPE_CHECKING:
     from latentprep.prepare.work.events import Truncated
 
 NUM_CROPPED = 20  # images whose crop a dry run shows
+NUM_PROMPTS = 3  # that are shown before a run
 NAMED = 5  # how many keys a line names before it says "and N more"
 
 
 def source_text(prepared: Prepared) -> str:
     """What was found, before anything is encoded."""
     captioned = prepared.captioned
-    origins = {
-        "txt": "from .txt",
-        "caption": "from .caption",
-        "json": "from .json",
-        "metadata": "from metadata files",
-        "filename": "from file names",
-    }
-    found = ", ".join(
-        f"{captioned.origins[name]:,} {words}" for name, words in origins.items() if captioned.origins[name]
-    )
+    words = {
+        "txt": "from .txt", "caption": "from .caption", "json": "from .json", "metadata": "from metadata files",
+        "filename": "from file names", "folder": "from folders", "nothing": "without one",
+    }  # fmt: skip
+    origins = sorted(captioned.origins, key=lambda name: list(words).index(name) if name in words else -1)
+    found = ", ".join(f"{captioned.origins[name]:,} {words.get(name, f'from .{name}')}" for name in origins)
     lines = [
         f"source   {prepared.options.source}: {counted(len(captioned.items), 'image')}; captions: {found or 'none'}"
     ]
@@ -48,6 +46,7 @@ def source_text(prepared: Prepared) -> str:
             "(--caption-lines makes each line a caption)"
         )
     options = prepared.options.text
+    lines += caption_lines(prepared)
     if options.prompts_per_image > 1 and max(counts, default=1) == 1 and not options.has_choices:
         lines.append(
             f"         the {options.prompts_per_image} prompts of an image are all its one caption, since nothing "
@@ -63,6 +62,23 @@ def source_text(prepared: Prepared) -> str:
     if captioned.shared:
         lines.append(f"         one caption file for several images of one stem: {_name(captioned.shared)}")
     return "\n".join(lines)
+
+
+def caption_lines(prepared: Prepared) -> list[str]:
+    """What a person should see before hours are spent: captions that are file names, or empty; and some prompts."""
+    options, items, lines = prepared.options, prepared.captioned.items, []
+    of_names = [item for item in items if item.caption_origin == "filename"]
+    if of_names and options.text.caption_from == "auto":
+        shown = ", ".join(repr(shortened(item.captions[0], 30)) for item in of_names[:3])
+        lines.append(f"         file names as captions: {shown} (--caption-from file leaves such images without)")
+    num_empty = sum(item.captions == ("",) for item in items)
+    if num_empty:
+        lines.append(f"         {counted(num_empty, 'caption')} empty (--trigger or a --template gives words to all)")
+    some = items[:: max(1, len(items) // NUM_PROMPTS)][:NUM_PROMPTS]
+    prompts = [make_prompts(item.captions, item.key, options.text, options.seed)[0] for item in some]
+    if prompts:
+        lines.append(f"prompts  such as {', '.join(repr(shortened(prompt)) for prompt in dict.fromkeys(prompts))}")
+    return lines
 
 
 def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:

@@ -12,7 +12,10 @@ Animated = Literal["first", "skip"]
 Only = Literal["latents", "text"]
 Store = Literal["mean+std", "mean"]
 Dtype = Literal["float32", "float16", "bfloat16"]
-ANIMATED, ONLY, STORES, DTYPES = (get_args(choices) for choices in (Animated, Only, Store, Dtype))
+CaptionFrom = Literal["auto", "file", "name", "folder", "none"]
+ANIMATED, ONLY, STORES, DTYPES, CAPTIONS_FROM = (
+    get_args(choices) for choices in (Animated, Only, Store, Dtype, CaptionFrom)
+)
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
@@ -74,11 +77,31 @@ class TextOptions:
     wildcards: bool = False  # whether {a|b|c} becomes one of its parts
     caption_lines: bool = False  # whether each line of a caption file is a caption
     caption_columns: tuple[str, ...] = (CAPTION_COLUMN,)  # of metadata files
+    caption_from: str = "auto"  # file: caption and metadata files; auto: else the image's name
+    caption_extension: str = ""  # of caption files; "": those that the source says
+    caption_prefix: str = ""  # put before each caption, and the suffix behind it
+    caption_suffix: str = ""
+    trigger: str = ""  # words that begin each caption
     max_tokens: int | None = None  # of a prompt, that are kept; None: the family's default (families.py)
     clip_skip: int = 1  # as the web UI and kohya count: 1 is the last layer
     emphasis: bool = False  # (text), [text] and (text:1.3) weigh their tokens, as in the web UI
 
     def __post_init__(self) -> None:
+        check_choice("--caption-from", self.caption_from, CAPTIONS_FROM)
+        if self.caption_from not in ("auto", "name") and self.word_regex:
+            raise UserError(
+                f"--word-regex {self.word_regex}: with --caption-from {self.caption_from} no caption comes from a file "
+                "name. Leave one of the two out."
+            )
+        for option, is_given in (
+            ("--caption-extension", bool(self.caption_extension)),
+            ("--caption-column", self.caption_columns != (CAPTION_COLUMN,)),
+            ("--caption-lines", self.caption_lines),
+        ):
+            if is_given and self.caption_from not in ("auto", "file"):
+                raise UserError(
+                    f"{option} with --caption-from {self.caption_from}: no caption file is read. Leave one of them out."
+                )
         if self.prompts_per_image < 1:
             raise UserError(f"--prompts-per-image {self.prompts_per_image}: must be at least 1.")
         if not 0 <= self.tag_drop_out <= 1:
@@ -89,6 +112,13 @@ class TextOptions:
             raise UserError(
                 f"--keep-tags {self.keep_tags}: nothing is shuffled or dropped. Give --shuffle-tags or --tag-drop-out."
             )
+
+    @property
+    def num_kept_tags(self) -> int:
+        """The first tags that are neither shuffled nor left out: those of the trigger, and keep_tags more."""
+        if not (self.trigger and (self.shuffle_tags or self.tag_drop_out)):
+            return self.keep_tags
+        return self.keep_tags + len([tag for tag in self.trigger.split(",") if tag.strip()])
 
     @property
     def has_choices(self) -> bool:

@@ -76,7 +76,7 @@ def _make_variant(caption: str, key: str, options: TextOptions, seed: int, k: in
         caption = expand_wildcards(caption, wildcards)
     if options.shuffle_tags or options.tag_drop_out:
         random = np.random.default_rng(counter("tags", seed, key, k))
-        caption = vary_tags(caption, random, options.shuffle_tags, options.tag_drop_out, options.keep_tags)
+        caption = vary_tags(caption, random, options.shuffle_tags, options.tag_drop_out, options.num_kept_tags)
     return make_prompt(options.template, caption, options.placeholder, seed, key, k, wildcards)
 
 

@@ -96,7 +96,7 @@ class TextRecipe(Part):
             prompts_per_image=options.prompts_per_image,
             shuffle_tags=options.shuffle_tags,
             tag_drop_out=float(options.tag_drop_out),
-            keep_tags=options.keep_tags,
+            keep_tags=options.num_kept_tags,
             wildcards=options.wildcards,
             seed=seed if options.has_choices else None,
             dtype=dtype if text_encoder else None,

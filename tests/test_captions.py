@@ -3,11 +3,13 @@
 import csv
 import json
 import re
+import shutil
 import sys
 
 import pytest
 import regex
 
+from latentprep import LatentDataset
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.source import metadata
@@ -356,3 +358,106 @@ def test_captions_and_expressions_without_measure(folder):
     (folder / "b.txt").unlink()
     with pytest.raises(UserError, match=r"--word-regex .*: takes over 2 s for the file name x+!.png"):
         add_captions(list_images(open_source(folder)), TextOptions(word_regex="((x|x)+)+[yz]$"))
+
+
+def found_captions(folder, **options):
+    return {item.key: (item.captions, item.caption_origin) for item in captions(folder, **options).items}
+
+
+def test_captions_come_from_where_they_are_asked_to(folder):
+    with_files = {
+        "b.png": (("the letter b",), "txt"), "sub/b.png": (("with a mark",), "caption"),
+        "c.png": (("from metadata",), "metadata"), "d.png": (("größer",), "txt"),
+        "sub/e.png": (("deeper",), "metadata"),
+    }  # fmt: skip
+    assert found_captions(folder, caption_from="file") == {**with_files, "01-a cat.png": (("",), "nothing")}
+    names = {"01-a cat.png": "a cat", "b.png": "b", "sub/b.png": "b", "c.png": "c", "d.png": "d", "sub/e.png": "e"}
+    assert found_captions(folder, caption_from="name") == {key: ((n,), "filename") for key, n in names.items()}
+    assert found_captions(folder, caption_from="none") == dict.fromkeys(names, (("",), "nothing"))
+    (folder / "sub").rename(folder / "10_sks dog")
+    found = found_captions(folder, caption_from="folder")
+    assert found["10_sks dog/b.png"] == (("sks dog",), "folder")
+    assert found["b.png"] == ((folder.name,), "folder")
+    shutil.move(folder, folder.parent / "3_flat")
+    assert found_captions(folder.parent / "3_flat", caption_from="folder")["b.png"] == (("flat",), "folder")
+
+
+@pytest.mark.parametrize("extension", [".wd14", "wd14", " .WD14"])
+def test_caption_files_have_the_ending_that_is_said(folder, extension):
+    (folder / "b.wd14").write_text("1girl, hat")
+    (folder / "b.json").write_text("{}")
+    found = captions(folder, caption_extension=extension)
+    by_key = {item.key: (item.captions, item.caption_origin) for item in found.items}
+    assert by_key["b.png"] == (("1girl, hat",), "wd14")
+    assert by_key["d.png"] == (("d",), "filename")
+    assert found.ignored == {".json": 1}
+
+
+@pytest.mark.parametrize("extension", [".", ".tar.txt", "a b/c", ".png", "jpg"])
+def test_an_ending_that_caption_files_cannot_have_is_refused(folder, extension):
+    with pytest.raises(UserError, match=rf"^--caption-extension {re.escape(extension)}: expected the ending"):
+        captions(folder, caption_extension=extension)
+
+
+def test_prefix_suffix_and_trigger_stand_where_they_should(folder):
+    (folder / "c.txt").write_text("SKS dog, on grass")
+    options = {"caption_prefix": "a photo of", "caption_suffix": " in the rain ", "trigger": "sks dog"}
+    found = found_captions(folder, **{**options, "caption_prefix": ""})
+    assert found["b.png"][0] == ("sks dog, the letter b in the rain",)
+    assert found["c.png"][0] == ("SKS dog, on grass in the rain",)  # it begins with it
+    assert found_captions(folder, **options)["b.png"][0] == ("sks dog, a photo of the letter b in the rain",)
+    assert found_captions(folder, trigger="sks dog", caption_from="none")["b.png"][0] == ("sks dog",)
+    assert found_captions(folder, caption_prefix="p", caption_suffix="s", caption_from="none")["b.png"][0] == ("p s",)
+    (folder / "b.txt").write_text("one\ntwo")
+    assert found_captions(folder, trigger="x", caption_lines=True)["b.png"][0] == ("x, one", "x, two")
+
+
+def test_tags_are_shuffled_behind_the_trigger(run, folder, tmp_path):
+    (folder / "b.txt").write_text("a, b, c, d, e, f")
+    shuffled = ("--trigger", "sks, dog", "--shuffle-tags", "--tag-drop-out", 0.3, "--prompts-per-image", 20)
+    options = ("encode", folder, "--out", tmp_path / "c", *SMALL, *shuffled)
+    assert run(*options).code == 0
+    data = LatentDataset(tmp_path / "c", repeats=20)
+    (index,) = (n for n in range(data.num_images) if data.key(n) == "b.png")
+    prompts = [data[index + repeat * data.num_images].cond_text[0] for repeat in range(20)]
+    assert len(set(prompts)) > 10
+    assert all(prompt == "sks, dog" or prompt.startswith("sks, dog, ") for prompt in prompts)
+    assert run("verify", tmp_path / "c", "--source", folder, "--re-encode", 3).code == 0
+    again = run(*options)
+    assert "nothing to do" in again.out
+    changed = run(*(word if word != "sks, dog" else "sks, cat" for word in options))
+    assert changed.code == 0
+    assert "new text for 6 images; latents left alone" in changed.out
+
+
+def test_what_the_prompts_will_be_is_said_before_anything_is_encoded(run, folder):
+    (folder / "empty.png").write_bytes((folder / "b.png").read_bytes())
+    (folder / "empty.txt").write_text(" ")
+    (folder / "20230714_123456.png").write_bytes((folder / "b.png").read_bytes())
+    said = run("encode", folder, "--model", "tiny", "--dry-run").err
+    assert "2 from file names" in said
+    assert "file names as captions: 'a cat', '_123456' (--caption-from file leaves such images without)" in said
+    assert "1 caption empty (--trigger or a --template gives words to all)" in said
+    assert re.search(r"^prompts  such as 'a cat', 'the letter b', ", said, re.MULTILINE)
+    said = run("encode", folder, "--model", "tiny", "--dry-run", "--caption-from", "file", "--trigger", "a\x1b[1m").err
+    assert "2 without one" in said
+    assert "file names" not in said
+    assert "empty (" not in said
+    assert "\x1b" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--placeholder", "sks dog"), "--placeholder sks dog: without a --template nothing has a [name] to be filled. "
+         "To begin each caption with it: --trigger 'sks dog'."),
+        (("--caption-from", "none", "--word-regex", "x"), "--word-regex x: with --caption-from none no caption comes"),
+        (("--caption-from", "name", "--caption-column", "x"), "--caption-column with --caption-from name: no"),
+        (("--caption-from", "folder", "--caption-extension", "x"), "--caption-extension with --caption-from folder"),
+        (("--caption-from", "name", "--caption-lines"), "--caption-lines with --caption-from name: no caption file is"),
+    ],
+)  # fmt: skip
+def test_captions_that_cannot_be_meant_are_refused(folder, run, arguments, message):
+    result = run("encode", folder, "--model", "tiny", "--dry-run", *arguments)
+    assert result.code == 1
+    assert message in result.err

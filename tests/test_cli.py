@@ -15,7 +15,9 @@ import pytest
 from tests.conftest import SMALL, gradient, make_model
 from tests.test_encode import files
 
-OWN_LINES = r"(model|device|source|encoded|cache|next) |  *waited for|(latents|text): +\d+%\|"
+OWN_LINES = (
+    r"(model|device|source|prompts|encoded|cache|next) | *file names as captions| *waited for|(latents|text): +\d+%\|"
+)
 
 
 def encode_once(run, images, cache, *options):

@@ -9,6 +9,7 @@ import regex  # re's syntax, with a limit of time
 
 from latentprep.errors import UserError
 from latentprep.options import CAPTION_COLUMN, TextOptions
+from latentprep.prepare.images.pillow import is_image_name
 from latentprep.prepare.source.door import TEXTS
 from latentprep.prepare.source.listing import Listing, stem
 from latentprep.prepare.source.metadata import MAX_CAPTION, READERS, list_tables, read_json, read_metadata, read_text
@@ -26,6 +27,7 @@ class TooSlowError(UserError):
 
 
 NUMBERS_AT_START = re.compile(r"^[-\d]+\s*")  # stable-diffusion-webui, modules/textual_inversion/dataset.py
+REPEATS_AT_START = re.compile(r"^\d+_")  # kohya's sd-scripts, library/config_util.py
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Captioned:
 
 
 def add_captions(listing: Listing, options: TextOptions) -> Captioned:
-    """Each item's captions: a sidecar of the same stem, else a metadata file, else the file name.
+    """Each item's captions: a sidecar of the same stem, else a metadata file, else the file name (--caption-from).
 
     The source says which suffixes are sidecars. A .json of the same stem is one in tars alone: in a folder of photos
     it is as often another program's. An image whose caption cannot be read is a skip. Raises UserError for a bad
@@ -54,21 +56,24 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         raise UserError(f"--word-regex {options.word_regex}: not a regular expression ({error}).") from None
     keys = {item.key for item in listing.items} | {skip.key for skip in listing.skips}
     stems = Counter(map(stem, keys))
-    sidecars = list_sidecars(listing, stems)
+    suffixes = list_suffixes(listing, options)
+    sidecars = list_sidecars(listing, stems, suffixes)
     check_column(listing, sidecars, options)
-    metadata = read_metadata(listing, options.caption_columns)
+    has_files = options.caption_from in ("auto", "file")
+    metadata = read_metadata(listing, options.caption_columns) if has_files else {}
     items: list[Item] = []
     skips: list[Skip] = []
     for item in listing.items:
         try:
-            texts, origin = _find_texts(item.key, listing, sidecars, metadata, word, options)
+            captions, origin = _find_texts(item.key, listing, suffixes, sidecars, metadata, word, options)
         except TooSlowError:
             raise
         except UserError as error:
             skips.append(item.skip("bad_caption", str(error)))
         else:
-            items.append(replace(item, captions=tidy(texts), caption_origin=origin))
+            items.append(replace(item, captions=decorate(tidy(captions), options), caption_origin=origin))
     with_sidecar = {name for name, _ in sidecars}
+    texts = {*TEXTS, *filter(is_text, suffixes)}
     used = set(sidecars.values())
     return Captioned(
         items,
@@ -77,18 +82,36 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         + [key for key in metadata if key not in keys],
         shared=sorted(name for name, count in stems.items() if count > 1 and name in with_sidecar),
         skips=skips,
-        num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in TEXTS and "\n" in i.captions[0]}),
+        num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in suffixes and "\n" in i.captions[0]}),
         ignored=Counter(
             _suffix(key) or PurePosixPath(key).name
             for key in listing.others
-            if key not in used and _suffix(key) not in TEXTS and PurePosixPath(key).name not in READERS
+            if key not in used and _suffix(key) not in texts and PurePosixPath(key).name not in READERS
         ),
     )
 
 
-def list_sidecars(listing: Listing, stems: Counter[str]) -> dict[tuple[str, str], str]:
+def list_suffixes(listing: Listing, options: TextOptions) -> tuple[str, ...]:
+    """Suffixes of files that caption the image of their stem, the best first. Raises UserError."""
+    if options.caption_from not in ("auto", "file"):
+        return ()
+    if not options.caption_extension:
+        return listing.source.sidecars
+    suffix = f".{options.caption_extension.strip().removeprefix('.').lower()}"
+    if suffix == "." or PurePosixPath(f"x{suffix}").suffix != suffix or is_image_name(f"x{suffix}"):
+        raise UserError(
+            f"--caption-extension {options.caption_extension}: expected the ending of caption files, such as .txt."
+        )
+    return (suffix,)
+
+
+def is_text(suffix: str) -> bool:
+    """Whether files with this suffix hold a caption and nothing else."""
+    return suffix != ".json"
+
+
+def list_sidecars(listing: Listing, stems: Counter[str], suffixes: tuple[str, ...]) -> dict[tuple[str, str], str]:
     """(stem, suffix) -> key of the files that caption one image; texts also if there is no such image."""
-    suffixes = listing.source.sidecars
     return {
         (stem(key), suffix): key
         for key in listing.others
@@ -98,7 +121,7 @@ def list_sidecars(listing: Listing, stems: Counter[str]) -> dict[tuple[str, str]
 
 def check_column(listing: Listing, sidecars: dict[tuple[str, str], str], options: TextOptions) -> None:
     """Raise UserError if a column is asked for, and nothing has columns."""
-    has_json = any(suffix not in TEXTS for _, suffix in sidecars)
+    has_json = any(not is_text(suffix) for _, suffix in sidecars)
     if is_asked(options) and not has_json and not list_tables(listing):
         kinds = [*READERS, *(f"{suffix} beside images" for suffix in listing.source.sidecars if suffix not in TEXTS)]
         raise UserError(
@@ -118,6 +141,7 @@ def _suffix(key: str) -> str:
 def _find_texts(
     key: str,
     listing: Listing,
+    suffixes: tuple[str, ...],
     sidecars: dict[tuple[str, str], str],
     metadata: dict[str, list[str]],
     word: "regex.Pattern[str] | None",
@@ -128,11 +152,10 @@ def _find_texts(
     If a column was asked for, a .json goes before a .txt: img2dataset writes both.
     """
     asked = options.caption_columns if is_asked(options) else None
-    suffixes = listing.source.sidecars
-    for suffix in sorted(suffixes, key=TEXTS.__contains__) if asked else suffixes:
+    for suffix in sorted(suffixes, key=is_text) if asked else suffixes:
         if (sidecar := sidecars.get((stem(key), suffix))) is None:
             continue
-        if suffix not in TEXTS:
+        if not is_text(suffix):
             if (texts := read_json(listing, sidecar, asked, JSON_COLUMNS)) is not None:
                 return texts, suffix[1:]
             continue
@@ -140,7 +163,11 @@ def _find_texts(
         return text.splitlines() if options.caption_lines else [text], suffix[1:]
     if key in metadata:
         return metadata[key], "metadata"
-    return [caption_from_name(key, word, options.joiner)], "filename"
+    if options.caption_from in ("auto", "name"):
+        return [caption_from_name(key, word, options.joiner)], "filename"
+    if options.caption_from == "folder":
+        return [caption_from_folder(key, listing.source.where)], "folder"
+    return [""], "nothing"
 
 
 def tidy(texts: list[str]) -> tuple[str, ...]:
@@ -148,6 +175,28 @@ def tidy(texts: list[str]) -> tuple[str, ...]:
     # names that are not UTF-8, and broken JSON escapes, hold lone surrogates: no tokenizer takes them
     stripped = [text.encode("utf-8", "replace").decode("utf-8").strip() for text in texts]
     return tuple(filter(None, stripped)) or ("",)
+
+
+def decorate(captions: tuple[str, ...], options: TextOptions) -> tuple[str, ...]:
+    """Captions with the prefix before them and the suffix behind; and the trigger first, if one does not begin with it.
+
+    Prefix and suffix are joined by a space, as in kohya's sd-scripts (library/train_util.py, process_caption).
+    """
+    prefix, suffix, trigger = options.caption_prefix, options.caption_suffix.strip(), options.trigger.strip()
+    found = []
+    for caption in captions:
+        text = " ".join(filter(None, (prefix.strip(), caption, suffix)))
+        if trigger and not text.lower().startswith(trigger.lower()):
+            text = f"{trigger}, {text}" if text else trigger
+        found.append(text)
+    return tuple(found)
+
+
+def caption_from_folder(key: str, where: str) -> str:
+    """The name of the folder that an image is in, without kohya's number of repeats: "10_sks dog" -> "sks dog"."""
+    parent = PurePosixPath(key).parent
+    name = parent.name if parent.name else PurePosixPath(where).name
+    return REPEATS_AT_START.sub("", name).strip()
 
 
 def caption_from_name(key: str, word: "regex.Pattern[str] | None" = None, joiner: str = " ") -> str:
