@@ -35,6 +35,7 @@ def encode(
     source: Annotated[str | Path, Option("SOURCE", "Folder of images, searched recursively, or of WebDataset tars.", is_argument=True)],
     out: Annotated[str | Path | None, Option("DIR", "Where the cache goes.", OUTPUT, shown="SOURCE.latents")] = None,
     *,
+    exclude: Annotated[str | Sequence[str] | None, Option("PATTERN", "Leave out files and folders of this name, or with a / in it of this path; may be given again.", INPUT)] = None,
     max_megapixels: Annotated[float, Option("MEGAPIXELS", "Larger images are skipped unread: they may be decompression bombs.", INPUT)] = 180,
     animated: Annotated[Animated, Option(help="Of an image with several frames: take the first, or leave it out.", panel=INPUT)] = "first",
     background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
@@ -141,6 +142,7 @@ def encode(
             crops=crops, seed=seed,
         ),
         images=images,
+        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
         masks=Path(weights) if images.weights == "masks" else None,
         text=TextOptions(
             load_template(str(template)) if template else None, placeholder, word_regex, joiner, not no_cond,

@@ -59,6 +59,9 @@ def source_text(prepared: Prepared) -> str:
         lines.append(
             f"         {counted(captioned.ignored.total(), 'file')} of other kinds left out: {_name(suffixes)}"
         )
+    if captioned.excluded:
+        named = ", ".join(f"{printable(name)} ({count:,})" for name, count in sorted(captioned.excluded.items()))
+        lines.append(f"         {counted(captioned.excluded.total(), 'file')} excluded: {named}")
     if captioned.shared:
         lines.append(f"         one caption file for several images of one stem: {_name(captioned.shared)}")
     return "\n".join(lines)

@@ -135,6 +135,7 @@ class EncodeOptions:
     geometry: Geometry
     text: TextOptions
     images: ImageOptions = ImageOptions()
+    exclude: tuple[str, ...] = ()  # patterns of files and folders that are left out
     masks: Path | None = None  # folder of mask images, with images.weights "masks"
     model: str = DEFAULT_MODEL
     vae: str | None = None
@@ -174,6 +175,9 @@ class EncodeOptions:
         for option, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1.")
+        for pattern in self.exclude:
+            if not pattern.strip("/"):
+                raise UserError(f"--exclude {pattern!r}: expected a pattern such as '*_mask.png' or 'raw/*'.")
         check_devices(self.device, self.devices)
         check_rank(self.rank, self.world_size)
         if self.max_pixels < 1:

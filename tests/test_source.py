@@ -3,6 +3,7 @@
 import inspect
 import os
 import pickle
+import re
 import struct
 import zlib
 from io import BytesIO
@@ -11,6 +12,7 @@ from zipfile import ZIP_DEFLATED, ZipFile
 import pytest
 from PIL import Image
 
+import latentprep
 from latentprep.errors import UserError
 from latentprep.options import Geometry, ImageOptions
 from latentprep.prepare.images.load import LoadOptions
@@ -263,3 +265,56 @@ def test_versions_fit_into_the_cache_whatever_they_are(tmp_path):
         os.utime(tmp_path / "a.png", (seconds, seconds))
         (item,) = list_folder(tmp_path).items
         assert 0 <= item.version < 2**63
+
+
+@pytest.fixture
+def messy(images):
+    """A folder as a NAS leaves it, with thumbnails, masks and originals among the images."""
+    thumbnails = ("@eaDir/wide0.png/SYNOPHOTO_THUMB_M.png", "__MACOSX/wide0.png")
+    for name in (*thumbnails, "raw/day/a.png", "raw/b.png", "x_mask.png"):
+        (images / name).parent.mkdir(parents=True, exist_ok=True)
+        gradient(64, 64).save(images / name)
+    (images / "raw" / "b.txt").write_text("b")
+    return images
+
+
+def test_what_systems_put_beside_photos_is_left_out_and_said(run, messy, tmp_path):
+    result = run("encode", messy, "--model", "tiny", "--dry-run")
+    assert "11 images; captions" in result.err
+    assert "         2 files excluded: @eaDir (1), __MACOSX (1)" in result.err
+
+
+@pytest.mark.parametrize(
+    ("patterns", "count", "said"),
+    [
+        (["raw"], 9, "raw (3)"),
+        (["raw/*"], 9, "raw/* (3)"),
+        (["raw/?.png"], 10, "raw/?.png (1)"),
+        (["*_mask.*", "day"], 9, "*_mask.* (1), day (1)"),
+        (["b*"], 10, "b* (2)"),
+    ],
+)
+def test_patterns_leave_out_files_and_folders(run, messy, tmp_path, patterns, count, said):
+    given = [word for pattern in patterns for word in ("--exclude", pattern)]
+    result = run("encode", messy, "--out", tmp_path / "c", *SMALL, *given)
+    assert f"{count} images; captions" in result.err
+    excluded = re.search(r"(\d+) files? excluded: (.*)", result.err)[2]
+    assert set(said.split(", ")) | {"@eaDir (1)", "__MACOSX (1)"} == set(excluded.split(", "))
+    verified = run("verify", tmp_path / "c", "--source", messy)
+    assert (verified.code, "new" in verified.out) == (0, False), verified.out
+    options = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32, "progress": False}
+    again = latentprep.encode(messy, tmp_path / "c", exclude=patterns, **options)
+    assert (again.num_encoded, again.num_cached) == (0, count)
+
+
+def test_what_is_excluded_later_is_gone_from_the_cache(run, messy, tmp_path):
+    assert run("encode", messy, "--out", tmp_path / "c", *SMALL).code == 0
+    result = run("encode", messy, "--out", tmp_path / "c", *SMALL, "--exclude", "raw")
+    assert "2 gone" in result.out
+
+
+def test_a_pattern_that_leaves_nothing_is_said(run, messy, tmp_path):
+    result = run("encode", messy, "--out", tmp_path / "c", *SMALL, "--exclude", "*")
+    assert re.search(r"error: SOURCE .*: no images \(\d+ files are left out by \*, @eaDir, __MACOSX\)", result.err)
+    result = run("encode", messy, "--out", tmp_path / "c", *SMALL, "--exclude", "/")
+    assert "error: --exclude '/': expected a pattern such as '*_mask.png' or 'raw/*'." in result.err

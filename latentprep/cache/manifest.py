@@ -51,6 +51,7 @@ class MadeWith:
     config: str | None = None
     revision: str | None = None
     commit: str | None = None  # of a hub model
+    exclude: tuple[str, ...] = ()  # patterns of files that were left out
     masks: str | None = None
     device: str | None = None
     batch_size: int | None = None

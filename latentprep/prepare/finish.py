@@ -117,6 +117,7 @@ def made_with(prepared: Prepared) -> MadeWith:
         config=options.config,
         revision=options.revision,
         commit=prepared.models.commit,
+        exclude=options.exclude,
         masks=str(options.masks) if options.masks is not None else None,
         device=", ".join(prepared.where.devices),
         batch_size=prepared.batch_size,

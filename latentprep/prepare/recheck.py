@@ -39,7 +39,7 @@ def compare_source(
     """
     without = [Path(storage.path)] if storage.is_local else []
     without += [Path(masks.source.where)] if masks is not None else []
-    listing = list_images(open_source(folder, without=without))
+    listing = list_images(open_source(folder, without=without), manifest.made_with.exclude)
     rows = list(live_rows(storage, manifest))
     problems = []
     there = [*(item.key for item in listing.items), *(skip.key for skip in listing.skips)]

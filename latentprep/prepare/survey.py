@@ -163,7 +163,7 @@ def list_source(options: EncodeOptions, say: Say) -> tuple[Listing, Masks | None
     """The images, and the masks of its images where there are such. Raises UserError."""
     # the cache and the masks may lie in the source, and are no images to encode
     own = [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
-    listing = list_images(open_source(options.source, without=own))
+    listing = list_images(open_source(options.source, without=own), options.exclude)
     if options.masks is None:
         return listing, None
     masks = list_masks(options.masks)

@@ -9,9 +9,8 @@ import regex  # re's syntax, with a limit of time
 
 from latentprep.errors import UserError
 from latentprep.options import CAPTION_COLUMN, TextOptions
-from latentprep.prepare.images.pillow import is_image_name
 from latentprep.prepare.source.door import TEXTS
-from latentprep.prepare.source.listing import Listing, stem
+from latentprep.prepare.source.listing import Listing, is_image, stem
 from latentprep.prepare.source.metadata import MAX_CAPTION, READERS, list_tables, read_json, read_metadata, read_text
 from latentprep.records import Item, Skip
 
@@ -41,6 +40,7 @@ class Captioned:
     skips: list[Skip]  # images whose caption cannot be read
     num_long: int  # sidecars of several lines that are taken as one caption
     ignored: Counter[str]  # suffix -> how many files that are neither images nor captions
+    excluded: Counter[str]  # pattern -> how many files it left out
 
 
 def add_captions(listing: Listing, options: TextOptions) -> Captioned:
@@ -88,6 +88,7 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
             for key in listing.others
             if key not in used and _suffix(key) not in texts and PurePosixPath(key).name not in READERS
         ),
+        excluded=listing.excluded,
     )
 
 
@@ -98,7 +99,7 @@ def list_suffixes(listing: Listing, options: TextOptions) -> tuple[str, ...]:
     if not options.caption_extension:
         return listing.source.sidecars
     suffix = f".{options.caption_extension.strip().removeprefix('.').lower()}"
-    if suffix == "." or PurePosixPath(f"x{suffix}").suffix != suffix or is_image_name(f"x{suffix}"):
+    if suffix == "." or PurePosixPath(f"x{suffix}").suffix != suffix or is_image(f"x{suffix}"):
         raise UserError(
             f"--caption-extension {options.caption_extension}: expected the ending of caption files, such as .txt."
         )

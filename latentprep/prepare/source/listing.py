@@ -1,12 +1,16 @@
 """The files of a source -> items: every image by its header; no pixel is decoded."""
 
-from dataclasses import dataclass
+import fnmatch
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import PurePosixPath
 from typing import IO
 
 from latentprep.errors import UserError
-from latentprep.human import human_bytes
+from latentprep.human import human_bytes, printable
 from latentprep.prepare.images.pillow import (
     WITH_A_PLUGIN,
     DecodeError,
@@ -20,6 +24,8 @@ from latentprep.prepare.source.door import File, NotRegularError, Source
 from latentprep.records import Item, Skip
 
 MAX_VERSION = 2**63 - 1  # it is stored as an int64
+# what systems put beside photos: thumbnails of a Synology, an archive's forks of macOS, bins
+EXCLUDED = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +36,20 @@ class Listing:
     items: list[Item]
     skips: list[Skip]
     others: dict[str, int]  # key -> bytes of the files that are no images: captions and the like. All sorted by key
+    excluded: Counter[str] = field(default_factory=Counter)  # pattern -> files that it left out
 
 
-def list_images(source: Source) -> Listing:
-    """Every image of a source. Raises UserError."""
+def list_images(source: Source, exclude: Sequence[str] = ()) -> Listing:
+    """Every image of a source, but those that a pattern leaves out, or one of EXCLUDED. Raises UserError."""
     images: dict[str, Item | Skip] = {}
     others: dict[str, int] = {}
+    excluded: Counter[str] = Counter()
+    find_pattern = Patterns((*EXCLUDED, *exclude)).find
     try:
         for found in source.list():
-            if isinstance(found, Skip):
+            if (pattern := find_pattern(found.key)) is not None:
+                excluded[pattern] += 1
+            elif isinstance(found, Skip):
                 images[found.key] = found
             elif not is_plain(found.key):
                 if is_image_name(found.key):
@@ -57,6 +68,8 @@ def list_images(source: Source) -> Listing:
         )
     if not images:
         found_instead = f"{len(others)} other files" if others else "it is empty"
+        if excluded:
+            found_instead = f"{excluded.total()} files are left out by {', '.join(map(printable, sorted(excluded)))}"
         raise UserError(
             f"SOURCE {source.where}: no images ({found_instead}). Expected files such as .jpg, .png or .webp."
         )
@@ -66,7 +79,44 @@ def list_images(source: Source) -> Listing:
         [entry for entry in in_order if isinstance(entry, Item)],
         [entry for entry in in_order if isinstance(entry, Skip)],
         dict(sorted(others.items())),
+        excluded,
     )
+
+
+class Patterns:
+    """Patterns of files and folders to leave out."""
+
+    def __init__(self, patterns: Sequence[str]) -> None:
+        """With a slash in it a pattern is of a whole key, else of a name: that of the file or of a folder above it."""
+        self._of_keys = [(pattern, compile_pattern(pattern)) for pattern in patterns if "/" in pattern]
+        self._of_names = [(pattern, compile_pattern(pattern)) for pattern in patterns if "/" not in pattern]
+        self._known: dict[str, str | None] = {}  # name of a folder -> the pattern that leaves it out
+
+    def find(self, key: str) -> str | None:
+        """The first pattern that leaves a key out; None: none does."""
+        for pattern, matches in self._of_keys:
+            if matches(key):
+                return pattern
+        *folders, name = key.split("/")
+        for folder in folders:
+            if folder not in self._known:
+                self._known[folder] = self._find_name(folder)
+            if self._known[folder] is not None:
+                return self._known[folder]
+        return self._find_name(name)
+
+    def _find_name(self, name: str) -> str | None:
+        return next((pattern for pattern, matches in self._of_names if matches(name)), None)
+
+
+def compile_pattern(pattern: str) -> Callable[[str], object]:
+    """A shell's pattern: * is any text, ? a character, [ab] one of these."""
+    return re.compile(fnmatch.translate(pattern)).match
+
+
+def is_image(key: str) -> bool:
+    """Whether a file is taken for an image, by its name."""
+    return is_image_name(key)
 
 
 def is_plain(key: str) -> bool:
