@@ -1,4 +1,4 @@
-"""How fast a training loop reads: LatentLoader against the limit, and against how other tools store latents.
+"""How fast a training loop reads: LatentLoader against tensors in memory, and against how other tools store latents.
 
     python benchmarks/read.py                # MosaicML streaming takes part where it is installed
 
@@ -89,7 +89,7 @@ Ram = dict[str, torch.Tensor]  # latent_mean, latent_std, cond: [count,...] floa
 
 
 def read_ram(ram: Ram, batch_size: int) -> Callable[[], None]:
-    """The limit: an index_select of every tensor, all of a batch in hand at once, as a training loop has them."""
+    """The yardstick: an index_select of every tensor, from one tensor in memory."""
 
     def epoch() -> None:
         for chosen in torch.randperm(len(ram["cond"])).split(batch_size):
@@ -126,7 +126,7 @@ def load(folder: Path) -> Ram:
 
 def read_in_each_way(folder: Path, ram: Ram, batch_size: int) -> dict[str, Callable[[], None]]:
     return {
-        "index_select from RAM of mean, std and cond: the limit": read_ram(ram, batch_size),
+        "index_select from RAM of mean, std and cond": read_ram(ram, batch_size),
         "LatentLoader, deterministic: mean and cond": read_cache(folder, batch_size, "deterministic"),
         "LatentLoader, random: mean, std and cond": read_cache(folder, batch_size, "random"),
         "LatentLoader, random, and the draw on the CPU": read_cache(folder, batch_size, "random", draw=True),
@@ -235,7 +235,7 @@ def main(
         write_cache(folder, num_shards, rows)
         ram = load(folder)
         print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batches of {batch_size}")
-        print(f"{f'{count} samples of 184 kB in {num_shards} shards':56} {'samples/s':>10} {'of limit':>9}")
+        print(f"{f'{count} samples of 184 kB in {num_shards} shards':56} {'samples/s':>10} {'of that':>9}")
         contenders = read_in_each_way(folder, ram, batch_size)
         contenders["an .npz for each image and text, as kohya's"] = read_npz(Path(temporary) / "npz", ram, batch_size)
         streaming = import_streaming()
@@ -248,7 +248,7 @@ def main(
         small = Path(temporary) / "small"
         write_cache(small, num_shards * 5, rows // 5 * 2, (4, 32, 32), width=156)
         number = num_shards * 5 * (rows // 5 * 2)
-        print(f"\n{f'{number} samples of 40 kB in {num_shards * 5} shards':56} {'samples/s':>10} {'of limit':>9}")
+        print(f"\n{f'{number} samples of 40 kB in {num_shards * 5} shards':56} {'samples/s':>10} {'of that':>9}")
         compare(read_in_each_way(small, load(small), batch_size), rounds, number)
 
         print("\nworkers, of which each hands its batches over through shared memory")

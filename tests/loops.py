@@ -7,7 +7,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from latentprep import BucketBatchSampler, LatentBatch, LatentDataset, LatentLoader
+from latentprep import BucketBatchSampler, LatentBatch, LatentDataset, LatentLoader, LatentMix
 from latentprep.errors import UserError
 
 warnings.simplefilter("ignore")
@@ -109,6 +109,27 @@ def use_accelerate(cache: str, folder: Path) -> Found:
     skipped = accelerator.skip_first_batches(loader, 2)
     found["skipped"] = train(accelerator, skipped, 1, optimizer, model)
 
+    class Wrapper:
+        """A batch sampler around another, as people write them."""
+
+        def __init__(self, inner: Any) -> None:
+            self.inner = inner
+
+        def __iter__(self) -> Iterator[list[int]]:
+            yield from self.inner
+
+        def __len__(self) -> int:
+            return len(self.inner)
+
+    wrapped = DataLoader(
+        data, batch_sampler=Wrapper(own_loader(data, 3).batch_sampler), collate_fn=LatentDataset.collate
+    )
+    accelerator, model, optimizer, loader = prepare(wrapped)
+    found["wrapped"] = train(accelerator, loader, 2, optimizer, model)
+    own = LatentLoader(data, 3, seed=1)
+    own.set_epoch(1)
+    found["skipped, LatentLoader"] = train(accelerator, accelerator.skip_first_batches(own, 2), 1, optimizer, model)
+
     try:
         prepare(own_loader(data, 4 * accelerator.num_processes), split_batches=True)
     except Exception as error:
@@ -198,6 +219,9 @@ def use_lightning(cache: str, folder: Path) -> Found:
             self.model = small_model()
             self.epochs: Epochs = []
 
+        def validation_step(self, batch: LatentBatch, number: int) -> None:
+            assert batch.latent_sample.isfinite().all()
+
         def training_step(self, batch: LatentBatch, number: int) -> torch.Tensor:
             if number == 0:
                 self.epochs.append([])
@@ -207,17 +231,23 @@ def use_lightning(cache: str, folder: Path) -> Found:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.parameters(), 1e-3)
 
-    def fit(loader: Any, **options: Any) -> Epochs:
+    def fit(loader: Any, *more: Any, **options: Any) -> Epochs:
         module = Module()
         lightning.Trainer(
             max_epochs=3, accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False,
             enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder, **options,
-        ).fit(module, loader)  # fmt: skip
+        ).fit(module, loader, *more)  # fmt: skip
         return module.epochs
 
     data = open_data(cache)
     found: Found = {"LatentLoader": fit(LatentLoader(data, 3, seed=1))}
     found["DataLoader"] = fit(own_loader(data, 3), use_distributed_sampler=False)
+    train, val = data.split(0.4)
+    found["with validation"] = fit(LatentLoader(train, 3, seed=1), LatentLoader(val, 3, shuffle=False))
+    found["count"] = train.num_images
+    mix = LatentMix([data, LatentDataset(cache, seed=5)], same_images="in turn")
+    found["mix"] = fit(LatentLoader(mix, 3, seed=1))
+    found["limited"] = fit(LatentLoader(data, 3, seed=1), limit_train_batches=2)
     try:
         fit(own_loader(data, 3))
     except TypeError as error:

@@ -31,7 +31,6 @@ from latentprep.prepare.work.cond import check_finite
 from latentprep.prompts import make_prompt
 from latentprep.read.batch import cond_model_elsewhere
 from latentprep.read.order import Steps
-from latentprep.read.position import Position
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import Item, Placement, Skip
 from tests.conftest import SMALL, read_item
@@ -197,7 +196,8 @@ def test_buckets_of_one_size_are_shuffled_each_by_itself(cache, monkeypatch, lar
     assert sampler.data.sizes_of_buckets() == [4, 4]
     orders = []
     for epoch in range(6):
-        samples = [n for batches in sampler.take(Position(epoch), range(1), 1) for n in batches.samples.tolist()]
+        sampler.set_epoch(epoch)
+        samples = [n for batch in sampler for n in batch]
         orders.append(([n for n in samples if n < 4], [n - 4 for n in samples if n >= 4]))
     assert any(one != other for one, other in orders)
 

@@ -61,10 +61,10 @@ def test_a_field_that_some_samples_lack_is_left_out(cache, more_fields):
     assert sorted("wide_only" in group.others for group in groups) == [False, True]
     (wide,) = (n for n, group in enumerate(groups) if "wide_only" in group.others)
     one = np.array([0])
-    assert data._shards.rows(one + wide, one, one).take("wide_only") is not None
+    assert data._shards.rows(one + wide, one, one).take_if_there("wide_only") is not None
     for both in (np.array([0, 1]), np.array([1, 0])):  # fields depend on the bucket, so that no batch has both
         rows = data._shards.rows(both, np.zeros(2, np.int64), np.zeros(2, np.int64))
-        assert rows.take("wide_only") is None
+        assert rows.take_if_there("wide_only") is None
         assert rows.take("original_size").shape == (2, 2)
 
 

@@ -59,11 +59,23 @@ def test_a_loader_refuses_the_state_of_another_dataset(data, options, message):
         LatentLoader(other, 3, seed=4).load_state_dict(state)
 
 
-def test_a_loop_that_was_left_starts_its_epoch_again(data):
-    loader = LatentLoader(data, 3)
-    first = next(iter(loader)).index.tolist()
-    assert read(loader)[0][0] == first
-    assert loader.epoch == 1
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}])
+def test_a_loop_that_was_left_is_an_epoch_too(data, options):
+    """Loops of so many steps, zips, and Lightning's limit_train_batches would see a few batches for ever."""
+    loader, wanted = LatentLoader(data, 3, **options), LatentLoader(data, 3)
+    epochs = [read(wanted) for _ in range(4)]
+    for epoch in epochs[:3]:
+        first = next(iter(loader))
+        assert (first.index.tolist(), first.latent_sample.sum().item()) == epoch[0]
+        assert loader.state_dict()["next_batch"] == 1
+    assert read(loader) == epochs[3]
+    assert loader.epoch == 4
+    own = own_loader(data, **options)
+    assert [next(iter(own)).index.tolist() for _ in range(3)] == [epoch[0][0] for epoch in epochs[:3]]
+    counted = own_loader(data, **options)  # a loop that counts batches, and never asks for one more
+    for epoch in epochs[:3]:
+        batches = iter(counted)
+        assert [next(batches).index.tolist() for _ in range(len(counted))] == [index for index, _ in epoch]
 
 
 def test_batch_size_and_gradient_step_are_clamped_to_the_data(data):
@@ -91,17 +103,51 @@ def test_a_dataloader_of_one_s_own_draws_afresh_in_every_epoch(data, options):
     assert read(loader) == epochs[2]
 
 
-def test_two_loops_over_one_loader_have_each_their_epoch(data):
+@pytest.mark.parametrize("options", [{}, {"num_workers": 1}])
+def test_two_loops_over_one_loader_have_each_their_epoch(data, options):
+    wanted = LatentLoader(data, 3)
+    epochs = [read(wanted) for _ in range(2)]
+    loader = LatentLoader(data, 3, **options)
+    both = list(zip(iter(loader), iter(loader), strict=True))
+    for number, epoch in enumerate(epochs):
+        assert [(pair[number].index.tolist(), pair[number].latent_sample.sum().item()) for pair in both] == epoch
+
+
+def test_set_epoch_of_the_loader_and_of_its_sampler_are_one(data):
+    wanted = LatentLoader(data, 3)
+    epochs = [read(wanted) for _ in range(3)]
     loader = LatentLoader(data, 3)
-    whole = read(loader)
-    loader.set_epoch(0)
-    first = iter(loader)
-    begun = next(first)
+    loader.sampler.set_epoch(2)  # as DDP's recipes do, and Lightning
+    assert loader.epoch == 2
+    assert read(loader) == epochs[2]
+    loader.set_epoch(1)
+    batches = iter(loader)
+    for _ in range(4):
+        next(batches)
+    state = loader.state_dict()
+    assert state == loader.sampler.state_dict()
     other = LatentLoader(data, 3)
-    other.set_epoch(5)
-    next(iter(other))  # the dataset's epoch is another one now
-    rest = [(batch.index.tolist(), batch.latent_sample.sum().item()) for batch in first]
-    assert [(begun.index.tolist(), begun.latent_sample.sum().item()), *rest] == whole
+    other.load_state_dict(state)
+    assert other.state_dict() == state
+    other.set_epoch(1)  # of the same epoch: the position stays
+    assert read(other) == epochs[1][4:]
+    other.set_epoch(1)
+    assert read(other) == epochs[1]
+
+
+def test_a_state_is_of_the_ranks_that_the_loop_had(data, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    loader = LatentLoader(data, 3)
+    batches = iter(loader)
+    next(batches), next(batches)
+    state = loader.state_dict()
+    monkeypatch.delenv("RANK")
+    assert loader.state_dict() == state
+    assert (state["world_size"], state["next_batch"]) == (2, 2)
+    other = LatentLoader(data, 3)
+    other.load_state_dict(state)  # before the ranks are known
+    assert other.state_dict() == state
 
 
 def test_a_cond_model_behind_workers_is_an_error_that_names_the_loader(data):
@@ -133,7 +179,7 @@ def test_a_batch_gives_its_numbers_in_a_dtype(data):
     assert batch.to(dtype=torch.float64).latent_sample.dtype == torch.float64
     assert half.to("cpu").latent_sample.dtype == torch.bfloat16
     assert batch.latent_sample.dtype == torch.float32
-    with pytest.raises(UserError, match=r"^batch.to: dtype=torch.int64, expected one of numbers with a point"):
+    with pytest.raises(UserError, match=r"^batch.to: dtype=torch.int64, expected a floating-point dtype"):
         batch.to("cpu", torch.int64)
     assert batch.to("meta", non_blocking=True).latent_mean.is_meta
 
@@ -152,7 +198,7 @@ def test_ranks_are_torchrun_s_and_looked_up_when_an_epoch_begins(data, monkeypat
         shares.append([index for batch in loader for index in batch.index.tolist()])
         assert shares[-1] == [index for batch in sampler for index in batch]
         assert (sampler.rank, sampler.world_size) == (rank, 2)
-        assert "rank" in repr(loader)
+        assert f", rank {rank} of 2, epoch 1,\n" in repr(loader)
     assert sorted(shares[0] + shares[1]) == sorted(alone)
     for rank, size in (("2", "2"), ("x", "2"), ("0", ""), ("-1", "1")):
         monkeypatch.setenv("RANK", rank)

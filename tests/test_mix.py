@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from collections import Counter
+from fractions import Fraction
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset
 import latentprep
 from latentprep import BucketBatchSampler, LatentDataset, LatentLoader, LatentMix
 from latentprep.errors import UserError
+from latentprep.read.order import count_samples
 from tests.conftest import gradient
 
 
@@ -179,16 +181,16 @@ def open_small(small, **options):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda a, b: LatentMix([]), r"LatentMix: got a list, expected a list of LatentDatasets"),
+        (lambda a, b: LatentMix([]), "LatentMix: the list is empty, expected at least one LatentDataset"),
         (lambda a, b: LatentMix([a, "x"]), r"LatentMix: \[1\] is a str, expected a LatentDataset"),
         (lambda a, b: LatentMix([a, b], proportions=[1]), r"proportions=\[1\]: expected 2 numbers above 0"),
         (lambda a, b: LatentMix([a, b], proportions=[1, 0]), r"proportions=\[1, 0\]: expected 2 numbers"),
         (
             lambda a, b: LatentMix([a, b], proportions=[1, 2], same_images="in turn"),
-            "proportions: images that come in turn have none",
+            "proportions cannot be combined with same_images",
         ),
         (lambda a, b: LatentMix([a, b], same_images="once"), "same_images='once': expected one of each, in turn"),
-        (lambda a, b: LatentMix([a] * 9, same_images="in turn"), "same_images: 9 datasets, expected at most 8"),
+        (lambda a, b: LatentMix([a] * 9, same_images="in turn"), "same_images: 9 datasets, expected at most 4"),
         (lambda a, b: LatentMix([a, b]).__getitems__([0, 25]), "a batch mixes samples of several datasets"),
         (
             lambda a, b: LatentLoader("photos.latents"),
@@ -208,7 +210,7 @@ def open_small(small, **options):
         ),
         (
             lambda a, b: next(iter(DataLoader(a, batch_size=2))),
-            r"a LatentBatch has no \[0\]: it is a whole batch. To a DataLoader give collate_fn=LatentDataset.collate",
+            r"a LatentBatch has no \[0\]: it is a whole batch, with latent_sample, cond and weight. To a DataL",
         ),
         (
             lambda a, b: next(iter(DataLoader(ConcatDataset([a, b]), 2, collate_fn=LatentDataset.collate))),
@@ -220,3 +222,46 @@ def open_small(small, **options):
 def test_what_cannot_be_meant_is_one_line(caches, make, message):
     with pytest.raises(UserError, match=f"^{message}"):
         make(open_data(caches, "small"), open_data(caches, "large"))
+
+
+@pytest.mark.parametrize("proportions", [[1, 1, 1], [1, 3, 7], [1e308, 1e308, 1], [0.1, 0.2, 100]])
+def test_small_buckets_come_as_often_as_their_share_says(caches, proportions):
+    """However small a bucket is, no epoch is empty, and none has much more than another."""
+    keys = [f"{n}.png" for n in range(20)]
+    ones = [open_data(caches, "small").select([key]) for key in (keys[0], keys[15])]
+    mix = LatentMix([*ones, open_data(caches, "small").select(keys[:7])], proportions=proportions)
+    counts = [count_samples(mix, epoch) for epoch in range(40)]
+    assert all(count.sum() > 0 for count in counts)
+    assert max(count.sum() for count in counts) - min(count.sum() for count in counts) <= len(counts[0])
+    total = sum(counts)
+    rates = [9 * own / sum(map(Fraction, proportions)) for own in map(Fraction, proportions)]
+    for member, rate in enumerate(rates):
+        own = sum(int(n) for n, number in zip(total, mix._member_of, strict=True) if number == member)
+        assert abs(own - 40 * rate) <= 2
+    loader = LatentLoader(mix, 4)
+    lengths = [len(list(loader)) for _ in range(10)]
+    assert max(lengths) <= len(loader)
+    assert loader.epoch == 10
+
+
+def test_indices_of_a_mix_are_checked(caches):
+    mix = LatentMix([open_data(caches, "small"), open_data(caches, "others")])
+    assert sum(1 for _ in mix) == 27
+    for index in (27, 10**6, -28):
+        with pytest.raises(IndexError, match=f"index {index} of datasets of 27"):
+            mix[index]
+    assert torch.equal(mix[-1].latent_sample, mix[26].latent_sample)
+    assert mix[-1].member == 1
+    for wrong in ("x", slice(0, 2), 1.5):
+        with pytest.raises(UserError, match="expected the index of one sample"):
+            mix[wrong]
+    with pytest.raises(UserError, match="a batch of no indices"):
+        mix.__getitems__([])
+
+
+def test_the_length_is_that_of_the_longest_epoch(caches):
+    """Lightning counts the batches of the first epoch, and stops there in all others."""
+    loader = LatentLoader(LatentMix([open_data(caches, "small"), open_data(caches, "large")], same_images="in turn"), 3)
+    lengths = [len(list(loader)) for _ in range(4)]
+    assert len(loader) == max(lengths)
+    assert lengths[0] == lengths[2] != 0

@@ -1,5 +1,6 @@
 """Parts of a dataset: by key, and by content, which decides the same whatever else the cache holds."""
 
+import copy
 import pickle
 
 import numpy as np
@@ -68,8 +69,8 @@ def test_select_is_a_dataset_of_the_chosen_images(cache, keys, wanted):
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("no*", r"keys='no\*': no image of the cache has such a key"),
-        (["tall0.png", "gone.png"], r"keys: 1 are not in the cache, such as 'gone.png'"),
+        ("no*", r"keys='no\*': no image here has such a key"),
+        (["tall0.png", "gone.png"], r"keys: 1 of 2 are not here, such as 'gone.png'"),
         ([], "keys: the list is empty"),
         (lambda key: False, "keys: the function chose no image"),
     ],
@@ -106,7 +107,7 @@ def test_the_share_is_about_what_was_asked_for():
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_split_without_one_side_is_refused(cache, share):
-    with pytest.raises(UserError, match=rf"^split\({share}\): the (rest|share) would have none of 48 images"):
+    with pytest.raises(UserError, match=r"^split: the (rest|share) would have none of 48 images"):
         LatentDataset(cache).split(share)
     with pytest.raises(UserError, match=r"^share=2: a probability"):
         LatentDataset(cache).split(2)
@@ -130,5 +131,52 @@ def test_parts_have_epochs_and_positions_of_their_own(cache):
 
 @pytest.mark.parametrize("index", [slice(0, 3), slice(None), "x", None, 1.5])
 def test_what_is_no_index_is_one_line(cache, index):
-    with pytest.raises(UserError, match=r"^data\[.*\]: expected the index of one sample. Several are"):
+    with pytest.raises(UserError, match=r"^data\[.*\]: expected the index of one sample. Batches come"):
         LatentDataset(cache)[index]
+
+
+def test_a_side_can_be_split_again_by_its_own_share(cache):
+    data = LatentDataset(cache)
+    rest, test = data.split(0.3)
+    train, val = rest.split(0.3)
+    sides = [set(keys_of(side)) for side in (train, val, test)]
+    assert sum(map(len, sides)) == len(set.union(*sides)) == 48
+    assert 0.1 < len(sides[1]) / rest.num_images < 0.5
+    half, other = test.split(0.5)
+    assert half.num_images + other.num_images == test.num_images
+    again = LatentDataset(cache).split(0.3)[0].split(0.3)
+    assert [set(keys_of(side)) for side in again] == sides[:2]
+    assert len(data.split(0.3, seed=5)[0].split(0.3)[1]) > 0  # by another seed: of all of it
+
+
+def test_a_part_and_a_copy_keep_the_cond_model(cache):
+    data = LatentDataset(cache, shuffle_tags=True, cond_model=lambda prompts: torch.ones(len(prompts), 1, 1))
+    for part in (data.select("*"), *data.split(0.3), copy.copy(data)):
+        assert part[0].cond["prompt_embeds"].shape == (1, 1, 1)
+        assert copy.copy(part[0]).cond["prompt_embeds"].shape == (1, 1, 1)
+        assert next(iter(LatentLoader(part, 2))).cond["prompt_embeds"].shape[1:] == (1, 1)
+
+
+@pytest.mark.parametrize("keys", [5, None, [["a"]], b"abc", [1, 2]])
+def test_what_are_no_keys_is_one_line(cache, keys):
+    with pytest.raises(UserError, match=r"^keys=.*: expected a pattern, a list of keys, or a function"):
+        LatentDataset(cache).select(keys)
+
+
+@pytest.mark.parametrize("indices", [[0.9], ["0"], [[1, 2]], [None]])
+def test_what_are_no_indices_of_a_batch_is_one_line(cache, indices):
+    with pytest.raises(UserError, match=r"^a batch of .*: expected indices of samples"):
+        LatentDataset(cache).__getitems__(indices)
+
+
+def test_a_cond_model_makes_the_cond_of_stored_prompts_that_have_none(run, folder, tmp_path):
+    assert run("encode", folder, "--out", tmp_path / "bare", *SMALL, "--no-cond").code == 0
+    asked = []
+
+    def cond_model(prompts):
+        asked.extend(prompts)
+        return torch.zeros(len(prompts), 1, 1)
+
+    batch = LatentDataset(tmp_path / "bare", cond_model=cond_model)[0]
+    assert batch.cond["prompt_embeds"].shape == (1, 1, 1)
+    assert asked == batch.cond_text

@@ -1,10 +1,16 @@
 """read/rows.py: rows of any open files, gathered by their addresses, are the rows themselves."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from latentprep import LatentDataset, LatentLoader
+from latentprep.errors import UserError
 from latentprep.read import rows as reading
 from latentprep.read.rows import Addresses, read_memory
 from tests.conftest import SMALL, gradient
@@ -21,9 +27,11 @@ def test_rows_at_addresses_are_the_rows(dtype, shape, count):
     known = Addresses(3)
     for number, tensor in enumerate(tensors):
         known.put(number, tensor)
-    found = read_memory(known.find(which, rows), dtype, shape)
+    found = known.of(which).read(rows, slice(0, count))
     assert found.dtype == dtype
     assert torch.equal(found, torch.stack([tensors[n][row] for n, row in zip(which, rows, strict=True)]))
+    some = slice(count // 2, count)
+    assert torch.equal(known.of(which).read(rows[some], some), found[some])
 
 
 @pytest.mark.parametrize("offset", range(9))
@@ -36,20 +44,27 @@ def test_files_of_a_stranger_s_may_lie_at_odd_addresses(offset):
 
 
 def test_what_does_not_lie_row_behind_row_has_no_addresses():
-    known = Addresses(5)
-    known.put(0, torch.ones(3, 4))
-    known.put(1, torch.ones(3, 5))
-    known.put(2, torch.ones(()).expand(3, 4))
-    known.put(3, torch.ones(4, 3).T)
-    assert known.find(np.array([0, 0]), np.array([0, 2])) is not None
-    for other in (1, 2, 3, 4):  # another size, no rows of its own, turned, not open
-        assert known.find(np.array([0, other]), np.array([0, 0])) is None
-        if other > 1:
-            assert known.find(np.array([other]), np.array([0])) is None
+    tensors = [
+        torch.ones(3, 4), torch.ones(3, 5), torch.ones(()).expand(3, 4), torch.ones(4, 3).T,
+        torch.ones(3, 4).bfloat16(), torch.ones(3, 2, 2), torch.ones(3, 4, device="meta"), torch.ones(3, 8).half(),
+    ]  # fmt: skip
+    known = Addresses(len(tensors) + 1)
+    for number, tensor in enumerate(tensors):
+        known.put(number, tensor)
+
+    def read(*groups):
+        return known.of(np.array(groups)).read(np.zeros(len(groups), np.int64), slice(0, len(groups)))
+
+    assert read(0, 0) is not None
+    for other in range(1, len(tensors) + 1):  # of other rows, turned, of another dtype, shape, device; not open
+        assert read(0, other) is None, other
+        assert (read(other) is not None) == (other in (1, 4, 5, 7)), other
     known.put(0, None)
-    assert known.find(np.array([0]), np.array([0])) is None
-    known.first[:2], known.row_bytes[:2] = (2**12, 2**46), 2**20  # too far apart for one table
-    assert known.find(np.array([0, 1]), np.array([0, 0])) is None
+    assert read(0) is None
+    known.put(0, tensors[0])
+    known.put(1, torch.ones(3, 4))
+    known.first[1] = known.first[0] + 2**59  # too far apart for one table
+    assert read(0, 1) is None
 
 
 @pytest.fixture
@@ -106,7 +121,7 @@ def test_a_batch_of_many_shards_holds_the_samples_that_each_alone_gives(cache, m
 
 def test_the_slow_way_gives_the_same(cache, monkeypatch):
     fast = [list(LatentLoader(open_data(cache), 5)) for _ in range(2)][1]
-    monkeypatch.setattr(reading.Addresses, "find", lambda *_: None)
+    monkeypatch.setattr(reading.RowAddresses, "read", lambda *_: None)
     for batch, other in zip(LatentLoader(open_data(cache), 5), fast, strict=True):
         same(batch, other)
 
@@ -124,3 +139,65 @@ def test_a_batch_keeps_its_prompts_when_its_files_are_closed(cache, monkeypatch)
     monkeypatch.setattr("latentprep.read.shards.MAX_OPEN", 1)
     batches = list(LatentLoader(open_data(cache), 4))
     assert [batch.cond_text for batch in batches] == wanted
+
+
+@pytest.mark.parametrize("max_open", [3, 16_000])
+def test_threads_may_read_one_dataset(cache, monkeypatch, max_open):
+    """Two that open one group at once, and one that closes what another reads, must not read memory that is gone."""
+    monkeypatch.setattr("latentprep.read.shards.MAX_OPEN", max_open)
+    wanted = {batch.index[0].item(): batch for batch in LatentLoader(open_data(cache), 5)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for _ in range(6):
+            data = open_data(cache)
+
+            def read(data=data):
+                return [data.__getitems__(batch.index.tolist()) for batch in wanted.values()]
+
+            with ThreadPoolExecutor(4) as pool:
+                for found in [pool.submit(read) for _ in range(4)]:
+                    for batch in found.result():
+                        same(batch, wanted[batch.index[0].item()])
+    finally:
+        sys.setswitchinterval(interval)
+
+
+def test_the_default_device_of_a_training_loop_changes_nothing(cache):
+    wanted = list(LatentLoader(open_data(cache), 5))
+    samples = [batch.latent_sample for batch in wanted]
+    with torch.device("meta"):
+        data = open_data(cache)
+        batches = list(LatentLoader(data, 5))
+        found = [batch.latent_sample for batch in batches]
+        assert data.uncond()["prompt_embeds"].device.type == "cpu"
+    for batch, other, sample, drawn in zip(batches, wanted, samples, found, strict=True):
+        same(batch, other)
+        assert torch.equal(sample, drawn)
+
+
+def test_a_std_of_another_dtype_than_the_mean_is_refused(cache):
+    """Rows of 16 bits are of one size, whatever they mean."""
+    path = sorted((cache / "shards").glob("*.latents.safetensors"))[0]
+    with safe_open(path, "pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    changed = {n: t.bfloat16() if n.endswith("latent_std") else t for n, t in tensors.items()}
+    save_file(changed, path, metadata)
+    with pytest.raises(UserError, match="this shard and its text do not fit the others"):
+        list(LatentLoader(open_data(cache), 5))
+
+
+def test_a_sample_that_was_drawn_in_inference_mode_may_be_trained_on(cache):
+    batch, other = open_data(cache)[0], open_data(cache)[0]
+    with torch.inference_mode():
+        assert batch.latent_sample.shape == other.latent_sample.shape
+    weight = torch.ones((), requires_grad=True)
+    (batch.latent_sample * weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_batch_holds_no_other_files_than_its_own(cache):
+    data = open_data(cache)
+    list(LatentLoader(data, 1))  # all are open now
+    for batch in LatentLoader(data, 1):
+        assert len(batch.prompts.rows.opened) == 1

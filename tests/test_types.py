@@ -34,6 +34,13 @@ for other in LatentLoader(with_weight.select("a/*"), num_workers=2):
     weight: Tensor = other.weight
 for mixed in LatentLoader([data, val], 4):
     print(mixed.cond["prompt_embeds"] * mixed.sample_weight)
+floor: Tensor = LatentDataset("photos.latents", use_weight=0.1)[0].weight
+
+
+def choose(flag: bool) -> Tensor:
+    return LatentDataset("photos.latents", use_weight=flag)[0].weight  # wrong: perhaps no weight
+
+
 mix = LatentMix([data, val], proportions=[1, 3])
 loader = DataLoader(mix, batch_sampler=BucketBatchSampler(mix, 4), collate_fn=LatentDataset.collate)
 

@@ -79,7 +79,7 @@ def pad(rows: Sequence[Tensor], fill: str) -> tuple[Tensor, Tensor]:
         last = row[-1:] if fill == REPEAT else torch.zeros_like(row[-1:])
         return torch.cat([row, last.expand(longest - len(row), *row.shape[1:])]) if len(row) < longest else row
 
-    return torch.stack([lengthen(row) for row in rows]), torch.tensor([len(row) for row in rows])
+    return torch.stack([lengthen(row) for row in rows]), torch.tensor([len(row) for row in rows], device=rows[0].device)
 
 
 def mask_of(lengths: Tensor, longest: int) -> Tensor:

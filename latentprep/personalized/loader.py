@@ -1,6 +1,5 @@
 """PersonalizedDataLoader: batches of a PersonalizedBase, epoch after epoch, and where the loop stands."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +11,6 @@ from latentprep.personalized.dataset import PersonalizedBase
 from latentprep.personalized.entries import DatasetEntry
 from latentprep.read.arguments import check_int
 from latentprep.read.describe import show_shape
-from latentprep.read.position import Position
 from latentprep.read.sampler import BucketBatchSampler
 
 
@@ -52,9 +50,8 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
         batch_size: int = 1,
         pin_memory: bool = False,
     ) -> None:
-        self.batches = BucketBatchSampler(dataset.data, batch_size, seed=dataset.seed)
-        self._next = self._begun = Position()  # where the next `for` begins, and where the last one did
-        self._used = 0  # batches that the last one was given of its stretch of the epoch
+        # the ancestor's loops know of one process; its seed is another one in each
+        self.batches = BucketBatchSampler(dataset.data, batch_size, seed=dataset.seed, rank=0, world_size=1)
         super().__init__(
             dataset,  # type: ignore[arg-type]
             batch_sampler=self.batches,
@@ -62,41 +59,32 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
             pin_memory=pin_memory,
         )
 
-    def __iter__(self) -> Iterator[BatchLoader]:  # type: ignore[override]
-        batch_size, world_size = self.batches.samples_per_batch, self.batches.world_size
-        begun = self.batches.position = self._begun = self.batches.settle(self._next, world_size)
-        self._next = Position(begun.epoch + 1)
-        _, used = begun.split(batch_size, world_size)
-        self._used = used
-        for batch in super().__iter__():
-            used += 1
-            if self._begun is begun:  # else another `for` has begun since: the state is that one's
-                self._used = used
-            yield batch
-
     def __repr__(self) -> str:
         return f"PersonalizedDataLoader({self.batches.describe()}, next epoch {self.epoch},\n  {self.dataset!r})"
 
     @property
     def epoch(self) -> int:
         """The epoch that the next `for` gives."""
-        return self._next.epoch
+        return self.batches.epoch
 
     @property
     def next_batch(self) -> int:
         """The number in its epoch of the batch that the next `for` starts with: 0, or more after load_state_dict.
 
-        For loops that count: `for j, batch in enumerate(loader, loader.next_batch)`.
+        For loops that count: `for j, batch in enumerate(loader, loader.next_batch)`. With another batch size than
+        before it counts from where that began.
         """
-        return self._next.split(self.batches.samples_per_batch, self.batches.world_size)[1]
+        return self.batches.position.split(self.batches.samples_per_batch, 1)[1]
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, to be saved with a checkpoint."""
-        batches = self.batches
-        return batches.describe_position(self._begun.after(self._used, batches.samples_per_batch, batches.world_size))
+        return self.batches.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where state_dict was taken. Takes over its seed, unless the dataset was given one. Raises UserError."""
+        """Go on where state_dict was taken. Takes over its seed, unless the dataset was given one. Raises UserError.
+
+        If nothing remained of the epoch, the next `for` is of the next one.
+        """
         dataset: PersonalizedBase = self.dataset  # type: ignore[assignment]
         if not isinstance(state, dict):
             raise UserError(f"load_state_dict: got a {type(state).__name__}, expected what state_dict gave.")
@@ -109,5 +97,4 @@ class PersonalizedDataLoader(DataLoader[BatchLoader]):
             self.batches.seed = dataset.data.seed = before
             raise
         dataset.seed = self.batches.seed
-        self._next = self._begun = self.batches.settle(self.batches.position, self.batches.world_size)
-        _, self._used = self._begun.split(self.batches.samples_per_batch, self.batches.world_size)
+        self.batches.skip_if_over()

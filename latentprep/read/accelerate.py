@@ -1,7 +1,7 @@
-"""What accelerate has to know, and what it must be kept from, so that its loops see each sample once. (1.0 to 1.15)
+"""What the reader does for accelerate (1.0 to 1.15), so that its loops see each sample once.
 
 `Accelerator.prepare` wraps the sampler of a DataLoader: each process takes every n-th batch of it (BatchSamplerShard).
-So the sampler has to give the batches of all ranks in turn. That it was wrapped it only knows by who asks it.
+So the sampler has to give the batches of all ranks in turn. Nobody tells it that it was wrapped: it looks who calls.
 """
 
 import sys
@@ -13,28 +13,35 @@ from typing import Any
 from latentprep.errors import UserError
 
 
-def find_world_size(asking: FrameType) -> int | None:
-    """The number of processes that accelerate shares the asked-for batches out to; None if it is not accelerate."""
-    module = sys.modules.get("accelerate.data_loader")
-    asks = asking.f_locals.get("self") if module is not None else None
-    return int(asks.num_processes) if module is not None and isinstance(asks, module.BatchSamplerShard) else None
+def find_world_size(asking: FrameType | None) -> int | None:
+    """How many processes accelerate shares these batches among; None if the caller is not accelerate."""
+    shard = find_caller(asking, "BatchSamplerShard")
+    return None if shard is None else int(shard.num_processes)
 
 
 def refuse_dispatch(asking: FrameType | None) -> None:
     """Raise UserError for accelerate's dispatch_batches: one process would read for all, and cut batches into parts."""
+    if find_caller(asking, "DataLoaderDispatcher") is not None:
+        raise UserError(
+            "accelerate's dispatch_batches: one process would read batches for all and cut them, and batches of "
+            "latents cannot be cut. Leave it out: each process reads its own."
+        )
+
+
+def find_caller(asking: FrameType | None, name: str) -> Any:
+    """The object of this class of accelerate.data_loader that called, through whatever stands between; or None."""
     module = sys.modules.get("accelerate.data_loader")
     while module is not None and asking is not None:
-        if type(asking.f_locals.get("self")) is module.DataLoaderDispatcher:  # isinstance would believe its __class__
-            raise UserError(
-                "accelerate's dispatch_batches: batches of latents cannot be cut and sent by one process. "
-                "Leave it out: each process reads its own."
-            )
+        caller = asking.f_locals.get("self")
+        if getattr(module, name) in type(caller).__mro__:  # isinstance would believe a __class__ that is made up
+            return caller
         asking = asking.f_back
+    return None
 
 
 @contextmanager
 def end_is_known(loader: Any) -> Iterator[None]:
-    """While batches of a loader are trained on, `Accelerator.accumulate` looks at its `end_of_dataloader`."""
+    """Tells accelerate which loader is running, so that `Accelerator.accumulate` makes a step on its last batch."""
     module = sys.modules.get("accelerate.state")
     if module is None:
         yield

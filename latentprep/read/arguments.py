@@ -13,8 +13,8 @@ UseWeight = bool | Literal["raw"] | float
 SAMPLING_METHODS = get_args(SamplingMethod)
 
 
-def check_int(name: str, value: object, low: int | None = None) -> int:
-    """An argument as an int, numpy's too. Raises UserError for anything else, and below `low`."""
+def check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
+    """An argument as an int, numpy's too. Raises UserError for anything else, below `low` and above `high`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -23,7 +23,14 @@ def check_int(name: str, value: object, low: int | None = None) -> int:
         raise UserError(f"{name}={value!r}: expected a whole number.") from None
     if low is not None and number < low:
         raise UserError(f"{name}={number}: expected at least {low}.")
+    if high is not None and number > high:
+        raise UserError(f"{name}={number}: expected at most {high}.")
     return number
+
+
+def check_epoch(name: str, value: object) -> int:
+    """The number of an epoch. Raises UserError for anything but 0 to 2**63 - 1."""
+    return check_int(name, value, 0, 2**63 - 1)
 
 
 def check_share(name: str, value: Any) -> float:

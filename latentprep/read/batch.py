@@ -18,7 +18,7 @@ from latentprep.read.prompts import StoredPrompts
 
 CondModel = Callable[[list[str]], "Tensor | dict[str, Tensor]"]  # B prompts -> [B,T,D], or name -> [B,...]
 Cond = dict[str, Tensor]  # name -> [B,...]
-# what the types of a batch say of include_cond and use_weight
+# CondT is None without include_cond, WeightT is None without use_weight
 CondT = TypeVar("CondT", bound=Cond | None, default=Cond | None, covariant=True)
 WeightT = TypeVar("WeightT", bound=Tensor | None, default=Tensor | None, covariant=True)
 
@@ -52,7 +52,7 @@ class LatentBatch(Generic[CondT, WeightT]):
     loss_weight: float = 1.0  # of each sample
     member: int = 0  # of a LatentMix: the number of the dataset that the samples are from
     cond_model: CondModel | None = None  # makes cond of cond_text, if the dataset makes prompts of its own
-    dtype: torch.dtype = torch.float32  # of latent_sample, weight and cond, as `to` was told
+    dtype: torch.dtype | None = None  # of latent_sample, weight and cond, as `to` was told; None: float32
     _drawn: Tensor | None = None
     _made_cond: dict[str, Tensor] | None = None
 
@@ -83,8 +83,8 @@ class LatentBatch(Generic[CondT, WeightT]):
     def __getitem__(self, index: object) -> Any:
         """Refused: DataLoader's own collate would take a batch apart. Raises UserError."""
         raise UserError(
-            f"a LatentBatch has no [{index!r:.40}]: it is a whole batch. To a DataLoader give "
-            "collate_fn=LatentDataset.collate, or read with LatentLoader."
+            f"a LatentBatch has no [{index!r:.40}]: it is a whole batch, with latent_sample, cond and weight. To a "
+            "DataLoader give collate_fn=LatentDataset.collate, or read with LatentLoader."
         )
 
     @property
@@ -98,13 +98,16 @@ class LatentBatch(Generic[CondT, WeightT]):
         Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample, on every
         device up to rounding.
         """
+        if self._drawn is None and torch.is_inference_mode_enabled():
+            with torch.inference_mode(False):  # a sample that is kept must be fit for training too
+                return self.latent_sample
         if self._drawn is None:
             if self.latent_std is None or self.noise_seed is None:
                 self._drawn = self.normalization.apply(self.latent_mean.float())
             else:
                 sample = draw_sample(self.latent_mean, self.latent_std, self.noise_seed)
                 self._drawn = self.normalization.apply(sample, in_place=True)
-        return self._drawn.to(self.dtype)
+        return self._drawn.to(self.dtype or torch.float32)
 
     @property
     def weight(self) -> WeightT:
@@ -115,7 +118,7 @@ class LatentBatch(Generic[CondT, WeightT]):
         if self.stored_weight is None:
             return None  # type: ignore[return-value]  # WeightT is None then
         weight = self.normalization.patch_weight(self.stored_weight, self.latent_mean.shape[1])
-        return weight.to(self.dtype)  # type: ignore[return-value]
+        return weight.to(self.dtype or torch.float32)  # type: ignore[return-value]
 
     @property
     def sample_weight(self) -> Tensor:
@@ -123,7 +126,7 @@ class LatentBatch(Generic[CondT, WeightT]):
 
         `(batch.sample_weight * loss.mean((1, 2, 3))).mean()`
         """
-        return torch.full((len(self),), self.loss_weight, device=self.latent_mean.device)
+        return torch.full((len(self),), self.loss_weight, dtype=torch.float32, device=self.latent_mean.device)
 
     @property
     def cond(self) -> CondT:
@@ -136,11 +139,16 @@ class LatentBatch(Generic[CondT, WeightT]):
         Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
         """
         if self.stored_cond is not None:
-            return finish_cond(self.stored_cond, self.cond_lengths, self.dtype)  # type: ignore[return-value]
+            return finish_cond(self.stored_cond, self.cond_lengths, self.dtype or torch.float32)  # type: ignore[return-value]
         if self._made_cond is None and self.cond_model is not None:
             made = self.cond_model(self.cond_text)
             self._made_cond = made if isinstance(made, dict) else {"prompt_embeds": made}
-        return self._made_cond  # type: ignore[return-value]
+        if self._made_cond is None or self.dtype is None:
+            return self._made_cond  # type: ignore[return-value]
+        return {  # type: ignore[return-value]
+            name: value.to(self.dtype) if value.is_floating_point() else value
+            for name, value in self._made_cond.items()
+        }
 
     @property
     def time_ids(self) -> Tensor:
@@ -154,9 +162,12 @@ class LatentBatch(Generic[CondT, WeightT]):
         left = torch.where(self.flipped, mirrored, left)
         return torch.stack([*self.original_size.unbind(1), top, left, height, width], dim=1).float()
 
+    def __copy__(self) -> "LatentBatch[CondT, WeightT]":
+        return replace(self)
+
     def __getstate__(self) -> dict[str, Any]:
         kept = None if self.cond_model is None else cond_model_elsewhere  # LatentLoader puts the real one back
-        return {**self.__dict__, "cond_model": kept, "prompts": self.cond_text}  # elsewhere no file is open
+        return {**self.__dict__, "cond_model": kept, "prompts": self.cond_text}  # another process has no open files
 
     def to(
         self,
@@ -171,8 +182,8 @@ class LatentBatch(Generic[CondT, WeightT]):
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device
-        if dtype is not None and not dtype.is_floating_point:
-            raise UserError(f"batch.to: dtype={dtype}, expected one of numbers with a point, such as torch.bfloat16.")
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise UserError(f"batch.to: dtype={dtype}, expected a floating-point dtype, such as torch.bfloat16.")
         moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking)) if device is not None else self
         return moved if dtype is None else replace(moved, dtype=dtype)
 

@@ -54,7 +54,7 @@ class StoredCond:
         """
         cond: dict[str, Tensor] = {}
         lengths: dict[str, Tensor] = {}
-        for name, first in rows.first.cond.items():
+        for name, first in rows.one.cond.items():
             own = take_cond(rows, name, prompts)
             if is_dropped is not None:
                 put_empty(own, is_dropped, self._empty_row(name, first))
@@ -77,7 +77,7 @@ class StoredCond:
 
 def take_cond(rows: OpenRows, name: str, prompts: np.ndarray) -> Rows:
     """Cond of each sample. All groups have the same kind, dense or ragged: OpenShards checks that."""
-    if isinstance(rows.first.cond[name], Tensor):
+    if isinstance(rows.one.cond[name], Tensor):
         return rows.take_cond(name, prompts)
     return [run.group.cond[name][row] for run in rows.runs for row in prompts[run.span].tolist()]
 

@@ -36,7 +36,7 @@ from latentprep.read.cond import StoredCond, finish_cond
 from latentprep.read.describe import show_cond, show_shape
 from latentprep.read.index import Index, Shape
 from latentprep.read.order import Batches, EpochIndices
-from latentprep.read.parts import Chosen, choose_images, choose_keys, groups_of, split_by_content
+from latentprep.read.parts import Chosen, choose_keys, groups_of, split_by_content
 from latentprep.read.prompts import Prompts, Wording, check_cond_model
 from latentprep.read.reader import SampleReader, Sampling
 from latentprep.read.shards import OpenShards, promised_by
@@ -81,6 +81,8 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     shuffle_tags, keep_tags: shuffle the comma-separated tags of the caption, all but the first `keep_tags`.
     tag_drop_out: how often each of those tags is left out, 0..1.
     wildcards: {a|b|c} in captions and templates becomes one of its parts.
+    sample_weight: how much the loss of each sample counts, as batch.sample_weight has it.
+    seed: what draws, flips and prompts start from.
     cond_model: makes their cond: a callable from a list of B prompts to [B,T,D], or to a dict of such. It is called in
         the training process, when batch.cond is asked for; without it, say include_cond=False.
 
@@ -100,7 +102,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     @overload
     def __init__(
         self: "LatentDataset[Cond, Tensor]", cache: str | Path, *, include_cond: Literal[True] = True,
-        use_weight: Literal[True, "raw"] | float, **keywords: Unpack[Keywords],
+        use_weight: Literal[True, "raw"], **keywords: Unpack[Keywords],
     ) -> None: ...
     @overload
     def __init__(
@@ -110,7 +112,17 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     @overload
     def __init__(
         self: "LatentDataset[None, Tensor]", cache: str | Path, *, include_cond: Literal[False],
-        use_weight: Literal[True, "raw"] | float, **keywords: Unpack[Keywords],
+        use_weight: Literal[True, "raw"], **keywords: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "LatentDataset[Cond | None, Tensor | None]", cache: str | Path, *, include_cond: bool = True,
+        use_weight: bool = False, **keywords: Unpack[Keywords],
+    ) -> None: ...
+    @overload
+    def __init__(
+        self: "LatentDataset[Cond, Tensor]", cache: str | Path, *, include_cond: Literal[True] = True,
+        use_weight: float, **keywords: Unpack[Keywords],
     ) -> None: ...
     @overload
     def __init__(
@@ -158,6 +170,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         self._shards = OpenShards(self.storage, self.manifest, self._index.groups, needs_cond=include_cond)
         self._reader = SampleReader(self.manifest, self._shards, self._prompts, sampling)
         self._epoch = make_epoch()
+        self._split: dict[int, tuple[float, float]] = {}  # seed -> the range of hashes that split has left here
         self._check()
 
     def _check(self) -> None:
@@ -232,6 +245,10 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         """Samples of each bucket, in the order of `buckets`."""
         return [self._index.count_of_bucket(bucket) * self.repeats for bucket in range(len(self.buckets))]
 
+    def counts_at_most(self) -> list[np.ndarray]:
+        """Samples of each bucket that an epoch takes: all epochs take the same."""
+        return [np.array(self.sizes_of_buckets(), np.int64)]
+
     def samples_before(self, epoch: int) -> list[int]:
         """Samples of each bucket that all epochs before have taken: each takes every one."""
         return [size * epoch for size in self.sizes_of_buckets()]
@@ -254,18 +271,25 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         keys: a pattern ("birds/*.png"; * is any text, / too), a list of keys, or a function from a key to True or
         False. Raises UserError if none is left, or a key of the list is not there.
         """
-        if callable(keys):
-            return self._part(choose_images(self._index, self._shards, keys))
         return self._part(choose_keys(self._index, self._shards, keys))
 
     def split(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
-        """The rest of the images, and about this share of them: `train, val = data.split(0.05)`.
+        """(train, val) for `train, val = data.split(0.05)`: val has about this share of the images, train the rest.
 
         The content of an image decides where it goes, and nothing else: it stays there when images are added, removed
-        or renamed, and equal images are on the same side. Another seed splits otherwise. Raises UserError.
+        or renamed, equal images are on the same side, and so they are in another dataset of the same images. A side can
+        be split again. Another seed splits otherwise. Reads the hashes of all images. Raises UserError.
         """
-        rest, part = split_by_content(self._index, self._shards, share, check_int("seed", seed))
-        return self._part(rest), self._part(part)
+        check_share("share", share)
+        low, high = self._split.get(check_int("seed", seed), (0.0, 1.0))  # what of the hashes' range is left
+        edge, seed = low + share * (high - low), int(seed)
+        rest, part = split_by_content(self._index, self._shards, edge, int(seed))
+        sides = self._part(rest), self._part(part)
+        sides[0]._split, sides[1]._split = (
+            {**self._split, int(seed): (edge, high)},
+            {**self._split, int(seed): (low, edge)},
+        )
+        return sides
 
     def digests(self) -> np.ndarray:
         """[n] uint64: half of the content hash of each image, in the order of the dataset."""
@@ -281,6 +305,12 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         part = copy(self)
         part._index, part._epoch = self._index.choose(chosen), make_epoch()
         return part
+
+    def __copy__(self) -> Self:
+        """The same process keeps the cond_model, unlike another one (__getstate__)."""
+        new = object.__new__(type(self))
+        new.__dict__ = {**self.__dict__}
+        return new
 
     def key(self, index: int) -> str:
         """Path of an image relative to the folder that was encoded."""
@@ -300,18 +330,13 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         stored = self._prompts.stored
         if not stored.is_there:
             return None
-        rows = {name: value[0][None] for name, value in stored.empty().items()}
-        ragged = [name for name, value in stored.empty().items() if isinstance(value, Ragged)]
-        return finish_cond(rows, {name: torch.tensor([rows[name].shape[1]]) for name in ragged})
+        with torch.device("cpu"):
+            rows = {name: value[0][None] for name, value in stored.empty().items()}
+            ragged = [name for name, value in stored.empty().items() if isinstance(value, Ragged)]
+            return finish_cond(rows, {name: torch.tensor([rows[name].shape[1]]) for name in ragged})
 
     def __getitem__(self, index: int) -> LatentBatch[CondT, WeightT]:
-        try:
-            return self.__getitems__([as_index(index)])
-        except TypeError:
-            raise UserError(
-                f"data[{show_index(index)}]: expected the index of one sample. "
-                "Several are data.__getitems__([0, 1, 2]), a part of the data is data.select(...)."
-            ) from None
+        return self.__getitems__([check_index(index)])
 
     def __getitems__(self, indices: list[int]) -> LatentBatch[CondT, WeightT]:
         """The batch of some samples, of the epoch that the sampler has given them, else of set_epoch's."""
@@ -320,9 +345,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
     def read(self, indices: list[int], epoch: int) -> LatentBatch[CondT, WeightT]:
         """The batch that `__getitems__` gives in an epoch. Raises IndexError for what is no index."""
-        samples = np.asarray(indices, np.int64)
-        if not len(samples):
-            raise UserError("a batch of no indices: expected at least one.")
+        samples = check_indices(indices)
         (batch,) = self.read_many(Batches(self._index.check(samples), np.array([0, len(samples)])), epoch)
         return batch
 
@@ -352,11 +375,31 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
 def make_epoch() -> Tensor:
     """The number of an epoch, [] int64, seen by workers that are kept between epochs."""
-    return torch.zeros((), dtype=torch.int64).share_memory_()
+    return torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
 
 
-def show_index(index: object) -> str:
-    """0:3 of a slice, else its repr."""
-    if isinstance(index, slice):
-        return ":".join("" if part is None else str(part) for part in (index.start, index.stop))
-    return f"{index!r:.40}"
+def check_index(index: object) -> int:
+    """The index of one sample. Raises UserError for what is none."""
+    try:
+        return as_index(index)  # type: ignore[arg-type]
+    except TypeError:
+        shown = f"{index!r:.40}"
+        if isinstance(index, slice):
+            shown = ":".join("" if part is None else str(part) for part in (index.start, index.stop))
+        raise UserError(
+            f"data[{shown}]: expected the index of one sample. Batches come from LatentLoader, or from a DataLoader "
+            "with batch_sampler=BucketBatchSampler(...); a part of the data is data.select(...)."
+        ) from None
+
+
+def check_indices(indices: Any) -> np.ndarray:
+    """The indices of a batch as [B] int64. Raises UserError for what are none."""
+    samples = np.asarray(indices)
+    if not samples.size:
+        raise UserError("a batch of no indices: expected at least one.")
+    if samples.ndim != 1 or samples.dtype.kind not in "iu":
+        raise UserError(
+            f"a batch of {indices!r:.60}: expected indices of samples, as a DataLoader with "
+            "batch_sampler=BucketBatchSampler(...) gives them."
+        )
+    return samples.astype(np.int64)

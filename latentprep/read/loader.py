@@ -13,24 +13,28 @@ from latentprep.read.arguments import check_int
 from latentprep.read.batch import CondT, LatentBatch, WeightT
 from latentprep.read.dataset import LatentDataset
 from latentprep.read.mix import LatentMix
+from latentprep.read.order import Batches, EpochIndices
 from latentprep.read.position import Position
 from latentprep.read.sampler import BucketBatchSampler
 
 
 class LatentLoader(Generic[CondT, WeightT]):
-    """Batches of a LatentDataset, or of several in a list; each `for` that runs to its end is one epoch.
+    """Batches of a LatentDataset, or of several in a list. Each `for` is one epoch, also if it is left before its end.
 
     A list is a LatentMix, which has more to say: proportions, images that several datasets have.
 
-    batch_size is clamped to the size of the data, and gradient_step to its batches, as the ancestor clamped them.
-    rank and world_size are torch.distributed's if it is initialized, else torchrun's RANK and WORLD_SIZE; they are
-    looked up when an epoch begins. `Accelerator.prepare` and Lightning leave a LatentLoader as it is: it shares out the
-    epoch itself, and only batch.to(device) is left to do. num_workers, pin_memory and further keywords go to torch's
-    DataLoader.
+    batch_size is clamped to the size of the data, and gradient_step to len(data) // batch_size, as in
+    stable-diffusion-webui. rank and world_size are torch.distributed's if it is initialized, else torchrun's RANK and
+    WORLD_SIZE; they are looked up when an epoch begins. `Accelerator.prepare` and Lightning leave a LatentLoader as it
+    is: it shares out the epoch itself, and only batch.to(device) is left to do. num_workers, pin_memory and further
+    keywords go to torch's DataLoader.
+
+    Position and epoch are those of its `sampler`: set_epoch of either will do.
     """
 
     end_of_dataloader = False  # whether the loop has the last batch of an epoch: accelerate's GradientState asks
     remainder = -1  # what accelerate would cut off gathered metrics: nothing, since no batch is filled up
+    collate_fn = staticmethod(LatentDataset.collate)  # with dataset and batch_sampler: what skip_first_batches takes
 
     def __init__(
         self,
@@ -49,20 +53,40 @@ class LatentLoader(Generic[CondT, WeightT]):
             data = LatentMix(data)
         if not isinstance(data, LatentDataset | LatentMix):
             raise UserError(f"LatentLoader: got a {type(data).__name__}, expected a LatentDataset{hint(data)}.")
+        for name in ("sampler", "batch_sampler", "collate_fn"):
+            if name in dataloader_options:
+                raise UserError(f"{name}: LatentLoader has its own. With another one, use torch's DataLoader.")
         self.data = data
         self.sampler = BucketBatchSampler(
             data, batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed, rank=rank, world_size=world_size
         )
         self.batch_size = self.sampler.samples_per_batch
         self.gradient_step = min(check_int("gradient_step", gradient_step, 1), len(data) // self.batch_size)
+        self._asked = Asked()
         self.dataloader: DataLoader[LatentBatch[CondT, WeightT]] = DataLoader(
-            data, batch_sampler=self.sampler, collate_fn=LatentDataset.collate, **dataloader_options
+            data, batch_sampler=self._asked, collate_fn=LatentDataset.collate, **dataloader_options
         )
-        self._next = self._begun = Position()  # where the next `for` begins, and where the last one did
-        self._used = 0  # batches that the training loop was given of its stretch of the epoch
+        # without workers and the like DataLoader would add a tenth to the time of a batch, and nothing else
+        self._is_plain = not any(dataloader_options.values())
+
+    @property
+    def dataset(self) -> LatentDataset[CondT, WeightT] | LatentMix[CondT, WeightT]:
+        """The data, as a DataLoader calls it."""
+        return self.data
+
+    @property
+    def batch_sampler(self) -> BucketBatchSampler:
+        """The sampler, as a DataLoader calls it."""
+        return self.sampler
+
+    def __getattr__(self, name: str) -> Any:
+        """What a DataLoader says of its workers: accelerate's skip_first_batches makes another one like it."""
+        if name.startswith("_") or name == "dataloader":  # asked for by copy and pickle, before there is any
+            raise AttributeError(name)
+        return getattr(self.dataloader, name)
 
     def __len__(self) -> int:
-        """Batches of a whole epoch, on this rank."""
+        """Batches of a whole epoch on this rank; if epochs of a LatentMix differ, of one that has the most."""
         return len(self.sampler)
 
     def __repr__(self) -> str:
@@ -70,41 +94,40 @@ class LatentLoader(Generic[CondT, WeightT]):
         by = f", by {counted(workers, 'worker')}" if workers else ""
         return f"LatentLoader({self.sampler.describe()}, epoch {self.epoch}{by},\n  {self.data!r})"
 
+    def __getitem__(self, index: object) -> None:
+        """Refused: a loader is no dataset. Raises UserError."""
+        raise UserError("a LatentLoader is no dataset: loop over it, or give a DataLoader the dataset itself.")
+
     @property
     def epoch(self) -> int:
-        return self._next.epoch
+        """The epoch that the next `for` gives."""
+        return self.sampler.epoch
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that the next `for` gives, from its start."""
-        self._next = self._begun = Position(check_int("epoch", epoch, 0))
-        self._used = 0
+        """The epoch that the next `for` gives: from its start, or from where load_state_dict has put it."""
+        self.sampler.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[LatentBatch[CondT, WeightT]]:
-        sampler, world_size = self.sampler, self.sampler.world_size
-        begun = sampler.settle(self._next, world_size)
-        self._begun = begun
-        self._next = Position(begun.epoch)  # a loop that is left starts its epoch again
-        _, used = begun.split(self.batch_size, world_size)
-        self._used = used
-        last = sampler.num_batches(begun, world_size)
+        sampler = self.sampler
+        rank, world_size = sampler.ranks
+        begun, epoch, used = sampler.begin(world_size)
+        pieces = epoch.batches(used, range(rank, rank + 1))
         with end_is_known(self):
-            for batch in self._read(begun, sampler.rank, world_size):
+            for batch in self._read(pieces, begun.epoch):
                 used += 1
-                self._used, self.end_of_dataloader = used, used == last
-                if used == last:  # some loops count batches, and never ask whether there is one more
-                    self._next = Position(begun.epoch + 1)
+                sampler.stand(begun, begun.after(used, self.batch_size, world_size))
+                self.end_of_dataloader = used == len(epoch)
                 self.data.give_cond_model(batch)
                 yield batch
-        self._begun, self._used = self._next, 0
+        sampler.stand(begun, Position(begun.epoch + 1))
 
-    def _read(self, begun: Position, rank: int, world_size: int) -> Iterator[LatentBatch[CondT, WeightT]]:
-        if self.dataloader.num_workers or self.dataloader.pin_memory:
-            self.sampler.position = begun
-            yield from self.dataloader
+    def _read(self, pieces: Iterator[Batches], epoch: int) -> Iterator[LatentBatch[CondT, WeightT]]:
+        if self._is_plain:
+            for batches in pieces:
+                yield from self.data.read_many(batches, epoch)
             return
-        # without workers DataLoader would add a tenth to the time of a batch, and nothing else
-        for batches in self.sampler.take(begun, range(rank, rank + 1), world_size):
-            yield from self.data.read_many(batches, begun.epoch)
+        self._asked.batches = (EpochIndices(samples.tolist(), epoch) for batches in pieces for samples in batches)
+        yield from self.dataloader
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loop stands, as JSON values to be saved with a checkpoint; workers that read ahead do not count.
@@ -112,17 +135,27 @@ class LatentLoader(Generic[CondT, WeightT]):
         All ranks give the same. load_state_dict goes on with the samples that remain of the epoch, also with another
         batch size or on another number of ranks.
         """
-        return self.sampler.describe_position(self._begun.after(self._used, self.batch_size, self.sampler.world_size))
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where state_dict was taken: the next `for` gives what remained of the epoch. Raises UserError."""
+        """Go on where state_dict was taken: the next `for` gives what remained of the epoch. Raises UserError.
+
+        If nothing remained it gives nothing, and the `for` after it the next epoch.
+        """
         self.sampler.load_state_dict(state)
-        self._next = self._begun = self.sampler.settle(self.sampler.position, self.sampler.world_size)
-        _, self._used = self._begun.split(self.batch_size, self.sampler.world_size)
+
+
+class Asked:
+    """What a DataLoader is to read next: it takes its batch_sampler once and for all."""
+
+    batches: Iterator[list[int]] = iter(())
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return self.batches
 
 
 def hint(data: object) -> str:
-    """What to write in the place of something that is no LatentDataset."""
+    """Advice for an argument that is no LatentDataset."""
     if isinstance(data, str | PathLike):
         return f": LatentLoader(LatentDataset({str(data)!r:.200}), ...)"
     if isinstance(data, ConcatDataset):

@@ -1,8 +1,10 @@
-"""LatentMix: several datasets as one, each batch from one of them; arithmetic on numbers, done once."""
+"""LatentMix: several datasets as one; each batch is from one of them."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import isfinite, lcm
+from fractions import Fraction
+from itertools import accumulate
+from math import ceil, floor, lcm
 from typing import Any, Generic, Literal
 
 import numpy as np
@@ -14,12 +16,11 @@ from latentprep.human import counted
 from latentprep.read.arguments import check_int
 from latentprep.read.batch import CondT, LatentBatch, WeightT
 from latentprep.read.counters import TURN, mix
-from latentprep.read.dataset import LatentDataset
+from latentprep.read.dataset import LatentDataset, check_index, check_indices, make_epoch
 from latentprep.read.order import Batches, EpochIndices
 
 SAME_IMAGES = ("each", "in turn")
-MAX_DATASETS = 8  # whose images take turns: more would need tables of every order
-PARTS = 10**9  # proportions are counted in such parts, so that no rounding adds up over the epochs
+MAX_DATASETS = 4  # whose images take turns: a part of each is kept for each of up to 12 epochs
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +29,7 @@ class Member(Generic[CondT, WeightT]):
 
     data: LatentDataset[CondT, WeightT]
     number: int  # of the dataset
-    phase: int = 0  # it has its turn in epochs that leave this remainder, divided by the number of phases
+    phase: int = 0  # it is read in epochs with epoch % num_phases == phase
     indices: np.ndarray | None = None  # [n] int64: of a part, where its samples stand in the dataset
 
 
@@ -38,12 +39,14 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
     A batch is from one dataset, and of one bucket; batch.member says which dataset, and batch.index counts in it. Each
     dataset has its own resolution, repeats, seed, sample_weight and so on.
 
-    proportions: how much of an epoch is of each dataset, as numbers of any sum. The epoch is as long as all of the
-        datasets together; of a small one images come several times, of a large one the following epochs have the rest.
-        Without it an epoch has every sample of every dataset.
-    same_images: "each": datasets have nothing to do with each other. "in turn": images that several of them have (with
-        equal content, such as the same folder encoded at several resolutions) come once an epoch, each time from
-        another dataset.
+    proportions: how much of an epoch is of each dataset, as numbers of any sum. The epoch is as long as all datasets
+        together; images of a small one come several times, a large one goes on in the next epochs. Without it an epoch
+        has every sample of every dataset.
+    same_images: "each": an image that is in two datasets comes from both. "in turn": images that several datasets have
+        (with equal content, such as one folder encoded at several resolutions) come once an epoch, each time from
+        another dataset. This opens all files of all of them once.
+
+    With either, epochs may differ by some batches; the length of a loader is that of one that has the most.
 
     Raises UserError.
     """
@@ -64,7 +67,7 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
         self._phases = 1  # epochs until the datasets take the same turns again
         if same_images == "in turn":
             if self.proportions is not None:
-                raise UserError("proportions: images that come in turn have none. Leave one of the two out.")
+                raise UserError('proportions cannot be combined with same_images="in turn". Give one of them.')
             self._members, self._phases = list_turns(self.datasets)
         lengths = [len(member.data) for member in self._members]
         self._starts = np.cumsum([0, *lengths])  # member m holds samples _starts[m] to _starts[m + 1]
@@ -72,22 +75,37 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
         self._sizes = [size for own in sizes for size in own]
         self._member_of = [number for number, own in enumerate(sizes) for _ in own]  # of each bucket
         self._first_bucket = np.cumsum([0, *map(len, sizes)])
-        self._length = sum(len(member.data) for member in self._members if member.phase == 0)
-        self.set_epoch(0)
+        of_phases = [sum(len(m.data) for m in self._members if m.phase == phase) for phase in range(self._phases)]
+        self._length = max(of_phases)
+        self._rates = self._list_rates()
+        self._offsets = [total % 1 for total in accumulate(self._rates, initial=Fraction(0))][: len(self._rates)]
+        self._epoch = make_epoch()
+
+    def _list_rates(self) -> list[Fraction]:
+        """With proportions, how many samples of each bucket an epoch takes on average."""
+        if self.proportions is None:
+            return []
+        whole = sum(map(Fraction, self.proportions))
+        shares = [self._length * Fraction(own) / whole for own in self.proportions]
+        lengths = [len(member.data) for member in self._members]
+        return [
+            shares[number] * size / lengths[number] for number, size in zip(self._member_of, self._sizes, strict=True)
+        ]
 
     def __len__(self) -> int:
-        """Samples of an epoch; with proportions, about so many."""
+        """Samples of an epoch, about so many: with proportions or in turn epochs may differ by some."""
         return self._length
 
     def __repr__(self) -> str:
-        how = f", proportions {self.proportions}" if self.proportions is not None else ""
+        shown = "" if self.proportions is None else ":".join(f"{own:g}" for own in self.proportions)
+        how = f", proportions {shown}" if shown else ""
         how += ", the same images in turn" if self.same_images == "in turn" else ""
         inner = "".join(f"\n  {data!r}" for data in self.datasets)
         return f"LatentMix({counted(len(self), 'sample')} of {counted(len(self.datasets), 'dataset')}{how}:{inner})"
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that flips and random draws depend on; LatentLoader sets it."""
-        self.epoch = check_int("epoch", epoch, 0)
+        """The epoch that flips and random draws of plain indices depend on."""
+        self._epoch.fill_(check_int("epoch", epoch, 0) % 2**63)
         for data in self.datasets:
             data.set_epoch(epoch)
 
@@ -97,15 +115,18 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
 
     def samples_before(self, epoch: int) -> list[int]:
         """Samples of each bucket that all epochs before have taken."""
-        found = []
-        for number, size in zip(self._member_of, self._sizes, strict=True):
-            member = self._members[number]
-            if self.proportions is not None:
-                own = self._length * self.proportions[member.number]  # of an epoch, in PARTS
-                found.append(epoch * own * size // (len(member.data) * PARTS))
-            else:
-                found.append((epoch + self._phases - 1 - member.phase) // self._phases * size)
-        return found
+        if self.proportions is not None:  # the buckets round at different epochs, so that no epoch is short of many
+            return [floor(epoch * rate + offset) for rate, offset in zip(self._rates, self._offsets, strict=True)]
+        phases = (self._members[number].phase for number in self._member_of)
+        turns = ((epoch + self._phases - 1 - phase) // self._phases for phase in phases)
+        return [turn * size for turn, size in zip(turns, self._sizes, strict=True)]
+
+    def counts_at_most(self) -> list[np.ndarray]:
+        """Samples of each bucket that an epoch takes at most: one array for each phase."""
+        if self.proportions is not None:
+            return [np.array([ceil(rate) for rate in self._rates], np.int64)]
+        phase_of = np.array([self._members[number].phase for number in self._member_of])
+        return [np.where(phase_of == phase, self._sizes, 0).astype(np.int64) for phase in range(self._phases)]
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
         """Indices [B] of samples given by their numbers in a bucket. Repetitions stand behind all datasets."""
@@ -124,12 +145,20 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
         return {"proportions": proportions, "same_images": self.same_images, **named}
 
     def __getitem__(self, index: int) -> LatentBatch[CondT, WeightT]:
-        return self.__getitems__([index])
+        return self.__getitems__([check_index(index)])
 
     def __getitems__(self, indices: list[int]) -> LatentBatch[CondT, WeightT]:
-        """The batch of some samples of one dataset, as a BucketBatchSampler gives them."""
-        epoch = indices.epoch if isinstance(indices, EpochIndices) else self.epoch
-        (batch,) = self.read_many(Batches(np.asarray(indices, np.int64), np.array([0, len(indices)])), epoch)
+        """The batch of samples of one dataset, as a BucketBatchSampler gives them. Raises IndexError, UserError."""
+        samples = check_indices(indices)
+        if isinstance(indices, EpochIndices):  # of an epoch, in which samples may come again: beyond all datasets
+            epoch = indices.epoch
+        else:
+            epoch, total = int(self._epoch), int(self._starts[-1])
+            outside = samples[(samples < -total) | (samples >= total)]
+            if len(outside):
+                raise IndexError(f"index {outside[0]} of datasets of {total}")
+            samples %= total
+        (batch,) = self.read_many(Batches(samples, np.array([0, len(samples)])), epoch)
         return batch
 
     def read_many(self, batches: Batches, epoch: int) -> Iterator[LatentBatch[CondT, WeightT]]:
@@ -162,22 +191,26 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
 
 def check_datasets(datasets: Any) -> None:
     """Raise UserError unless these are LatentDatasets, one or more."""
-    if not isinstance(datasets, Sequence) or isinstance(datasets, str) or not datasets:
+    if not isinstance(datasets, Sequence) or isinstance(datasets, str):
         raise UserError(f"LatentMix: got a {type(datasets).__name__}, expected a list of LatentDatasets.")
+    if not datasets:
+        raise UserError("LatentMix: the list is empty, expected at least one LatentDataset.")
     for number, data in enumerate(datasets):
         if not isinstance(data, LatentDataset):
             raise UserError(f"LatentMix: [{number}] is a {type(data).__name__}, expected a LatentDataset.")
 
 
-def check_proportions(proportions: Any, count: int) -> tuple[int, ...] | None:
-    """Proportions in PARTS. Raises UserError unless they are numbers above 0, one for each dataset."""
+def check_proportions(proportions: Any, count: int) -> tuple[float, ...] | None:
+    """Proportions as floats. Raises UserError unless they are numbers above 0, one for each dataset."""
     if proportions is None:
         return None
-    numbers = list(proportions) if isinstance(proportions, Sequence) and not isinstance(proportions, str) else []
-    are_good = all(type(n) in (int, float) and isfinite(n) and n > 0 for n in numbers)
-    if len(numbers) != count or not are_good:
+    try:
+        numbers = tuple(float(number) for number in proportions)
+    except (TypeError, ValueError, OverflowError):
+        numbers = ()
+    if len(numbers) != count or not all(0 < number < float("inf") for number in numbers):
         raise UserError(f"proportions={proportions!r:.80}: expected {counted(count, 'number')} above 0.")
-    return tuple(max(1, round(number / sum(numbers) * PARTS)) for number in numbers)
+    return numbers
 
 
 def list_turns(
@@ -197,13 +230,13 @@ def list_turns(
         has[own, number] = True
     count = has.sum(1)
     first = (mix(0, TURN, everything) % count.astype(np.uint64)).astype(np.int64)
-    rank = np.cumsum(has, axis=1) - 1  # [images,R]: a dataset's number among those that have the image
+    place = np.cumsum(has, axis=1) - 1  # [images,R]: a dataset's number among those that have the image
     phases = lcm(*np.unique(count).tolist())
     members: list[Member[CondT, WeightT]] = []
     for phase in range(phases):
         turn = (first + phase) % count
         for number, (data, own) in enumerate(zip(datasets, places, strict=True)):
-            is_turn = rank[own, number] == turn[own]
+            is_turn = place[own, number] == turn[own]
             if is_turn.any():
                 part = data.choose(is_turn)
                 images = np.flatnonzero(is_turn)

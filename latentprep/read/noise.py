@@ -14,7 +14,7 @@ def draw_sample(mean: Tensor, std: Tensor, seeds: Tensor) -> Tensor:
     """mean + std * noise, [B,...] float32; the seed of a row decides its noise. seeds: [B] int64, on mean's device."""
     if mean.device.type != "cpu":
         return draw_noise(seeds, mean).mul_(std).add_(mean)
-    sample = torch.empty(mean.shape, dtype=torch.float32)
+    sample = torch.empty(mean.shape, dtype=torch.float32, device=mean.device)
     step = max(1, 4 * WORDS_AT_ONCE // mean[0].numel())
     for own in (slice(first, first + step) for first in range(0, len(mean), step)):
         draw_noise(seeds[own], mean[own], out=sample[own]).mul_(std[own]).add_(mean[own])
@@ -32,7 +32,7 @@ def draw_noise(seeds: Tensor, like: Tensor, out: Tensor | None = None) -> Tensor
     if like.device.type != "cpu":
         indices = words.view(torch.int16)[:, :count].int() & (LEVELS - 1)
         return quantiles(like.device).index_select(0, indices.flatten()).view(like.shape)
-    found = torch.empty(like.shape, dtype=torch.float32) if out is None else out
+    found = torch.empty(like.shape, dtype=torch.float32, device=like.device) if out is None else out
     numbers = words.numpy().view(np.uint16)[:, :count]  # torch takes no indices of 16 bits
     np.take(
         quantiles(like.device).numpy(), numbers, out=found.flatten(1).numpy(), mode="clip"
@@ -54,12 +54,12 @@ def make_words(seeds: Tensor, count: int) -> Tensor:
 
 
 def _signed(number: int) -> int:
-    """64 bits as torch has them: it knows no unsigned ones to calculate with."""
+    """64 bits as a signed int64: torch has no arithmetic on unsigned ones."""
     return number - 2**64 if number >= 2**63 else number
 
 
 @cache
 def quantiles(device: torch.device) -> Tensor:
-    """[LEVELS] float32: the middle of each of as many equally likely parts of the normal distribution; variance 1."""
-    middles = torch.special.ndtri((torch.arange(LEVELS, dtype=torch.float64) + 0.5) / LEVELS)
+    """[LEVELS] float32: quantiles of the normal distribution at (n + 0.5) / LEVELS, scaled to variance 1."""
+    middles = torch.special.ndtri((torch.arange(LEVELS, dtype=torch.float64, device="cpu") + 0.5) / LEVELS)
     return (middles / middles.square().mean().sqrt()).float().to(device)

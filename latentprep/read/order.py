@@ -26,14 +26,17 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
     def set_epoch(self, epoch: int) -> None: ...
 
+    def counts_at_most(self) -> list[np.ndarray]:
+        """Samples of each bucket [B] that an epoch takes at most; of epochs that differ, one array for each kind."""
+
     def sizes_of_buckets(self) -> list[int]:
         """Samples that each bucket holds."""
 
     def samples_before(self, epoch: int) -> list[int]:
-        """Samples of each bucket that all epochs before have taken; with those of the next, what an epoch takes."""
+        """Samples of each bucket that all epochs before this one take. An epoch takes the difference to the next."""
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
-        """Indices [B] of samples, given by their numbers in a bucket; beyond its size: of their next repetition."""
+        """Indices [B] of samples, given by their numbers in a bucket. Beyond its size they are its next repetition."""
 
     def describe_state(self) -> dict[str, Any]:
         """What a position in an epoch depends on, name -> JSON value."""
@@ -49,7 +52,7 @@ def count_samples(data: Samples, epoch: int) -> np.ndarray:
 class Batches:
     """Several batches in a row: batch n is samples[edges[n] : edges[n + 1]]."""
 
-    samples: np.ndarray  # [S] int64: indices into the dataset, ascending in each batch
+    samples: np.ndarray  # [S] int64: indices into the dataset; those of an epoch ascend in each batch
     edges: np.ndarray  # [n+1] int64
 
     def __len__(self) -> int:
@@ -73,8 +76,8 @@ class EpochIndices(list[int]):
 class Steps:
     """How the samples of all buckets are cut into steps, and the share of each rank in each of them.
 
-    A step takes batch_size samples for each rank, of one bucket; what is left of a bucket makes a step or two more, of
-    which no rank goes without.
+    A step takes batch_size samples for each rank, of one bucket. The rest of a bucket makes one or two steps more, in
+    which each rank gets at least one sample.
     """
 
     def __init__(self, counts: np.ndarray, batch_size: int, world_size: int, drop_last: bool) -> None:
@@ -83,7 +86,8 @@ class Steps:
         step = batch_size * world_size
         whole, left = np.divmod(counts, step)
         is_left = (left > 0) & (not drop_last)
-        # too few for one each: they share with the step before; if there is none, the first of the bucket come again
+        # fewer left than ranks: the last whole step and the rest become two steps. If there is no whole step, or ranks
+        # take one sample each, the first samples of the bucket come again
         is_few = is_left & (left < world_size)
         is_shared = is_few & (whole > 0) & (batch_size > 1)
         first = np.where(is_few, world_size, left * is_left)
@@ -129,6 +133,7 @@ class Epoch:
         world_size: int,
         before: tuple[Stretch, ...] = (),
     ) -> None:
+        """Raises ValueError if a stretch has more steps than were left for it."""
         self._data = data
         self._sizes, self._before = data.sizes_of_buckets(), data.samples_before(epoch)
         self._counts = count_samples(data, epoch)
@@ -137,6 +142,8 @@ class Epoch:
         self.taken = np.zeros(len(self._counts), np.int64)  # [B]: samples of each bucket that stretches before took
         for number, stretch in enumerate(before):
             steps = Steps(self._counts - self.taken, stretch.batch_size, stretch.world_size, drop_last)
+            if stretch.num_steps > len(steps):
+                raise ValueError(f"next_batch={stretch.num_steps}: expected 0 to {len(steps)}")
             taken = self.taken + steps.first(*count_steps(self._sequence(steps, number)[: stretch.num_steps], steps))
             self.taken = np.minimum(taken, self._counts)
         self.steps = Steps(self._counts - self.taken, batch_size, world_size, drop_last)
@@ -177,8 +184,8 @@ class Epoch:
     def _numbers(self, bucket: int, places: np.ndarray) -> np.ndarray:
         """Samples of a bucket, by their numbers in it, at places of the epoch's order behind what was taken.
 
-        The order goes through the bucket again and again, each time shuffled anew; epochs take it up where the last one
-        left it. Where an epoch comes round to a sample once more, the number counts on: it is its next repetition.
+        The order goes through the bucket again and again, each time shuffled anew; an epoch goes on where the last one
+        ended. If an epoch reaches a sample once more, the number counts on: it is the sample's next repetition.
         """
         size = self._sizes[bucket]
         first_pass, first = divmod(self._before[bucket], size)

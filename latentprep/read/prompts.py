@@ -64,7 +64,7 @@ def check_cond_model(cond_model: Any, wording: Wording, needs_cond: bool) -> Non
         return
     if not callable(cond_model):
         raise UserError(f"cond_model: a {type(cond_model).__name__}, expected a callable from prompts to cond.")
-    if not wording.makes_prompts:
+    if not wording.makes_prompts and needs_cond:
         raise UserError(
             "cond_model: the cond is stored already. It is for prompts that are made anew: template, shuffle_tags, "
             "tag_drop_out, wildcards."
@@ -140,7 +140,7 @@ class Prompts:
         if seeds is not None:
             return TextOfBatch(drop(self._made(rows, seeds), is_dropped), None, {})
         prompts = StoredPrompts(rows, numbers, is_dropped)
-        if not self.include_cond or not rows.first.cond:
+        if not self.include_cond or not rows.one.cond:
             return TextOfBatch(prompts, None, {})
         return TextOfBatch(prompts, *self.stored.take(rows, numbers, is_dropped))
 

@@ -1,9 +1,10 @@
-"""Which rank this process is, of how many: looked up when a batch is asked for, and not before."""
+"""Which rank this process is, of how many: looked up whenever it matters, since process groups are made late."""
 
 import os
 import sys
 
 from latentprep.errors import UserError
+from latentprep.read.arguments import check_int
 
 
 def find_rank() -> tuple[int, int]:
@@ -20,3 +21,16 @@ def find_rank() -> tuple[int, int]:
     if not (rank.isdecimal() and world_size.isdecimal() and int(rank) < int(world_size)):
         raise UserError(f"RANK={rank!r}, WORLD_SIZE={world_size!r}: expected 0 <= RANK < WORLD_SIZE.")
     return int(rank), int(world_size)
+
+
+def check_rank(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
+    """Both as they are given; None: neither is. Raises UserError for ranks that there are not."""
+    if rank is None and world_size is None:
+        return None
+    rank = rank if rank is None else check_int("rank", rank)
+    world_size = world_size if world_size is None else check_int("world_size", world_size)
+    if rank is None or world_size is None:
+        raise UserError(f"rank={rank}, world_size={world_size}: give both, or neither.")
+    if not 0 <= rank < world_size:
+        raise UserError(f"rank={rank}, world_size={world_size}: expected 0 <= rank < world_size.")
+    return rank, world_size

@@ -69,22 +69,21 @@ class SampleReader:
             whole = slice(piece[0].start, piece[-1].stop)
             rows = self.shards.rows(groups[whole], images[whole], view[whole])
             prompts = self.prompts.choose(rows, draws, whole)
-            geometry = rows.take("geometry")
-            assert geometry is not None  # every open group has it
+            sizes = {name: rows.take(name) for name in ("original_size", "resized_size", "crop")}
             if self.sampling.method == "once":
                 noise = noise_seeds_of(seed, rows.digests())
             for span in piece:
                 own = slice(span.start - whole.start, span.stop - whole.start)
-                size, resized, crop = geometry[own].split([2, 2, 4], dim=1)
                 yield self._make(
                     rows.part(own), prompts[own], None if seeds is None else seeds[span],
                     None if is_dropped is None else is_dropped[span],
-                    index=numbers[span], flipped=flipped[span], original_size=size, resized_size=resized, crop=crop,
+                    index=numbers[span], flipped=flipped[span],
                     noise_seed=None if noise is None else noise[own if self.sampling.method == "once" else span],
+                    **{name: value[own] for name, value in sizes.items()},
                 )  # fmt: skip
 
     def _pieces(self, groups: np.ndarray, edges: np.ndarray) -> Iterator[list[slice]]:
-        """The batches, one after the other, as many at a time as there is no file to be opened for."""
+        """The spans of the batches, in groups: a group ends before the next batch that must open a file."""
         spans = [slice(first, last) for first, last in pairwise(edges.tolist())]
         start = 0
         while start < len(spans):
@@ -103,17 +102,15 @@ class SampleReader:
         noise_seed: Tensor | None,
         **fields: Any,
     ) -> LatentBatch:
-        if torch.is_autocast_enabled("cpu"):  # it would join no tensors of another 16-bit dtype than its own
+        if torch.is_autocast_enabled("cpu"):  # it makes torch.cat fail for the other 16-bit dtype
             with torch.autocast("cpu", enabled=False):
                 return self._make(rows, prompts, seeds, is_dropped, noise_seed, **fields)
         use_weight = self.sampling.use_weight
         text = self.prompts.take(rows, prompts, seeds, is_dropped)
-        others = {name: rows.take(name) for name in rows.first.others}
-        mean = rows.take("latent_mean")
-        assert mean is not None
+        others = {name: rows.take_if_there(name) for name in rows.one.others}
         return LatentBatch(
-            latent_mean=mean,
-            latent_std=rows.take("latent_std") if noise_seed is not None else None,
+            latent_mean=rows.take("latent_mean"),
+            latent_std=rows.take_if_there("latent_std") if noise_seed is not None else None,
             noise_seed=noise_seed,
             normalization=self._normalization,
             stored_cond=text.cond,

@@ -1,6 +1,7 @@
 """OpenRows: rows of many memory-mapped files, gathered with one call."""
 
 import ctypes
+import math
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import pairwise
@@ -13,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from latentprep.read.shards import OpenGroup
 
-LOWEST, HIGHEST = 2**12, 2**57  # addresses that a process may have: above the first page, below what x86-64 can have
+LOWEST, HIGHEST = 2**12, 2**57  # user addresses on 64-bit systems lie between these
 
 MAX_TABLE = 2**60  # numbers of a table: tensors count theirs in 63 bits
 
@@ -27,32 +28,48 @@ class Run(NamedTuple):
     span: slice  # where they are in the batch
 
 
-class Addresses:
-    """Where one field lies in memory: of each group the address of its first row and the size of a row.
+Kind = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a row
 
-    A size of 0 stands for a group that is not open, or whose rows do not lie one behind the other.
-    """
+
+class Addresses:
+    """Where one field lies in memory: of each open group the address of its first row, and the kind of its rows."""
 
     def __init__(self, num_groups: int) -> None:
         self.first = np.zeros(num_groups, np.int64)
-        self.row_bytes = np.zeros(num_groups, np.int64)
+        self.kind = np.zeros(num_groups, np.int64)  # a number of `kinds`; 0: not open, or rows not one behind the other
+        self.kinds: list[Kind | None] = [None]
 
     def put(self, group: int, tensor: Tensor | None) -> None:
         """Note the rows [N,...] of a group, or that they are no longer there."""
-        if tensor is None or not tensor.is_contiguous() or not len(tensor):
-            self.first[group] = self.row_bytes[group] = 0
-        else:
-            self.first[group], self.row_bytes[group] = tensor.data_ptr(), tensor[0].nbytes
+        self.first[group] = self.kind[group] = 0
+        if tensor is None or tensor.device.type != "cpu" or not tensor.is_contiguous() or not tensor.numel():
+            return
+        kind = tensor.dtype, tuple(tensor.shape[1:])
+        if kind not in self.kinds:
+            self.kinds.append(kind)
+        self.first[group], self.kind[group] = tensor.data_ptr(), self.kinds.index(kind)
 
-    def find(self, groups: np.ndarray, rows: np.ndarray) -> np.ndarray | None:
-        """The address of each row [n]; None if they are not of one size, or not all can be read in this way."""
-        sizes = self.row_bytes[groups]
-        size = int(sizes[0])
-        if not size or (sizes != size).any():
+    def of(self, groups: np.ndarray) -> "RowAddresses":
+        """Those of the groups of some samples [n], as they are now."""
+        return RowAddresses(self.first[groups], self.kind[groups], self.kinds)
+
+
+class RowAddresses(NamedTuple):
+    """Of each sample [n] where the rows of its group begin, and their kind."""
+
+    first: np.ndarray
+    kind: np.ndarray
+    kinds: list[Kind | None]
+
+    def read(self, rows: np.ndarray, span: slice) -> Tensor | None:
+        """[n,...]: rows [n] of the samples of a span; None if they are not of one kind, or cannot be read so."""
+        kinds, first = self.kind[span], self.first[span]
+        kind = self.kinds[int(kinds[0])]
+        if kind is None or (kinds != kinds[0]).any():
             return None
-        found: np.ndarray = self.first[groups] + rows * size
-        span = int(found.max()) - int(found.min())
-        return found if span * size < MAX_TABLE else None
+        addresses = first + rows * (math.prod(kind[1]) * kind[0].itemsize)
+        spread = int(addresses.max()) - int(addresses.min())
+        return read_memory(addresses, *kind) if spread * math.prod(kind[1]) < MAX_TABLE else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +77,8 @@ class OpenRows:
     """Rows of samples, of which all groups are open."""
 
     opened: "dict[int, OpenGroup]"  # held, so that no file is unmapped meanwhile
-    addresses: dict[str, Addresses]
+    addresses: dict[str, RowAddresses]  # of fields: of the samples that span cuts these out of
+    span: slice
     groups: np.ndarray  # [n] int64: the group of each sample
     images: np.ndarray  # [n] int64: its row in what there is of every image
     views: np.ndarray  # [n] int64: its row in what there is of every view
@@ -69,10 +87,14 @@ class OpenRows:
         return len(self.groups)
 
     def part(self, span: slice) -> "OpenRows":
-        return OpenRows(self.opened, self.addresses, self.groups[span], self.images[span], self.views[span])
+        """The rows of some of the samples; it holds their files alone."""
+        groups = self.groups[span]
+        opened = {number: self.opened[number] for number in np.unique(groups).tolist()}
+        whole = slice(self.span.start + span.start, self.span.start + span.stop)
+        return OpenRows(opened, self.addresses, whole, groups, self.images[span], self.views[span])
 
     @property
-    def first(self) -> "OpenGroup":
+    def one(self) -> "OpenGroup":
         """The group of the first sample."""
         return self.opened[int(self.groups[0])]
 
@@ -84,12 +106,20 @@ class OpenRows:
             for a, b in pairwise(edges)
         ]
 
-    def take(self, name: str) -> Tensor | None:
+    def take(self, name: str) -> Tensor:
+        """[n,...]: a field of each sample, that all groups have."""
+        found = self.take_if_there(name)
+        assert found is not None, name
+        return found
+
+    def take_if_there(self, name: str) -> Tensor | None:
         """[n,...]: a field of each sample; None if its groups do not all have it."""
-        is_of_view = name in self.first.of_view
-        rows = self.views if is_of_view else self.images
-        found = self._take_by_address(name, rows, self.first.of_view.get(name, self.first.of_image.get(name)))
-        if found is not None:
+        is_of_view = name in self.one.of_view
+        known = self.addresses.get(name)
+        if (
+            known is not None
+            and (found := known.read(self.views if is_of_view else self.images, self.span)) is not None
+        ):
             return found
         parts = []
         for run in self.runs:
@@ -101,24 +131,16 @@ class OpenRows:
 
     def digests(self) -> np.ndarray:
         """[n] uint64: half of the content hash of each image."""
-        found = self.take("digest")
-        assert found is not None  # every open group has it
-        half: np.ndarray = found.numpy().view(np.uint64)[:, 0]
+        half: np.ndarray = self.take("digest").numpy().view(np.uint64)[:, 0]
         return half
 
     def take_cond(self, name: str, prompts: np.ndarray) -> Tensor:
         """[n,...]: dense cond of each sample's prompt, by its number in the shard [n]."""
-        found = self._take_by_address(f"cond/{name}", prompts, self.first.cond[name])  # type: ignore[arg-type]
-        if found is not None:
+        known = self.addresses.get(f"cond/{name}")
+        if known is not None and (found := known.read(prompts, self.span)) is not None:
             return found
-        return gather([(run.group.cond[name], prompts[run.span]) for run in self.runs])  # type: ignore[misc]
-
-    def _take_by_address(self, name: str, rows: np.ndarray, like: Tensor | None) -> Tensor | None:
-        known = self.addresses.get(name)
-        addresses = known.find(self.groups, rows) if known is not None and like is not None else None
-        if addresses is None or like is None:
-            return None
-        return read_memory(addresses, like.dtype, tuple(like.shape[1:]))
+        conds = [(run.group.cond[name], prompts[run.span]) for run in self.runs]
+        return gather([(cond, own) for cond, own in conds if isinstance(cond, Tensor)])
 
 
 def gather(parts: list[tuple[Tensor, np.ndarray]]) -> Tensor:
@@ -129,21 +151,19 @@ def gather(parts: list[tuple[Tensor, np.ndarray]]) -> Tensor:
 def read_memory(addresses: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     """[n,*shape]: rows that lie at these addresses [n], which the caller knows to be mapped and to stay so.
 
-    index_select reads any rows of one tensor with one call, however many threads it takes. So that all files are one
-    tensor to it, they are rows of a table of all memory between them, of which each word begins a row; it touches
-    nothing but the rows it is asked for.
+    index_select reads any rows of one tensor with one call and all threads; one call for each file costs three times as
+    much (benchmarks/read.py, 40 kB a sample). So all memory is seen as one tensor with overlapping rows, one starting
+    at each word. Only the rows asked for are read.
     """
-    count = 1
-    for size in shape:
-        count *= size
-    nbytes = count * dtype.itemsize
+    nbytes = math.prod(shape) * dtype.itemsize
     low, high = int(addresses.min()), int(addresses.max())
     word = 8
-    while (nbytes | low | int(np.bitwise_or.reduce(addresses))) % word:  # files of a stranger's may lie anywhere
+    while (nbytes | low | int(np.bitwise_or.reduce(addresses))) % word:  # tensors of a foreign file may lie anywhere
         word //= 2
-    table = memory(word).as_strided(((high - low) // word + 1, nbytes // word), (1, 1), (low - LOWEST) // word)
-    found = table.index_select(0, torch.from_numpy((addresses - low) // word))
-    return found.view(dtype).view(len(addresses), *shape)
+    rows = torch.from_numpy((addresses - low) // word)
+    size, offset = ((high - low) // word + 1, nbytes // word), (low - LOWEST) // word
+    # the table has no name: what prints the variables of a frame would read memory that is not there
+    return memory(word).as_strided(size, (1, 1), offset).index_select(0, rows).view(dtype).view(len(addresses), *shape)
 
 
 @cache

@@ -1,8 +1,9 @@
-"""BucketBatchSampler: which samples make a batch, on which rank, and how far an epoch is."""
+"""BucketBatchSampler: which samples make a batch, on which rank, and where an epoch stands."""
 
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch.utils.data import Sampler
@@ -10,10 +11,10 @@ from torch.utils.data import Sampler
 from latentprep.errors import UserError
 from latentprep.human import counted, shortened
 from latentprep.read.accelerate import find_world_size, refuse_dispatch
-from latentprep.read.arguments import check_flags, check_int
-from latentprep.read.order import Batches, Epoch, EpochIndices, Samples, Steps, count_samples
+from latentprep.read.arguments import check_epoch, check_flags, check_int
+from latentprep.read.order import Epoch, EpochIndices, Samples, Steps
 from latentprep.read.position import Position, Stretch
-from latentprep.read.ranks import find_rank
+from latentprep.read.ranks import check_rank, find_rank
 
 
 class BucketBatchSampler(Sampler[list[int]]):
@@ -23,14 +24,14 @@ class BucketBatchSampler(Sampler[list[int]]):
     else torchrun's RANK and WORLD_SIZE, both looked up when an epoch begins; or say them.
 
     Every rank gets the same bucket at the same step, and as many steps. What is left over in a bucket makes a short
-    batch, or is left out with drop_last, which is warned of. If too few are left to give every rank one, some of the
-    bucket's samples come a second time in the epoch, so that no rank waits for the others for ever; that is warned of,
-    and `num_repeated` says how many. `num_dropped` says how many an epoch leaves out.
+    batch, or is left out with drop_last, which is warned of. If the rest of a bucket is too small to give every rank
+    one more, some of its samples come a second time in the epoch, so that no rank waits for the others for ever; that
+    is warned of, and `num_repeated` says how many. `num_dropped` says how many an epoch leaves out.
 
-    Each `for` that runs to its end is an epoch, of an order of its own. set_epoch says which is the next, and tells the
-    dataset too, whose draws and flips depend on it. state_dict and load_state_dict go on in mid-epoch, also with
-    another batch size or on another number of ranks. If accelerate prepares a DataLoader with this sampler, each
-    process gets its share. Holds 4 bytes a sample, and none for buckets of millions.
+    Each `for` is an epoch with an order and draws of its own, also if it is left before its end. set_epoch says which
+    is the next. state_dict and load_state_dict go on in mid-epoch, also with another batch size or on another number
+    of ranks. If accelerate prepares a DataLoader with this sampler, each process gets its share. Holds 4 bytes a
+    sample, of buckets of more than 4 million none, and 4 bytes a batch.
 
     Raises UserError if drop_last would leave no batch at all.
     """
@@ -55,44 +56,49 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.data, self.shuffle, self.drop_last = data, shuffle, drop_last
         self.seed = check_int("seed", seed)
         self._warned: set[str] = set()
-        self.position = (
-            Position()
-        )  # where the next `for` begins; one that has run to its end moves it to the next epoch
-        self._begun = self.position  # where the last `for` began
-        self._given = 0  # steps of its stretch that were given out so far
-        self._look_at_steps(self.world_size)
+        self.position = Position()  # where the next `for` begins: one that has begun moves it to the next epoch
+        self._at = self._begun = self.position  # behind the batches that the last `for` gave, and where it began
+        self._look_at(self._steps(self.world_size), self.world_size)
+
+    @property
+    def ranks(self) -> tuple[int, int]:
+        """Rank and world size, as they are now. Raises UserError like find_rank."""
+        return find_rank() if self._rank is None else self._rank
 
     @property
     def rank(self) -> int:
-        return find_rank()[0] if self._rank is None else self._rank[0]
+        return self.ranks[0]
 
     @property
     def world_size(self) -> int:
-        return find_rank()[1] if self._rank is None else self._rank[1]
+        return self.ranks[1]
 
     @property
     def num_dropped(self) -> int:
         """Samples that a whole epoch leaves out."""
-        return self._look_at_steps(self.world_size).num_dropped
+        return self._steps(self.world_size).num_dropped
 
     @property
     def num_repeated(self) -> int:
         """Samples that a whole epoch has a second time."""
-        return self._look_at_steps(self.world_size).num_repeated
+        return self._steps(self.world_size).num_repeated
 
-    def _look_at_steps(self, world_size: int) -> Steps:
-        """The steps of a whole epoch; warns of what they leave out or repeat. Raises UserError if there are none."""
-        counts = count_samples(self.data, self.epoch)
-        steps = Steps(counts, self.samples_per_batch, world_size, self.drop_last)
+    def _steps(self, world_size: int) -> Steps:
+        """The steps of a whole epoch; if epochs differ, of one that has the most."""
+        each = [Steps(n, self.samples_per_batch, world_size, self.drop_last) for n in self.data.counts_at_most()]
+        return max(each, key=len)
+
+    def _look_at(self, steps: Steps, world_size: int) -> None:
+        """Warn of what the steps of an epoch leave out or repeat. Raises UserError if there are none."""
         by = f"{self.samples_per_batch}" + (f" on {world_size} ranks" if world_size > 1 else "")
-        if not len(steps) and counts.any():
+        if not len(steps) and len(self.data):
             raise UserError(
                 f"drop_last=True leaves no batch: no bucket has enough samples for a batch of {by}. "
                 "Take a smaller batch_size, or drop_last=False."
             )
         if steps.num_dropped:
             self._warn(
-                f"drop_last=True leaves out {steps.num_dropped:,} of {counted(int(counts.sum()), 'sample')} an epoch: "
+                f"drop_last=True leaves out {steps.num_dropped:,} of {counted(len(self.data), 'sample')} an epoch: "
                 f"they fill no batch of {by}."
             )
         if steps.num_repeated:
@@ -100,13 +106,12 @@ class BucketBatchSampler(Sampler[list[int]]):
                 f"{steps.num_repeated} samples come again in an epoch: buckets hold too few for {world_size} ranks. "
                 "drop_last=True leaves such buckets out instead."
             )
-        return steps
 
     def _warn(self, message: str) -> None:
         """Once for each thing that is to be said."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=5)
 
     def __repr__(self) -> str:
         return f"BucketBatchSampler({self.describe()}, epoch {self.epoch})"
@@ -127,11 +132,11 @@ class BucketBatchSampler(Sampler[list[int]]):
         return self
 
     def __len__(self) -> int:
-        """Batches of a whole epoch on this rank."""
+        """Batches of a whole epoch on this rank; if epochs of a LatentMix differ, of one that has the most."""
         world_size = find_world_size(sys._getframe(1))
         if world_size is not None:
-            return len(self._look_at_steps(world_size)) * world_size
-        return len(self._look_at_steps(self.world_size))
+            return len(self._steps(world_size)) * world_size
+        return len(self._steps(self.world_size))
 
     @property
     def epoch(self) -> int:
@@ -140,76 +145,73 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """The epoch that the next `for` gives: from its start, or from where load_state_dict has put it."""
-        epoch = check_int("epoch", epoch, 0)
+        epoch = check_epoch("epoch", epoch)
         if epoch != self.epoch:
-            self.position = Position(epoch)
+            self.position = self._at = Position(epoch)
         self.data.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[list[int]]:
         asking = sys._getframe(1)
         refuse_dispatch(asking)
         world_size = find_world_size(asking)
-        if world_size is None:
-            return self._give(range(self.rank, self.rank + 1), self.world_size)
-        return self._give(range(world_size), world_size)
+        if world_size is not None:  # accelerate takes every n-th batch
+            return self._give(range(world_size), world_size)
+        rank, world_size = self.ranks
+        return self._give(range(rank, rank + 1), world_size)
 
     def _give(self, ranks: range, world_size: int) -> Iterator[list[int]]:
         """The batches of some ranks, step by step."""
-        begun = self._begun = self.position
-        _, self._given = begun.split(self.samples_per_batch, world_size)
-        number = self._given * len(ranks)
-        for batches in self.take(begun, ranks, world_size):
+        begun, epoch, start = self.begin(world_size)
+        number = start * len(ranks)
+        for batches in epoch.batches(start, ranks):
             for samples in batches:
                 number += 1
-                self._given = -(-number // len(ranks))
+                self.stand(begun, begun.after(-(-number // len(ranks)), self.samples_per_batch, world_size))
                 yield EpochIndices(samples.tolist(), begun.epoch)
-        if self.position == begun:  # and nobody has said otherwise
-            self.position = self._begun = Position(begun.epoch + 1)
-            self._given = 0
+        self.stand(begun, Position(begun.epoch + 1))
 
-    def take(self, position: Position, ranks: range, world_size: int) -> Iterator[Batches]:
-        """What an epoch has left for some ranks, many batches at a time."""
-        self._look_at_steps(world_size)
-        before, start = position.split(self.samples_per_batch, world_size)
-        epoch = self._open_epoch(position.epoch, before, world_size)
-        self.data.set_epoch(position.epoch)
-        yield from epoch.batches(start, ranks)
+    def begin(self, world_size: int) -> tuple[Position, Epoch, int]:
+        """Where a `for` begins: the position, the epoch's batches, and the first of them that is left.
 
-    def _open_epoch(
-        self, epoch: int, before: tuple[Stretch, ...], world_size: int, batch_size: int | None = None
-    ) -> Epoch:
+        The next `for` is of the next epoch, whether this one runs to its end or not.
+        """
+        begun = self._at = self._begun = replace(self.position)  # an object of its own
+        self.position = Position(begun.epoch + 1)
+        before, start = begun.split(self.samples_per_batch, world_size)
+        epoch = self._open_epoch(begun.epoch, before, world_size)
+        if not before:
+            self._look_at(epoch.steps, world_size)
+        self.data.set_epoch(begun.epoch)
+        return begun, epoch, start
+
+    def skip_if_over(self) -> None:
+        """Go to the next epoch if nothing is left of this one."""
+        begun, world_size = self.position, self.world_size
+        before, start = begun.split(self.samples_per_batch, world_size)
+        if begun.stretches and start == len(self._open_epoch(begun.epoch, before, world_size)):
+            self.position = self._at = Position(begun.epoch + 1)
+
+    def stand(self, begun: Position, position: Position) -> None:
+        """Say how far the `for` is that began there: what state_dict gives. Of several the last that began counts."""
+        if self._begun is begun:
+            self._at = position
+
+    def _open_epoch(self, epoch: int, before: tuple[Stretch, ...], world_size: int) -> Epoch:
         return Epoch(
             self.data, seed=self.seed, epoch=epoch, shuffle=self.shuffle, drop_last=self.drop_last,
-            batch_size=batch_size or self.samples_per_batch, world_size=world_size, before=before,
+            batch_size=self.samples_per_batch, world_size=world_size, before=before,
         )  # fmt: skip
 
-    def num_batches(self, position: Position, world_size: int) -> int:
-        """Batches of an epoch's last stretch, if it goes on from there in this sampler's way."""
-        before, _ = position.split(self.samples_per_batch, world_size)
-        return len(self._open_epoch(position.epoch, before, world_size))
-
-    def settle(self, position: Position, world_size: int) -> Position:
-        """The position; the next epoch's start if nothing is left of this one."""
-        _, start = position.split(self.samples_per_batch, world_size)
-        is_over = position.stretches and start == self.num_batches(position, world_size)
-        return Position(position.epoch + 1) if is_over else position
-
     def state_dict(self, next_batch: int | None = None) -> dict[str, Any]:
-        """Where an epoch stands once `next_batch` of its batches were used, as JSON values; by default, all given out.
+        """Where an epoch stands, as JSON values: behind all batches given out, or after `next_batch` of the next `for`.
 
-        If the epoch has gone on with another batch size or number of ranks, batches count from there.
+        If that goes on with another batch size or number of ranks, batches count from there.
         """
+        rank_and_size = self.samples_per_batch, self.world_size
+        position = self._at
         if next_batch is not None:
-            check_int("next_batch", next_batch, 0)
-        elif self.position == self._begun:
-            next_batch = self._given
-        else:  # set_epoch or load_state_dict came since
-            return self.describe_position(self.position)
-        return self.describe_position(self.position.after(next_batch, self.samples_per_batch, self.world_size))
-
-    def describe_position(self, position: Position) -> dict[str, Any]:
-        """A position as state_dict gives it."""
-        return {**position.to_json(self.samples_per_batch, self.world_size), **self._describe()}
+            position = self.position.after(check_int("next_batch", next_batch, 0), *rank_and_size)
+        return {**position.to_json(*rank_and_size), **self._describe()}
 
     def _describe(self) -> dict[str, Any]:
         """What has to be the same where an epoch goes on."""
@@ -224,26 +226,19 @@ class BucketBatchSampler(Sampler[list[int]]):
             if state.get(name) != mine:
                 saved, here = (f"{name}={shortened(str(value))}" for value in (state.get(name), mine))
                 raise UserError(
-                    f"load_state_dict: saved with {saved}, this sampler has {here}. "
-                    "What remains of the epoch would be other samples: give it the same, or start a new epoch."
+                    f"load_state_dict: saved with {saved}, this sampler has {here}. The rest of the epoch would be "
+                    f"other samples: give it the same, or go on with the next epoch: set_epoch({next_epoch(state)})."
                 )
-        position = Position.from_json(state, self._count_steps)
-        self.set_epoch(position.epoch)
-        self.position = self._begun = position
-        _, self._given = position.split(self.samples_per_batch, self.world_size)
+        position = Position.from_json(state)
+        try:
+            self._open_epoch(position.epoch, position.stretches, 1)
+        except ValueError as error:
+            raise UserError(f"load_state_dict: {error}.") from None
+        self.data.set_epoch(position.epoch)
+        self.position = self._at = position
 
-    def _count_steps(self, position: Position, batch_size: int, world_size: int) -> int:
-        return len(self._open_epoch(position.epoch, position.stretches, world_size, batch_size))
 
-
-def check_rank(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
-    """Both as they are given; None: neither is. Raises UserError for ranks that there are not."""
-    if rank is None and world_size is None:
-        return None
-    rank = rank if rank is None else check_int("rank", rank)
-    world_size = world_size if world_size is None else check_int("world_size", world_size)
-    if rank is None or world_size is None:
-        raise UserError(f"rank={rank}, world_size={world_size}: give both, or neither.")
-    if not 0 <= rank < world_size:
-        raise UserError(f"rank={rank}, world_size={world_size}: expected 0 <= rank < world_size.")
-    return rank, world_size
+def next_epoch(state: dict[str, Any]) -> object:
+    """The epoch after that of a state, if it has one."""
+    epoch = state.get("epoch")
+    return epoch + 1 if type(epoch) is int else "N"

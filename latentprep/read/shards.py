@@ -1,5 +1,6 @@
 """Open files: OpenGroups, memory-mapped on first touch and checked against what the manifest promises; their rows."""
 
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +17,10 @@ from latentprep.read.describe import show_dtype
 from latentprep.read.rows import Addresses, OpenRows
 
 MAX_OPEN = 16_000  # groups, of two memory maps each: Linux allows a process 65,530 maps
-# fields that a batch has under a name of its own, or has no use for
+# fields that do not go into batch.fields
 KNOWN = frozenset({
     "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped", "digest",
-    "prompt_of", "nbytes", "version", "geometry",
+    "prompt_of", "nbytes", "version",
 })  # fmt: skip
 
 
@@ -52,9 +53,6 @@ class OpenGroup:
         if "weight" not in self.of_view:  # all of the group weighs 1
             ones = torch.ones((), dtype=torch.float16)
             self.of_view["weight"] = ones.expand(count * self.num_views, *self.shape[1:])
-        # [N*V,8]: original_size, resized_size, crop
-        original_size = group.original_size[:, None].expand(-1, self.num_views, -1)
-        self.of_view["geometry"] = torch.cat([original_size, group.resized_size, group.crop], dim=2).flatten(0, 1)
         self.digest = group.digest.numpy().view(np.uint64)[:, 0]  # [N]: half of each image's content hash
         self.key, self.caption, self.prompt_of = words.key, words.caption, words.prompt_of
         self.prompt, self.cond = prompt, cond
@@ -69,14 +67,18 @@ class OpenShards:
         self.opened: dict[int, OpenGroup] = {}
         self.addresses: dict[str, Addresses] = {}  # of the fields of open groups
         self.is_open = np.zeros(len(groups), bool)
+        self._lock = threading.RLock()  # several threads may read
         # name -> dtype and shape of a row, as the first shard has it and all others must; None: none was opened
         self.cond: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] | None = None
 
     def __getitem__(self, number: int) -> OpenGroup:
         """Raises UserError for files that are missing, damaged, or not what the manifest promises."""
-        group = self.opened.get(number)
-        if group is None:
-            group = self._open(number)
+        with self._lock:
+            group = self.opened.get(number)
+            if group is not None:
+                return group
+            with torch.device("cpu"):  # whatever the training loop has made the default
+                group = self._open(number)
             if len(self.opened) >= MAX_OPEN:
                 first = next(iter(self.opened))  # the one that was opened first
                 del self.opened[first]
@@ -85,7 +87,7 @@ class OpenShards:
                     addresses.put(first, None)
             self.opened[number], self.is_open[number] = group, True
             self._note_addresses(number, group)
-        return group
+            return group
 
     def _note_addresses(self, number: int, group: OpenGroup) -> None:
         fields = {**group.of_view, **group.of_image}
@@ -100,13 +102,18 @@ class OpenShards:
 
         Raises UserError like __getitem__.
         """
-        opened = {number: self[number] for number in np.unique(groups).tolist()}
-        num_views = len(self.manifest.latent.views)
-        return OpenRows(opened, self.addresses, groups, images, images * num_views + views)
+        with self._lock:  # so that the addresses are those of the groups that it holds
+            opened = {number: self[number] for number in np.unique(groups).tolist()}
+            addresses = {name: known.of(groups) for name, known in self.addresses.items()}
+        whole = slice(0, len(groups))
+        return OpenRows(opened, addresses, whole, groups, images, images * len(self.manifest.latent.views) + views)
 
     def __getstate__(self) -> dict[str, Any]:
-        nothing = {"opened": {}, "addresses": {}, "is_open": np.zeros(len(self.groups), bool)}
+        nothing = {"opened": {}, "addresses": {}, "is_open": np.zeros(len(self.groups), bool), "_lock": None}
         return {**self.__dict__, **nothing}  # memory maps are opened anew in each process
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ = {**state, "_lock": threading.RLock()}
 
     def _open(self, number: int) -> OpenGroup:
         shard, own = self.groups[number]
@@ -152,4 +159,6 @@ def promised_by(manifest: Manifest) -> Promise:
 
 
 def kept_by(group: OpenGroup) -> Promise:
-    return Promise(group.num_views, show_dtype(group.mean.dtype), group.std is not None)
+    dtypes = {value.dtype for value in (group.mean, group.std) if value is not None}
+    dtype = show_dtype(group.mean.dtype) if len(dtypes) == 1 else "several"
+    return Promise(group.num_views, dtype, group.std is not None)

@@ -7,10 +7,8 @@ from latentprep.read.rows import OpenRows
 
 
 def take_weight(rows: OpenRows, use_weight: bool | str | float) -> Tensor:
-    """[B,1,h,w] float32. use_weight: True rescales, "raw" is alpha in 0..1, a number is the least that alpha counts."""
-    stored = rows.take("weight")
-    assert stored is not None  # every open group has one
-    weight = stored[:, None].float()
+    """[B,1,h,w] float32. use_weight: True rescales, "raw" is alpha in 0..1, a number is the minimum weight."""
+    weight = rows.take("weight")[:, None].float()
     if use_weight is True:
         return rescale_weight(weight)
     return weight if use_weight == "raw" else weight.clamp(min=float(use_weight))
