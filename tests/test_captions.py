@@ -264,6 +264,7 @@ def test_parquet_with_times_that_python_has_not_is_one_line(folder, kind):
         captions(folder)
 
 
+@pytest.mark.slow
 def test_a_small_parquet_file_that_says_a_long_text_often_takes_no_memory(folder, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

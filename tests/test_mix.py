@@ -142,7 +142,7 @@ def test_a_mix_goes_on_in_mid_epoch_and_on_other_ranks(caches, options):
         other.load_state_dict(begun.state_dict())
 
 
-@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("context", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_a_mix_in_a_dataloader_of_one_s_own(caches, context):
     mix = LatentMix([open_data(caches, "small"), open_data(caches, "others")])
     loader = DataLoader(

@@ -1,5 +1,6 @@
 """read/rows.py: rows of any open files, gathered by their addresses, are the rows themselves."""
 
+import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,11 +10,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import latentprep
 from latentprep import LatentDataset, LatentLoader
 from latentprep.errors import UserError
 from latentprep.read import rows as reading
 from latentprep.read.rows import Addresses, read_memory
-from tests.conftest import SMALL, gradient
+from tests.conftest import gradient
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.int64, torch.uint8, torch.bool])
@@ -67,18 +69,30 @@ def test_what_does_not_lie_row_behind_row_has_no_addresses():
     assert read(0, 1) is None
 
 
-@pytest.fixture
-def cache(run, images, tmp_path):
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """Many small shards of two buckets, some with weights, two with dead rows; three prompts for each image."""
+    folder = tmp_path_factory.mktemp("rows")
+    images = folder / "images"
+    images.mkdir()
     for n in range(30):
         gradient(64, 64).rotate(n * 7).save(images / f"more{n:02}.png")
     for n in range(4):
+        gradient(128, 40).save(images / f"wide{n}.png")
+        tall = gradient(64, 80)
+        if n % 2:
+            tall.putalpha(gradient(64, 80, "L"))
+        tall.save(images / f"tall{n}.png")
         (images / f"tall{n}.txt").write_text("a, b, c")
-    options = (*SMALL, "--shard-size", "30kB", "--flip", "--prompts-per-image", 3, "--shuffle-tags")
-    assert run("encode", images, "--out", tmp_path / "c", *options).code == 0
+    options = {
+        "model": "tiny", "device": "cpu", "resolution": 64, "bucket_step": 32, "min_side": 32, "shard_size": "30kB",
+        "flip": True, "prompts_per_image": 3, "shuffle_tags": True, "progress": False,
+    }  # fmt: skip
+    latentprep.encode(images, folder / "c", **options)
     (images / "more03.png").unlink()
     (images / "more17.png").unlink()
-    assert run("encode", images, "--out", tmp_path / "c", *options).code == 0
-    return tmp_path / "c"
+    latentprep.encode(images, folder / "c", **options)
+    return folder / "c"
 
 
 def open_data(cache, **options):
@@ -176,8 +190,9 @@ def test_the_default_device_of_a_training_loop_changes_nothing(cache):
         assert torch.equal(sample, drawn)
 
 
-def test_a_std_of_another_dtype_than_the_mean_is_refused(cache):
+def test_a_std_of_another_dtype_than_the_mean_is_refused(cache, tmp_path):
     """Rows of 16 bits are of one size, whatever they mean."""
+    cache = shutil.copytree(cache, tmp_path / "c")
     path = sorted((cache / "shards").glob("*.latents.safetensors"))[0]
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
