@@ -3,12 +3,13 @@
 import itertools
 import math
 import random
+import re
 
 import pytest
 
 from latentprep.errors import UserError
 from latentprep.geometry import Geometry
-from latentprep.prepare.plan.buckets import cropped_away, list_buckets, make_place, nearest_bucket
+from latentprep.prepare.plan.buckets import cropped_away, describe_square, list_buckets, make_place, nearest_bucket
 from latentprep.records import Placement
 
 SIZES = [*itertools.product((48, 63, 64, 65, 200, 333, 512, 777, 1024, 4000), repeat=2), (100, 3000)]
@@ -212,3 +213,36 @@ def test_no_upscale_crops_no_more_than_kohyas_rule():
 def test_an_image_that_is_long_and_low_keeps_nearly_all():
     found = make_place(Geometry.from_options(upscale=False), 8)((395, 3509))
     assert cropped_away(found) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("resolution", "step", "factor", "said"),
+    [
+        (512, 64, 8, None),
+        (500, 64, 8, "becomes 448x448: --resolution 500 is no multiple of --bucket-step 64; 500 is no"),
+        (
+            520,
+            64,
+            8,
+            "becomes 512x512: --resolution 520 is no multiple of --bucket-step 64; --bucket-step 40 gives 520x",
+        ),
+        (1000, 64, 8, "becomes 960x960: --resolution 1000 is no multiple of --bucket-step 64; --bucket-step 40 gives"),
+        (100, 64, 4, "becomes 64x64: --resolution 100 is no multiple of --bucket-step 64; --bucket-step 20 gives 100x"),
+    ],
+)
+def test_a_resolution_that_square_images_do_not_get_is_said(resolution, step, factor, said):
+    geometry = Geometry.from_options(resolution=str(resolution), bucket_step=step)
+    found = describe_square(geometry, factor)
+    assert found is None if said is None else said in found
+    if said is not None and "gives" in said:
+        exact = int(re.search(r"--bucket-step (\d+) gives", found)[1])
+        assert (resolution, resolution) in list_buckets(
+            Geometry.from_options(resolution=str(resolution), bucket_step=exact)
+        )
+    assert describe_square(Geometry.from_options(resolution="native"), 8) is None
+    assert describe_square(Geometry.from_options(width=500, height=500), 8) is None
+
+
+def test_it_is_said_before_anything_is_encoded(run, images):
+    result = run("encode", images, "--model", "tiny", "--resolution", 100, "--dry-run")
+    assert "buckets  a square image becomes 64x64: --resolution 100 is no multiple of --bucket-step 64" in result.err

@@ -22,7 +22,7 @@ from latentprep.prepare.engine.where import Where, find_share
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
-from latentprep.prepare.plan.buckets import make_place
+from latentprep.prepare.plan.buckets import describe_square, make_place
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
 from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable
@@ -111,6 +111,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     where, dtype = choose_where(options, models, say)
     recipe = make_recipe(options, models, dtype)
     say_precision(recipe, dtype, say)
+    if (line := describe_square(options.geometry, models.vae.factor * models.patch)) is not None:
+        say(line)
     manifest = None if options.overwrite else find_manifest(storage)
     leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
     check_recipe(options, recipe, manifest, leftovers)

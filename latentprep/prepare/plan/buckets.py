@@ -39,6 +39,20 @@ def list_buckets(geometry: Geometry) -> list[Size]:
     return sorted(buckets)
 
 
+def describe_square(geometry: Geometry, factor: int) -> str | None:
+    """What to say if square images do not get the resolution that was asked for; None if they do."""
+    side, step = geometry.resolution, geometry.bucket_step
+    if geometry.mode != "buckets" or side is None or step is None or side % step == 0:
+        return None
+    square = side // step * step
+    exact = next((n for n in range(step, 0, -1) if n % factor == 0 and side % n == 0), None)
+    advice = f"--bucket-step {exact} gives {side}x{side}" if exact else f"{side} is no multiple of the model's {factor}"
+    return (
+        f"buckets  a square image becomes {square}x{square}: --resolution {side} is no multiple of --bucket-step "
+        f"{step}; {advice}"
+    )
+
+
 def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
     """The bucket nearest in aspect ratio (in its logarithm: least is cropped away); of equals the largest."""
     aspect = math.log(size[1] / size[0])
