@@ -2,6 +2,7 @@
 
 `Accelerator.prepare` wraps the sampler of a DataLoader: each process takes every n-th batch of it (BatchSamplerShard).
 So the sampler has to give the batches of all ranks in turn. Nobody tells it that it was wrapped: it looks who calls.
+It has no batch_size, since its batches differ. accelerate before 1.14 refuses that, unless even_batches=False.
 """
 
 import sys
