@@ -365,7 +365,7 @@ def found_captions(folder, **options):
     return {item.key: (item.captions, item.caption_origin) for item in captions(folder, **options).items}
 
 
-def test_captions_come_from_where_they_are_asked_to(folder):
+def test_captions_come_from_where_they_are_asked_to(folder, monkeypatch):
     with_files = {
         "b.png": (("the letter b",), "txt"), "sub/b.png": (("with a mark",), "caption"),
         "c.png": (("from metadata",), "metadata"), "d.png": (("größer",), "txt"),
@@ -381,6 +381,8 @@ def test_captions_come_from_where_they_are_asked_to(folder):
     assert found["b.png"] == ((folder.name,), "folder")
     shutil.move(folder, folder.parent / "3_flat")
     assert found_captions(folder.parent / "3_flat", caption_from="folder")["b.png"] == (("flat",), "folder")
+    monkeypatch.chdir(folder.parent / "3_flat")
+    assert found_captions(".", caption_from="folder")["b.png"] == (("flat",), "folder")
 
 
 @pytest.mark.parametrize("extension", [".wd14", "wd14", " .WD14"])
@@ -407,6 +409,9 @@ def test_prefix_suffix_and_trigger_stand_where_they_should(folder):
     assert found["b.png"][0] == ("sks dog, the letter b in the rain",)
     assert found["c.png"][0] == ("SKS dog, on grass in the rain",)  # it begins with it
     assert found_captions(folder, **options)["b.png"][0] == ("sks dog, a photo of the letter b in the rain",)
+    assert found_captions(folder, trigger="s", caption_prefix="sks")["b.png"][0] == (
+        "s, sks the letter b",
+    )  # a whole word
     assert found_captions(folder, trigger="sks dog", caption_from="none")["b.png"][0] == ("sks dog",)
     assert found_captions(folder, caption_prefix="p", caption_suffix="s", caption_from="none")["b.png"][0] == ("p s",)
     (folder / "b.txt").write_text("one\ntwo")

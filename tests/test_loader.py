@@ -1,6 +1,8 @@
 """read/loader.py: epoch after epoch, with any number of workers, and on in mid-epoch."""
 
 import pickle
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -206,3 +208,29 @@ def test_ranks_are_torchrun_s_and_looked_up_when_an_epoch_begins(data, monkeypat
         with pytest.raises(UserError, match=rf"^RANK='{rank}', WORLD_SIZE='{size}': expected 0 <= RANK < WORLD_SIZE"):
             next(iter(loader))
         assert len(LatentLoader(data, 3, rank=0, world_size=1)) == 12
+
+
+def test_what_a_loader_has_of_its_own_is_not_given_and_it_is_no_dataset(data):
+    for name in ("sampler", "batch_sampler", "collate_fn"):
+        with pytest.raises(UserError, match=rf"^{name}: LatentLoader has its own"):
+            LatentLoader(data, 3, **{name: None})
+    with pytest.raises(UserError, match=r"^a LatentLoader is no dataset: loop over it"):
+        next(iter(DataLoader(LatentLoader(data, 3), batch_size=2)))
+
+
+def test_options_of_a_dataloader_are_its_own_without_workers_too(data):
+    loader = LatentLoader(data, 3, generator=torch.Generator(), pin_memory=False)
+    assert loader.generator is loader.dataloader.generator
+    assert not loader._is_plain
+    assert read(loader) == read(LatentLoader(data, 3))
+
+
+def test_warnings_name_the_line_that_made_the_sampler_and_come_once(data):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        sampler = BucketBatchSampler(data, 5, drop_last=True)
+        for _ in range(3):
+            list(sampler)
+            repr(sampler)
+    assert "drop_last=True leaves out" in str(said[0].message)
+    assert [Path(warning.filename).name for warning in said] == [Path(__file__).name]

@@ -180,3 +180,11 @@ def test_a_cond_model_makes_the_cond_of_stored_prompts_that_have_none(run, folde
     batch = LatentDataset(tmp_path / "bare", cond_model=cond_model)[0]
     assert batch.cond["prompt_embeds"].shape == (1, 1, 1)
     assert asked == batch.cond_text
+    with pytest.raises(UserError, match=r"^cond_model: include_cond=False asks for no cond"):
+        LatentDataset(tmp_path / "bare", cond_model=cond_model, include_cond=False)
+
+
+@pytest.mark.parametrize("include_cond", [True, False])
+def test_a_cond_model_beside_stored_cond_is_refused(cache, include_cond):
+    with pytest.raises(UserError, match=r"^cond_model: the cond is stored already"):
+        LatentDataset(cache, cond_model=lambda prompts: prompts, include_cond=include_cond)

@@ -165,7 +165,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         self.manifest = open_manifest(self.storage)
         self._index = Index(self.manifest.shards, self.repeats)
         stored = StoredCond(self.storage, self.manifest)
-        check_cond_model(cond_model, wording, needs_cond=include_cond and stored.is_there)
+        check_cond_model(cond_model, wording, include_cond=include_cond, is_stored=stored.is_there)
         self._prompts = Prompts(wording, stored, include_cond=include_cond, caption_dropout=caption_dropout)
         self._shards = OpenShards(self.storage, self.manifest, self._index.groups, needs_cond=include_cond)
         self._reader = SampleReader(self.manifest, self._shards, self._prompts, sampling)

@@ -53,9 +53,9 @@ class Wording:
         return make_prompt(self.template, caption, self.placeholder_token, seed, key, wildcards=of_line)
 
 
-def check_cond_model(cond_model: Any, wording: Wording, needs_cond: bool) -> None:
+def check_cond_model(cond_model: Any, wording: Wording, *, include_cond: bool, is_stored: bool) -> None:
     """Raise UserError if prompts are made anew and nothing makes their cond, or cond_model would have nothing to do."""
-    if wording.makes_prompts and needs_cond and cond_model is None:
+    if wording.makes_prompts and include_cond and is_stored and cond_model is None:
         raise UserError(
             "template, shuffle_tags, tag_drop_out and wildcards make prompts anew, which the stored cond does not "
             "fit. Give cond_model=, a callable from prompts to cond, or include_cond=False."
@@ -64,11 +64,13 @@ def check_cond_model(cond_model: Any, wording: Wording, needs_cond: bool) -> Non
         return
     if not callable(cond_model):
         raise UserError(f"cond_model: a {type(cond_model).__name__}, expected a callable from prompts to cond.")
-    if not wording.makes_prompts and needs_cond:
+    if not wording.makes_prompts and is_stored:
         raise UserError(
             "cond_model: the cond is stored already. It is for prompts that are made anew: template, shuffle_tags, "
             "tag_drop_out, wildcards."
         )
+    if not wording.makes_prompts and not include_cond:
+        raise UserError("cond_model: include_cond=False asks for no cond. Leave one of the two out.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -111,7 +111,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         """Once for each thing that is to be said."""
         if message not in self._warned:
             self._warned.add(message)
-            warnings.warn(message, stacklevel=5)
+            warnings.warn(message, stacklevel=4)
 
     def __repr__(self) -> str:
         return f"BucketBatchSampler({self.describe()}, epoch {self.epoch})"

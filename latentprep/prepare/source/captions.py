@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 
 import regex  # re's syntax, with a limit of time
 
@@ -187,7 +187,7 @@ def decorate(captions: tuple[str, ...], options: TextOptions) -> tuple[str, ...]
     found = []
     for caption in captions:
         text = " ".join(filter(None, (prefix.strip(), caption, suffix)))
-        if trigger and not text.lower().startswith(trigger.lower()):
+        if trigger and not re.match(rf"{re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
             text = f"{trigger}, {text}" if text else trigger
         found.append(text)
     return tuple(found)
@@ -195,8 +195,7 @@ def decorate(captions: tuple[str, ...], options: TextOptions) -> tuple[str, ...]
 
 def caption_from_folder(key: str, where: str) -> str:
     """The name of the folder that an image is in, without kohya's number of repeats: "10_sks dog" -> "sks dog"."""
-    parent = PurePosixPath(key).parent
-    name = parent.name if parent.name else PurePosixPath(where).name
+    name = PurePosixPath(key).parent.name or Path(where).resolve().name  # SOURCE may be "."
     return REPEATS_AT_START.sub("", name).strip()
 
 
