@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -15,6 +16,7 @@ from latentprep import LatentDataset, LatentLoader
 from latentprep.errors import UserError
 from latentprep.read import rows as reading
 from latentprep.read.rows import Addresses, read_memory
+from latentprep.read.shards import OpenShards
 from tests.conftest import gradient
 
 
@@ -216,3 +218,19 @@ def test_a_batch_holds_no_other_files_than_its_own(cache):
     list(LatentLoader(data, 1))  # all are open now
     for batch in LatentLoader(data, 1):
         assert len(batch.prompts.rows.opened) == 1
+
+
+def test_threads_that_want_one_file_open_it_once(cache, monkeypatch):
+    """Else each has its own mapping, and the addresses may be those of one that is gone."""
+    opened, open_group = [], OpenShards._open
+
+    def slow_open(shards, number):
+        opened.append(number)
+        time.sleep(0.005)
+        return open_group(shards, number)
+
+    monkeypatch.setattr(OpenShards, "_open", slow_open)
+    data = open_data(cache)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: data[0], range(4)))
+    assert len(opened) == 1
