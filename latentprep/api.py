@@ -3,14 +3,27 @@
 These signatures are all there is of the options: the command line, help() and the checks are made from them.
 """
 
-import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from latentprep.door import CAPTIONS, GEOMETRY, INPUT, MACHINES, MODEL, OUTPUT, PERFORMANCE, Option, door, keywords_of
-from latentprep.errors import UserError
+from latentprep.door import (
+    CAPTIONS,
+    GEOMETRY,
+    INPUT,
+    MACHINES,
+    MODEL,
+    OUTPUT,
+    PERFORMANCE,
+    Option,
+    door,
+    door_through,
+    keywords_of,
+    list_parameters,
+)
 from latentprep.geometry import Crop, Filter, Fit, Geometry
+from latentprep.option_files import expand
 from latentprep.options import (
     CAPTION_COLUMN,
     DEFAULT_MODEL,
@@ -18,7 +31,9 @@ from latentprep.options import (
     CaptionFrom,
     Dtype,
     EncodeOptions,
+    Folders,
     ImageOptions,
+    ImageSet,
     Only,
     Store,
     TextOptions,
@@ -26,20 +41,29 @@ from latentprep.options import (
     default_out,
 )
 from latentprep.progress import Progress, open_progress
-from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
+from latentprep.results import Compacted, Encoded, Merged, Summary, Verified, join_runs
+from latentprep.sets import Origin, join_weights, make_sets, make_text
+
+
+def expand_encode(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of each run that a call of `encode` asks for."""
+    return expand(given, list_parameters(encode))
 
 
 # fmt: off
-@door
+@door_through(expand_encode, join_runs)
 def encode(
-    source: Annotated[str | Path, Option("SOURCE", "Folder of images, searched recursively, or of WebDataset tars.", is_argument=True)],
+    source: Annotated[str | Path | Origin | Iterable[Mapping[str, Any]] | None, Option("SOURCE", "Folder of images, searched recursively, or of WebDataset tars; a .toml file of sets, or of sd-scripts.", is_argument=True)] = None,
     out: Annotated[str | Path | None, Option("DIR", "Where the cache goes.", OUTPUT, shown="SOURCE.latents")] = None,
     *,
-    exclude: Annotated[str | Sequence[str] | None, Option("PATTERN", "Leave out files and folders of this name, or with a / in it of this path; may be given again.", INPUT)] = None,
+    options: Annotated[str | Path | None, Option("FILE", "TOML file of options, as resolution = 768; those that are given count first.", INPUT)] = None,
+    again: Annotated[str | Path | None, Option("CACHE", "Run once more what made this cache, with its options; those that are given count first.", INPUT)] = None,
+    folders: Annotated[Folders, Option(help="Whether folders such as kohya's 10_sks dog are sets, with repeats and captions by their names; auto: if all are.", panel=INPUT)] = "auto",
+    exclude: Annotated[str | Sequence[str] | None, Option("PATTERN", "Leave out files and folders of this name, or with a / in it of this path; may be given again.", INPUT, of_set=True)] = None,
     max_megapixels: Annotated[float, Option("MEGAPIXELS", "Larger images are skipped unread: they may be decompression bombs.", INPUT)] = 180,
     animated: Annotated[Animated, Option(help="Of an image with several frames: take the first, or leave it out.", panel=INPUT)] = "first",
     background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
-    weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT)] = "alpha",
+    weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT, of_set=True)] = "alpha",
     no_draft: Annotated[bool, Option(help="Decode large JPEGs in full. Else libjpeg may halve their sides, as long as twice the size needed is left.", panel=INPUT)] = False,
     strict_images: Annotated[bool, Option(help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", panel=INPUT)] = False,
     check_content: Annotated[bool, Option(help="Read and compare every image, also those whose size and time are as they were.", panel=INPUT)] = False,
@@ -60,7 +84,7 @@ def encode(
     device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the models run.", MODEL)] = "auto",
     devices: Annotated[str | None, Option("all|cuda:N,cuda:N", "Several devices of this machine at once, with a process for each.", MODEL, shown="--device alone")] = None,
     dtype: Annotated[Literal["auto"] | Dtype, Option(help="Number type of the models; auto: float16 on CUDA, else float32.", panel=MODEL)] = "auto",
-    resolution: Annotated[int | str, Option("PIXELS|native", "Buckets have at most PIXELS x PIXELS; native: no resizing.", GEOMETRY)] = 512,
+    resolution: Annotated[int | str, Option("PIXELS|WxH|native", "Buckets have at most PIXELS x PIXELS, or W x H; native: no resizing.", GEOMETRY)] = 512,
     bucket_step: Annotated[int, Option("PIXELS", "Sides of buckets are multiples of this.", GEOMETRY)] = 64,
     min_side: Annotated[int | None, Option("PIXELS", "Shortest side of a bucket; of an image with a fixed or native size.", GEOMETRY, shown="resolution / 2; with --no-upscale the step")] = None,
     max_side: Annotated[int | None, Option("PIXELS", "Longest side, likewise.", GEOMETRY, shown="resolution x 2; with --no-upscale none")] = None,
@@ -73,22 +97,23 @@ def encode(
     crop: Annotated[Crop, Option(help="Which part of an image its bucket keeps; focus: where there is most to see.", panel=GEOMETRY)] = "center",
     crops: Annotated[int, Option("COUNT", "Crops of each image, as views; an epoch takes one of them.", GEOMETRY)] = 1,
     flip: Annotated[bool, Option(help="Encode the mirrored image too, as a second view.", panel=GEOMETRY)] = False,
-    template: Annotated[str | Path | None, Option("NAME|FILE", "Template lines with [name] and [filewords]; see `latentprep templates`.", CAPTIONS, shown="the caption alone")] = None,
-    placeholder: Annotated[str, Option("TEXT", "What [name] stands for.", CAPTIONS)] = "",
-    word_regex: Annotated[str, Option("REGEX", "Words of a file name that make its caption.", CAPTIONS, shown="the whole name")] = "",
-    joiner: Annotated[str, Option("TEXT", "Between the words that --word-regex finds.", CAPTIONS, shown="a space")] = " ",
-    caption_lines: Annotated[bool, Option(help="Each line of a caption file is a caption of its own.", panel=CAPTIONS)] = False,
-    caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files, and of the .json files in tars, that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN)] = None,
-    caption_from: Annotated[CaptionFrom, Option(help="auto: caption and metadata files, else the image's name; file: those alone; name, folder: the image's or its folder's name.", panel=CAPTIONS)] = "auto",
-    caption_extension: Annotated[str, Option(".EXT", "Ending of caption files.", CAPTIONS, shown=".txt, .caption")] = "",
-    caption_prefix: Annotated[str, Option("TEXT", "Put before each caption, with a space between.", CAPTIONS)] = "",
-    caption_suffix: Annotated[str, Option("TEXT", "Put behind each caption, with a space between.", CAPTIONS)] = "",
-    trigger: Annotated[str, Option("WORDS", "Words that begin each caption, such as sks dog; tags are shuffled behind them.", CAPTIONS)] = "",
+    template: Annotated[str | Path | None, Option("NAME|FILE", "Template lines with [name] and [filewords]; see `latentprep templates`.", CAPTIONS, shown="the caption alone", of_set=True)] = None,
+    placeholder: Annotated[str, Option("TEXT", "What [name] stands for.", CAPTIONS, of_set=True)] = "",
+    word_regex: Annotated[str, Option("REGEX", "Words of a file name that make its caption.", CAPTIONS, shown="the whole name", of_set=True)] = "",
+    joiner: Annotated[str, Option("TEXT", "Between the words that --word-regex finds.", CAPTIONS, shown="a space", of_set=True)] = " ",
+    caption_lines: Annotated[bool, Option(help="Each line of a caption file is a caption of its own.", panel=CAPTIONS, of_set=True)] = False,
+    caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files, and of the .json files in tars, that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN, of_set=True)] = None,
+    caption_from: Annotated[CaptionFrom, Option(help="auto: caption and metadata files, else the image's name; file: those alone; name, folder: the image's or its folder's name.", panel=CAPTIONS, of_set=True)] = "auto",
+    caption_extension: Annotated[str, Option(".EXT", "Ending of caption files.", CAPTIONS, shown=".txt, .caption", of_set=True)] = "",
+    caption_prefix: Annotated[str, Option("TEXT", "Put before each caption, with a space between.", CAPTIONS, of_set=True)] = "",
+    caption_suffix: Annotated[str, Option("TEXT", "Put behind each caption, with a space between.", CAPTIONS, of_set=True)] = "",
+    default_caption: Annotated[str, Option("TEXT|FILE.txt", "Caption of images that have none in a file; of a .txt file each line is one.", CAPTIONS, of_set=True)] = "",
+    trigger: Annotated[str, Option("WORDS", "Words that begin each caption, such as sks dog; tags are shuffled behind them.", CAPTIONS, of_set=True)] = "",
     prompts_per_image: Annotated[int, Option("K", "Prompts of each image: other captions, template lines, tags and wildcards.", CAPTIONS)] = 1,
-    shuffle_tags: Annotated[bool, Option(help="Shuffle the comma-separated tags of a caption.", panel=CAPTIONS)] = False,
-    tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS)] = 0.0,
-    keep_tags: Annotated[int, Option("N", "The first N tags are neither shuffled nor left out.", CAPTIONS)] = 0,
-    wildcards: Annotated[bool, Option(help="{a|b|c} in captions and templates becomes one of its parts.", panel=CAPTIONS)] = False,
+    shuffle_tags: Annotated[bool, Option(help="Shuffle the comma-separated tags of a caption.", panel=CAPTIONS, of_set=True)] = False,
+    tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS, of_set=True)] = 0.0,
+    keep_tags: Annotated[int, Option("N", "The first N tags are neither shuffled nor left out.", CAPTIONS, of_set=True)] = 0,
+    wildcards: Annotated[bool, Option(help="{a|b|c} in captions and templates becomes one of its parts.", panel=CAPTIONS, of_set=True)] = False,
     no_cond: Annotated[bool, Option(help="Store captions and prompts, but no text embeddings.", panel=CAPTIONS)] = False,
     max_tokens: Annotated[int | None, Option("TOKENS", "Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", CAPTIONS, shown="75; SD 3: 256; FLUX: 512")] = None,
     clip_skip: Annotated[int, Option("LAYER", "Layer of CLIP to take, from the end; 2 is the penultimate. Stable Diffusion 1 and 2.", CAPTIONS)] = 1,
@@ -118,24 +143,27 @@ def encode(
     """
     # fmt: on
     from latentprep.human import parse_bytes
-    from latentprep.prompts import load_template
     from latentprep.runs import run_encode
 
-    if not str(source):
-        raise UserError("SOURCE: is empty, expected a folder of images.")
-    source = Path(source)
-    images = ImageOptions.from_options(
-        background=background, weights=str(weights), animated=animated, draft=not no_draft
-    )
-    if placeholder and not template:
-        raise UserError(
-            f"--placeholder {placeholder}: without a --template nothing has a [name] to be filled. "
-            f"To begin each caption with it: --trigger {shlex.quote(placeholder)}."
-        )
-    columns = [caption_column] if isinstance(caption_column, str) else caption_column or [CAPTION_COLUMN]
-    options = EncodeOptions(
-        source=source,
-        out=str(out or default_out(source)),
+    assert isinstance(source, Origin)  # door_through has read what was given
+    wording: dict[str, Any] = {
+        "template": template, "placeholder": placeholder, "word_regex": word_regex, "joiner": joiner,
+        "shuffle_tags": shuffle_tags, "tag_drop_out": tag_drop_out, "keep_tags": keep_tags, "wildcards": wildcards,
+        "caption_lines": caption_lines, "caption_column": caption_column, "caption_from": caption_from,
+        "caption_extension": caption_extension, "caption_prefix": caption_prefix, "caption_suffix": caption_suffix,
+        "default_caption": default_caption, "trigger": trigger,
+    }  # fmt: skip
+    encoders: dict[str, Any] = {
+        "include_cond": not no_cond, "prompts_per_image": prompts_per_image, "max_tokens": max_tokens,
+        "clip_skip": clip_skip, "emphasis": emphasis,
+    }  # fmt: skip
+    sets = make_sets(source.sets, {**wording, **encoders}, list_parameters(encode)) if source.sets else ()
+    text = replace(TextOptions(**encoders), sets={own.name: own.text for own in sets}) if sets else None
+    weights = join_weights(source.sets, str(weights)) if sets else str(weights)
+    images = ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft)
+    chosen = EncodeOptions(
+        source=source.where,
+        out=str(out or default_out(source.where)),
         geometry=Geometry.from_options(
             resolution=str(resolution), width=width, height=height, bucket_step=bucket_step, min_side=min_side,
             max_side=max_side, max_aspect=max_aspect, upscale=not no_upscale, fit=fit, filter=filter, crop=crop,
@@ -143,14 +171,8 @@ def encode(
         ),
         images=images,
         exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
-        masks=Path(weights) if images.weights == "masks" else None,
-        text=TextOptions(
-            load_template(str(template)) if template else None, placeholder, word_regex, joiner, not no_cond,
-            prompts_per_image=prompts_per_image, shuffle_tags=shuffle_tags, tag_drop_out=tag_drop_out,
-            keep_tags=keep_tags, wildcards=wildcards, caption_lines=caption_lines, caption_columns=tuple(columns),
-            caption_from=caption_from, caption_extension=caption_extension, caption_prefix=caption_prefix,
-            caption_suffix=caption_suffix, trigger=trigger, max_tokens=max_tokens, clip_skip=clip_skip, emphasis=emphasis,
-        ),
+        masks=Path(weights) if images.weights == "masks" and not sets else None,
+        text=text or make_text({**wording, **encoders}), sets=sets, notes=source.notes, again=source.again,
         model=str(model), vae=name_or_none(vae), config=name_or_none(config), revision=revision or None, flip=flip,
         store=store, store_dtype=store_dtype, device=device, devices=devices, dtype=dtype, rank=rank,
         world_size=world_size, tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
@@ -158,7 +180,13 @@ def encode(
         max_pixels=count_pixels(max_megapixels), only=only or None, overwrite=overwrite, strict=strict,
         strict_images=strict_images, check_content=check_content, allow_gone=allow_gone, retry_skipped=retry_skipped,
     )  # fmt: skip
-    return run_encode(options, open_progress(progress, keywords_of(encode)), dry_run=dry_run)
+    return run_encode(chosen, open_progress(progress, keywords_of(encode)), dry_run=dry_run)
+
+
+def list_sets(source: Path) -> list[tuple[ImageSet, ...]]:
+    """The sets that a .toml file names, of each run that it asks for. Raises UserError."""
+    runs = expand_encode({"source": source})
+    return [make_sets(run["source"].sets, {}, list_parameters(encode)) for run in runs]
 
 
 # fmt: off

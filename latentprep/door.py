@@ -3,7 +3,7 @@
 import inspect
 import os
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, wraps
 from numbers import Integral, Real
@@ -39,6 +39,7 @@ class Option:
     most: float | None = None
     is_argument: bool = False  # on the command line it stands without a name
     in_python_only: bool = False
+    of_set: bool = False  # whether a set may have its own
 
 
 @dataclass(frozen=True)
@@ -124,29 +125,53 @@ def keywords_of(function: Callable[..., Any]) -> Keywords:
     return Keywords(names, values)
 
 
+Expand = Callable[[Mapping[str, Any]], list[dict[str, Any]]]  # the arguments of a call -> those of each run
+Join = Callable[[list[Any]], Any]  # what runs have returned -> what the call returns
+
+
 def door(function: Callable[P, R]) -> Callable[P, R]:
-    """The function for Python: checks the types of its arguments, and names them in errors by their keywords.
+    """The function for Python: checks the types of its arguments, and names them in errors by their keywords."""
+    return door_through(lambda given: [dict(given)], lambda results: results[0])(function)
 
-    Without it, its errors speak of options, as on the command line.
-    """
-    parameters, keywords = list_parameters(function), keywords_of(function)
-    signature = inspect.signature(function)
 
-    @wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        bound = signature.bind(*args, **kwargs)  # TypeError for an unknown keyword, as of any function
-        given = bound.arguments
-        for parameter in parameters:
-            if parameter.name in given:
-                given[parameter.name] = parameter.check(given[parameter.name])
-        try:
-            return function(*bound.args, **bound.kwargs)
-        except UserError as error:
-            raise type(error)(keywords.translate(str(error), given)) from None
+def door_through(expand: Expand, join: Join) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A door whose arguments may stand in files, or ask for several runs."""
 
-    call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), *describe(parameters, keywords)])
-    call.__signature__ = plain_signature(function)  # type: ignore[attr-defined]
-    return call
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        parameters, keywords = list_parameters(function), keywords_of(function)
+        signature = inspect.signature(function)
+
+        def run(given: Mapping[str, Any]) -> R:
+            """The call with the arguments that were given; its errors speak of options."""
+            results = []
+            for arguments in expand(given):
+                for parameter in parameters:
+                    if parameter.name in arguments:
+                        arguments[parameter.name] = parameter.check(arguments[parameter.name])
+                results.append(function(**arguments))  # type: ignore[call-arg]
+            result: R = join(results)
+            return result
+
+        @wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            given = signature.bind(*args, **kwargs).arguments  # TypeError for an unknown keyword, as of any function
+            try:
+                return run(given)
+            except UserError as error:
+                raise type(error)(keywords.translate(str(error), given)) from None
+
+        call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), *describe(parameters, keywords)])
+        call.__signature__ = plain_signature(function)  # type: ignore[attr-defined]
+        call.run = run  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def run_door(function: Callable[..., R], given: Mapping[str, Any]) -> R:
+    """A door, called as the command line calls it: errors speak of options."""
+    result: R = function.run(given)  # type: ignore[attr-defined]
+    return result
 
 
 def plain_signature(function: Callable[..., Any]) -> inspect.Signature:

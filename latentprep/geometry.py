@@ -20,6 +20,7 @@ class Geometry:
 
     mode: str  # buckets | fixed | native
     resolution: int | None = None  # buckets: a bucket has at most resolution x resolution pixels
+    area: int | None = None  # buckets: at most so many instead, of which resolution is the root, rounded down
     size: Size | None = None  # fixed: (height, width)
     bucket_step: int | None = None  # buckets: both sides are multiples of it
     min_side: int | None = None
@@ -81,9 +82,7 @@ class Geometry:
             if fit != "crop":
                 raise UserError(f"--resolution native --fit {fit}: a native image is not resized. Leave --fit out.")
             return cls("native", min_side=min_side, max_side=max_side)
-        if not resolution.isdigit() or int(resolution) < 1:
-            raise UserError(f"--resolution {resolution}: expected a number of pixels, such as 512, or 'native'.")
-        side = int(resolution)
+        side, area = parse_resolution(resolution)
         if side < bucket_step:
             raise UserError(
                 f"--resolution {side}: smaller than --bucket-step {bucket_step}, so there is no bucket. "
@@ -96,15 +95,22 @@ class Geometry:
         return cls(
             "buckets",
             resolution=side,
+            area=area,
             bucket_step=bucket_step,
             min_side=min_side if min_side is not None else max(bucket_step, side // 2 if upscale else 0),
-            max_side=max_side if max_side is not None else side * 2 if upscale else side**2 // bucket_step,
+            max_side=max_side if max_side is not None else side * 2 if upscale else (area or side**2) // bucket_step,
             max_aspect=max_aspect,
             upscale=upscale,
             fit=fit,
             filter=filter,
             **cropping,
         )
+
+    @property
+    def max_area(self) -> int:
+        """Pixels of a bucket, at most. Only of mode "buckets"."""
+        assert self.resolution is not None
+        return self.area or self.resolution**2
 
     @property
     def longest_side(self) -> int | None:
@@ -124,3 +130,15 @@ class Geometry:
                     f"{option} {value}: not a multiple of {factor}, this model's factor. "
                     f"Try {(value // factor + 1) * factor}."
                 )
+
+
+def parse_resolution(text: str) -> tuple[int, int | None]:
+    """--resolution as the side of a square in pixels; of WIDTHxHEIGHT also the product. Raises UserError."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.isdecimal() and len(side) < 9 and int(side) for side in sides):
+        raise UserError(f"--resolution {text}: expected a number of pixels, such as 512 or 768x512, or 'native'.")
+    if len(sides) == 1:
+        return int(text), None
+    area = int(sides[0]) * int(sides[1])
+    side = math.isqrt(area)
+    return side, None if side**2 == area else area

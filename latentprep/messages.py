@@ -10,6 +10,7 @@ from latentprep.cache.names import MANIFEST as MANIFEST_NAME
 from latentprep.cache.storage import Storage
 from latentprep.human import counted, human_bytes, human_seconds, printable, shortened
 from latentprep.options import EncodeOptions
+from latentprep.prepare.find_images import describe_sets
 from latentprep.prepare.outcome import Outcome
 from latentprep.prepare.plan.buckets import cropped_away
 from latentprep.prepare.plan.estimate import Estimate
@@ -27,16 +28,19 @@ NAMED = 5  # how many keys a line names before it says "and N more"
 
 def source_text(prepared: Prepared) -> str:
     """What was found, before anything is encoded."""
-    captioned = prepared.captioned
+    captioned = prepared.images.captioned
     words = {
         "txt": "from .txt", "caption": "from .caption", "json": "from .json", "metadata": "from metadata files",
-        "filename": "from file names", "folder": "from folders", "nothing": "without one",
+        "default": "from --default-caption", "filename": "from file names", "folder": "from folders",
+        "nothing": "without one",
     }  # fmt: skip
     origins = sorted(captioned.origins, key=lambda name: list(words).index(name) if name in words else -1)
     found = ", ".join(f"{captioned.origins[name]:,} {words.get(name, f'from .{name}')}" for name in origins)
     lines = [
         f"source   {prepared.options.source}: {counted(len(captioned.items), 'image')}; captions: {found or 'none'}"
     ]
+    lines += [f"note     {printable(note)}" for note in prepared.options.notes]
+    lines += describe_sets(prepared.images)
     counts = [len(item.captions) for item in captioned.items]
     if sum(counts) > len(counts):
         lines.append(f"         {counted(sum(counts), 'caption')} in all, up to {max(counts)} an image")
@@ -69,9 +73,9 @@ def source_text(prepared: Prepared) -> str:
 
 def caption_lines(prepared: Prepared) -> list[str]:
     """What a person should see before hours are spent: captions that are file names, or empty; and some prompts."""
-    options, items, lines = prepared.options, prepared.captioned.items, []
+    options, items, lines = prepared.options, prepared.images.captioned.items, []
     of_names = [item for item in items if item.caption_origin == "filename"]
-    if of_names and options.text.caption_from == "auto":
+    if of_names and any(options.text.of(item.key).caption_from == "auto" for item in of_names):
         shown = ", ".join(repr(shortened(item.captions[0], 30)) for item in of_names[:3])
         lines.append(f"         file names as captions: {shown} (--caption-from file leaves such images without)")
     num_empty = sum(item.captions == ("",) for item in items)

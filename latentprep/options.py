@@ -1,9 +1,10 @@
 """What a run was told: images, text, models and engine, checked once, where it enters."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from latentprep.errors import UserError, check_choice
 from latentprep.geometry import Geometry
@@ -13,6 +14,7 @@ Only = Literal["latents", "text"]
 Store = Literal["mean+std", "mean"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 CaptionFrom = Literal["auto", "file", "name", "folder", "none"]
+Folders = Literal["auto", "kohya", "plain"]
 ANIMATED, ONLY, STORES, DTYPES, CAPTIONS_FROM = (
     get_args(choices) for choices in (Animated, Only, Store, Dtype, CaptionFrom)
 )
@@ -81,10 +83,17 @@ class TextOptions:
     caption_extension: str = ""  # of caption files; "": those that the source says
     caption_prefix: str = ""  # put before each caption, and the suffix behind it
     caption_suffix: str = ""
+    default_caption: tuple[str, ...] = ()  # of images that have none; where that is none, the file name is it
+    first_line: bool = False  # of a caption file its first line is the caption, as kohya's sd-scripts have it
     trigger: str = ""  # words that begin each caption
     max_tokens: int | None = None  # of a prompt, that are kept; None: the family's default (families.py)
     clip_skip: int = 1  # as the web UI and kohya count: 1 is the last layer
     emphasis: bool = False  # (text), [text] and (text:1.3) weigh their tokens, as in the web UI
+    sets: Mapping[str, "TextOptions"] = field(default_factory=dict)  # name of a set -> its own; then those count
+
+    def of(self, key: str) -> "TextOptions":
+        """What counts for an image: the options of its set."""
+        return self.sets.get(key.partition("/")[0], self) if self.sets else self
 
     def __post_init__(self) -> None:
         check_choice("--caption-from", self.caption_from, CAPTIONS_FROM)
@@ -97,6 +106,7 @@ class TextOptions:
             ("--caption-extension", bool(self.caption_extension)),
             ("--caption-column", self.caption_columns != (CAPTION_COLUMN,)),
             ("--caption-lines", self.caption_lines),
+            ("--default-caption", bool(self.default_caption)),
         ):
             if is_given and self.caption_from not in ("auto", "file"):
                 raise UserError(
@@ -113,6 +123,11 @@ class TextOptions:
                 f"--keep-tags {self.keep_tags}: nothing is shuffled or dropped. Give --shuffle-tags or --tag-drop-out."
             )
 
+        if any("[name]" in line for line in self.template or ()) and not self.placeholder:
+            raise UserError(
+                '--template uses [name], without a --placeholder. Say what [name] stands for: --placeholder "sks dog".'
+            )
+
     @property
     def num_kept_tags(self) -> int:
         """The first tags that are neither shuffled nor left out: those of the trigger, and keep_tags more."""
@@ -123,20 +138,40 @@ class TextOptions:
     @property
     def has_choices(self) -> bool:
         """Whether prompts depend on the seed."""
+        if self.sets:
+            return any(own.has_choices for own in self.sets.values())
         return self.template is not None or self.shuffle_tags or self.tag_drop_out > 0 or self.wildcards
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """One source with its own captions and weight. A cache may hold several."""
+
+    name: str  # "": the only one
+    source: Path
+    text: TextOptions
+    exclude: tuple[str, ...] = ()  # patterns of files and folders that are left out
+    masks: Path | None = None  # folder of mask images
+    repeats: int | None = 1  # how often each image stands in an epoch; None: so that it has as many samples as others
+    sample_weight: float = 1.0  # how much the loss of its images counts
+    caption_dropout: float = 0.0  # how often a reader leaves captions out
+    flip: bool = True  # whether its mirrored views may be taken
 
 
 @dataclass(frozen=True)
 class EncodeOptions:
     """Everything that `latentprep encode` was told."""
 
-    source: Path
+    source: Path  # of several sets the file that names them, or the folder that holds them
     out: str
     geometry: Geometry
     text: TextOptions
     images: ImageOptions = ImageOptions()
     exclude: tuple[str, ...] = ()  # patterns of files and folders that are left out
     masks: Path | None = None  # folder of mask images, with images.weights "masks"
+    sets: tuple[ImageSet, ...] = ()  # then exclude and masks are theirs, and text.sets has their captions
+    notes: tuple[str, ...] = ()  # what a person is to be told before the run
+    again: Mapping[str, Any] = field(default_factory=dict)  # the arguments that ask for all of this once more
     model: str = DEFAULT_MODEL
     vae: str | None = None
     config: str | None = None  # folder of configs for models in a single file
@@ -175,18 +210,17 @@ class EncodeOptions:
         for option, value in (("--batch-size", self.batch_size), ("--workers", self.workers)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1.")
-        for pattern in self.exclude:
+        for pattern in (pattern for own in self.list_sets() for pattern in own.exclude):
             if not pattern.strip("/"):
                 raise UserError(f"--exclude {pattern!r}: expected a pattern such as '*_mask.png' or 'raw/*'.")
         check_devices(self.device, self.devices)
         check_rank(self.rank, self.world_size)
         if self.max_pixels < 1:
             raise UserError("--max-megapixels: must be more than 0.")
-        lines = self.text.template or ()
-        if any("[name]" in line for line in lines) and not self.text.placeholder:
-            raise UserError(
-                '--template uses [name], without a --placeholder. Say what [name] stands for: --placeholder "sks dog".'
-            )
+
+    def list_sets(self) -> tuple[ImageSet, ...]:
+        """Where images come from, one or more; a single source is a set without a name."""
+        return self.sets or (ImageSet("", self.source, self.text, self.exclude, self.masks),)
 
     @property
     def needs_text_encoder(self) -> bool:

@@ -49,22 +49,30 @@ def load_template(name: str) -> tuple[str, ...]:
     if not path.is_file():
         names = ", ".join(list_templates())
         raise UserError(f"--template {name}: neither a file nor a shipped template. Shipped: {names}.")
-    try:
-        lines = read_template(path)
-    except UnicodeDecodeError:
-        raise UserError(f"--template {name}: {path} is not UTF-8 text. Save it as UTF-8.") from None
+    lines = read_lines("--template", name, path)
     if not lines:
         raise UserError(f"--template {name}: {path} has no lines. Write one prompt a line, with [name] or [filewords].")
     return tuple(lines)
 
 
+def read_lines(option: str, name: str, path: Path) -> list[str]:
+    """The lines of a text file that are not blank. Raises UserError."""
+    try:
+        lines = read_template(path)
+    except UnicodeDecodeError:
+        raise UserError(f"{option} {name}: {path} is not UTF-8 text. Save it as UTF-8.") from None
+    except OSError as error:
+        raise UserError(f"{option} {name}: cannot be read ({error.strerror or error}).") from None
+    return lines
+
+
 def make_prompts(captions: Sequence[str], key: str, options: TextOptions, seed: int) -> list[str]:
-    """The K prompts of an image: prompt k depends on its captions, the options and (seed, key, k) alone.
+    """The K prompts of an image: prompt k depends on its captions, its set's options and (seed, key, k) alone.
 
     It takes caption k, round and round; its wildcards, then its tags; and the k-th line of the template, from the one
     that (seed, key) chooses on, so that K prompts take K lines where there are so many. No caption is an empty one.
     """
-    captions = captions or ("",)
+    captions, options = captions or ("",), options.of(key)
     return [_make_variant(captions[k % len(captions)], key, options, seed, k) for k in range(options.prompts_per_image)]
 
 

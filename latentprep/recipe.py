@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, ClassVar, Self
 
@@ -57,18 +57,36 @@ class LatentsRecipe(Part):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TextRecipe(Part):
-    """What decides the text files, captions aside."""
+class WordingRecipe(Part):
+    """How captions become prompts."""
 
-    text_encoder: str | None = None  # hash of its weights, config and tokenizer; None: there is no cond
     template: Annotated[tuple[str, ...], Meta(min_length=1)] | None = None
     placeholder: str
-    prompts_per_image: int
     shuffle_tags: bool
     tag_drop_out: float
     keep_tags: int
     wildcards: bool
     seed: int | None = None  # None: nothing is chosen
+
+    @staticmethod
+    def fields_of(options: TextOptions, seed: int) -> dict[str, Any]:
+        return {
+            "template": options.template,
+            "placeholder": options.placeholder,
+            "shuffle_tags": options.shuffle_tags,
+            "tag_drop_out": float(options.tag_drop_out),
+            "keep_tags": options.num_kept_tags,
+            "wildcards": options.wildcards,
+            "seed": seed if options.has_choices else None,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextRecipe(WordingRecipe):
+    """What decides the text files, captions aside."""
+
+    text_encoder: str | None = None  # hash of its weights, config and tokenizer; None: there is no cond
+    prompts_per_image: int
     dtype: Dtype | None = None  # of the text encoder
     store_dtype: Dtype | None = None
     # these three are None unless they are not the default
@@ -76,6 +94,7 @@ class TextRecipe(Part):
     clip_skip: int | None = None
     emphasis: bool | None = None
     fill: Annotated[str, Meta(pattern="^(zeros|repeat)$")] | None = None  # of prompts that have lengths of their own
+    sets: dict[str, WordingRecipe] | None = None  # name of a set -> what counts for its images
 
     @classmethod
     def of(
@@ -89,16 +108,12 @@ class TextRecipe(Part):
         store_dtype: str,
     ) -> Self:
         """The recipe of options; `settings` are max_tokens, clip_skip and emphasis if they are not the default."""
+        own = {name: WordingRecipe(**cls.fields_of(text, seed)) for name, text in options.sets.items()}
         return cls(
+            **cls.fields_of(TextOptions() if own else options, seed),
+            sets=own or None,
             text_encoder=text_encoder,
-            template=options.template,
-            placeholder=options.placeholder,
             prompts_per_image=options.prompts_per_image,
-            shuffle_tags=options.shuffle_tags,
-            tag_drop_out=float(options.tag_drop_out),
-            keep_tags=options.num_kept_tags,
-            wildcards=options.wildcards,
-            seed=seed if options.has_choices else None,
             dtype=dtype if text_encoder else None,
             store_dtype=store_dtype if text_encoder else None,
             **settings,
@@ -129,6 +144,8 @@ def to_json(value: Any) -> Any:
     if is_dataclass(value):
         named = ((part.name, getattr(value, part.name)) for part in fields(value))
         return {name: to_json(inner) for name, inner in named if inner is not None}
+    if isinstance(value, Mapping):
+        return {name: to_json(inner) for name, inner in value.items()}
     if isinstance(value, tuple | list):
         return [to_json(inner) for inner in value]
     return value
@@ -140,10 +157,15 @@ def digest_of(value: Any) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def recipe_changes(before: Any, after: Any, at: str = "") -> Iterator[str]:
-    """'field: value before -> value after' for every leaf of two JSON values that differs."""
+def recipe_changes(before: Any, after: Any, at: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(field, value before, value after) for every leaf of two JSON values that differs."""
     if isinstance(before, dict) and isinstance(after, dict):
         for name in sorted(before.keys() | after.keys()):
             yield from recipe_changes(before.get(name), after.get(name), f"{at}.{name}" if at else name)
     elif before != after:
-        yield f"{at}: {json.dumps(before)} -> {json.dumps(after)}"
+        yield at, before, after
+
+
+def tell_changes(before: Any, after: Any) -> str:
+    """'field: value before -> value after' for every leaf of two JSON values that differs, in one line."""
+    return "; ".join(f"{at}: {json.dumps(old)} -> {json.dumps(new)}" for at, old, new in recipe_changes(before, after))

@@ -1,5 +1,6 @@
 """What the public functions return: numbers to go on with, and a few lines to look at."""
 
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -55,6 +56,27 @@ class Encoded:
             lines.append(f"  not committed yet: rank {', '.join(map(str, self.absent))} is still at work")
         lines += [f"  FAILED: {printable(failure)}" for failure in self.failures]
         return "\n".join(lines)
+
+
+def join_runs(runs: list[Encoded]) -> Encoded:
+    """What became of several runs of one call, as one result; their caches lie in one folder."""
+    first = runs[0]
+    if len(runs) == 1:
+        return first
+    return Encoded(
+        cache=os.path.commonpath([run.cache for run in runs]),
+        num_cached=sum(run.num_cached for run in runs),
+        num_encoded=sum(run.num_encoded for run in runs),
+        num_retexted=sum(run.num_retexted for run in runs),
+        changes=tuple(change for run in runs for change in run.changes),
+        skips=tuple(skip for run in runs for skip in run.skips),
+        failures=tuple(f"{run.cache}: {failure}" for run in runs for failure in run.failures),
+        seconds=sum(run.seconds for run in runs),
+        report="\n\n".join(run.report for run in runs),
+        is_dry_run=first.is_dry_run,
+        is_strict=first.is_strict,
+        absent=tuple(sorted({rank for run in runs for rank in run.absent})),
+    )
 
 
 class Summary(dict[str, Any]):

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING
 
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.options import EncodeOptions
+from latentprep.options import EncodeOptions, ImageSet
 from latentprep.progress import Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 from latentprep.system import share_freed_memory
 
 if TYPE_CHECKING:
+    from latentprep.cache.manifest import Manifest
     from latentprep.prepare.survey import Prepared
 
 
@@ -64,6 +65,7 @@ def told_where_it_is_safe(out: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
+        stop.cache = out  # type: ignore[attr-defined]
         with suppress(OSError, UserError):  # the disk may have gone; the stop is what is to be told
             stop.add_note(f"{messages.kept_text(out)}. The same call goes on from there.")
         raise
@@ -157,18 +159,19 @@ def run_verify(
     if source is not None and problems:
         not_compared = f"{source}: not compared; mend the cache first"
     elif source is not None and manifest is not None:
-        from latentprep.prepare.recheck import compare_source, find_masks, reencode
+        from latentprep.prepare.recheck import compare_source, reencode
+        from latentprep.prepare.recheck_source import find_originals
         from latentprep.prepare.recheck_text import find_text, reencode_text
 
         with Reading(storage), quiet_warnings:
-            own_masks = find_masks(manifest, masks)
+            originals = find_originals(storage, manifest, source, masks, find_sets(source, manifest))
             with progress.bar(None, "source") as bar:
-                problems += compare_source(storage, manifest, source, own_masks, bar.update)
+                problems += compare_source(storage, manifest, originals, bar.update)
             if re_encode:
                 with quiet_logs:
                     text = None if no_cond else find_text(manifest, model, vae)
                     more, differences["latents"] = reencode(
-                        storage, manifest, source, own_masks, re_encode, seed=seed, model=model, vae=vae, device=device
+                        storage, manifest, originals, re_encode, seed=seed, model=model, vae=vae, device=device
                     )
                     problems += more
                     if text is not None:
@@ -184,6 +187,24 @@ def run_verify(
         not_compared=not_compared,
         differences=differences,
     )
+
+
+def find_sets(source: Path, manifest: "Manifest") -> tuple[ImageSet, ...]:
+    """The sets of a cache as its file names them now; () if it has none, or its folder holds them. Raises UserError."""
+    if not manifest.sets or source.is_dir():
+        return ()
+    from latentprep.api import list_sets
+
+    names = {facts.name for facts in manifest.sets}
+
+    def likeness(sets: tuple[ImageSet, ...]) -> float:
+        found = {own.name for own in sets}
+        return len(found & names) / len(found | names)
+
+    sets = max(list_sets(source), key=likeness)
+    if not likeness(sets):
+        raise UserError(f"--source {source}: none of this cache's sets ({', '.join(sorted(names))}) is in it.")
+    return sets
 
 
 def run_compact(cache: str, min_share: float) -> Compacted:

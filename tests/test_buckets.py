@@ -142,7 +142,7 @@ def test_sides_that_the_factor_does_not_divide(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": "big"}, "--resolution big: expected a number of pixels, such as 512, or 'native'."),
+        ({"resolution": "big"}, "--resolution big: expected a number of pixels, such as 512 or 768x512, or 'native'."),
         ({"resolution": "32"}, "--resolution 32: smaller than --bucket-step 64"),
         ({"resolution": "0"}, "--resolution 0: expected a number"),
         ({"width": 512}, "--width without --height: a fixed size needs both."),

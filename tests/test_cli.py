@@ -190,11 +190,11 @@ def test_a_cache_of_another_recipe_is_refused_with_the_fields_that_differ(run, i
     before = files(tmp_path / "c")
     line = refused(run("encode", images, "--out", tmp_path / "c", "--model", "tiny", "--resolution", 128, "--flip"))
     assert "holds a cache of another recipe" in line
-    assert "geometry.resolution: 64 -> 128" in line
-    assert 'views: ["plain"] -> ["plain", "flipped"]' in line
+    assert "--resolution 64 -> 128" in line
+    assert "--flip: no -> yes" in line
     assert "--overwrite to start anew" in line
     line = refused(run("encode", images, "--out", tmp_path / "c", "--model", model, *SMALL[2:]))
-    assert re.search(r'vae: "[0-9a-f]{32}" -> "[0-9a-f]{32}"', line)
+    assert re.search(r"another VAE .--model, --vae.: [0-9a-f]{32} -> [0-9a-f]{32}", line)
     assert files(tmp_path / "c") == before
 
 

@@ -50,6 +50,7 @@ def test_stages_of_prepare_do_not_call_each_other():
         "source/folder.py": {"source.door", "images.pillow"},
         "source/listing.py": {"source.door", "images.pillow"},  # reads headers
         "source/metadata.py": {"source.door", "source.listing"},  # what list_images found
+        "source/joined.py": {"source.door"},
         "source/sources.py": {"source.door", "source.folder", "source.tar"},  # the table
         "source/tar.py": {"source.door", "source.folder", "source.members", "images.pillow"},  # a folder of tars
         "images/alpha.py": {"images.pillow"},

@@ -54,7 +54,7 @@ def test_a_bucket_holds_the_samples_of_its_shape_image_after_image_repeat_after_
     assert index.buckets == [WIDE, TALL]  # the empty one is none
     for number, shape in enumerate(index.buckets):
         images = [n for n, row in enumerate(ROWS) if row[2] == shape]
-        assert index.count_of_bucket(number) == len(images)
+        assert index.sizes_of_buckets()[number] == len(images) * repeats
         wanted = [n + repeat * len(ROWS) for repeat in range(repeats) for n in images]
         assert index.samples_of_bucket(number, np.arange(len(wanted))).tolist() == wanted
 

@@ -153,7 +153,7 @@ def test_tiling_is_part_of_the_recipe(run, images, tmp_path):
     assert open_manifest(Storage(cache)).recipe.latents.tiling is None
     result = run("encode", images, "--out", cache, *SIZE, "--tiling", 64)
     assert result.code == 1
-    assert "holds a cache of another recipe (tiling: null -> 64; cache -> asked)" in result.err
+    assert "holds a cache of another recipe (--tiling none -> 64; cache -> asked)" in result.err
     assert run("encode", images, "--out", tmp_path / "t", *SIZE, "--tiling", 64).code == 0
     recipe = open_manifest(Storage(tmp_path / "t")).recipe.latents
     assert recipe == replace(open_manifest(Storage(cache)).recipe.latents, tiling=64)

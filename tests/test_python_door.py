@@ -54,6 +54,7 @@ def test_the_bytes_are_those_of_the_command(run, images, tmp_path):
     encode_once(images, tmp_path / "python", flip=True, caption_column="text", weights="none")
     options = ["--model", "tiny", "--resolution", 64, "--bucket-step", 32, "--min-side", 32, "--device", "cpu"]
     command = ["encode", images, "--out", tmp_path / "command", *options, "--flip", "--weights", "none"]
+    command += ["--caption-column", "text"]
     assert run(*command).code == 0
     assert files(tmp_path / "python") == files(tmp_path / "command")
 
@@ -129,7 +130,7 @@ def test_a_failure_is_in_the_result(images, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"resolution": "abc"}, "resolution='abc': expected a number of pixels, such as 512, or 'native'."),
+        ({"resolution": "abc"}, "resolution='abc': expected a number of pixels, such as 512 or 768x512, or 'native'."),
         ({"bucket_step": 20}, "bucket_step=20: not a multiple of 8, this model's factor. Try 24."),
         (
             {"bucket_step": 128},
@@ -404,8 +405,8 @@ def test_every_option_of_a_command_is_a_keyword_with_the_same_default(function):
     assert found.keys() == parameters.keys() - {"progress"}
     for name, option in found.items():
         default = parameters[name].default
-        if default is inspect.Parameter.empty:
-            assert option.required
+        if option.param_type_name == "argument":
+            assert option.required == (default is inspect.Parameter.empty)
             continue
         assert option.opts == [f"--{name.replace('_', '-')}"]
         assert not option.secondary_opts  # no --no-no-draft

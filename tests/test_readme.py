@@ -51,6 +51,7 @@ def desk(photos, tmp_path, monkeypatch):
     (photos / "birds").mkdir()
     for n in range(16):  # as BMP: the same bytes whatever the version of Pillow, so that the split is the same
         gradient(32, 32).rotate(n * 6).save(photos / "birds" / f"{n}.bmp")
+    (tmp_path / "sets.toml").write_text(blocks("toml")[0], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -7,6 +7,7 @@ from latentprep.cache.leftovers import clear_orphans
 from latentprep.cache.manifest import commit, open_manifest, read_skips
 from latentprep.cache.names import make_text_id
 from latentprep.cache.readers import free
+from latentprep.cache.sets import recipe_of, take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import write_text
@@ -75,7 +76,10 @@ def _rewrite(storage: Storage, shard: Shard) -> Shard | None:
     shard.check(storage)
     live = shard.live_rows()
     latents, text = shard.open_latents(storage).take(live), shard.open_text(storage).take(live)
-    new = digest_of([shard.id, shard.dead])
-    text_id = make_text_id(new, text.rows(), text.metadata["recipe"])
-    latents_file = write_latents(storage, new, latents)
-    return Shard(new, latents.table(), latents_file).with_text(text_id, write_text(storage, new, text_id, text))
+    new, rows = digest_of([shard.id, shard.dead]), text.rows()
+    recipe = recipe_of(text.metadata["recipe"], (row.key for row in rows))
+    text = replace(text, metadata={**text.metadata, "recipe": recipe})
+    text_id = make_text_id(new, rows, recipe)
+    sets = take_runs(shard.sets, shard.live_numbers())
+    made = Shard(new, latents.table(), write_latents(storage, new, latents), sets=sets)
+    return made.with_text(text_id, write_text(storage, new, text_id, text))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
@@ -12,9 +13,11 @@ from latentprep.cache.names import FOLDER, SHARD_NAME, SKIPPED, uncond_name
 from latentprep.cache.names import MANIFEST as NAME
 from latentprep.cache.normalization import Normalization, check_channels
 from latentprep.cache.schema import FORMAT, check_format
+from latentprep.cache.sets import MAX_SETS, SetFacts
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UnreadableError, UserError
+from latentprep.human import shortened
 from latentprep.recipe import Recipe, to_json
 from latentprep.records import Skip, list_views
 
@@ -56,6 +59,7 @@ class MadeWith:
     device: str | None = None
     batch_size: int | None = None
     compile: bool = False
+    again: dict[str, Any] = field(default_factory=dict)  # the arguments that ask for the same run once more
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,7 @@ class Manifest:
     skipped_file: Stamp | None = None
     num_skipped: Annotated[int, Meta(ge=0)] = 0
     uncond: Uncond | None = None  # None: there is no cond
+    sets: tuple[SetFacts, ...] = ()  # none: all images are of one source, and keys have no name of a set
 
     def __post_init__(self) -> None:
         if self.latent.views != self.recipe.latents.views:
@@ -86,11 +91,15 @@ class Manifest:
             raise ValueError(f"recipe.latents.tiling is {tiling}, which is no tile")
         if len({shard.id for shard in self.shards}) < len(self.shards):
             raise ValueError("a shard stands twice in it")
+        if len({facts.name for facts in self.sets}) < len(self.sets) or len(self.sets) > MAX_SETS:
+            raise ValueError("a set stands twice in it, or there are too many")
         for shard in self.shards:
             if shard.text_file is None:
                 raise ValueError(f"shard {shard.id} has no text")
             if any(shape[0] != self.latent.channels for _, _, shape in shard.groups):
                 raise ValueError(f"shard {shard.id} has latents of other than {self.latent.channels} channels")
+            if bool(self.sets) != bool(shard.sets) or any(number >= len(self.sets) for number, _ in shard.sets):
+                raise ValueError(f"shard {shard.id} has rows of no set")
             if any(side % self.latent.normalization.patch for _, _, shape in shard.groups for side in shape[1:]):
                 raise ValueError(f"shard {shard.id} has latents without whole patches")
 
@@ -158,8 +167,10 @@ def open_manifest(storage: Storage) -> Manifest:
             raise UserError(
                 f"{storage.root}: an unfinished cache. Run the same latentprep encode again to finish it."
             ) from None
+        inner = list_caches(storage)
+        hint = f"it holds caches: {', '.join(inner)}. Give one of them" if inner else "Make one with latentprep encode"
         raise UserError(
-            f"{storage.root}: not a latent cache, it has no {NAME}. Make one with latentprep encode."
+            f"{storage.root}: not a latent cache, it has no {NAME}{'; ' if inner else '. '}{hint}."
         ) from None
     except NotADirectoryError:
         raise UserError(f"{storage.root}: a file, expected the folder of a cache.") from None
@@ -180,6 +191,17 @@ def open_manifest(storage: Storage) -> Manifest:
         return msgspec.convert(head, Manifest)
     except (ValueError, RecursionError) as error:  # msgspec's own is a ValueError
         raise UserError(f"{where}: not a complete manifest ({error}).") from None
+
+
+def list_caches(storage: Storage) -> list[str]:
+    """Names of the caches in a local folder, for a person; at most ten."""
+    if not storage.is_local:
+        return []
+    try:
+        found = sorted(path.parent.name for path in Path(storage.path).glob(f"*/{NAME}"))
+    except OSError:
+        return []
+    return [shortened(name) for name in found[:10]] + ["..."] * (len(found) > 10)
 
 
 def _remedy(storage: Storage) -> str:

@@ -11,6 +11,7 @@ from latentprep.cache.latents import Latents, open_latents
 from latentprep.cache.names import latents_name, text_name
 from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_stamp
+from latentprep.cache.sets import Runs
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_text
 
@@ -27,6 +28,7 @@ class Shard:
     text_id: Annotated[str, Meta(pattern="^[0-9A-Za-z]*$")] = ""  # "": it has no text yet
     text_file: Stamp | None = None
     dead: tuple[int, ...] = ()  # rows that count no longer, numbered through all groups, rising
+    sets: Runs = ()  # in a cache of several sets: the number of the set of each row, through all groups
 
     def __post_init__(self) -> None:
         if not self.groups or self.num_rows > self.latents_file.nbytes:
@@ -35,6 +37,8 @@ class Shard:
             self.dead[0] < 0 or self.dead[-1] >= self.num_rows or list(self.dead) != sorted(set(self.dead))
         ):
             raise ValueError(f"shard {self.id}: dead rows that are none")
+        if self.sets and sum(count for _, count in self.sets) != self.num_rows:
+            raise ValueError(f"shard {self.id}: has not {self.num_rows} rows of sets")
 
     @property
     def num_rows(self) -> int:
@@ -66,16 +70,26 @@ class Shard:
 
     def live_rows(self) -> list[np.ndarray]:
         """For each group the numbers of its rows that count, counted in the group."""
+        edges = np.cumsum([rows for _, rows, _ in self.groups])[:-1]
+        return [np.flatnonzero(part) for part in np.split(self._is_live(), edges)]
+
+    def live_numbers(self) -> np.ndarray:
+        """The numbers of its rows that count, through all groups."""
+        return np.flatnonzero(self._is_live())
+
+    def _is_live(self) -> np.ndarray:
         is_live = np.ones(self.num_rows, bool)
         is_live[list(self.dead)] = False
-        edges = np.cumsum([rows for _, rows, _ in self.groups])[:-1]
-        return [np.flatnonzero(part) for part in np.split(is_live, edges)]
+        return is_live
 
     def with_text(self, text_id: str, text_file: Stamp) -> "Shard":
         return replace(self, text_id=text_id, text_file=text_file)
 
     def with_dead(self, dead: Iterable[int]) -> "Shard":
         return replace(self, dead=tuple(dead))
+
+    def with_sets(self, sets: Runs) -> "Shard":
+        return replace(self, sets=sets)
 
     def check(self, storage: Storage) -> None:
         """Raise UserError unless its files have the bytes that were written: before anything is made of them."""

@@ -14,8 +14,8 @@ import typer
 from latentprep import __version__, api
 from latentprep.cli.face import face
 from latentprep.cli.terminal import Terminal, fail, say, show, show_json, unbreakable
+from latentprep.door import run_door
 from latentprep.errors import UserError
-from latentprep.options import default_out
 
 app = typer.Typer(
     help="Encode an image folder once into a latent cache; train diffusion models from it many times.",
@@ -31,10 +31,6 @@ JSON = signatures.Parameter(
     default=False,
     annotation=Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")],
 )
-# the functions whose errors speak of options, as their commands do; those of api speak of keywords
-encode_, inspect_ = signatures.unwrap(api.encode), signatures.unwrap(api.inspect)
-verify_, compact_ = signatures.unwrap(api.verify), signatures.unwrap(api.compact)
-merge_ = signatures.unwrap(api.merge)
 
 
 def _version(wanted: bool) -> None:
@@ -68,9 +64,9 @@ def encode(arguments: dict[str, Any]) -> None:
     is_dry_run = arguments.get("dry_run", False)
     try:
         with nullcontext() if is_dry_run else stoppable():
-            result = encode_(**arguments, progress=Terminal())
+            result = run_door(api.encode, {**arguments, "progress": Terminal()})
     except KeyboardInterrupt as stop:
-        out = arguments["out"] or default_out(Path(arguments["source"]))
+        out = getattr(stop, "cache", "")
         say(interrupted_text(out, sys.argv[1:]))
         code = 128 + (stop.args[0] if stop.args else 2)
         end_if_stuck(code)
@@ -80,8 +76,8 @@ def encode(arguments: dict[str, Any]) -> None:
 
 
 def inspect(arguments: dict[str, Any]) -> None:
-    as_json = arguments.pop("as_json")
-    summary = inspect_(**arguments)
+    as_json = arguments.pop("as_json", False)
+    summary = run_door(api.inspect, arguments)
     if as_json:
         show_json(json.dumps(summary, indent=2))
     else:
@@ -92,21 +88,22 @@ def inspect(arguments: dict[str, Any]) -> None:
 
 def verify(arguments: dict[str, Any]) -> None:
     quiet()
-    as_json = arguments.pop("as_json")
-    result = verify_(**arguments, progress=Terminal(has_bars=False if as_json else None))
+    as_json = arguments.pop("as_json", False)
+    progress = Terminal(has_bars=False if as_json else None)
+    result = run_door(api.verify, {**arguments, "progress": progress})
     show_json(json.dumps(result.to_json(), indent=2)) if as_json else show(repr(result))
     raise typer.Exit(0 if result.ok else 1)
 
 
 def compact(arguments: dict[str, Any]) -> None:
-    result = compact_(**arguments)
+    result = run_door(api.compact, arguments)
     show(repr(result))
     raise typer.Exit(0 if result.ok else 1)
 
 
 def merge(arguments: dict[str, Any]) -> None:
     quiet()
-    show(repr(merge_(**arguments)))
+    show(repr(run_door(api.merge, arguments)))
 
 
 app.command("encode")(face(api.encode, encode))

@@ -10,15 +10,17 @@ from latentprep.door import Parameter, in_panels, list_parameters
 
 
 def face(function: Callable[..., Any], run: Callable[[dict[str, Any]], None], *own: inspect.Parameter) -> Any:
-    """A command for typer with the options of a function: it calls `run` with what was given, name -> value.
+    """A command for typer with the options of a function: it calls `run` with what was typed, name -> value.
 
     `own` are options that the command alone has. The help is the part of the docstring before "In Python".
     """
 
-    def command(**arguments: Any) -> None:
-        run(arguments)
+    def command(context: typer.Context, **arguments: Any) -> None:
+        source_of = context.get_parameter_source
+        run({name: value for name, value in arguments.items() if getattr(source_of(name), "name", "") != "DEFAULT"})
 
-    parameters = [option_of(p) for p in in_panels(list_parameters(function)) if not p.option.in_python_only]
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    parameters += [option_of(p) for p in in_panels(list_parameters(function)) if not p.option.in_python_only]
     parameters += own
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

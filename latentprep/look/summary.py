@@ -12,6 +12,7 @@ from latentprep.cache.compact import would_rewrite
 from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.ragged import row_shape
+from latentprep.cache.sets import take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
@@ -47,6 +48,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "made_with": asdict(manifest.made_with),
         "recipe": manifest.recipe.to_json(),
         "latent": manifest.latent.to_json(),
+        "sets": describe_sets(manifest),
         "buckets": {f"{width}x{height}": count for (height, width), count in sorted(buckets.items()) if count},
         "notes": notes,
         "cropped": cropped,
@@ -55,6 +57,15 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),
         "skipped_examples": [f"{skip.key}: {skip.reason} ({skip.detail})" for skip in skips[:5]],
     }
+
+
+def describe_sets(manifest: Manifest) -> list[dict[str, Any]]:
+    """Of each set its images, and what readers know of it; [] if all images are of one source."""
+    counts: Counter[int] = Counter()
+    for shard in manifest.shards if manifest.sets else ():
+        for number, count in take_runs(shard.sets, shard.live_numbers()):
+            counts[number] += count
+    return [{**asdict(facts), "images": counts[number]} for number, facts in enumerate(manifest.sets)]
 
 
 def latent_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:

@@ -14,6 +14,8 @@ def render_summary(summary: dict[str, Any]) -> Group:
     parts = [facts_table(summary)]
     if summary["notes"]:
         parts.append(notes_table(summary))
+    if summary["sets"]:
+        parts.append(sets_table(summary["sets"]))
     parts.append(buckets_table(summary))
     if summary["cropped"]["images"]:
         parts.append(cropped_table(summary))
@@ -55,6 +57,16 @@ def notes_table(summary: dict[str, Any]) -> Table:
     table = _table("Images, when they were encoded")
     for note, count in summary["notes"].items():
         table.add_row(f"{count:,}", NOTES[note])
+    return table
+
+
+def sets_table(sets: list[dict[str, Any]]) -> Table:
+    table = _table("Sets", "name", "images", "repeats", "weight of the loss", "captions left out", "mirrored")
+    for own in sets:
+        table.add_row(
+            printable(own["name"]), f"{own['images']:,}", f"{own['repeats']:,}", f"{own['sample_weight']:g}",
+            f"{own['caption_dropout']:.0%}", "as asked" if own["flip"] else "never",
+        )  # fmt: skip
     return table
 
 

@@ -13,6 +13,7 @@ from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.names import MANIFEST, SKIPPED, uncond_name
 from latentprep.cache.ragged import finite_rows
 from latentprep.cache.readers import Reading, list_waiting
+from latentprep.cache.sets import list_runs, recipe_of, take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_uncond
@@ -97,6 +98,10 @@ def check_shard(storage: Storage, manifest: Manifest, entry: Shard) -> tuple[lis
             problems += check_text(manifest, entry, text)
         for group, live in zip(text.groups, entry.live_rows(), strict=True):
             keys += [group.key[row] for row in live.tolist()]
+        if take_runs(entry.sets, entry.live_numbers()) != list_runs(keys, manifest.sets):
+            problems.append(
+                Problem(entry.text_name, "sets", "cache.json gives its images to other sets than their keys")
+            )
     except UserError as error:
         problems.append(Problem(entry.text_name, "structure", str(error)))
     return problems, keys
@@ -136,9 +141,10 @@ def check_latents(manifest: Manifest, latents: Latents, file: str) -> list[Probl
 
 def check_text(manifest: Manifest, entry: Shard, text: Text) -> list[Problem]:
     """Recipe, cond and finiteness of a text file."""
-    name = entry.text_name
+    name, rows = entry.text_name, text.rows()
     problems = []
-    if text.metadata.get("recipe") != manifest.recipe.text.to_json():
+    recipe = recipe_of(manifest.recipe.text.to_json(), (rows[number].key for number in entry.live_numbers()))
+    if text.metadata.get("recipe") != recipe:
         problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
     if bool(text.cond) != (manifest.uncond is not None):
         problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))

@@ -23,7 +23,7 @@ from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.refusals import check_paths
 from latentprep.prepare.survey import prepare
-from latentprep.recipe import recipe_changes, to_json
+from latentprep.recipe import tell_changes, to_json
 from latentprep.records import is_flipped
 
 Interrupted = Callable[[], bool]
@@ -98,11 +98,8 @@ def check_without_models(options: EncodeOptions) -> None:
         "geometry": to_json(geometry), "template": list(text.template) if text.template is not None else None,
         "placeholder": text.placeholder,
     } for geometry, text in ((options.geometry, options.text), (recipe.latents.geometry, recipe.text)))  # fmt: skip
-    changes = list(recipe_changes(made, asked))
-    if changes:
-        raise UserError(
-            f"{options.out}: was made otherwise ({'; '.join(changes)}; cache -> asked). Give model= to make it anew."
-        )
+    if changes := tell_changes(made, asked):
+        raise UserError(f"{options.out}: was made otherwise ({changes}; cache -> asked). Give model= to make it anew.")
 
 
 def keep_what_is_there(options: EncodeOptions, storage: Storage, cond_model: Any) -> EncodeOptions:

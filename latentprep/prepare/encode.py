@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from latentprep.cache.leftovers import clear_cache, clear_temporaries
+from latentprep.cache.sets import list_runs
 from latentprep.prepare.engine import ranks, run
 from latentprep.prepare.finish import check_usable, finish
 from latentprep.prepare.outcome import Outcome, collect
@@ -48,7 +49,8 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
         if result.shard is not None:
             skipped = {skip.key for skip in result.skips}
             rows = tuple(item.row for item in units[result.id].items if item.key not in skipped)
-            made.append(TextTask(result.shard, rows, units[result.id].number))
+            sets = list_runs((row.key for row in rows), prepared.images.facts)
+            made.append(TextTask(result.shard.with_sets(sets), rows, units[result.id].number))
     made.sort(key=lambda task: task.number)
     empty = [EmptyPrompt(prepared.where.rank)] if prepared.models.text is not None else []
     return [*made, *prepared.plan.text_tasks, *empty]

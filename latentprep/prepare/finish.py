@@ -104,7 +104,7 @@ def make_manifest(prepared: Prepared, shards: list[Shard], texts: Tally) -> Mani
     uncond = Uncond(make_uncond_id(recipe.text), file) if file is not None else None
     if before is not None and prepared.options.only == "latents":  # its shards may have cond
         recipe, uncond = replace(recipe, text=before.recipe.text), before.uncond
-    return Manifest(recipe, prepared.facts, made_with(prepared), shards, uncond=uncond)
+    return Manifest(recipe, prepared.facts, made_with(prepared), shards, uncond=uncond, sets=prepared.images.facts)
 
 
 def made_with(prepared: Prepared) -> MadeWith:
@@ -122,6 +122,7 @@ def made_with(prepared: Prepared) -> MadeWith:
         device=", ".join(prepared.where.devices),
         batch_size=prepared.batch_size,
         compile=options.compile,
+        again=dict(options.again),
     )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from math import isnan
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -19,10 +19,8 @@ from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
+from latentprep.prepare.recheck_source import Originals
 from latentprep.prepare.source.content import hash_images
-from latentprep.prepare.source.listing import list_images
-from latentprep.prepare.source.masks import Masks, list_masks
-from latentprep.prepare.source.sources import open_source
 from latentprep.records import Item, Placement, Problem, Skip
 
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
@@ -31,21 +29,17 @@ TOLERANCES = {"float32": 0.003, "float16": 0.01, "bfloat16": 0.05}
 
 
 def compare_source(
-    storage: Storage, manifest: Manifest, folder: Path, masks: Masks | None, progress: Callable[[int], object]
+    storage: Storage, manifest: Manifest, originals: Originals, progress: Callable[[int], object]
 ) -> list[Problem]:
-    """Whether every cached image is still in its folder with the same content, and every image there is in the cache.
+    """Whether every cached image is still there with the same content, and every image there is in the cache.
 
-    Reads every image, whatever its time says. Raises UserError where there is no such folder.
+    Reads every image, whatever its time says.
     """
-    without = [Path(storage.path)] if storage.is_local else []
-    without += [Path(masks.source.where)] if masks is not None else []
-    listing = list_images(open_source(folder, without=without), manifest.made_with.exclude)
     rows = list(live_rows(storage, manifest))
     problems = []
-    there = [*(item.key for item in listing.items), *(skip.key for skip in listing.skips)]
-    listed = frozenset(there)  # images, and folders that cannot be listed
-    files = ((key, nbytes) for key, nbytes, _ in rows)
-    for (key, _, digest), found in zip(rows, hash_images(listing.source, masks, files), strict=True):
+    listed = frozenset(originals.keys)  # images, and folders that cannot be listed
+    hashes = hash_images(originals.source, originals.masks, ((key, nbytes) for key, nbytes, _ in rows))
+    for (key, _, digest), found in zip(rows, hashes, strict=True):
         progress(1)
         if found is None and not listed.isdisjoint({key, *map(str, PurePosixPath(key).parents)}):
             problems.append(Problem(key, "unreadable", "in the cache; it, its mask or its folder cannot be read now"))
@@ -54,18 +48,8 @@ def compare_source(
         elif found != digest:
             problems.append(Problem(key, "changed", "its content is not what was encoded"))
     known = {key for key, _, _ in rows} | {skip.key for skip in read_skips(storage)}
-    return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in there if key not in known]
-
-
-def find_masks(manifest: Manifest, folder: Path | None) -> Masks | None:
-    """The masks that a cache's weights came from; None where they did not come from masks. Raises UserError."""
-    if manifest.recipe.latents.images.weights != "masks":
-        return None
-    name = str(folder or manifest.made_with.masks or "")
-    missing = "no such folder. Give that of this cache's masks."
-    if not name:
-        raise UserError(f"--masks {name}: {missing}")
-    return list_masks(name, "--masks", missing)
+    new = (key for key in originals.keys if key not in known)
+    return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in new]
 
 
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:
@@ -81,8 +65,7 @@ def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, 
 def reencode(
     storage: Storage,
     manifest: Manifest,
-    folder: Path,
-    masks: Masks | None,
+    originals: Originals,
     count: int,
     *,
     seed: int,
@@ -98,7 +81,7 @@ def reencode(
     recipe = manifest.recipe.latents
     chosen, _ = choose_device(device)
     encoder = open_encoder(made_vae, recipe, chosen)
-    options = LoadOptions.from_recipe(open_source(folder), manifest.latent.factor, masks, recipe)
+    options = LoadOptions.from_recipe(originals.source, manifest.latent.factor, originals.masks, recipe)
     problems, worst = [], 0.0
     for entry, number, row in sample_rows(manifest, count, seed):
         words = entry.open_text(storage).groups[number]

@@ -1,7 +1,7 @@
 """The cond of a cache against its prompts: does encoding them again give what is stored?"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.sets import set_of
 from latentprep.cache.storage import Storage
 from latentprep.cache.strings import Tensors
 from latentprep.cache.text import open_uncond
@@ -23,7 +24,7 @@ from latentprep.prepare.models.text_file import TextFile
 from latentprep.prepare.models.text_folder import TextFolder
 from latentprep.prepare.recheck import larger, sample_rows
 from latentprep.prompts import make_prompts
-from latentprep.recipe import TextRecipe
+from latentprep.recipe import TextRecipe, WordingRecipe
 from latentprep.records import Problem
 
 # Largest difference of a token (root mean square over its values), in standard deviations of the prompt's cond.
@@ -118,7 +119,7 @@ def list_samples(
             key, captions, chosen = group.key[row], group.caption[row], group.prompt_of[row].tolist()
             stored = [text.prompt[n] for n in chosen]
             can_make = bool(captions) and len(chosen) == options.prompts_per_image
-            made = make_prompts(captions, key, options, manifest.recipe.text.seed or 0) if can_make else []
+            made = make_prompts(captions, key, options, seed_of(manifest.recipe.text, key)) if can_make else []
             if stored != made:
                 wanted = ", ".join(repr(shortened(prompt)) for prompt in made) or "others"
                 held = ", ".join(repr(shortened(prompt)) for prompt in stored)
@@ -126,6 +127,12 @@ def list_samples(
             for n in sorted(set(chosen) - seen):
                 yield Sample(key, text.prompt[n], {name: value[n] for name, value in text.cond.items()})
             seen.update(chosen)
+
+
+def seed_of(recipe: TextRecipe, key: str) -> int:
+    """What the prompts of an image were chosen with."""
+    own = (recipe.sets or {}).get(set_of(key), recipe)
+    return own.seed or 0
 
 
 def compare_cond(fresh: Tensors, stored: Tensors, tolerance: float) -> tuple[float, str]:
@@ -156,24 +163,33 @@ def difference_of(fresh: Tensor, stored: Tensor) -> float:
     return float((fresh - stored).square().mean(-1).sqrt().max()) / spread
 
 
+def with_wording(options: TextOptions, recipe: WordingRecipe) -> TextOptions:
+    """Options with the wording of a recipe. Raises UserError."""
+    return replace(
+        options,
+        template=recipe.template,
+        placeholder=recipe.placeholder,
+        shuffle_tags=recipe.shuffle_tags,
+        tag_drop_out=recipe.tag_drop_out,
+        keep_tags=recipe.keep_tags,
+        wildcards=recipe.wildcards,
+    )
+
+
 def read_options(recipe: TextRecipe, source: TextFolder | TextFile, where: str) -> TextOptions:
     """How a cache's prompts were made and encoded, by its text recipe.
 
     Raises UserError if the recipe asks for what these text encoders cannot do.
     """
     try:
-        options = TextOptions(
-            template=recipe.template,
-            placeholder=recipe.placeholder,
+        common = TextOptions(
             prompts_per_image=recipe.prompts_per_image,
-            shuffle_tags=recipe.shuffle_tags,
-            tag_drop_out=recipe.tag_drop_out,
-            keep_tags=recipe.keep_tags,
-            wildcards=recipe.wildcards,
             max_tokens=recipe.max_tokens,
             clip_skip=recipe.clip_skip or 1,
             emphasis=bool(recipe.emphasis),
         )
+        sets = {name: with_wording(common, own) for name, own in (recipe.sets or {}).items()}
+        options = replace(with_wording(common, recipe), sets=sets)
         source.settings(options)
     except UserError as error:
         raise UserError(f"{where}: its recipe does not say how prompts become cond ({error}).") from None

@@ -12,7 +12,8 @@ from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.options import EncodeOptions
 from latentprep.prepare.plan.plan import Plan
-from latentprep.recipe import Recipe, recipe_changes
+from latentprep.recipe import Recipe
+from latentprep.recipe_words import describe_changes
 from latentprep.records import Skip
 
 Say = Callable[[str], None]
@@ -39,12 +40,13 @@ def check_recipe(
     """Raise UserError where the folder holds a cache, finished or not, whose latents were made otherwise."""
     made = [manifest.recipe.latents.to_json()] if manifest is not None else [left.recipe for left in leftovers.values()]
     for before in made:
-        changes = list(recipe_changes(before, recipe.latents.to_json()))
+        changes = list(describe_changes(before, recipe.latents.to_json()))
         if changes:
+            hint = f" (--again {options.out} has them)" if options.again and manifest is not None else ""
             kind = "a cache" if manifest is not None else "an unfinished cache"
             raise UserError(
                 f"{options.out}: holds {kind} of another recipe ({'; '.join(changes)}; cache -> asked). "
-                "Give another --out, the options it was made with, or --overwrite to start anew."
+                f"Give another --out, the options it was made with{hint}, or --overwrite to start anew."
             )
 
 

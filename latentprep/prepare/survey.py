@@ -1,8 +1,7 @@
 """What there is to do, before anything is written: source, captions, models and cache -> a plan."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 from latentprep.cache.leftovers import find_leftovers, find_missing
 from latentprep.cache.manifest import LatentFacts, Manifest, find_manifest, read_skips
@@ -19,6 +18,7 @@ from latentprep.prepare.devices import (
     default_threads,
 )
 from latentprep.prepare.engine.where import Where, find_share
+from latentprep.prepare.find_images import Images, find_images
 from latentprep.prepare.images.load import LoadOptions
 from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
@@ -26,14 +26,10 @@ from latentprep.prepare.plan.buckets import describe_square, make_place
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
 from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable
-from latentprep.prepare.source.captions import Captioned, add_captions
 from latentprep.prepare.source.content import hash_images
-from latentprep.prepare.source.listing import Listing, list_images
-from latentprep.prepare.source.masks import Masks, add_masks, list_masks
-from latentprep.prepare.source.sources import open_source
 from latentprep.prepare.work.latents import LatentsWorker
 from latentprep.prepare.work.text import TextWorker
-from latentprep.recipe import Recipe, recipe_changes
+from latentprep.recipe import Recipe, tell_changes
 from latentprep.records import REASONS, Item, Skip
 
 
@@ -49,7 +45,7 @@ class Prepared:
     facts: LatentFacts
     manifest: Manifest | None
     known_skips: tuple[Skip, ...]  # what the cache has skipped before
-    captioned: Captioned
+    images: Images
     load_options: LoadOptions
     conditions: Mapping[str, str]  # of this run, that skips depend on
     row_bytes: RowBytes
@@ -89,6 +85,7 @@ class Prepared:
             self.manifest is not None
             and not (self.plan.units or self.plan.text_tasks)
             and set(self.manifest.shards) == set(self.plan.kept)
+            and self.manifest.sets == self.images.facts
             and sorted(self.known_skips, key=_key) == sorted(self.plan.skips, key=_key)
             and (self.options.only == "latents" or self.has_uncond)
         )
@@ -105,8 +102,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     """
     limit_pixels(options.max_pixels)
     storage = Storage(options.out)
-    listing, masks = list_source(options, say)
-    captioned = add_captions(listing, options.text)
+    images = find_images(options, say)
     models = models or open_models(options, say)
     where, dtype = choose_where(options, models, say)
     recipe = make_recipe(options, models, dtype)
@@ -118,7 +114,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     check_recipe(options, recipe, manifest, leftovers)
     leftovers = {name: left for name, left in leftovers.items() if left.recipe == recipe.latents.to_json()}
     if manifest is not None and manifest.recipe.libraries != recipe.libraries:
-        changes = "; ".join(recipe_changes(manifest.recipe.libraries, recipe.libraries))
+        changes = tell_changes(manifest.recipe.libraries, recipe.libraries)
         say(f"versions {changes}: latents that are new may differ from the others in their last digits")
     conditions, known_skips = skip_conditions(options), read_skips(storage) if manifest is not None else []
     row_bytes = estimate_row_bytes(recipe, models, options)
@@ -126,14 +122,15 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
         say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        return list(hash_images(listing.source, masks, ((item.key, item.nbytes) for item in items)))
+        return list(hash_images(images.source, images.masks, ((item.key, item.nbytes) for item in items)))
 
-    skips = [*listing.skips, *captioned.skips]
+    skips = [*images.skips, *images.captioned.skips]
+    place = make_place(options.geometry, models.vae.factor * models.patch)
     planner = Planner(
-        captioned.items, skips, make_place(options.geometry, models.vae.factor * models.patch), row_bytes, recipe,
+        images.captioned.items, skips, place, row_bytes, recipe,
         options.shard_bytes or default_shard_bytes(where.devices[0]), conditions, hash_items,
         unread={skip.key for skip in skips if REASONS[skip.reason][0] == "machine"},
-        check_content=options.check_content, only=options.only,
+        check_content=options.check_content, only=options.only, sets=images.facts,
     )  # fmt: skip
     missing = find_missing(storage, manifest.shards) if manifest is not None else {}
     shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
@@ -155,25 +152,10 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     if manifest is None and not plan.units and not plan.kept and not plan.text_tasks:
         raise UserError(nothing_usable(options, plan.skips))
     return Prepared(
-        options, storage, models, where, recipe, make_facts(models, recipe), manifest, tuple(known_skips), captioned,
-        LoadOptions.from_recipe(listing.source, models.vae.factor, masks, recipe.latents, options.strict_images),
+        options, storage, models, where, recipe, make_facts(models, recipe), manifest, tuple(known_skips), images,
+        LoadOptions.from_recipe(images.source, models.vae.factor, images.masks, recipe.latents, options.strict_images),
         conditions, row_bytes, plan, manifest is not None and has_uncond(storage, manifest, models),
     )  # fmt: skip
-
-
-def list_source(options: EncodeOptions, say: Say) -> tuple[Listing, Masks | None]:
-    """The images, and the masks of its images where there are such. Raises UserError."""
-    # the cache and the masks may lie in the source, and are no images to encode
-    own = [*([] if "://" in options.out else [Path(options.out)]), *([options.masks] if options.masks else [])]
-    listing = list_images(open_source(options.source, without=own), options.exclude)
-    if options.masks is None:
-        return listing, None
-    masks = list_masks(options.masks)
-    items, without = add_masks(listing.items, masks)
-    listing = replace(listing, items=items, skips=[*listing.skips, *without])
-    with_mask = sum(masks.find(item.key) is not None for item in items)
-    say(f"masks    {masks.source.where}: {with_mask:,} of {counted(len(items), 'image')} have one")
-    return listing, masks
 
 
 def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Where, str]:

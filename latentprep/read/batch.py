@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic
 
+import numpy as np
 import torch
 from torch import Tensor
 from typing_extensions import TypeVar
@@ -49,7 +50,9 @@ class LatentBatch(Generic[CondT, WeightT]):
     flipped: Tensor  # [B] bool
     cond_lengths: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] int64: tokens before the padding
     fields: dict[str, Tensor] = field(default_factory=dict)  # name -> [B,...]: what else the cache holds of each sample
-    loss_weight: float = 1.0  # of each sample
+    loss_weight: float | Tensor = 1.0  # of all samples, or of each: [B] float32
+    set_numbers: np.ndarray | None = None  # [B]: of the samples' sets; None: the cache has no sets
+    set_names: tuple[str, ...] = ()
     member: int = 0  # of a LatentMix: the number of the dataset that the samples are from
     cond_model: CondModel | None = None  # makes cond of cond_text, if the dataset makes prompts of its own
     dtype: torch.dtype | None = None  # of latent_sample, weight and cond, as `to` was told; None: float32
@@ -121,11 +124,20 @@ class LatentBatch(Generic[CondT, WeightT]):
         return weight.to(self.dtype or torch.float32)  # type: ignore[return-value]
 
     @property
+    def set(self) -> list[str]:
+        """B names: the set that each sample is of, if the cache has several; else ""."""
+        if self.set_numbers is None:
+            return [""] * len(self)
+        return [self.set_names[number] for number in self.set_numbers.tolist()]
+
+    @property
     def sample_weight(self) -> Tensor:
-        """[B] float32: how much each sample's loss counts, as the dataset's sample_weight says.
+        """[B] float32: how much each sample's loss counts, as the dataset's sample_weight and its set's say.
 
         `(batch.sample_weight * loss.mean((1, 2, 3))).mean()`
         """
+        if isinstance(self.loss_weight, Tensor):
+            return self.loss_weight
         return torch.full((len(self),), self.loss_weight, dtype=torch.float32, device=self.latent_mean.device)
 
     @property

@@ -36,7 +36,7 @@ from latentprep.read.cond import StoredCond, finish_cond
 from latentprep.read.describe import show_cond, show_shape
 from latentprep.read.index import Index, Shape
 from latentprep.read.order import Batches, EpochIndices
-from latentprep.read.parts import Chosen, choose_keys, groups_of, split_by_content
+from latentprep.read.parts import Chosen, choose_keys, choose_sets, groups_of, split_by_content
 from latentprep.read.prompts import Prompts, Wording, check_cond_model
 from latentprep.read.reader import SampleReader, Sampling
 from latentprep.read.shards import OpenShards, promised_by
@@ -48,7 +48,7 @@ class Keywords(TypedDict, total=False):
     latent_sampling_method: SamplingMethod
     repeats: int
     flip_p: float
-    caption_dropout: float
+    caption_dropout: float | None
     template: str | Path | None
     placeholder_token: str
     shuffle_tags: bool
@@ -66,13 +66,15 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     cache: folder or URL.
     latent_sampling_method: "once": one draw for each image, the same in every epoch and process; "deterministic": the
         mean; "random": a fresh draw every epoch, which the seed decides.
-    repeats: how often each image stands in an epoch. Of several crops or prompts its repetitions take others, in turn.
+    repeats: how often each image stands in an epoch, times the repeats of its set. Of several crops or prompts its
+        repetitions take others, in turn.
     flip_p: how often the mirrored view is taken, 0..1; the cache needs `encode --flip`.
     include_cond: whether batches hold text embeddings.
     use_weight: True rescales each weight map to a minimum of 0 and a mean of 1, so that losses stay comparable, as the
         ancestor did (a constant map becomes ones); "raw" gives alpha as stored, 0..1; a number such as 0.1 gives alpha,
         but never less than that. Images without alpha get ones.
-    caption_dropout: how often a sample gets the empty prompt and its cond, 0..1, for classifier-free guidance.
+    caption_dropout: how often a sample gets the empty prompt and its cond, 0..1, for classifier-free guidance. None:
+        as the sets of the cache say; never, if it has none.
 
     Prompts are the stored ones, with their stored cond, unless one of these asks for prompts that are made anew for
     every sample and epoch, from the stored captions (of several captions one is taken):
@@ -81,7 +83,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     shuffle_tags, keep_tags: shuffle the comma-separated tags of the caption, all but the first `keep_tags`.
     tag_drop_out: how often each of those tags is left out, 0..1.
     wildcards: {a|b|c} in captions and templates becomes one of its parts.
-    sample_weight: how much the loss of each sample counts, as batch.sample_weight has it.
+    sample_weight: how much the loss of each sample counts, times what its set says; batch.sample_weight has it.
     seed: what draws, flips and prompts start from.
     cond_model: makes their cond: a callable from a list of B prompts to [B,T,D], or to a dict of such. It is called in
         the training process, when batch.cond is asked for; without it, say include_cond=False.
@@ -139,7 +141,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         flip_p: float = 0.0,
         include_cond: bool = True,
         use_weight: UseWeight = False,
-        caption_dropout: float = 0.0,
+        caption_dropout: float | None = None,
         template: str | Path | None = None,
         placeholder_token: str = "",
         shuffle_tags: bool = False,
@@ -163,7 +165,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         self.storage = Storage(cache)
         self._reading = Reading(self.storage)  # held from before the manifest is read: what it names stays
         self.manifest = open_manifest(self.storage)
-        self._index = Index(self.manifest.shards, self.repeats)
+        self._index = Index(self.manifest.shards, self.repeats, sets=self.manifest.sets)
         stored = StoredCond(self.storage, self.manifest)
         check_cond_model(cond_model, wording, include_cond=include_cond, is_stored=stored.is_there)
         self._prompts = Prompts(wording, stored, include_cond=include_cond, caption_dropout=caption_dropout)
@@ -221,8 +223,10 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
     def __repr__(self) -> str:
         sizes = [show_shape(shape) for shape in self.buckets[:4]] + ["..."] * (len(self.buckets) > 4)
+        shown = [shortened(name, 20) for name in self.sets[:4]] + ["..."] * (len(self.sets) > 4)
         parts = [
             counted(self.num_images, "image") + (f" x {self.repeats} repeats" if self.repeats > 1 else ""),
+            *([f"{counted(len(self.sets), 'set')} {' '.join(shown)}"] if self.sets else []),
             f"{counted(len(self.buckets), 'bucket')} {' '.join(sizes)}",
             counted(self._reader.num_views, "view"),
             self.latent_sampling_method,
@@ -243,7 +247,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
     def sizes_of_buckets(self) -> list[int]:
         """Samples of each bucket, in the order of `buckets`."""
-        return [self._index.count_of_bucket(bucket) * self.repeats for bucket in range(len(self.buckets))]
+        return self._index.sizes_of_buckets()
 
     def counts_at_most(self) -> list[np.ndarray]:
         """Samples of each bucket that an epoch takes: all epochs take the same."""
@@ -263,15 +267,29 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
             "dataset_seed": self.seed, "repeats": self.repeats, "flip_p": self.flip_p,
             "latent_sampling_method": self.latent_sampling_method, **self._prompts.describe_state(),
             "cache": self._index.digest,
+            **({"sets": self._reader.sets.describe_state()} if self.sets else {}),
         }  # fmt: skip
 
-    def select(self, keys: str | Iterable[str] | Callable[[str], object]) -> Self:
+    @property
+    def sets(self) -> list[str]:
+        """Names of the sets of the cache; none, if all its images are of one source."""
+        return list(self._reader.sets.names)
+
+    def select(
+        self,
+        keys: str | Iterable[str] | Callable[[str], object] | None = None,
+        *,
+        set: str | Iterable[str] | None = None,  # noqa: A002
+    ) -> Self:
         """The part of the data whose keys fit, as a dataset that reads the same files.
 
         keys: a pattern ("birds/*.png"; * is any text, / too), a list of keys, or a function from a key to True or
-        False. Raises UserError if none is left, or a key of the list is not there.
+        False. set: the name of a set, or several. Raises UserError if none is left, or a key of the list is not there.
         """
-        return self._part(choose_keys(self._index, self._shards, keys))
+        if set is None:
+            return self._part(choose_keys(self._index, self._shards, keys))
+        part = self._part(choose_sets(self._index, self.sets, set))
+        return part if keys is None else part.select(keys)
 
     def split(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
         """(train, val) for `train, val = data.split(0.05)`: val has about this share of the images, train the rest.
@@ -300,6 +318,11 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         """The part of the data for which this is true, [n] bool: for each image, in the order of the dataset."""
         parts = zip(self._index.rows(), self._index.split(is_chosen), strict=True)
         return self._part({group: rows[own] for (group, rows), own in parts})
+
+    def samples_in(self, whole: Self, images: np.ndarray) -> np.ndarray:
+        """[n] int64: where the samples of this part of `whole` stand in it; images: those that the part has, rising."""
+        own, repetitions = self._index.split_samples(np.arange(len(self)))
+        return whole._index.join_samples(images[own], repetitions)
 
     def _part(self, chosen: Chosen) -> Self:
         part = copy(self)

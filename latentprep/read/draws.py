@@ -16,29 +16,29 @@ class Draws:
     seed: int
     epoch: int
     samples: np.ndarray  # [B] int64: indices into the dataset, 0 or more
-    num_images: int  # sample n is of image n % num_images, and its repetition n // num_images
+    images: np.ndarray  # [B] int64
+    repetitions: np.ndarray  # [B] int64: of its image, from 0
 
     def numbers(self, what: int) -> np.ndarray:
         """[B] uint64 for one purpose: a counter's name, such as counters.FLIP."""
         return mix(self.seed, what, self.epoch, self.samples)
 
-    def happens(self, what: int, share: float) -> np.ndarray:
-        """[B] bool: true for this share of all samples."""
+    def happens(self, what: int, share: "float | np.ndarray") -> np.ndarray:
+        """[B] bool: true for this share of all samples; a share for each may be given, [B]."""
         return fractions(self.numbers(what)) < share
 
     def pick(self, what: int, count: int, span: slice = slice(None)) -> np.ndarray:
         """[b] int64 below count, for a part of the samples: repetitions of an image take its choices in turn."""
-        repeat, image = np.divmod(self.samples[span], self.num_images)
-        start = (mix(self.seed, what, self.epoch, image) % np.uint64(count)).astype(np.int64)
-        picked: np.ndarray = (start + repeat) % count
+        start = (mix(self.seed, what, self.epoch, self.images[span]) % np.uint64(count)).astype(np.int64)
+        picked: np.ndarray = (start + self.repetitions[span]) % count
         return picked
 
-    def views(self, num_crops: int, num_mirrors: int, flip_p: float) -> np.ndarray:
+    def views(self, num_crops: int, num_mirrors: int, flip_p: "float | np.ndarray") -> np.ndarray:
         """[B] int64: the view of each sample. Views stand crop after crop, each as it is and then mirrored."""
         view = np.zeros(len(self.samples), np.int64)
         if num_crops > 1:
             view = self.pick(CROP, num_crops) * num_mirrors
-        if flip_p:
+        if num_mirrors > 1:
             view += self.happens(FLIP, flip_p)
         return view
 

@@ -6,19 +6,28 @@ from hashlib import blake2b
 
 import numpy as np
 
+from latentprep.cache.sets import SetFacts
 from latentprep.cache.shard import Shard
+from latentprep.read.repeats import Repeats
 
 Shape = tuple[int, ...]  # [C,h,w] of a latent
 
 
 class Index:
-    """The samples of a cache in their order: group after group, dead rows left out, and all of that `repeats` times."""
+    """The samples of a cache in their order: group after group, dead rows left out, and all of that `repeats` times.
+
+    An image of a set with repeats stands that many times as often.
+    """
 
     def __init__(
-        self, shards: Sequence[Shard], repeats: int = 1, chosen: Mapping[int, np.ndarray] | None = None
+        self,
+        shards: Sequence[Shard],
+        repeats: int = 1,
+        chosen: Mapping[int, np.ndarray] | None = None,
+        sets: Sequence[SetFacts] = (),
     ) -> None:
         """chosen: of some groups, by number, the rows [n] that are samples, rising; of the others all live ones are."""
-        self.repeats, self._shards, self._chosen = repeats, shards, chosen
+        self.repeats, self._shards, self._chosen, self._sets = repeats, shards, chosen, sets
         # (shard, group in it) by group number: the groups of all shards in a row
         self.groups = [(s, n) for s, shard in enumerate(shards) for n in range(len(shard.groups))]
         shapes = [shape for shard in shards for _, _, shape in shard.groups]
@@ -44,9 +53,37 @@ class Index:
         self._live_starts[list(self._live)] = ends[:-1]
         sizes = np.array(counts, np.int64)
         self._bucket_starts = [np.concatenate([[0], np.cumsum(sizes[own])]) for own in self._groups_of_bucket]
+        self.set_of_image = self._list_sets() if sets else None  # [n] uint16: numbers of sets
+        self._repeats = Repeats(self.num_images, self._count_repeats(np.arange(len(self.groups))))
+        self._repeats_of_bucket = [
+            Repeats(int(starts[-1]), self._count_repeats(own))
+            for starts, own in zip(self._bucket_starts, self._groups_of_bucket, strict=True)
+        ]
+
+    def _list_sets(self) -> np.ndarray:
+        """The number of the set of each image [n]."""
+        rows_of = dict(self.rows())
+        found, group = [np.zeros(0, np.uint16)], 0
+        for shard in self._shards:
+            numbers, counts = np.array(shard.sets, np.int64).reshape(-1, 2).T
+            sets = np.repeat(numbers.astype(np.uint16), counts)
+            edges = np.cumsum([rows for _, rows, _ in shard.groups])[:-1]
+            for own in np.split(sets, edges):
+                found += [own[rows_of[group]]] if group in rows_of else []
+                group += 1
+        return np.concatenate(found)
+
+    def _count_repeats(self, groups: np.ndarray) -> np.ndarray | int:
+        """How often each image of some groups stands in an epoch; one number, if that is the same for all."""
+        if self.set_of_image is None:
+            return self.repeats
+        parts = [self.set_of_image[self._starts[group] : self._starts[group + 1]] for group in groups.tolist()]
+        of_set = np.array([facts.repeats for facts in self._sets], np.int64) * self.repeats
+        counts: np.ndarray = of_set[np.concatenate([np.zeros(0, np.uint16), *parts])]
+        return counts if counts.size and (counts != counts[0]).any() else int(counts[0]) if counts.size else 1
 
     def __len__(self) -> int:
-        return self.num_images * self.repeats
+        return len(self._repeats)
 
     @cached_property
     def digest(self) -> str:
@@ -54,6 +91,8 @@ class Index:
         parts = blake2b(digest_size=8)
         for shard in self._shards:
             parts.update(repr((shard.id, shard.groups, shard.dead)).encode())
+            parts.update(repr(shard.sets).encode() if self._sets else b"")
+        parts.update(repr([facts.repeats for facts in self._sets]).encode() if self._sets else b"")
         for group, rows in sorted((self._chosen or {}).items()):
             parts.update(group.to_bytes(8, "little") + rows.astype("<i8").tobytes())
         return parts.hexdigest()
@@ -72,7 +111,8 @@ class Index:
     def choose(self, chosen: Mapping[int, np.ndarray]) -> "Index":
         """The index of some of its rows, given group by group; groups that are not given have none."""
         none = np.arange(0)
-        return Index(self._shards, self.repeats, {group: chosen.get(group, none) for group in range(len(self.groups))})
+        every = {group: chosen.get(group, none) for group in range(len(self.groups))}
+        return Index(self._shards, self.repeats, every, self._sets)
 
     def check(self, indices: np.ndarray) -> np.ndarray:
         """Indices [S] as numbers of 0 or more. Raises IndexError for what is no sample."""
@@ -87,7 +127,18 @@ class Index:
 
         Negative indices count from the end. Raises IndexError.
         """
-        images = self.check(indices) % self.num_images
+        return self.find_images(self._repeats.split(self.check(indices))[0])
+
+    def split_samples(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of samples [S] of 0 or more their image and its repetition, each [S] int64; beyond the end it goes on."""
+        return self._repeats.split(samples)
+
+    def join_samples(self, images: np.ndarray, repetitions: np.ndarray) -> np.ndarray:
+        """The samples [S] of images and their repetitions."""
+        return self._repeats.join(images, repetitions)
+
+    def find_images(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of images [S] the group and the row in it, each [S] int64."""
         groups = np.searchsorted(self._starts, images, side="right") - 1
         rows = images - self._starts[groups]
         live = self._live_starts[groups]
@@ -96,15 +147,14 @@ class Index:
             rows[is_part] = self._live_rows[live[is_part] + rows[is_part]]
         return groups, rows
 
-    def count_of_bucket(self, bucket: int) -> int:
-        """Images of a bucket, by its place in `buckets`."""
-        return int(self._bucket_starts[bucket][-1])
+    def sizes_of_buckets(self) -> list[int]:
+        """Samples of each bucket, in the order of `buckets`."""
+        return list(map(len, self._repeats_of_bucket))
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
         """Indices [B] of samples given by their numbers in a bucket: image after image, repeat after repeat."""
         starts = self._bucket_starts[bucket]
-        repeat, image = np.divmod(numbers.astype(np.int64), starts[-1])
+        image, repetition = self._repeats_of_bucket[bucket].split(numbers.astype(np.int64))
         place = np.searchsorted(starts, image, side="right") - 1
         group = self._groups_of_bucket[bucket][place]
-        samples: np.ndarray = self._starts[group] + image - starts[place] + repeat * self.num_images
-        return samples
+        return self._repeats.join(self._starts[group] + image - starts[place], repetition)

@@ -240,6 +240,5 @@ def list_turns(
             if is_turn.any():
                 part = data.choose(is_turn)
                 images = np.flatnonzero(is_turn)
-                repeats = np.arange(data.repeats)[:, None] * data.num_images
-                members.append(Member(part, number, phase, (images + repeats).flatten()))
+                members.append(Member(part, number, phase, part.samples_in(data, images)))
     return members, phases

@@ -1,6 +1,6 @@
 """Parts of a dataset: which rows a key, a pattern, or the content of an image chooses."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -21,7 +21,7 @@ def groups_of(index: Index, shards: OpenShards) -> Iterator[tuple[int, np.ndarra
         yield number, rows, shards[number]
 
 
-def choose_keys(index: Index, shards: OpenShards, keys: str | Iterable[str] | Callable[[str], object]) -> Chosen:
+def choose_keys(index: Index, shards: OpenShards, keys: str | Iterable[str] | Callable[[str], object] | None) -> Chosen:
     """The rows whose key fits a pattern such as "birds/*.png", stands in a list, or for which a function gives true.
 
     Raises UserError if there are none, or a key of the list is not there.
@@ -42,13 +42,29 @@ def choose_keys(index: Index, shards: OpenShards, keys: str | Iterable[str] | Ca
     return chosen
 
 
-def list_keys(keys: Any) -> list[str]:
+def choose_sets(index: Index, names: Sequence[str], wanted: str | Iterable[str]) -> Chosen:
+    """The rows of one set or of several. Raises UserError if there is no such set, or none of its images is here."""
+    chosen = list_keys([wanted] if isinstance(wanted, str) else wanted, "set", "the name of a set, or a list of them")
+    if unknown := [name for name in chosen if name not in names]:
+        there = ", ".join(map(shortened, names)) or "none: all its images are of one source"
+        raise UserError(f"set={shortened(unknown[0])!r}: no such set. The cache has {there}.")
+    numbers = [number for number, name in enumerate(names) if name in chosen]
+    assert index.set_of_image is not None
+    is_chosen = np.isin(index.set_of_image, numbers)
+    if not is_chosen.any():
+        raise UserError(f"set={', '.join(map(shortened, chosen))}: no image of it is here.")
+    return {group: rows[own] for (group, rows), own in zip(index.rows(), index.split(is_chosen), strict=True)}
+
+
+def list_keys(
+    keys: Any, name: str = "keys", expected: str = "a pattern, a list of keys, or a function from a key to a bool"
+) -> list[str]:
     """A list of keys. Raises UserError for anything else, and for one that is empty."""
     listed: list[Any] = list(keys) if isinstance(keys, Iterable) and not isinstance(keys, bytes) else [None]
     if not all(isinstance(key, str) for key in listed):
-        raise UserError(f"keys={keys!r:.60}: expected a pattern, a list of keys, or a function from a key to a bool.")
+        raise UserError(f"{name}={keys!r:.60}: expected {expected}.")
     if not listed:
-        raise UserError("keys: the list is empty, expected at least one.")
+        raise UserError(f"{name}: the list is empty, expected at least one.")
     return listed
 
 

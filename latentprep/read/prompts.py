@@ -97,8 +97,12 @@ class TextOfBatch(NamedTuple):
 class Prompts:
     """The prompts of a cache and their stored cond; of a share of the samples the empty prompt and its cond."""
 
-    def __init__(self, wording: Wording, stored: StoredCond, *, include_cond: bool, caption_dropout: float) -> None:
-        check_share("caption_dropout", caption_dropout)
+    def __init__(
+        self, wording: Wording, stored: StoredCond, *, include_cond: bool, caption_dropout: float | None
+    ) -> None:
+        """caption_dropout: None: each set's own."""
+        if caption_dropout is not None:
+            check_share("caption_dropout", caption_dropout)
         self.wording, self.stored = wording, stored
         self.include_cond, self.caption_dropout = include_cond, caption_dropout
 
@@ -107,13 +111,13 @@ class Prompts:
         wording = asdict(self.wording)
         lines = wording.pop("template")
         return {
-            "caption_dropout": self.caption_dropout, **wording,
+            "caption_dropout": self.caption_dropout or 0.0, **wording,
             "template": None if lines is None else f"{counter(*lines):016x}",
         }  # fmt: skip
 
-    def drops(self, draws: Draws) -> np.ndarray | None:
+    def drops(self, draws: Draws, share: "float | np.ndarray") -> np.ndarray | None:
         """[B] bool: which samples get the empty prompt; None: none does."""
-        return draws.happens(DROP, self.caption_dropout) if self.caption_dropout else None
+        return draws.happens(DROP, share) if isinstance(share, np.ndarray) or share else None
 
     def choose(self, rows: OpenRows, draws: Draws, span: slice) -> np.ndarray:
         """[n] int64: of each sample one of the K prompts of its image, by its number in the shard."""

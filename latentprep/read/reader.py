@@ -18,6 +18,7 @@ from latentprep.read.index import Index
 from latentprep.read.order import Batches
 from latentprep.read.prompts import Prompts
 from latentprep.read.rows import OpenRows
+from latentprep.read.sets import SetTable
 from latentprep.read.shards import OpenShards
 from latentprep.read.weight import take_weight
 from latentprep.records import is_flipped
@@ -38,6 +39,7 @@ class SampleReader:
 
     def __init__(self, manifest: Manifest, shards: OpenShards, prompts: Prompts, sampling: Sampling) -> None:
         self.shards, self.prompts, self.sampling = shards, prompts, sampling
+        self.sets = SetTable(manifest.sets)
         self._normalization = manifest.latent.normalization
         self._is_mirrored = np.array([is_flipped(view) for view in manifest.latent.views], bool)  # [V]
         self._num_mirrors = 2 if self._is_mirrored.any() else 1  # views of each crop
@@ -51,19 +53,23 @@ class SampleReader:
         return self._num_mirrors == 2
 
     def read(self, index: Index, batches: Batches, seed: int, epoch: int) -> Iterator[LatentBatch]:
-        """Batches of samples, each when it is asked for. Sample n is of image n % num_images of the index.
+        """Batches of samples, each when it is asked for.
 
         Raises UserError for files that are damaged or gone, and for a batch that mixes shapes.
         """
         samples = batches.samples
-        draws = Draws(seed, epoch, samples, index.num_images)
-        view = draws.views(self.num_views // self._num_mirrors, self._num_mirrors, self.sampling.flip_p)
+        places, repetitions = index.split_samples(samples)
+        draws = Draws(seed, epoch, samples, places, repetitions)
+        sets = index.set_of_image[places] if index.set_of_image is not None else None
+        flip_p = self.sets.flips(sets, self.sampling.flip_p)
+        view = draws.views(self.num_views // self._num_mirrors, self._num_mirrors, flip_p)
+        weights = self.sets.weights(sets, self.sampling.sample_weight)
         numbers = torch.from_numpy(samples % len(index))
         flipped = torch.from_numpy(self._is_mirrored[view])
         noise = draws.noise_seeds() if self.sampling.method == "random" else None
-        is_dropped = self.prompts.drops(draws)
+        is_dropped = self.prompts.drops(draws, self.sets.dropouts(sets, self.prompts.caption_dropout))
         seeds = self.prompts.seeds(draws)
-        groups, images = index.find(samples % len(index))
+        groups, images = index.find_images(places)
         check_buckets(index, groups, batches.edges)
         for piece in self._pieces(groups, batches.edges):
             whole = slice(piece[0].start, piece[-1].stop)
@@ -79,6 +85,8 @@ class SampleReader:
                     None if is_dropped is None else is_dropped[span],
                     index=numbers[span], flipped=flipped[span],
                     noise_seed=None if noise is None else noise[own if self.sampling.method == "once" else span],
+                    loss_weight=weights if isinstance(weights, float) else torch.from_numpy(weights[span]),
+                    set_numbers=None if sets is None else sets[span],
                     **{name: value[own] for name, value in sizes.items()},
                 )  # fmt: skip
 
@@ -118,7 +126,7 @@ class SampleReader:
             prompts=text.prompts,
             stored_weight=take_weight(rows, use_weight) if use_weight is not False else None,
             fields={name: value for name, value in others.items() if value is not None},
-            loss_weight=self.sampling.sample_weight,
+            set_names=self.sets.names,
             **fields,
         )
 

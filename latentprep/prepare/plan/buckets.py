@@ -13,7 +13,7 @@ PlaceImage = Callable[[Size], Placement | Verdict]
 
 
 def list_buckets(geometry: Geometry) -> list[Size]:
-    """Every bucket of at most resolution x resolution pixels whose sides are multiples of bucket_step.
+    """Every bucket of at most max_area pixels whose sides are multiples of bucket_step.
 
     For each side between min_side and max_side the largest other side that fits, both ways round, as in
     kohya-ss/sd-scripts (`make_bucket_resolutions`) and, before it, NovelAI's aspect ratio bucketing.
@@ -23,7 +23,7 @@ def list_buckets(geometry: Geometry) -> list[Size]:
     assert geometry.bucket_step is not None
     assert geometry.min_side is not None
     assert geometry.max_side is not None
-    step, area = geometry.bucket_step, geometry.resolution**2
+    step, area = geometry.bucket_step, geometry.max_area
     low, high = math.ceil(geometry.min_side / step) * step, geometry.max_side // step * step
     square = min(geometry.resolution // step * step, high)
     buckets = {(square, square)} if square >= low else set()
@@ -42,7 +42,7 @@ def list_buckets(geometry: Geometry) -> list[Size]:
 def describe_square(geometry: Geometry, factor: int) -> str | None:
     """What to say if square images do not get the resolution that was asked for; None if they do."""
     side, step = geometry.resolution, geometry.bucket_step
-    if geometry.mode != "buckets" or side is None or step is None or side % step == 0:
+    if geometry.mode != "buckets" or side is None or step is None or side % step == 0 or geometry.area:
         return None
     square = side // step * step
     exact = next((n for n in range(step, 0, -1) if n % factor == 0 and side % n == 0), None)
@@ -118,11 +118,11 @@ def _place_own(size: Size, geometry: Geometry) -> Placement | Verdict:
     assert geometry.min_side is not None
     assert geometry.max_side is not None
     step = geometry.bucket_step
-    is_whole = size[0] * size[1] <= geometry.resolution**2 and max(size) <= geometry.max_side
+    is_whole = size[0] * size[1] <= geometry.max_area and max(size) <= geometry.max_side
     if is_whole:
         bucket = (size[0] // step * step, size[1] // step * step)
     else:
-        bucket = own_bucket(size, geometry.resolution**2, step, geometry.min_side, geometry.max_side)
+        bucket = own_bucket(size, geometry.max_area, step, geometry.min_side, geometry.max_side)
     if min(bucket) < geometry.min_side:
         cut = f", cut to {bucket[1]}x{bucket[0]}," if min(size) >= geometry.min_side else ""
         return "too_small", f"{size[1]}x{size[0]}{cut} < --min-side {geometry.min_side}"

@@ -2,14 +2,16 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from latentprep.cache.leftovers import Leftover
 from latentprep.cache.names import make_text_id, make_unit_id
+from latentprep.cache.sets import SetFacts, list_runs, recipe_of, set_of
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
-from latentprep.recipe import Recipe, recipe_changes
+from latentprep.recipe import Recipe, tell_changes
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit
 
 LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
@@ -88,6 +90,7 @@ class Planner:
     unread: Collection[str] = ()
     check_content: bool = False
     only: str | None = None  # latents, text; None: both
+    sets: tuple[SetFacts, ...] = ()
 
     def plan(
         self,
@@ -128,10 +131,12 @@ class Planner:
         explained = {change.key for change in changes}
         recipe = self.recipe.text.to_json()
         for matched in matching.shards:
-            shard, rows = matched.shard.with_dead(matched.dead()), matched.rows()
+            dead, rows = matched.dead(), matched.rows()
+            shard = matched.shard.with_dead(dead).with_sets(list_runs((row.key for row in rows), self.sets))
             if not shard.num_images and shard.id in of_leftovers:
                 continue  # of no use, and in no manifest
-            if make_text_id(shard.id, rows, recipe) == shard.text_id or not shard.num_images:
+            own = recipe_of(recipe, live_keys(rows, dead))
+            if make_text_id(shard.id, rows, own) == shard.text_id or not shard.num_images:
                 kept.append(shard)  # what nobody reads needs no new text
             else:
                 tasks.append(TextTask(shard, tuple(rows), len(tasks)))
@@ -139,7 +144,7 @@ class Planner:
 
         planned, left_out = self._place(matching, known_skips, changes)
         units = []
-        for number, pairs in enumerate(cut_rows(planned, self.row_bytes, self.shard_bytes)):
+        for number, pairs in enumerate(self._cut(planned)):
             items, placements = zip(*pairs, strict=True)
             contents = [matching.content_of(item) for item in items]
             unit_id = make_unit_id([item.row for item in items], self.recipe.latents, contents)
@@ -170,8 +175,16 @@ class Planner:
                 planned.append((item, verdict))
                 what = "changed" if item.key in matching.outdated else "new"
                 changes.append(Change(item.key, what, f"was skipped: {before.reason}" if before is not None else ""))
-        planned.sort(key=lambda pair: (pair[1].bucket, pair[0].key))
+        planned.sort(key=lambda pair: (self._set_of(pair[0]), pair[1].bucket, pair[0].key))
         return planned, left_out
+
+    def _set_of(self, item: Item) -> str:
+        return set_of(item.key) if self.sets else ""
+
+    def _cut(self, planned: list[tuple[Item, Placement]]) -> Iterator[list[tuple[Item, Placement]]]:
+        """The rows of units: each has images of one set, so that a rule of another changes none of its files."""
+        for _, rows in groupby(planned, key=lambda pair: self._set_of(pair[0])):
+            yield from cut_rows(list(rows), self.row_bytes, self.shard_bytes)
 
     def _is_same(self, before: Skip, item: Item) -> bool:
         is_unchanged = (before.nbytes, before.version) == (item.nbytes, item.version)
@@ -203,17 +216,30 @@ def is_current(skip: Skip, conditions: Mapping[str, str]) -> bool:
     return skip.reason in REASONS and skip.condition != "" and skip == skip.under(conditions)
 
 
+def live_keys(rows: list[Row], dead: Collection[int]) -> Iterator[str]:
+    gone = set(dead)
+    return (row.key for n, row in enumerate(rows) if n not in gone)
+
+
 def explain_text(matched: ShardRows, recipe: Recipe) -> Iterator[Change]:
     """Why a text file is written anew, image by image: its own caption, or prompts that are made otherwise."""
     if not matched.recipe:
         return  # its first
-    fields = "; ".join(recipe_changes(matched.recipe, recipe.text.to_json()))
+    now, known = recipe.text.to_json(), dict[str, str]()
+
+    def list_fields(key: str) -> str:
+        """What differs in the recipe of an image: of the sets only its own counts."""
+        if (name := set_of(key)) not in known:
+            before, after = (recipe_of(made, [key]) for made in (matched.recipe, now))
+            known[name] = tell_changes(before, after)
+        return known[name]
+
     for row, item in zip(matched.stored, matched.owner, strict=True):
         if item is None:
             continue
         if item.row.captions != row.captions:
             yield Change(item.key, "caption")
-        elif fields:
+        elif fields := list_fields(item.key):
             yield Change(item.key, "prompt", fields)
 
 

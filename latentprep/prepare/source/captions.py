@@ -161,9 +161,14 @@ def _find_texts(
                 return texts, suffix[1:]
             continue
         text = read_text(listing, sidecar, MAX_CAPTION)
-        return text.splitlines() if options.caption_lines else [text], suffix[1:]
+        if options.caption_lines or options.first_line:
+            lines = [line for line in text.splitlines() if line.strip()]
+            return lines if options.caption_lines else lines[:1], suffix[1:]
+        return [text], suffix[1:]
     if key in metadata:
         return metadata[key], "metadata"
+    if options.default_caption:
+        return list(options.default_caption), "default"
     if options.caption_from in ("auto", "name"):
         return [caption_from_name(key, word, options.joiner)], "filename"
     if options.caption_from == "folder":

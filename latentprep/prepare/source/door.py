@@ -43,6 +43,10 @@ class Source(Protocol):
         """All bytes of a file, or limit + 1 of a larger one. Raises OSError, whatever is wrong."""
         ...
 
+    def locate(self, key: str) -> str:
+        """Where a file is, for messages."""
+        return f"{self.where}/{key}"
+
     def is_there(self) -> bool:
         """False if the whole source is gone, and not only one of its files: a disk that is not mounted any more."""
         return True

@@ -34,7 +34,7 @@ class Masks:
 
     def locate(self, mask: Mask) -> str:
         """Where a mask is, for messages."""
-        return f"{self.source.where}/{mask.key}"
+        return self.source.locate(mask.key)
 
 
 def list_masks(

@@ -12,6 +12,7 @@ from latentprep.cache.group import TextGroup
 from latentprep.cache.names import make_text_id, make_uncond_id, text_name, uncond_name
 from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_seal, check_stamp
+from latentprep.cache.sets import recipe_of
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_text, open_uncond, write_text, write_uncond
 from latentprep.errors import UnreadableError, UserError
@@ -106,7 +107,9 @@ class Run:
     def _make_text(self, task: TextTask) -> Write:
         """The text of a shard, unless it is there from a run that was stopped."""
         shard, (rows, old, damaged) = task.shard, self._open_old(task)
-        text_id = make_text_id(shard.id, rows, self.recipe)
+        dead = set(shard.dead)
+        recipe = recipe_of(self.recipe, (row.key for n, row in enumerate(rows) if n not in dead))
+        text_id = make_text_id(shard.id, rows, recipe)
         name = text_name(shard.id, text_id)
         stamp = self._find(name, lambda: open_text(self.storage, shard.id, text_id, shard.groups))
         if stamp is not None:
@@ -114,7 +117,7 @@ class Run:
             return lambda: there
         prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead))
         made = self.cond.make(prompts, old) if self.cond is not None else MadeCond()
-        metadata = self._metadata(self.recipe)
+        metadata = self._metadata(recipe)
         text = Text(groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata)
 
         def write() -> TextResult:

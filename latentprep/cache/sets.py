@@ -1,0 +1,57 @@
+"""Sets: images of one source with their own captions and weight. A cache may hold several; rows know theirs by key."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Annotated, Any
+
+import numpy as np
+from msgspec import Meta
+
+MAX_SETS = 2**16
+MAX_REPEATS = 2**20
+Share = Annotated[float, Meta(ge=0, le=1)]
+
+
+@dataclass(frozen=True, slots=True)
+class SetFacts:
+    """What a reader must know of a set. The keys of its images begin with its name and a slash."""
+
+    name: Annotated[str, Meta(pattern="^[^/]+$", max_length=255)]
+    repeats: Annotated[int, Meta(ge=1, le=MAX_REPEATS)] = 1  # how often each image stands in an epoch
+    sample_weight: Annotated[float, Meta(ge=0, le=1e9)] = 1.0  # how much the loss of its images counts
+    caption_dropout: Share = 0.0  # how often its captions are left out
+    flip: bool = True  # whether its mirrored views may be taken
+
+
+Runs = tuple[tuple[Annotated[int, Meta(ge=0, lt=MAX_SETS)], Annotated[int, Meta(ge=1)]], ...]  # number of a set, rows
+
+
+def set_of(key: str) -> str:
+    """The name of the set of an image."""
+    return key.partition("/")[0]
+
+
+def list_runs(keys: Iterable[str], sets: Sequence[SetFacts]) -> Runs:
+    """The sets of rows in their order, as runs. What no set has any more counts as the first: such rows are dead."""
+    if not sets:
+        return ()
+    numbers = {facts.name: number for number, facts in enumerate(sets)}
+    found = groupby(numbers.get(set_of(key), 0) for key in keys)
+    return tuple((number, sum(1 for _ in run)) for number, run in found)
+
+
+def take_runs(runs: Runs, rows: np.ndarray) -> Runs:
+    """The runs of some of the rows [n], rising."""
+    if not runs:
+        return ()
+    numbers = np.repeat([number for number, _ in runs], [count for _, count in runs])[rows]
+    return tuple((number, sum(1 for _ in run)) for number, run in groupby(numbers.tolist()))
+
+
+def recipe_of(recipe: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """A text recipe in JSON as it counts for some rows: of the sets, only theirs."""
+    if "sets" not in recipe:
+        return dict(recipe)
+    names = set(map(set_of, keys))
+    return {**recipe, "sets": {name: own for name, own in recipe["sets"].items() if name in names}}

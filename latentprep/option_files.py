@@ -1,0 +1,209 @@
+"""TOML files of options and of sets -> arguments of encode; and those that a cache remembers.
+
+What is given with the call counts first, then what a set says for itself, then the rest of the file.
+"""
+
+import os
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from latentprep.door import Parameter
+from latentprep.errors import UserError
+from latentprep.human import printable
+from latentprep.kohya import is_kohya, list_folders, read_dataset_config
+from latentprep.sets import OWN, Origin, check_names
+
+MAX_BYTES = 2**24
+SUFFIX = ".toml"
+# arguments of one call: they are not remembered, and not read from files
+OF_CALL = (
+    "again", "options", "dry_run", "overwrite", "allow_gone", "retry_skipped", "check_content", "only", "rank",
+    "world_size", "progress",
+)  # fmt: skip
+Arguments = dict[str, Any]
+
+
+def expand(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[Arguments]:
+    """The arguments of each run that a call asks for: files are read, `source` is an Origin. Raises UserError."""
+    found = {name: value for name, value in given.items() if name not in ("again", "options")}
+    if given.get("again"):
+        found = {**recall(str(given["again"]), parameters), "out": str(given["again"]), **found}
+    if given.get("options"):
+        path = Path(given["options"])
+        found = {**read_options(path, load_toml(path, "--options"), parameters), **found}
+    source = found.get("source")
+    if isinstance(source, Iterable) and not isinstance(source, str | Path):
+        source = found["source"] = list(source)
+    if source is None:
+        raise UserError("SOURCE: is missing. Give a folder of images, a .toml file of sets, or --again CACHE.")
+    if not isinstance(source, str | Path):
+        origin = list_of_sets(source)
+        return [with_origin(found, origin, {**remember(found, parameters), "source": list(map(absolute, origin.sets))})]
+    if not str(source):
+        raise UserError("SOURCE: is empty, expected a folder of images.")
+    path = Path(source)
+    again = {**remember(found, parameters), "source": str(path.absolute())}
+    if path.suffix.lower() == SUFFIX and not path.is_dir():
+        return expand_file(found, path, again, parameters)
+    return [with_origin(found, origin_of_folder(path, found), again)]
+
+
+def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequence[Parameter]) -> list[Arguments]:
+    """The arguments of each run of a .toml file that stands in the place of a source. Raises UserError."""
+    table = load_toml(path, "SOURCE")
+    out = str(found.get("out") or path.with_suffix(".latents"))
+    if is_kohya(table):
+        runs = read_dataset_config(path, table)
+        if len(runs) == 1:
+            origin = Origin(path, runs[0].sets, runs[0].notes)
+            return [with_origin({**runs[0].options, **found, "out": out}, origin, again)]
+        folders = {run.name: f"{out.rstrip('/')}/{run.name}" for run in runs}
+        each = [
+            (
+                {**run.options, **found, "out": folders[run.name]},
+                Origin(path, run.sets, (f"[[datasets]] {number} of {len(runs)}: {folders[run.name]}", *run.notes)),
+            )
+            for number, run in enumerate(runs, 1)
+        ]
+        # such a run is not all that the file asks for: it is remembered by its sets
+        return [
+            with_origin(own, origin, {**remember(own, parameters), "source": list(map(absolute, origin.sets))})
+            for own, origin in each
+        ]
+    sets = table.pop("set", None)
+    options = read_options(path, table, parameters)
+    source = options.pop("source", None)
+    if (sets is None) == (source is None):
+        raise UserError(f"{path}: expected [[set]] tables, each with a source = ..., or one source = ... at the top.")
+    found = {"out": out, **options, **found}
+    if sets is None:
+        return [with_origin(found, origin_of_folder(Path(source), found), again)]
+    if not isinstance(sets, list) or not sets or not all(isinstance(own, dict) for own in sets):
+        raise UserError(f"{path}: set: expected [[set]] tables, in double brackets.")
+    own = tuple(read_table(path, f"[[set]] {n}: ", values, set_names(parameters)) for n, values in enumerate(sets, 1))
+    return [with_origin(found, Origin(path, own), again)]
+
+
+def origin_of_folder(path: Path, found: Arguments) -> Origin:
+    """A folder, or a tar; folders such as kohya's are sets. Raises UserError."""
+    sets, notes = list_folders(path, found.get("folders", "auto")) if path.is_dir() else ((), ())
+    if found.get("caption_from", "auto") not in ("auto", "file"):  # then no image is without a caption
+        sets = tuple({name: value for name, value in own.items() if name != "default_caption"} for own in sets)
+    return Origin(path, sets, notes)
+
+
+def with_origin(found: Arguments, origin: Origin, again: Arguments) -> Arguments:
+    """The arguments of a run, with all that asks for it again."""
+    return {**found, "source": Origin(origin.where, origin.sets, origin.notes, again)}
+
+
+def remember(found: Arguments, parameters: Sequence[Parameter]) -> Arguments:
+    """The arguments of a call that count for its next run too, as JSON values. Raises UserError."""
+    kept = {}
+    for parameter in parameters:
+        if parameter.name in {*OF_CALL, "out", "source"} or parameter.name not in found:
+            continue
+        value = parameter.check(found[parameter.name])
+        if int in parameter.kinds and isinstance(value, str) and value.isdecimal():
+            value = int(value)  # as the command line gives it
+        if Sequence in parameter.kinds and isinstance(value, str):
+            value = [value]
+        if value is not None and value != parameter.default:
+            kept[parameter.name] = value
+    return absolute(kept)
+
+
+def list_of_sets(sets: Any) -> Origin:
+    """Sets as a call in Python gives them. Raises UserError."""
+    if not isinstance(sets, list) or not all(isinstance(own, Mapping) for own in sets):
+        raise UserError(
+            f'source={sets!r:.80}: expected a text or a path. A list of sets has dicts, such as {{"source": "dog"}}.'
+        )
+    if not sets:
+        raise UserError("SOURCE: the list of sets is empty, expected at least one.")
+    places = [str(Path(str(own.get("source", "."))).absolute().parent) for own in sets]
+    return Origin(Path(os.path.commonpath(places)), tuple(sets))
+
+
+def load_toml(path: Path, option: str) -> dict[str, Any]:
+    """The table of a TOML file. Raises UserError."""
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise UserError(f"{option} {path}: too large, expected a file of options.")
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be read ({error.strerror or error}).") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{option} {path}: not TOML ({' '.join(str(error).split())[:200]}).") from None
+
+
+def read_options(path: Path, table: Mapping[str, Any], parameters: Sequence[Parameter]) -> Arguments:
+    """The arguments that the top of a file gives. Raises UserError."""
+    allowed = [p.name for p in parameters if p.name not in OF_CALL]
+    found = read_table(path, "", table, allowed)
+    checks = {p.name: p for p in parameters}
+    try:
+        return {name: checks[name].check(value) for name, value in found.items()}
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_table(path: Path, where: str, table: Mapping[str, Any], allowed: Sequence[str]) -> Arguments:
+    """A table with names as Python has them, and paths that begin at the file's folder. Raises UserError."""
+    found = {str(name).replace("-", "_"): value for name, value in table.items()}
+    try:
+        check_names(found, allowed)
+    except UserError as error:
+        raise UserError(f"{path}: {where}{error}") from None
+    return {name: beside(path.parent, name, value) for name, value in found.items()}
+
+
+def set_names(parameters: Sequence[Parameter]) -> list[str]:
+    return [*OWN, *(p.name for p in parameters if p.option.of_set)]
+
+
+def beside(folder: Path, name: str, value: Any) -> Any:
+    """A value of a file in this folder: if it is a path, it begins there."""
+    if not isinstance(value, str) or "://" in value:
+        return value
+    path = folder / Path(value).expanduser()
+    is_path = name in ("source", "out") or (name in PATHS and value != "" and path.exists())
+    return str(path) if is_path else value
+
+
+PATHS = ("weights", "template", "default_caption", "model", "vae", "config")  # that may be paths, or other words
+
+
+def absolute(arguments: Mapping[str, Any]) -> Arguments:
+    """Arguments as JSON values that mean the same in every folder."""
+
+    def value_of(name: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return absolute(value)
+        if isinstance(value, list | tuple):
+            return [value_of(name, part) for part in value]
+        path = Path(str(value)).expanduser()
+        is_path = name == "source" or (name in PATHS and value != "" and path.exists())
+        return str(path.absolute()) if is_path or isinstance(value, Path) else value
+
+    return {name: value_of(name, value) for name, value in arguments.items()}
+
+
+def recall(cache: str, parameters: Sequence[Parameter]) -> Arguments:
+    """The arguments that a cache was made with. Raises UserError."""
+    from latentprep.cache.manifest import open_manifest
+    from latentprep.cache.storage import Storage
+
+    again = dict(open_manifest(Storage(cache)).made_with.again)
+    if "source" not in again:
+        raise UserError(f"--again {cache}: it does not know the options it was made with. Give them once more.")
+    allowed = {p.name: p for p in parameters if p.name not in OF_CALL}
+    unknown = [name for name in again if name not in allowed]
+    if unknown:
+        raise UserError(f"--again {cache}: made with {printable(unknown[0])}, which this latentprep does not know.")
+    try:
+        return {name: value if name == "source" else allowed[name].check(value) for name, value in again.items()}
+    except UserError as error:
+        raise UserError(f"--again {cache}: {error}") from None

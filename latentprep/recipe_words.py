@@ -1,0 +1,58 @@
+"""What differs between two recipes of latents, in the words of options."""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from latentprep.recipe import recipe_changes
+
+# leaf of a recipe -> its option. A flag is said as yes or no; of those in NEGATED it says the opposite of the leaf
+OPTIONS = {
+    "geometry.resolution": "--resolution", "geometry.area": "--resolution", "geometry.size": "--width, --height",
+    "geometry.mode": "--resolution, --width, --height", "geometry.bucket_step": "--bucket-step",
+    "geometry.min_side": "--min-side", "geometry.max_side": "--max-side", "geometry.max_aspect": "--max-aspect",
+    "geometry.upscale": "--no-upscale", "geometry.fit": "--fit", "geometry.filter": "--filter",
+    "geometry.crop": "--crop", "geometry.crops": "--crops", "geometry.crop_seed": "--seed",
+    "images.background": "--background", "images.weights": "--weights", "images.animated": "--animated",
+    "images.draft": "--no-draft", "dtype": "--dtype", "store": "--store", "store_dtype": "--store-dtype",
+    "tiling": "--tiling",
+}  # fmt: skip
+NEGATED = ("geometry.upscale", "images.draft")
+
+
+def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """'--option before -> after' for all that differs between two latents recipes in JSON."""
+    if before.get("vae") != after.get("vae"):
+        yield f"another VAE (--model, --vae): {before.get('vae')} -> {after.get('vae')}"
+    if before.get("views") != after.get("views"):
+        yield from describe_views(before.get("views") or [], after.get("views") or [])
+    for at, old, new in recipe_changes(before, after):
+        if at not in ("vae", "views") and not (at == "geometry.crops" and before.get("views") != after.get("views")):
+            yield describe_change(at, old, new)
+
+
+def describe_change(at: str, old: Any, new: Any) -> str:
+    if at in NEGATED:
+        old, new = old is False, new is False
+    if isinstance(old, bool) or isinstance(new, bool):
+        return f"{OPTIONS.get(at, at)}: {'yes' if old else 'no'} -> {'yes' if new else 'no'}"
+    old, new = (value_in_words(at, value) for value in (old, new))
+    return f"{OPTIONS.get(at, at)} {old} -> {new}"
+
+
+def value_in_words(at: str, value: Any) -> str:
+    if value is None:
+        return "none"
+    if at == "geometry.size" and isinstance(value, list):
+        return "x".join(map(str, reversed(value)))
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def describe_views(before: list[str], after: list[str]) -> Iterator[str]:
+    """Views differ by --flip, or by --crops."""
+    old, new = (any(view.endswith("flipped") for view in views) for views in (before, after))
+    if old != new:
+        yield f"--flip: {'yes' if old else 'no'} -> {'yes' if new else 'no'}"
+    num_old, num_new = len(before) // (1 + old), len(after) // (1 + new)
+    if num_old != num_new:
+        yield f"--crops {num_old} -> {num_new}"

@@ -1,0 +1,150 @@
+"""What a run was asked for, before it is made options: one source, or several sets with options of their own."""
+
+import math
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from latentprep.door import Parameter
+from latentprep.errors import UserError
+from latentprep.human import printable, shortened
+from latentprep.options import ImageSet, TextOptions
+from latentprep.prompts import load_template, read_lines
+
+MAX_REPEATS = 2**20
+# keys of a set that are no options of encode -> what they take
+OWN = {
+    "name": "a text without a slash",
+    "source": "a folder, or a tar",
+    "repeats": 'a whole number of at least 1, or "auto"',
+    "sample_weight": "a number of 0 or more",
+    "caption_dropout": "a probability, 0 to 1",
+    "flip": "true or false",
+    "first_line": "true or false",  # of a caption file only its first line counts
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the images of a run come from, and the arguments that ask for the same run again."""
+
+    where: Path  # a folder or a tar; of sets the file that names them, or the folder that holds them
+    sets: tuple[Mapping[str, Any], ...] = ()  # of each its options, and keys of OWN
+    notes: tuple[str, ...] = ()  # what a person is to be told
+    again: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_text(arguments: Mapping[str, Any]) -> TextOptions:
+    """The options of captions, of arguments of encode. Raises UserError."""
+    found = dict(arguments)
+    template, columns = found.pop("template", None), found.pop("caption_column", None)
+    if found.get("placeholder") and not template:
+        raise UserError(
+            f"--placeholder {found['placeholder']}: without a --template nothing has a [name] to be filled. "
+            f"To begin each caption with it: --trigger {shlex.quote(found['placeholder'])}."
+        )
+    if columns:
+        found["caption_columns"] = (columns,) if isinstance(columns, str) else tuple(columns)
+    if default := found.pop("default_caption", None):
+        found["default_caption"] = read_captions(str(default))
+    return TextOptions(template=load_template(str(template)) if template else None, **found)
+
+
+def read_captions(text: str) -> tuple[str, ...]:
+    """--default-caption: a caption, or the lines of a .txt file. Raises UserError."""
+    if not text.lower().endswith(".txt"):
+        return (text,)
+    lines = read_lines("--default-caption", text, Path(text).expanduser())
+    return tuple(lines)
+
+
+def make_sets(
+    sets: Sequence[Mapping[str, Any]], common: Mapping[str, Any], parameters: Iterable[Parameter]
+) -> tuple[ImageSet, ...]:
+    """The sets of a run, checked. `common` are the arguments for captions that count where a set has none of its own.
+
+    Raises UserError, which names the set.
+    """
+    allowed = {p.name: p for p in parameters if p.option.of_set}
+    found: dict[str, ImageSet] = {}
+    for number, own in enumerate(sets, 1):
+        given = own.get("name") or own.get("source") or number
+        try:
+            made = make_set(own, common, allowed)
+            if made.name in found:
+                raise UserError(f"name: another set is called {made.name} too. Give each its own: name = ...")
+        except UserError as error:
+            raise type(error)(f"set {printable(str(given))}: {error}") from None
+        found[made.name] = made
+    return tuple(found.values())
+
+
+def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping[str, Parameter]) -> ImageSet:
+    """One set. Raises UserError."""
+    check_names(own, [*OWN, *allowed])
+    values = {name: allowed[name].check(value) for name, value in own.items() if name in allowed}
+    exclude, weights = values.pop("exclude", ()), str(values.pop("weights", "none"))
+    source = own.get("source")
+    if not isinstance(source, str | Path) or not str(source):
+        raise UserError(f"source: expected {OWN['source']}.")
+    name = own.get("name", Path(source).name or Path(source).resolve().name)
+    repeats = own.get("repeats", 1)
+    check_own("name", own, isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name))
+    check_own("repeats", own, repeats == "auto" or (is_number(repeats, int) and 1 <= repeats <= MAX_REPEATS))
+    weight, dropout, flip = own.get("sample_weight", 1.0), own.get("caption_dropout", 0.0), own.get("flip", True)
+    check_own("sample_weight", own, is_number(weight) and 0 <= weight <= 1e9)
+    check_own("caption_dropout", own, is_number(dropout) and 0 <= dropout <= 1)
+    check_own("flip", own, isinstance(flip, bool))
+    check_own("first_line", own, isinstance(own.get("first_line", False), bool))
+    return ImageSet(
+        name, Path(source), make_text({**common, "first_line": own.get("first_line", False), **values}),
+        (exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
+        Path(weights) if weights not in ("alpha", "none") else None,
+        None if repeats == "auto" else repeats, float(weight), float(dropout), flip,
+    )  # fmt: skip
+
+
+def check_own(name: str, own: Mapping[str, Any], is_good: bool) -> None:
+    if not is_good:
+        raise UserError(f"{name} = {shortened(repr(own.get(name)), 60)}: expected {OWN[name]}.")
+
+
+def is_number(value: Any, kind: type = float) -> bool:
+    kinds = (int,) if kind is int else (int, float)
+    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def check_names(given: Iterable[str], allowed: Sequence[str]) -> None:
+    """Raise UserError for a key that is none of those that are allowed."""
+    for name in given:
+        if name not in allowed:
+            near = get_close_matches(str(name), allowed, 1)
+            hint = f"Did you mean {near[0]}?" if near else f"Expected some of {', '.join(allowed)}."
+            raise UserError(f"{shortened(str(name), 60)}: no such key. {hint}")
+
+
+def join_weights(sets: Sequence[Mapping[str, Any]], common: str) -> str:
+    """Where the weights of all sets come from: alpha, none, or a folder of masks, which stands for all such folders.
+
+    `common` counts for sets that say nothing, unless others have masks: then they weigh evenly. Raises UserError if the
+    sets differ otherwise: a cache has one way.
+    """
+    if common not in ("alpha", "none"):
+        raise UserError(f"--weights {common}: with several sets each has its own masks. Give the folder to its set.")
+    said = {str(own.get("name") or own.get("source")): str(own["weights"]) for own in sets if "weights" in own}
+    folders = [weights for weights in said.values() if weights not in ("alpha", "none")]
+    with_alpha = [name for name, weights in said.items() if weights == "alpha"]
+    others = folders or "none" in said.values() or (len(said) < len(sets) and common == "none")
+    if with_alpha and others:
+        raise UserError(
+            f'set {printable(with_alpha[0])}: weights = "alpha", and other sets have masks or none. A cache has its '
+            'weights from alpha, or from masks and else evenly. Give all sets "alpha", or this one "none".'
+        )
+    if not folders and "none" in said.values() and len(said) < len(sets) and common == "alpha":
+        raise UserError(
+            'weights = "none" for some sets alone: a cache has weights from alpha, or none. Give it to all.'
+        )
+    return folders[0] if folders else next(iter(said.values()), common)

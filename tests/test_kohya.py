@@ -1,0 +1,265 @@
+"""kohya's files: each key of a dataset.toml becomes an option or is said, and folders of `10_sks dog` are sets."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+import latentprep
+from latentprep import LatentDataset, LatentLoader, UserError
+from latentprep.cache.manifest import open_manifest
+from latentprep.cache.storage import Storage
+from latentprep.kohya import NO_EQUIVALENT, OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE, list_folders, read_dataset_config
+from tests.test_sets import count_epoch, draw
+
+SMALL = {"model": "tiny", "device": "cpu", "progress": False}
+# what sd-scripts' library/config_util.py takes (its commit 48d368f), of ControlNet and fine-tuning too
+SD_SCRIPTS = {
+    "color_aug", "face_crop_aug_range", "flip_aug", "num_repeats", "random_crop", "shuffle_caption", "keep_tokens",
+    "keep_tokens_separator", "secondary_separator", "caption_separator", "enable_wildcard", "token_warmup_min",
+    "token_warmup_step", "caption_prefix", "caption_suffix", "custom_attributes", "resize_interpolation",
+    "caption_dropout_every_n_epochs", "caption_dropout_rate", "caption_tag_dropout_rate", "caption_extension",
+    "class_tokens", "cache_info", "image_dir", "is_reg", "alpha_mask", "metadata_file", "conditioning_data_dir",
+    "batch_size", "bucket_no_upscale", "bucket_reso_steps", "enable_bucket", "max_bucket_reso", "min_bucket_reso",
+    "validation_seed", "validation_split", "resolution", "network_multiplier",
+}  # fmt: skip
+
+
+def read(dataset=None, subset=None, general=None):
+    """The only run of a file with one subset: its options, its set, and its notes."""
+    table = {"datasets": [{"resolution": 512, "subsets": [{"image_dir": "dog", **(subset or {})}], **(dataset or {})}]}
+    (run,) = read_dataset_config(Path("k.toml"), {"general": general or {}, **table})
+    return run.options, run.sets[0], run.notes
+
+
+def test_every_key_of_sd_scripts_is_known():
+    known = {*OF_SUBSET, *OF_SUBSET_ALONE, *OF_DATASET, *NO_EQUIVALENT}
+    assert known == SD_SCRIPTS - {"metadata_file"} | {"debug_dataset"}
+
+
+# key, value, and what comes of it: of the run, or of the set
+BUCKETS = {"enable_bucket": True}
+OPTIONS = [
+    ({"resolution": 768}, {"width": 768, "height": 768}),
+    ({"resolution": [768, 512]}, {"width": 768, "height": 512}),
+    ({"resolution": 768, **BUCKETS}, {"resolution": 768, "bucket_step": 64, "min_side": 256, "max_side": 1024}),
+    ({"resolution": [768, 512], **BUCKETS}, {"resolution": "768x512"}),
+    ({"bucket_reso_steps": 32, **BUCKETS}, {"bucket_step": 32}),
+    ({"min_bucket_reso": 330, **BUCKETS}, {"min_side": 320}),
+    ({"max_bucket_reso": 1000, **BUCKETS}, {"max_side": 1024, "max_aspect": 4.0}),
+    ({"bucket_no_upscale": True, **BUCKETS}, {"resolution": 512, "no_upscale": True, "bucket_step": 64}),
+    ({"flip_aug": True}, {"flip": True}),
+    ({"flip_aug": False}, {"flip": False}),
+    ({"random_crop": True}, {"crop": "random"}),
+    ({"resize_interpolation": "area"}, {"filter": "box"}),
+    ({}, {"weights": "none"}),
+]
+SETS = [
+    ({}, {"repeats": 1, "caption_from": "file", "caption_extension": ".caption", "first_line": True, "flip": False}),
+    ({"num_repeats": 10}, {"repeats": 10}),
+    ({"caption_extension": ".txt"}, {"caption_extension": ".txt"}),
+    ({"class_tokens": "sks dog"}, {"default_caption": "sks dog"}),
+    ({"caption_prefix": "a"}, {"caption_prefix": "a"}),
+    ({"caption_suffix": "b"}, {"caption_suffix": "b"}),
+    ({"shuffle_caption": True, "keep_tokens": 2}, {"shuffle_tags": True, "keep_tags": 2}),
+    ({"caption_tag_dropout_rate": 0.1, "keep_tokens": 1}, {"tag_drop_out": 0.1, "keep_tags": 1}),
+    ({"caption_dropout_rate": 0.2}, {"caption_dropout": 0.2}),
+    ({"enable_wildcard": True}, {"wildcards": True, "caption_lines": True, "first_line": False}),
+    ({"flip_aug": True}, {"flip": True}),
+]
+
+
+@pytest.mark.parametrize(("given", "wanted"), OPTIONS)
+def test_keys_of_a_dataset_become_options(given, wanted):
+    """Given in the dataset, and in [general] alike."""
+    for options in (read(given)[0], read(general=given, dataset={"resolution": given.get("resolution", 512)})[0]):
+        assert wanted.items() <= options.items()
+
+
+@pytest.mark.parametrize(("given", "wanted"), SETS)
+def test_keys_of_a_subset_become_options_of_a_set(given, wanted):
+    """Given in the subset, its dataset, or in [general]; the nearest counts."""
+    for own in (read(subset=given)[1], read(dataset=given)[1], read(general=given)[1]):
+        assert wanted.items() <= own.items()
+    farther = {"num_repeats": 99, "caption_prefix": "far", "class_tokens": "far"}
+    own = read(general=farther, subset={"num_repeats": 2})[1]
+    assert (own["repeats"], own["caption_prefix"], own["default_caption"]) == (2, "far", "far")
+
+
+def test_masks_and_regularization_are_of_the_subset_alone():
+    assert read(subset={"alpha_mask": True})[0]["weights"] == "alpha"
+    assert read(subset={"is_reg": True})[1]["repeats"] == "auto"
+    with pytest.raises(UserError, match=r"\[general\]: is_reg: no such key"):
+        read(general={"is_reg": True})
+
+
+VALUES = {"validation_split": 0.1, "caption_separator": ";", "custom_attributes": {"a": 1}, "color_aug": True}
+
+
+@pytest.mark.parametrize("name", sorted(NO_EQUIVALENT))
+def test_what_has_no_equivalent_is_said_once_for_each_place(name):
+    value = VALUES.get(name, 4)
+    _, _, notes = read(dataset={name: value})
+    assert [note for note in notes if note.startswith(f"{name} = ")] == list(notes)
+    assert len(notes) == 1
+    _, _, notes = read(dataset={name: value}, subset={name: value})
+    assert len(notes) == 2
+    assert "(subset 1)" in notes[1]
+    _, _, notes = read(dataset={name: False if value is True else 0})  # switched off, as by default
+    assert notes == ()
+
+
+def table_of(dataset=None, **subset):
+    return {"datasets": [{"resolution": 512, "subsets": [{"image_dir": "a", **subset}], **(dataset or {})}]}
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({"dataset": []}, "dataset: no such key. Did you mean datasets?"),
+        ({"datasets": []}, "expected a table"),
+        ({"datasets": [{"resolution": 512}]}, r"\[\[datasets\]\] 1: has no \[\[datasets.subsets\]\]"),
+        ({"datasets": [{"subsets": [{"image_dir": "a"}]}]}, "1: resolution: is missing"),
+        (table_of({"resolution": "512"}), "resolution = '512': expected a number"),
+        (table_of({"subsets": [{}]}), "a subset has no image_dir"),
+        (table_of(num_repeat=3), "Did you mean num_repeats"),
+        (table_of(num_repeats="3"), "expected a whole number"),
+        (table_of(metadata_file="m.json"), "is not read"),
+        (table_of({"enable_bucket": True, "max_bucket_reso": 256}), "min_bucket_reso 256 and max_bucket_reso 256"),
+        (table_of(num_repeats=0), "none of its subsets"),
+    ],
+)
+def test_what_sd_scripts_would_refuse_is_one_line(table, words):
+    with pytest.raises(UserError, match=rf"^k.toml: .*{words}"):
+        read_dataset_config(Path("k.toml"), table)
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    for n in range(4):
+        draw(tmp_path / f"img/10_sks dog/{n}.png", (60 * n, 0, 0), caption=f"sks, tag a, tag {n}" if n < 2 else None)
+        draw(tmp_path / f"img/2_cat/{n}.png", (0, 60 * n, 0))
+        draw(tmp_path / f"reg/{n}.png", (0, 0, 60 * n))
+    draw(tmp_path / "img/2_cat/below/not.png", "white")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+TOML = """
+[general]
+caption_extension = ".txt"
+keep_tokens = 1
+
+[[datasets]]
+resolution = 64
+batch_size = 2
+
+  [[datasets.subsets]]
+  image_dir = "img/10_sks dog"
+  class_tokens = "sks dog"
+  num_repeats = 3
+  flip_aug = true
+
+  [[datasets.subsets]]
+  image_dir = "reg"
+  is_reg = true
+  class_tokens = "a dog"
+"""
+
+
+def test_a_dataset_toml_is_read_as_it_is(run, folders):
+    (folders / "dataset.toml").write_text(TOML, encoding="utf-8")
+    result = run("encode", "dataset.toml", "--model", "tiny", "--device", "cpu", "--out", "c")
+    assert result.code == 0, result.err
+    assert "note     batch_size = 2: is the loader's: LatentLoader(data, batch_size=2)\n" in result.err
+    assert "captions: 2 from .txt, 6 from --default-caption\n" in result.err
+    data = LatentDataset("c", flip_p=1.0)
+    assert count_epoch(LatentLoader(data, 2)) == {
+        f"{name}/{n}.png": 3 for name in ("10_sks dog", "reg") for n in range(4)
+    }
+    for batch in LatentLoader(data, 2):
+        for n, index in enumerate(batch.index.tolist()):
+            name, number = data.key(index).removesuffix(".png").split("/")
+            own = f"sks, tag a, tag {number}" if int(number) < 2 else "sks dog"
+            assert batch.cond_text[n] == (own if name != "reg" else "a dog")
+            assert bool(batch.flipped[n]) == (name != "reg")
+    assert run("verify", "c", "--source", "dataset.toml", "--re-encode", 8).code == 0
+    assert "nothing to do" in run("encode", "--again", "c").out
+
+
+def test_several_datasets_are_a_cache_each(run, folders):
+    second = '\n[[datasets]]\nresolution = [96, 64]\n  [[datasets.subsets]]\n  image_dir = "reg"\n'
+    (folders / "dataset.toml").write_text(TOML + second + second, encoding="utf-8")
+    result = run("encode", "dataset.toml", "--model", "tiny", "--device", "cpu")
+    assert result.code == 0, result.err
+    assert sorted(path.name for path in (folders / "dataset.latents").iterdir()) == ["64x64", "96x64", "96x64-2"]
+    assert LatentDataset("dataset.latents/96x64").buckets == [(4, 8, 12)]
+    assert "[[datasets]] 2 of 3: dataset.latents/96x64" in result.err
+    assert result.out.count("next     latentprep inspect") == 3
+    once_more = run("encode", "--again", "dataset.latents/96x64")
+    assert "dataset.latents/96x64 is complete with 4 images" in once_more.out
+    both = latentprep.encode("dataset.toml", **SMALL)
+    assert (both.cache, both.num_cached, both.num_encoded) == ("dataset.latents", 16, 0)
+    assert run("verify", "dataset.latents/96x64", "--source", "dataset.toml").code == 0
+    result = run("inspect", "dataset.latents")
+    assert result.code == 1
+    assert "it holds caches: 64x64, 96x64, 96x64-2" in result.err
+
+
+def test_a_tree_of_kohyas_folders_is_sets(run, folders):
+    result = run("encode", "img", "--model", "tiny", "--resolution", 64, "--device", "cpu")
+    assert result.code == 0, result.err
+    assert "2 folders named like kohya's: sets with repeats (--folders plain: just folders)" in result.err
+    data = LatentDataset("img.latents")
+    assert data.sets == ["10_sks dog", "2_cat"]
+    wanted = {f"10_sks dog/{n}.png": 10 for n in range(4)} | {f"2_cat/{n}.png": 2 for n in range(4)}
+    assert count_epoch(LatentLoader(data, 3)) == wanted | {"2_cat/below/not.png": 2}
+    prompts = {data.key(n): data.caption(n) for n in range(data.num_images)}
+    assert prompts["10_sks dog/0.png"] == ["sks, tag a, tag 0"]
+    assert prompts["10_sks dog/3.png"] == ["sks dog"]
+    assert prompts["2_cat/1.png"] == ["cat"]
+    assert run("verify", "img.latents", "--source", "img").code == 0
+    # other repeats are another name of the folder: nothing is encoded again
+    (folders / "img/2_cat").rename(folders / "img/5_cat")
+    result = run("encode", "--again", "img.latents")
+    assert "5 renamed" in result.out
+    assert Counter(LatentDataset("img.latents").key(n) for n in range(65))["5_cat/0.png"] == 5
+    plain = latentprep.encode("img", "plain", folders="plain", resolution=64, **SMALL)
+    assert plain.ok
+    assert open_manifest(Storage("plain")).sets == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "is_tree"),
+    [
+        (["10_sks dog"], True),
+        (["1_a", "10_b"], True),
+        (["100_a", "100_b"], True),
+        (["1_a", "2_b", "3_c"], False),  # numbers that count
+        (["01_a", "05_b"], False),
+        (["2023_summer", "2024_winter"], False),
+        (["10_a", "other"], False),
+        (["a", "b"], False),
+        (["0_a"], False),
+    ],
+)
+def test_only_folders_that_cannot_mean_anything_else_are_taken_for_kohyas(tmp_path, names, is_tree):
+    for name in names:
+        (tmp_path / name).mkdir()
+    sets, notes = list_folders(tmp_path, "auto")
+    assert bool(sets) == is_tree
+    assert list_folders(tmp_path, "plain") == ((), ())
+    if any(name[0] in "123456789" for name in names):
+        assert is_tree or "--folders kohya makes them sets" in notes[0]
+        asked, _ = list_folders(tmp_path, "kohya")
+        assert [own["name"] for own in asked] == [
+            name for name in sorted(names) if name[0] in "123456789"
+        ] or "0" in names[0]
+    draw(tmp_path / "top.png", "red")
+    assert list_folders(tmp_path, "auto") == ((), ())
+
+
+def test_a_folder_without_such_names_is_refused_if_they_are_asked_for(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(UserError, match=r"--folders kohya: SOURCE .* holds no folders such as '10_sks dog'"):
+        list_folders(tmp_path, "kohya")
