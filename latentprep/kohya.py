@@ -67,7 +67,9 @@ OF_SUBSET: dict[str, tuple[Check, str]] = {
     "caption_dropout_rate": NUMBER, "enable_wildcard": FLAG, "flip_aug": FLAG, "random_crop": FLAG,
     "resize_interpolation": TEXT,
 }  # fmt: skip
-OF_SUBSET_ALONE: dict[str, tuple[Check, str]] = {"image_dir": TEXT, "is_reg": FLAG, "alpha_mask": FLAG}
+OF_SUBSET_ALONE: dict[str, tuple[Check, str]] = {
+    "image_dir": TEXT, "is_reg": FLAG, "alpha_mask": FLAG, "metadata_file": TEXT,
+}  # fmt: skip
 OF_DATASET: dict[str, tuple[Check, str]] = {
     "resolution": (is_size, "a number of pixels, or [width, height]"), "enable_bucket": FLAG, "min_bucket_reso": WHOLE,
     "max_bucket_reso": WHOLE, "bucket_reso_steps": WHOLE, "bucket_no_upscale": FLAG,
@@ -137,11 +139,6 @@ def read_dataset(path: Path, number: int, dataset: Mapping[str, Any], general: M
     if subsets is None:
         raise UserError(f"{where}: has no [[datasets.subsets]].")
     for n, subset in enumerate(subsets, 1):
-        if "metadata_file" in subset:
-            raise UserError(
-                f"{where}, subset {n}: metadata_file: kohya's metadata is not read. Give the captions as .txt files, "
-                "or as a metadata.jsonl with file_name and text, beside the images."
-            )
         check_table(f"{where}, subset {n}", subset, {**OF_SUBSET, **OF_SUBSET_ALONE})
     notes = list_notes([("", merged), *((f"subset {n}", subset) for n, subset in enumerate(subsets, 1))])
     chosen, more = choose_subsets([{**merged, **subset} for subset in subsets])
@@ -187,13 +184,13 @@ def choose_subsets(subsets: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[s
     for subset in subsets:
         folder = subset.get("image_dir")
         if folder is None:
-            raise UserError("a subset has no image_dir.")
+            raise UserError("a subset has no image_dir. Give the folder of its images.")
         if subset.get("num_repeats", 1) < 1:
             notes.append(f"{folder}: left out, its num_repeats is less than 1")
-        elif folder in chosen:
-            notes.append(f"{folder}: left out, an earlier subset has the same image_dir")
+        elif (place := subset.get("metadata_file", folder)) in chosen:
+            notes.append(f"{place}: left out, an earlier subset has it too")
         else:
-            chosen[folder] = subset
+            chosen[place] = subset
     return list(chosen.values()), notes
 
 
@@ -255,13 +252,15 @@ def make_set(path: Path, subset: Mapping[str, Any]) -> dict[str, Any]:
         "caption_dropout": float(get("caption_dropout_rate", 0)),
         "flip": get("flip_aug", False),
     }
+    if "metadata_file" in subset:
+        own |= {"captions_file": str(find_folder(path, subset["metadata_file"])), "exclude": []}
     if own["shuffle_tags"] or own["tag_drop_out"]:
         own["keep_tags"] = get("keep_tokens", 0)
     return own
 
 
 def find_folder(path: Path, folder: str) -> Path:
-    """An image_dir: sd-scripts has it from the folder that it is started in; else it may lie beside the file."""
+    """A folder or file: sd-scripts has it from the folder that it is started in; else it may lie beside the TOML."""
     given = Path(folder).expanduser()
     return given if given.exists() or not (path.parent / given).exists() else path.parent / given
 

@@ -233,8 +233,13 @@ def kept_text(out: str) -> str:
     return f"Stopped; {' and '.join(parts)} {is_or_are} safe in {out}" if parts else "Stopped; nothing was encoded yet"
 
 
-def interrupted_text(out: str, arguments: list[str]) -> str:
-    """What is safe, and what to type to go on; --overwrite would throw it away, once it has deleted the old cache."""
+def interrupted_text(out: str | None, arguments: list[str]) -> str:
+    """What is safe, and what to type to go on; --overwrite would throw it away, once it has deleted the old cache.
+
+    `out` is None if the run had not begun.
+    """
+    if out is None:
+        return f"\nStopped before the run began. To start it, type:\n  {shlex.join(['latentprep', *arguments])}"
     if not Storage(out).exists(MANIFEST_NAME):
         arguments = [word for word in arguments if word != "--overwrite"]
     return f"\n{kept_text(out)}. To go on, type:\n  {shlex.join(['latentprep', *arguments])}"

@@ -173,7 +173,15 @@ def beside(folder: Path, name: str, value: Any) -> Any:
     return str(path) if is_path else value
 
 
-PATHS = ("weights", "template", "default_caption", "model", "vae", "config")  # that may be paths, or other words
+PATHS = (
+    "weights",
+    "template",
+    "default_caption",
+    "captions_file",
+    "model",
+    "vae",
+    "config",
+)  # that may be paths, or other words
 
 
 def absolute(arguments: Mapping[str, Any]) -> Arguments:

@@ -85,6 +85,7 @@ class TextOptions:
     caption_suffix: str = ""
     default_caption: tuple[str, ...] = ()  # of images that have none; where that is none, the file name is it
     first_line: bool = False  # of a caption file its first line is the caption, as kohya's sd-scripts have it
+    captions_file: Path | None = None  # of kohya's sd-scripts: image -> caption and tags; other images are left out
     trigger: str = ""  # words that begin each caption
     max_tokens: int | None = None  # of a prompt, that are kept; None: the family's default (families.py)
     clip_skip: int = 1  # as the web UI and kohya count: 1 is the last layer

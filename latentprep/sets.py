@@ -24,6 +24,7 @@ OWN = {
     "caption_dropout": "a probability, 0 to 1",
     "flip": "true or false",
     "first_line": "true or false",  # of a caption file only its first line counts
+    "captions_file": "a metadata file of kohya's sd-scripts",
 }
 
 
@@ -99,8 +100,11 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
     check_own("caption_dropout", own, is_number(dropout) and 0 <= dropout <= 1)
     check_own("flip", own, isinstance(flip, bool))
     check_own("first_line", own, isinstance(own.get("first_line", False), bool))
+    table = own.get("captions_file")
+    check_own("captions_file", own, table is None or (isinstance(table, str | Path) and str(table) != ""))
+    of_files = {"first_line": own.get("first_line", False), "captions_file": Path(table) if table else None}
     return ImageSet(
-        name, Path(source), make_text({**common, "first_line": own.get("first_line", False), **values}),
+        name, Path(source), make_text({**common, **of_files, **values}),
         (exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
         Path(weights) if weights not in ("alpha", "none") else None,
         None if repeats == "auto" else repeats, float(weight), float(dropout), flip,

@@ -45,7 +45,8 @@ def test_cache_knows_none_of_the_wings():
 def test_stages_of_prepare_do_not_call_each_other():
     """Only plan, worker, encode, messages and engines put stages together; these share records and small helpers."""
     allowed = {
-        "source/captions.py": {"source.door", "source.listing", "source.metadata"},
+        "source/captions.py": {"source.door", "source.kohya_metadata", "source.listing", "source.metadata"},
+        "source/kohya_metadata.py": {"source.listing", "source.metadata"},
         "source/content.py": {"source.door", "source.masks"},  # an image's content is its mask's, too
         "source/folder.py": {"source.door", "images.pillow"},
         "source/listing.py": {"source.door", "images.pillow"},  # reads headers

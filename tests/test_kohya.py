@@ -1,5 +1,6 @@
 """kohya's files: each key of a dataset.toml becomes an option or is said, and folders of `10_sks dog` are sets."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def read(dataset=None, subset=None, general=None):
 
 def test_every_key_of_sd_scripts_is_known():
     known = {*OF_SUBSET, *OF_SUBSET_ALONE, *OF_DATASET, *NO_EQUIVALENT}
-    assert known == SD_SCRIPTS - {"metadata_file"} | {"debug_dataset"}
+    assert known == SD_SCRIPTS | {"debug_dataset"}
 
 
 # key, value, and what comes of it: of the run, or of the set
@@ -124,7 +125,6 @@ def table_of(dataset=None, **subset):
         (table_of({"subsets": [{}]}), "a subset has no image_dir"),
         (table_of(num_repeat=3), "Did you mean num_repeats"),
         (table_of(num_repeats="3"), "expected a whole number"),
-        (table_of(metadata_file="m.json"), "is not read"),
         (table_of({"enable_bucket": True, "max_bucket_reso": 256}), "min_bucket_reso 256 and max_bucket_reso 256"),
         (table_of(num_repeats=0), "none of its subsets"),
     ],
@@ -185,6 +185,45 @@ def test_a_dataset_toml_is_read_as_it_is(run, folders):
             assert bool(batch.flipped[n]) == (name != "reg")
     assert run("verify", "c", "--source", "dataset.toml", "--re-encode", 8).code == 0
     assert "nothing to do" in run("encode", "--again", "c").out
+
+
+LINES = {"enable_wildcard": True}
+
+
+@pytest.mark.parametrize(
+    ("given", "fields", "captions"),
+    [
+        ({}, {"caption": "a dog"}, ["a dog"]),
+        ({}, {"tags": "x, y"}, ["x, y"]),
+        ({}, {"caption": "a dog\nline two", "tags": "x, y"}, ["a dog"]),
+        ({}, {"caption": "a dog", "tags": "x, y"}, ["a dog,x, y"]),
+        ({}, {}, [""]),
+        (LINES, {"caption": "a dog\nline two", "tags": "x\ny"}, ["a dog,x,y", "line two,x,y"]),
+        ({"caption_prefix": "pre"}, {"caption": "a dog"}, ["pre a dog"]),
+    ],
+)
+@pytest.mark.parametrize("name", ["absolute", "0.png", "0"])
+def test_metadata_of_fine_tuning_captions_its_images_and_no_others(folders, given, fields, captions, name):
+    image = str(folders / "reg/0.png") if name == "absolute" else name
+    (folders / "meta.json").write_text(json.dumps({image: fields, "gone.png": {}}), encoding="utf-8")
+    (folders / "meta.jsonl").write_text(json.dumps({"image_path": image, **fields}) + "\n", encoding="utf-8")
+    for kind in ("json", "jsonl"):
+        lines = [f"{key} = {json.dumps(value)}" for key, value in given.items()]
+        table = "\n".join(["[[datasets.subsets]]", 'image_dir = "reg"', f'metadata_file = "meta.{kind}"', *lines])
+        (folders / "k.toml").write_text(f"[[datasets]]\nresolution = 64\n{table}\n", encoding="utf-8")
+        assert latentprep.encode("k.toml", kind, **SMALL).ok
+        data = LatentDataset(kind)
+        assert [data.key(n) for n in range(len(data))] == ["reg/0.png"]
+        assert data.caption(0) == captions
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"a.png": 3}', '{"a.png": {"caption": 3}}', "[" * 10**5])
+def test_broken_metadata_is_one_line(folders, text):
+    (folders / "meta.json").write_text(text, encoding="utf-8")
+    table = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "reg"\nmetadata_file = "meta.json"\n'
+    (folders / "k.toml").write_text(table, encoding="utf-8")
+    with pytest.raises(UserError, match=r"^set reg: metadata_file .*meta.json: "):
+        latentprep.encode("k.toml", **SMALL)
 
 
 def test_several_datasets_are_a_cache_each(run, folders):

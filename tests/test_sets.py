@@ -252,7 +252,7 @@ def test_one_source_becomes_sets_and_one_source_again_without_encoding(folders):
     assert (len(LatentDataset("c")), LatentDataset("c").sets) == (8, [])
 
 
-def test_masks_are_those_of_the_set(folders):
+def test_masks_are_those_of_the_set(run, folders):
     for n in range(3):
         image = Image.new("L", (64, 64) if n else (96, 32), 0)
         image.paste(255, (0, 0, 32, 32))
@@ -264,6 +264,8 @@ def test_masks_are_those_of_the_set(folders):
         assert (float(batch.weight.mean()) < 1) == (batch.set == ["dog"])
     (folders / "sets.toml").write_text('[[set]]\nsource = "dog"\nweights = "masks"\n[[set]]\nsource = "reg"\n')
     assert latentprep.verify("c", source="sets.toml", re_encode=8, progress=False).ok
+    result = run("encode", "sets.toml", "--out", "d", "--model", "tiny", "--resolution", 64, "--dry-run")
+    assert "masks    set reg: none, so the images weigh evenly\n" in result.err
     Image.new("L", (64, 64), 0).save(folders / "masks/1.png")
     assert encode(two_sets(weights="masks")).num_encoded == 1
 
@@ -325,6 +327,28 @@ def test_a_manifest_whose_sets_contradict_it_is_refused(folders):
         with pytest.raises(ValueError, match=r"set|rows|Expected"):
             msgspec.convert(bad, Manifest)
     assert msgspec.convert(good, Manifest).sets[0].name == "dog"
+
+
+def test_rows_that_no_file_can_hold_take_no_memory(folders):
+    encode(two_sets())
+    manifest = json.loads((folders / "c/cache.json").read_text())
+    from latentprep.cache.manifest import Manifest, msgspec, pack
+
+    shard = manifest["shards"][0]
+    shard["latents_file"]["nbytes"] = 2**40
+    shard["groups"][0][1] = 2**39
+    shard["sets"] = [[0, sum(rows for _, rows, _ in shard["groups"])]]
+    (folders / "c/cache.json").write_bytes(pack(msgspec.convert(manifest, Manifest)))
+    with pytest.raises(UserError, match=r"latents.safetensors has [\d,]+ bytes, expected 1,099,511,627,776"):
+        LatentDataset("c")
+
+
+def test_sets_that_overlap_and_sets_without_masks_are_said(run, folders):
+    (folders / "dog/in").mkdir()
+    draw(folders / "dog/in/9.png", "white")
+    (folders / "sets.toml").write_text('[[set]]\nsource = "dog"\n[[set]]\nsource = "dog/in"\n', encoding="utf-8")
+    result = run("encode", "sets.toml", "--model", "tiny", "--resolution", 64, "--dry-run")
+    assert "note     set in lies in set dog: unless excluded, it is in both\n" in result.err
 
 
 def test_a_position_is_of_its_sets(folders):

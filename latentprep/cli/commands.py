@@ -66,8 +66,7 @@ def encode(arguments: dict[str, Any]) -> None:
         with nullcontext() if is_dry_run else stoppable():
             result = run_door(api.encode, {**arguments, "progress": Terminal()})
     except KeyboardInterrupt as stop:
-        out = getattr(stop, "cache", "")
-        say(interrupted_text(out, sys.argv[1:]))
+        say(interrupted_text(getattr(stop, "cache", None), sys.argv[1:]))
         code = 128 + (stop.args[0] if stop.args else 2)
         end_if_stuck(code)
         raise typer.Exit(code) from None

@@ -39,9 +39,27 @@ def find_images(options: EncodeOptions, say: Callable[[str], None]) -> Images:
     found = {part.name: find_images_of(part, own, say) for part in sets}
     if not options.sets:
         return found[""]
+    for line in [*describe_overlaps(sets), *describe_without_masks(sets)]:
+        say(line)
     return join(
         str(options.source), found, make_facts(sets, [len(images.captioned.items) for images in found.values()])
     )
+
+
+def describe_overlaps(sets: Sequence[ImageSet]) -> Iterator[str]:
+    """A line for each set whose folder lies in that of another: its images would be in both."""
+    places = {part.name: part.source.absolute() for part in sets}
+    for inner, place in places.items():
+        for outer, above in places.items():
+            if inner != outer and (above in place.parents or (above == place and inner > outer)):
+                yield f"note     set {printable(inner)} lies in set {printable(outer)}: unless excluded, it is in both"
+
+
+def describe_without_masks(sets: Sequence[ImageSet]) -> Iterator[str]:
+    """A line for the sets without masks, if others have some."""
+    names = [printable(part.name) for part in sets if part.masks is None]
+    if 0 < len(names) < len(sets):
+        yield f"masks    set {', '.join(names)}: none, so the images weigh evenly"
 
 
 def find_images_of(part: ImageSet, without: Sequence[Path], say: Callable[[str], None]) -> Images:

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
-from latentprep.cache.manifest import open_manifest
+from latentprep.cache.leftovers import find_missing
+from latentprep.cache.manifest import Manifest, open_manifest
 from latentprep.cache.normalization import Normalization
 from latentprep.cache.ragged import Ragged
 from latentprep.cache.readers import Reading
@@ -40,6 +41,8 @@ from latentprep.read.parts import Chosen, choose_keys, choose_sets, groups_of, s
 from latentprep.read.prompts import Prompts, Wording, check_cond_model
 from latentprep.read.reader import SampleReader, Sampling
 from latentprep.read.shards import OpenShards, promised_by
+
+MANY_ROWS = 2**24  # beyond this the files are looked at before memory is taken for the rows that cache.json names
 
 
 class Keywords(TypedDict, total=False):
@@ -165,6 +168,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         self.storage = Storage(cache)
         self._reading = Reading(self.storage)  # held from before the manifest is read: what it names stays
         self.manifest = open_manifest(self.storage)
+        check_sizes(self.storage, self.manifest)
         self._index = Index(self.manifest.shards, self.repeats, sets=self.manifest.sets)
         stored = StoredCond(self.storage, self.manifest)
         check_cond_model(cond_model, wording, include_cond=include_cond, is_stored=stored.is_there)
@@ -394,6 +398,13 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     def __getstate__(self) -> dict[str, Any]:
         # a text encoder stays where it is; LatentLoader gives it to the batches that come back
         return {**self.__dict__, "cond_model": None if self.cond_model is None else cond_model_elsewhere}
+
+
+def check_sizes(storage: Storage, manifest: Manifest) -> None:
+    """Raise UserError if a cache says that it has more rows than its files can hold: an index takes memory for each."""
+    num_rows = sum(shard.num_rows for shard in manifest.shards)
+    if num_rows > MANY_ROWS and (missing := find_missing(storage, manifest.shards)):
+        raise UserError(f"{storage.root}: {next(iter(missing.values()))}.")
 
 
 def make_epoch() -> Tensor:

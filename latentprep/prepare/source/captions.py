@@ -10,6 +10,7 @@ import regex  # re's syntax, with a limit of time
 from latentprep.errors import UserError
 from latentprep.options import CAPTION_COLUMN, TextOptions
 from latentprep.prepare.source.door import TEXTS
+from latentprep.prepare.source.kohya_metadata import read_captions_file
 from latentprep.prepare.source.listing import Listing, is_image, stem
 from latentprep.prepare.source.metadata import MAX_CAPTION, READERS, list_tables, read_json, read_metadata, read_text
 from latentprep.records import Item, Skip
@@ -61,6 +62,11 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
     check_column(listing, sidecars, options)
     has_files = options.caption_from in ("auto", "file")
     metadata = read_metadata(listing, options.caption_columns) if has_files else {}
+    if options.captions_file is not None:
+        metadata = read_captions_file(options.captions_file, listing, options)
+        left = Counter({f"not in {options.captions_file}": len(listing.items) - len(metadata)})
+        chosen = [item for item in listing.items if item.key in metadata]
+        listing, sidecars = replace(listing, items=chosen, excluded=listing.excluded + left), {}
     items: list[Item] = []
     skips: list[Skip] = []
     for item in listing.items:
