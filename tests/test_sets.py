@@ -270,6 +270,43 @@ def test_masks_are_those_of_the_set(run, folders):
     assert encode(two_sets(weights="masks")).num_encoded == 1
 
 
+def test_ranks_passes_and_processes_make_the_same_cache(folders):
+    sets = two_sets(shuffle_tags=True)
+    encode(sets, "whole", shard_size="20kB")
+    whole = files(folders / "whole")
+    first = latentprep.encode(sets, "ranks", **SMALL, shard_size="20kB", rank=0, world_size=2)
+    assert first.absent == (1,)
+    encode(sets, "ranks", shard_size="20kB", rank=1, world_size=2)
+    encode(sets, "passes", shard_size="20kB", only="latents")
+    encode(sets, "passes", shard_size="20kB", only="text")
+    encode(sets, "processes", shard_size="20kB", device="auto", devices="cpu,cpu")
+    encode(sets, "memory://sets/c", shard_size="20kB")
+    for other in ("ranks", "processes"):  # without text, units are cut otherwise
+        found = files(folders / other)
+        assert {name: found[name] for name in found if name != "cache.json"} == {
+            name: whole[name] for name in whole if name != "cache.json"
+        }
+    wanted = count_epoch(LatentLoader(LatentDataset("whole"), 2))
+    for other in ("ranks", "passes", "processes", "memory://sets/c"):
+        assert count_epoch(LatentLoader(LatentDataset(other), 2)) == wanted
+
+
+def test_a_run_that_was_stopped_goes_on_with_its_sets(folders):
+    encode(two_sets(), shard_size="20kB")
+    whole = files(folders / "c")
+    (folders / "c/cache.json").unlink()  # as if it had been killed before its commit
+    for name in [name for name in whole if ".text." in name][:1]:
+        (folders / "c" / name).unlink()
+    result = encode(two_sets(), shard_size="20kB")
+    assert (result.num_encoded, files(folders / "c")) == (0, whole)
+    (folders / "c/cache.json").unlink()
+    shutil.move("dog/1.png", "reg/7.png")  # what was left is taken up, and another set has an image of it now
+    result = encode(two_sets(), shard_size="20kB")
+    assert result.num_encoded == 0
+    assert count_epoch(LatentLoader(LatentDataset("c"), 2))["reg/7.png"] == 1
+    assert latentprep.verify("c", progress=False).ok
+
+
 def test_auto_repeats_give_a_set_as_many_samples_as_the_others(folders):
     sets = two_sets()
     sets[1]["repeats"] = "auto"

@@ -16,7 +16,8 @@ SEPARATOR = ","  # between caption and tags, as sd-scripts' FineTuningDataset ha
 def read_captions_file(path: Path, listing: Listing, options: TextOptions) -> dict[str, list[str]]:
     """Key -> captions, of the images that the file names.
 
-    It does so by their paths: absolute, or from the folder; with their ending, or without. Raises UserError for what is no such file.
+    It does so by their paths: absolute, or from the folder; with their ending, or without. Raises UserError for what is
+    no such file.
     """
     root = Path(listing.source.where).absolute()
     named: dict[str, list[str]] = {}
