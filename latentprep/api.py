@@ -75,7 +75,7 @@ def encode(
     shard_size: Annotated[str | int | None, Option("BYTES", "Largest size of a shard file; a run that is stopped loses at most one.", OUTPUT, shown="256MB, on a CPU 16MB")] = None,
     only: Annotated[Only | None, Option(help="Encode images alone, or the prompts of what is encoded; a later run does the rest.", panel=OUTPUT, shown="both, one after the other")] = None,
     overwrite: Annotated[bool, Option(help="Delete what the cache holds and start anew.", panel=OUTPUT)] = False,
-    dry_run: Annotated[bool, Option(help="List what would be done and why, with the time and space it takes; write nothing.", panel=OUTPUT)] = False,
+    dry_run: Annotated[bool, Option(help="Say what would be done and why, with the time and space it takes; write nothing.", panel=OUTPUT)] = False,
     strict: Annotated[bool, Option(help="Count it as a failure if any image was skipped: exit code 1.", panel=OUTPUT)] = False,
     model: Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or the built-in miniature.", MODEL)] = DEFAULT_MODEL,
     vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "Another VAE than the model's own.", MODEL, shown="the model's")] = None,

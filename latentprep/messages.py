@@ -2,7 +2,7 @@
 
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from latentprep.cache.names import FOLDER
@@ -17,6 +17,7 @@ from latentprep.prepare.plan.estimate import Estimate
 from latentprep.prepare.survey import Prepared
 from latentprep.prompts import make_prompts
 from latentprep.records import CHANGES, NOTES, Change, Size, Skip
+from latentprep.results import Encoded
 
 if TYPE_CHECKING:
     from latentprep.prepare.work.events import Truncated
@@ -89,9 +90,9 @@ def caption_lines(prepared: Prepared) -> list[str]:
 
 
 def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
-    """What a run would do: the --dry-run page. Every image with its reason first, the totals last."""
+    """What a run would do: the --dry-run page. Each kind of change first, the totals last."""
     plan, row_bytes = prepared.plan, prepared.row_bytes
-    lines = [change_line(change) for change in plan.changes]
+    lines = change_lines(plan.changes)
     if lines:
         lines.append("")
     lines.append(f"plan     {prepared.options.out}: {summary_of_changes(prepared) or 'nothing to do'}")
@@ -124,9 +125,7 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
             f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, "
             f"{counted(len(plan.units), 'new shard')}"
         )
-    to_encode = (
-        f", {estimate.num_prompts:,} distinct to encode" if estimate is not None and estimate.num_prompts else ""
-    )
+    to_encode = f", {estimate.num_prompts:,} to encode" if estimate is not None and estimate.num_prompts else ""
     lines.append(f"prompts: {prepared.options.text.prompts_per_image} per image{to_encode}")
     if estimate is not None:
         lines.append(f"time: about {human_seconds(estimate.seconds)} on this machine ({estimate.measured})")
@@ -134,8 +133,29 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
     return "\n".join(lines)
 
 
-def change_line(change: Change) -> str:
-    return f"{change.what:<9}{printable(change.key)}" + (f"  ({printable(change.detail)})" if change.detail else "")
+def change_lines(changes: Sequence[Change]) -> list[str]:
+    """How many images each kind of change is for, and the first of them with its reason."""
+    lines = []
+    for what, meaning in CHANGES.items():
+        those = [change for change in changes if change.what == what]
+        if those:
+            such_as = ", such as" if len(those) > 1 else ":"
+            lines.append(f"{what:<9}{counted(len(those), 'image')}{such_as} {named(those[0])}: {meaning}")
+    if len(changes) > len(lines):
+        lines.append("         --list names them all")
+    return lines
+
+
+def list_lines(result: Encoded) -> Iterator[str]:
+    """A line for every image that there is something to do for, and for every one that is skipped, with its reason."""
+    for change in result.changes:
+        yield f"{change.what:<9}{named(change)}"
+    for skip in result.skips:
+        yield f"skipped  {printable(skip.key)} ({skip.reason}: {printable(skip.detail)})"
+
+
+def named(change: Change) -> str:
+    return printable(change.key) + (f" ({printable(change.detail)})" if change.detail else "")
 
 
 def summary_of_changes(prepared: Prepared) -> str:

@@ -2,13 +2,13 @@
 
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from math import isfinite
 from typing import Any
 
 from latentprep.human import counted, harmless, human_bytes, printable
-from latentprep.records import Change, Problem, Skip
+from latentprep.records import CHANGES, Change, Problem, Skip
 
 
 @dataclass(frozen=True, repr=False)
@@ -30,6 +30,7 @@ class Encoded:
     is_dry_run: bool = False
     is_strict: bool = False  # whether a skipped image is a fault
     absent: tuple[int, ...] = ()  # ranks that are still at work: the last of them commits the cache
+    num_prompts: int = 0  # that this run encoded; of a dry run: to be encoded
 
     @property
     def ok(self) -> bool:
@@ -40,6 +41,20 @@ class Encoded:
     def num_skipped(self) -> dict[str, int]:
         """Reason -> images that were skipped for it."""
         return dict(sorted(Counter(skip.reason for skip in self.skips).items()))
+
+    def list_json(self) -> Iterator[dict[str, Any]]:
+        """Plain values, as `encode --dry-run --json` prints them: one for each change and skip, and the totals."""
+        for change in self.changes:
+            yield {"key": change.key, "what": change.what, "detail": change.detail}
+        for skip in self.skips:
+            yield {"key": skip.key, "reason": skip.reason, "detail": skip.detail}
+        counts = Counter(change.what for change in self.changes)
+        totals = {
+            "cache": self.cache, "cached": self.num_cached, "encode": self.num_encoded, "new_text": self.num_retexted,
+            "prompts": self.num_prompts, "seconds": round(self.seconds, 1),
+            "changes": {what: counts[what] for what in CHANGES if counts[what]}, "skipped": self.num_skipped,
+        }  # fmt: skip
+        yield {"totals": totals}
 
     def __repr__(self) -> str:
         did, took = ("to encode", "about ") if self.is_dry_run else ("encoded", "")

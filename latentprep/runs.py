@@ -54,6 +54,7 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
                 report=messages.outcome_text(prepared, outcome),
                 is_strict=options.strict,
                 absent=tuple(outcome.absent),
+                num_prompts=outcome.num_prompts,
             )
 
 
@@ -119,6 +120,7 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
         seconds=found.seconds if found is not None else 0.0,
         report=messages.plan_text(prepared, found),
         is_dry_run=True,
+        num_prompts=found.num_prompts if found is not None else 0,
     )
 
 

@@ -164,7 +164,7 @@ def test_dry_run_shows_the_plan_and_writes_nothing(run, images, tmp_path):
     (images / "bad.jpg").write_text("not a picture")
     result = run("encode", images, "--out", tmp_path / "c", *SMALL, "--dry-run")
     assert result.code == 0
-    assert result.out.startswith("new      tall0.png\nnew      tall1.png\n")
+    assert result.out.startswith("new      8 images, such as tall0.png: not in the cache\n")
     assert f"\nplan     {tmp_path / 'c'}: 8 new\n" in result.out
     assert re.search(r"disk: about 8\.\d kB of latents, up to 8\d\.\d kB of text, 1 new shard", result.out)
     assert re.search(

@@ -14,7 +14,7 @@ import typer
 from latentprep import __version__, api
 from latentprep.cli.face import face
 from latentprep.cli.terminal import Terminal, fail, say, show, show_json, unbreakable
-from latentprep.door import run_door
+from latentprep.door import OUTPUT, run_door
 from latentprep.errors import UserError
 
 app = typer.Typer(
@@ -25,12 +25,19 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-JSON = signatures.Parameter(
-    "as_json",
-    signatures.Parameter.KEYWORD_ONLY,
-    default=False,
-    annotation=Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")],
-)
+
+
+def switch(name: str, flag: str, text: str, panel: str | None = None) -> signatures.Parameter:
+    """An option that a command alone has, and not its function."""
+    option = typer.Option(flag, help=text, rich_help_panel=panel)
+    return signatures.Parameter(
+        name, signatures.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
+    )
+
+
+JSON = switch("as_json", "--json", "Print JSON, for machines.")
+DRY_LIST = switch("as_list", "--list", "With --dry-run: a line for each image.", OUTPUT)
+DRY_JSON = switch("as_json", "--json", "With --dry-run: JSON lines, one for each image and one for the totals.", OUTPUT)
 
 
 def _version(wanted: bool) -> None:
@@ -59,9 +66,14 @@ def encode(arguments: dict[str, Any]) -> None:
     """Plan, encode and report; the exit code tells the truth."""
     quiet()
     from latentprep.cli.stop import end_if_stuck, stoppable
-    from latentprep.messages import interrupted_text
+    from latentprep.messages import interrupted_text, list_lines
 
     is_dry_run = arguments.get("dry_run", False)
+    as_list, as_json = arguments.pop("as_list", False), arguments.pop("as_json", False)
+    if (as_list or as_json) and not is_dry_run:
+        raise UserError(f"{'--list' if as_list else '--json'} without --dry-run: it prints what a run would do.")
+    if as_list and as_json:
+        raise UserError("--list with --json: JSON names every image already. Give one of them.")
     try:
         with nullcontext() if is_dry_run else stoppable():
             result = run_door(api.encode, {**arguments, "progress": Terminal()})
@@ -70,7 +82,11 @@ def encode(arguments: dict[str, Any]) -> None:
         code = 128 + (stop.args[0] if stop.args else 2)
         end_if_stuck(code)
         raise typer.Exit(code) from None
-    show(result.report)
+    if as_json:
+        for value in result.list_json():
+            show_json(json.dumps(value))
+    else:
+        show("\n".join([*(list_lines(result) if as_list else ()), result.report]))
     raise typer.Exit(0 if result.ok or is_dry_run else 1)
 
 
@@ -105,7 +121,7 @@ def merge(arguments: dict[str, Any]) -> None:
     show(repr(run_door(api.merge, arguments)))
 
 
-app.command("encode")(face(api.encode, encode))
+app.command("encode")(face(api.encode, encode, DRY_LIST, DRY_JSON))
 app.command("inspect")(face(api.inspect, inspect, JSON))
 app.command("verify")(face(api.verify, verify, JSON))
 app.command("compact")(face(api.compact, compact))

@@ -2,20 +2,33 @@
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 
+from latentprep.cache.leftovers import find_leftovers
+from latentprep.cache.names import FOLDER, make_text_id, make_uncond_id, text_name, uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.errors import UserError
 from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.open_encoder import open_encoder
+from latentprep.prepare.plan.plan import TextTask
 from latentprep.prepare.survey import Prepared
+from latentprep.prepare.work.cond import list_missing
+from latentprep.prepare.work.text import list_distinct
 from latentprep.prompts import make_prompts
-from latentprep.records import Row
+from latentprep.records import Item, Placement, Row, Size
 
 SAMPLES = 8  # images decoded for the estimate
+LIMIT = 4.0  # seconds for one measurement: what would take longer is measured on less of it
+SMALLEST = 256 * 256  # pixels of the smallest image that the VAE is measured on
+LARGEST_COMPILED = 1024 * 1024  # with --compile, which takes a minute for each size, only one size is tried
+Probe = tuple[int, int, int]  # images, height, width
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,40 +40,75 @@ class Estimate:
 
 def estimate_time(prepared: Prepared) -> Estimate | None:
     """Seconds for the images and prompts of a plan; None where no model is needed. Loads models, writes nothing."""
-    plan, device, models = prepared.plan, torch.device(prepared.where.devices[0]), prepared.models
+    plan, models = prepared.plan, prepared.models
     rows = [
         pair for unit in plan.units if unit.id not in plan.leftovers
         for pair in zip(unit.items, unit.placements, strict=True)
     ]  # fmt: skip
     seconds, measured = 0.0, []
     if rows:
-        buckets = Counter(placement.bucket for _, placement in rows)
-        pixels = sum(height * width * count for (height, width), count in buckets.items())
-        (height, width), count = buckets.most_common(1)[0]
-        batch = min(prepared.batch_size, count)
-        images = np.random.default_rng(0).integers(0, 256, (batch, height, width, 3), np.uint8)
-        recipe = prepared.recipe.latents
-        vae = open_encoder(models.vae, recipe, str(device), prepared.options.compile)
-        per_batch = time_twice(lambda: vae.encode(images)) * len(recipe.views)
-        encode = per_batch / (batch * height * width) * pixels
-
-        sample = rows[:: -(-len(rows) // SAMPLES)]
-        load_options = prepared.load_options
-        started = time.perf_counter()
-        for item, placement in sample:
-            load_pixels(item, placement, load_options)
-        decode = (time.perf_counter() - started) / len(sample) * len(rows) / prepared.threads
-        seconds += max(encode, decode)
-        measured.append(f"{batch / per_batch:.1f} images/s at {width}x{height} in batches of {batch}")
+        encode, said = measure_vae(prepared, Counter(placement.bucket for _, placement in rows))
+        seconds += max(encode, measure_decode(prepared, rows))
+        measured.append(said)
     prompts = count_prompts(prepared)
     if prompts and models.text is not None:
         dtype = TORCH_DTYPES[prepared.recipe.text.dtype or "float32"]
-        encoder = models.text.open(device, dtype, prepared.options.text)
+        encoder = models.text.open(torch.device(prepared.where.devices[0]), dtype, prepared.options.text)
         texts = [f"a prompt number {n}" for n in range(min(prompts, 32))]
-        per_prompt = time_twice(lambda: encoder.encode(texts)) / len(texts)
-        seconds += per_prompt * prompts
-        measured.append(f"{1 / per_prompt:.0f} prompts/s")
-    return Estimate(seconds, prompts if models.text is not None else 0, ", ".join(measured)) if measured else None
+        count, taken = measure(lambda count: encoder.encode(texts[:count]), sorted({1, len(texts)}), int)
+        seconds += taken / count * prompts
+        measured.append(f"{count / taken:.0f} prompts/s")
+    return Estimate(seconds, prompts, ", ".join(measured)) if measured else None
+
+
+def measure_vae(prepared: Prepared, buckets: Counter[Size]) -> tuple[float, str]:
+    """Seconds that the VAE takes for all images, and what was measured."""
+    recipe, options = prepared.recipe.latents, prepared.options
+    vae = open_encoder(prepared.models.vae, recipe, prepared.where.devices[0], options.compile)
+    (height, width), count = buckets.most_common(1)[0]
+    batch = min(prepared.batch_size, count)
+    probes = list_probes(batch, height, width, prepared.models.vae.factor * prepared.models.patch)
+    if options.compile:
+        probes = [probe for probe in probes if num_pixels(probe) <= LARGEST_COMPILED][-1:] or probes[:1]
+    random = np.random.default_rng(0)
+
+    def encode(probe: Probe) -> None:
+        vae.encode(random.integers(0, 256, (*probe, 3), np.uint8))
+
+    probe, seconds = measure(encode, probes, num_pixels)
+    per_pixel = seconds * len(recipe.views) / num_pixels(probe)
+    pixels = sum(height * width * count for (height, width), count in buckets.items())
+    rate = 1 / (per_pixel * height * width)
+    said = f"{rate:.1f} images/s at {width}x{height}" if rate >= 1 else f"{rate:.2g} images/s at {width}x{height}"
+    if probe[1:] == (height, width):
+        said += f" in batches of {probe[0]}"
+    else:
+        said += f", by its area: measured at {probe[2]}x{probe[1]}"
+    return per_pixel * pixels, said
+
+
+def list_probes(batch: int, height: int, width: int, step: int) -> list[Probe]:
+    """Inputs for a measurement, each at most four times as large as the one before; the last is the true one."""
+    probes = [(batch, height, width)]
+    if batch > 1:
+        probes.append((1, height, width))
+    while height * width > SMALLEST and min(height, width) >= 2 * step:
+        height, width = height // (2 * step) * step, width // (2 * step) * step
+        probes.append((1, height, width))
+    return probes[::-1]
+
+
+def num_pixels(probe: Probe) -> int:
+    return probe[0] * probe[1] * probe[2]
+
+
+def measure(work: Callable[[T], object], probes: Sequence[T], cost: Callable[[T], int]) -> tuple[T, float]:
+    """The largest of some probes that takes LIMIT at most, and its seconds; the smallest is always tried."""
+    for probe, larger in zip(probes, [*probes[1:], None], strict=True):
+        seconds = time_twice(lambda probe=probe: work(probe))  # type: ignore[misc]
+        if larger is None or 2 * seconds * cost(larger) / cost(probe) > LIMIT:
+            break
+    return probe, seconds
 
 
 def time_twice(work: Callable[[], object]) -> float:
@@ -71,14 +119,48 @@ def time_twice(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def measure_decode(prepared: Prepared, rows: list[tuple[Item, Placement]]) -> float:
+    """Seconds that all threads together take to decode the images: measured on some, for LIMIT at most."""
+    load_options, done, started = prepared.load_options, 0, time.perf_counter()
+    for item, placement in rows[:: -(-len(rows) // SAMPLES)]:
+        load_pixels(item, placement, load_options)
+        done += 1
+        if time.perf_counter() - started > LIMIT:
+            break
+    return (time.perf_counter() - started) / done * len(rows) / prepared.threads
+
+
 def count_prompts(prepared: Prepared) -> int:
-    """Distinct prompts of the shards to write, each counted once a shard, as it is encoded."""
-    options, plan = prepared.options, prepared.plan
+    """Prompts that the text encoder will see: distinct ones of each shard, but for those with cond, and the empty one.
 
-    def count(rows: list[Row]) -> int:
-        return len({p for row in rows for p in make_prompts(row.captions, row.key, options.text, options.seed)})
+    Images that turn out to be damaged, and text files with flipped bytes, are not known yet.
+    """
+    plan, storage = prepared.plan, prepared.storage
+    if prepared.models.text is None:
+        return 0
+    recipe = prepared.recipe.text
+    there = set() if prepared.options.overwrite else {*storage.names(), *storage.names(FOLDER)}
+    skips = {name: left.skips for name, left in find_leftovers(storage, prepared.manifest).items()}
+    units = []
+    for unit in plan.units:
+        skipped = {skip.key for skip in skips.get(unit.id, ())} if unit.id in plan.leftovers else set()
+        units.append((unit.id, [item.row for item in unit.items if item.key not in skipped], None))
+    tasks = [(task.id, list(task.rows), task) for task in plan.text_tasks]
+    count = 0
+    for name, rows, task in (*units, *tasks):
+        if text_name(name, make_text_id(name, rows, recipe.to_json())) not in there:
+            count += count_missing(prepared, rows, task)
+    return count + (uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
 
-    retold = {change.key for change in plan.changes if change.what in ("caption", "prompt", "renamed")}
-    return sum(count([item.row for item in unit.items]) for unit in plan.units) + sum(
-        count([row for row in task.rows if row.key in retold or not task.shard.text_id]) for task in plan.text_tasks
-    )
+
+def count_missing(prepared: Prepared, rows: list[Row], task: TextTask | None) -> int:
+    """Distinct prompts of a shard's rows that its text now, if it has one, holds no cond of."""
+    options = prepared.options
+    dead = frozenset(task.shard.dead) if task is not None else frozenset()
+    live = [row for n, row in enumerate(rows) if n not in dead]
+    prompts = list_distinct(make_prompts(row.captions, row.key, options.text, options.seed) for row in live)
+    old = None
+    if task is not None and task.shard.text_id:
+        with suppress(UserError):  # damaged: nothing of it will be taken over
+            old = task.shard.open_text(prepared.storage)
+    return len(list_missing(prompts, old, prepared.recipe.text))

@@ -43,10 +43,8 @@ class CondMaker:
         What `old` holds of them is taken over, if it was made by the same encoder in the same precision. Raises
         UserError for cond that overflows.
         """
-        is_same = old is not None and TextRecipe.cond_of(old.metadata.get("recipe", {})) == self.recipe.cond
-        sources = [old] if old is not None and is_same else []
-        known = {prompt for source in sources for prompt in source.prompt}
-        missing = [prompt for prompt in prompts if prompt not in known]
+        sources = [old] if old is not None and is_of_recipe(old, self.recipe) else []
+        missing = list_missing(prompts, old, self.recipe)
         truncated = Truncated()
         if missing:
             fresh = self._encode(missing)
@@ -73,6 +71,17 @@ class CondMaker:
         cond: Conds = {name: value.to(TORCH_DTYPES[self.recipe.store_dtype]) for name, value in encoded.items()}
         check_finite(prompts, encoded, cond, self.recipe)
         return Text([], prompts, cond, self.encoder.count_tokens(prompts), self.encoder.max_tokens)
+
+
+def is_of_recipe(old: Text, recipe: TextRecipe) -> bool:
+    """Whether a text's cond was made by the recipe's encoder, in its precision."""
+    return TextRecipe.cond_of(old.metadata.get("recipe", {})) == recipe.cond
+
+
+def list_missing(prompts: list[str], old: Text | None, recipe: TextRecipe) -> list[str]:
+    """Those of some prompts for which `old` has no cond that can be taken over."""
+    known = set(old.prompt) if old is not None and is_of_recipe(old, recipe) else set()
+    return [prompt for prompt in prompts if prompt not in known]
 
 
 def check_finite(prompts: list[str], encoded: Conds, stored: Conds, recipe: TextRecipe) -> None:

@@ -149,7 +149,7 @@ class Run:
         prompts_of_row = [
             [] if n in dead else make_prompts(row.captions, row.key, options, seed) for n, row in enumerate(rows)
         ]
-        prompts = list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
+        prompts = list_distinct(prompts_of_row)
         index = {prompt: n for n, prompt in enumerate(prompts)}
         made = [
             make_row(row, [index[prompt] for prompt in own] or [0] * options.prompts_per_image)
@@ -189,6 +189,11 @@ class Run:
         except (UserError, FileNotFoundError):
             return None  # not there, or damaged: it is made anew
         return stamp
+
+
+def list_distinct(prompts_of_row: Iterable[list[str]]) -> list[str]:
+    """The prompts of a shard's rows, each once: those that its text file holds."""
+    return list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
 
 
 def make_row(row: Row, prompt_of: list[int]) -> dict[str, Any]:
