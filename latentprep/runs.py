@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
@@ -132,6 +132,16 @@ def run_inspect(cache: str, key: str | None, most_cropped: int) -> Summary:
     storage = Storage(cache)
     with Reading(storage):
         return Summary(summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped))
+
+
+def run_list(cache: str, pattern: str) -> Iterator[dict[str, Any]]:
+    """Each image of a cache whose key fits a shell pattern, as plain JSON values. Raises UserError."""
+    from latentprep.cache.readers import Reading
+    from latentprep.look.rows import list_rows
+
+    storage = Storage(cache)
+    with Reading(storage):
+        yield from list_rows(storage, pattern)
 
 
 def run_verify(

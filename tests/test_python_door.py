@@ -401,7 +401,9 @@ def test_ctrl_c_raises_keyboard_interrupt_and_keeps_what_is_done(images, tmp_pat
 def test_every_option_of_a_command_is_a_keyword_with_the_same_default(function):
     command = typer.main.get_command(cli.app).commands[function.__name__]
     parameters = inspect.signature(function).parameters
-    found = {option.name: option for option in command.params if option.name not in ("help", "as_json", "as_list")}
+    found = {
+        option.name: option for option in command.params if option.name not in ("help", "as_json", "as_list", "pattern")
+    }
     assert found.keys() == parameters.keys() - {"progress"}
     for name, option in found.items():
         default = parameters[name].default

@@ -38,6 +38,17 @@ def switch(name: str, flag: str, text: str, panel: str | None = None) -> signatu
 JSON = switch("as_json", "--json", "Print JSON, for machines.")
 DRY_LIST = switch("as_list", "--list", "With --dry-run: a line for each image.", OUTPUT)
 DRY_JSON = switch("as_json", "--json", "With --dry-run: JSON lines, one for each image and one for the totals.", OUTPUT)
+LIST = switch(
+    "as_list", "--list", "List the images, one a line: path, bucket, own size, captions; with PATTERN those it fits."
+)
+PATTERN = signatures.Parameter(
+    "pattern",
+    signatures.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None, typer.Argument(metavar="PATTERN", help="Of --list: a shell pattern, such as 'birds/*'.")
+    ],
+)
 
 
 def _version(wanted: bool) -> None:
@@ -91,7 +102,15 @@ def encode(arguments: dict[str, Any]) -> None:
 
 
 def inspect(arguments: dict[str, Any]) -> None:
-    as_json = arguments.pop("as_json", False)
+    as_json, as_list = arguments.pop("as_json", False), arguments.pop("as_list", False)
+    pattern = arguments.pop("pattern", None)
+    if as_list and arguments.get("key") is not None:
+        raise UserError("--list with --key: one shows many images, the other one. Give one of them.")
+    if as_list:
+        list_images(arguments["cache"], "*" if pattern is None else pattern, as_json)
+        return
+    if pattern is not None:
+        raise UserError(f"PATTERN {pattern}: is for --list. Add --list, or leave it out.")
     summary = run_door(api.inspect, arguments)
     if as_json:
         show_json(json.dumps(summary, indent=2))
@@ -99,6 +118,18 @@ def inspect(arguments: dict[str, Any]) -> None:
         from rich.console import Console
 
         Console(highlight=False).print(summary.table(), markup=False)
+
+
+def list_images(cache: str, pattern: str, as_json: bool) -> None:
+    """Print each image as soon as it is read."""
+    from latentprep.look.tables import row_line
+    from latentprep.runs import run_list
+
+    for row in run_list(cache, pattern):
+        if as_json:
+            show_json(json.dumps(row))
+        else:
+            show(row_line(row))
 
 
 def verify(arguments: dict[str, Any]) -> None:
@@ -122,7 +153,7 @@ def merge(arguments: dict[str, Any]) -> None:
 
 
 app.command("encode")(face(api.encode, encode, DRY_LIST, DRY_JSON))
-app.command("inspect")(face(api.inspect, inspect, JSON))
+app.command("inspect")(face(api.inspect, inspect, PATTERN, LIST, JSON))
 app.command("verify")(face(api.verify, verify, JSON))
 app.command("compact")(face(api.compact, compact))
 app.command("merge")(face(api.merge, merge))

@@ -17,6 +17,7 @@ from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.look.images import image_statistics
+from latentprep.look.rows import find_duplicates
 
 STATISTICS_ROWS = 4096  # rows whose latents are read for the statistics; more change no digit that is shown
 
@@ -52,6 +53,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "buckets": {f"{width}x{height}": count for (height, width), count in sorted(buckets.items()) if count},
         "notes": notes,
         "cropped": cropped,
+        "duplicates": find_duplicates(storage, manifest),
         "latents": latent_statistics(storage, manifest),
         "text": text_statistics(storage, manifest),
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),

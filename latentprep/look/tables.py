@@ -19,6 +19,8 @@ def render_summary(summary: dict[str, Any]) -> Group:
     parts.append(buckets_table(summary))
     if summary["cropped"]["images"]:
         parts.append(cropped_table(summary))
+    if summary["duplicates"]["groups"]:
+        parts.append(duplicates_table(summary["duplicates"]))
     parts += [latents_table(summary), text_table(summary["text"])]
     if summary["skipped"]:
         parts.append(skips_table(summary))
@@ -83,6 +85,24 @@ def cropped_table(summary: dict[str, Any]) -> Table:
     for image in summary["cropped"]["images"]:
         table.add_row(printable(image["key"]), f"{image['cropped_away']:.1%}")
     return table
+
+
+def duplicates_table(duplicates: dict[str, Any]) -> Table:
+    examples, groups = duplicates["examples"], duplicates["groups"]
+    table = _table("Duplicates")
+    table.add_row(f"{duplicates['images']:,} images in {counted(groups, 'group')} of equal content")
+    for group in examples:
+        left = group["images"] - len(group["keys"])
+        table.add_row(", ".join(map(printable, group["keys"])) + (f" and {left:,} more" if left else ""))
+    if groups > len(examples):
+        table.add_row("...")
+    return table
+
+
+def row_line(row: dict[str, Any]) -> str:
+    """An image as one line: key, bucket, its own size and its captions, with tabs between."""
+    sizes = (f"{width}x{height}" for height, width in (row["bucket"], row["original_size"]))
+    return "\t".join([printable(row["key"]), *sizes, " | ".join(map(printable, row["caption"]))])
 
 
 def latents_table(summary: dict[str, Any]) -> Table:

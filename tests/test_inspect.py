@@ -1,0 +1,80 @@
+"""look/rows.py: images of a cache one by one, and those that are the same."""
+
+import json
+import shutil
+
+import pytest
+
+import latentprep
+from tests.conftest import SMALL
+
+
+@pytest.fixture
+def cache(run, images, tmp_path):
+    for n in range(3):
+        shutil.copy(images / "wide0.png", images / f"same{n}.png")
+    shutil.copy(images / "tall0.png", images / "other.png")
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--shard-size", "30kB").code == 0
+    return tmp_path / "c"
+
+
+def test_list_has_a_line_for_each_image(run, cache):
+    result = run("inspect", cache, "--list")
+    lines = [line.split("\t") for line in result.out.splitlines()]
+    assert (result.code, len(lines)) == (0, 12)
+    assert ["tall1.png", "64x64", "64x80", "picture number 1"] in lines
+    assert ["wide0.png", "96x32", "128x40", "wide0"] in lines
+
+
+def test_a_pattern_chooses(run, cache):
+    assert {line.split("\t")[0] for line in run("inspect", cache, "--list", "wide[01]*").out.splitlines()} == {
+        "wide0.png", "wide1.png",
+    }  # fmt: skip
+    assert run("inspect", "--list", cache, "tall1.png").out.count("\n") == 1
+    none = run("inspect", cache, "--list", "x*")
+    assert (none.code, none.out) == (1, "")
+    assert none.err == f"error: PATTERN x*: none of the 12 images in {cache} fits it.\n"
+
+
+def test_a_list_as_json_is_an_object_a_line(run, cache):
+    (found,) = map(json.loads, run("inspect", cache, "--list", "tall1*", "--json").out.splitlines())
+    assert found == {
+        "key": "tall1.png", "bucket": [64, 64], "original_size": [80, 64], "caption": ["picture number 1"],
+    }  # fmt: skip
+
+
+def test_images_that_are_gone_are_not_listed(run, images, cache):
+    (images / "wide2.png").unlink()
+    assert run("encode", images, "--out", cache, *SMALL).code == 0
+    assert "wide2.png" not in run("inspect", cache, "--list").out
+
+
+def test_a_pattern_or_a_key_without_its_option_is_refused(run, cache):
+    assert run("inspect", cache, "wide*").err == "error: PATTERN wide*: is for --list. Add --list, or leave it out.\n"
+    assert run("inspect", cache, "--list", "--key", "a").err.startswith("error: --list with --key: ")
+
+
+def test_duplicates_are_counted_and_named(run, images, cache):
+    found = latentprep.inspect(cache)["duplicates"]
+    assert (found["images"], found["groups"]) == (6, 2)
+    groups = {tuple(sorted(group["keys"])): group["images"] for group in found["examples"]}
+    assert groups == {("same0.png", "same1.png", "same2.png", "wide0.png"): 4, ("other.png", "tall0.png"): 2}
+    shown = run("inspect", cache).out
+    assert "6 images in 2 groups of equal content" in shown
+    for name in ("other.png", "same0.png", "same1.png", "same2.png"):  # a row that is dead is no duplicate
+        (images / name).unlink()
+    assert run("encode", images, "--out", cache, *SMALL).code == 0
+    assert latentprep.inspect(cache)["duplicates"] == {"images": 0, "groups": 0, "examples": []}
+    assert "Duplicates" not in run("inspect", cache).out
+
+
+def test_the_first_of_many_duplicates_are_named(run, images, tmp_path):
+    for n in range(8):
+        data = (images / f"{('wide', 'tall')[n // 4]}{n % 4}.png").read_bytes()
+        for k in range(7):
+            (images / f"copy{n}-{k}.png").write_bytes(data)
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL).code == 0
+    found = latentprep.inspect(tmp_path / "c")["duplicates"]
+    assert (found["images"], found["groups"], len(found["examples"])) == (64, 8, 5)
+    assert all((len(group["keys"]), group["images"]) == (5, 8) for group in found["examples"])
+    assert " and 3 more" in run("inspect", tmp_path / "c").out
