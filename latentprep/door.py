@@ -62,6 +62,18 @@ class Parameter:
         """What may be given: choices, and words for others in capitals, with | between them."""
         return self.option.metavar or "|".join(self.literals)
 
+    @property
+    def limits(self) -> str:
+        """The least and the most that it may be."""
+        least, most = self.option.least, self.option.most
+        return f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
+
+    @property
+    def expected(self) -> str:
+        """What may be given on the command line, in words."""
+        kinds = [KINDS[kind] for kind in self.kinds if kind is not type(None)]
+        return " or ".join(kinds) + (f", {self.limits}" if self.option.least is not None else "")
+
     def check(self, value: Any) -> Any:
         """An argument as one of the kinds. Raises UserError."""
         if not set(self.kinds) <= KINDS.keys():
@@ -72,8 +84,7 @@ class Parameter:
             raise UserError(f"{self.name}={value!r:.80}: expected {expected}.")
         least, most = self.option.least, self.option.most
         if (least is not None and not value >= least) or (most is not None and not value <= most):
-            limits = f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
-            raise UserError(f"{self.name}={value!r}: expected {limits}.")
+            raise UserError(f"{self.name}={value!r}: expected {self.limits}.")
         return kind(value) if kind in (int, float) else value
 
 

@@ -133,8 +133,11 @@ class Geometry:
 
 
 def parse_resolution(text: str) -> tuple[int, int | None]:
-    """--resolution as the side of a square in pixels; of WIDTHxHEIGHT also the product. Raises UserError."""
-    sides = text.lower().split("x")
+    """--resolution as the side of a square in pixels; of WIDTHxHEIGHT also the product. Raises UserError.
+
+    A comma between them will do too, as in kohya's sd-scripts.
+    """
+    sides = text.lower().replace(",", "x").split("x")
     if len(sides) > 2 or not all(side.isdecimal() and len(side) < 9 and int(side) for side in sides):
         raise UserError(f"--resolution {text}: expected a number of pixels, such as 512 or 768x512, or 'native'.")
     if len(sides) == 1:

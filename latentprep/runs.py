@@ -144,6 +144,17 @@ def run_list(cache: str, pattern: str) -> Iterator[dict[str, Any]]:
         yield from list_rows(storage, pattern)
 
 
+@contextmanager
+def named_as_option() -> Iterator[None]:
+    """Errors about SOURCE speak of --source."""
+    try:
+        yield
+    except UserError as error:
+        if not str(error).startswith("SOURCE "):
+            raise
+        raise type(error)(f"--source {str(error).removeprefix('SOURCE ')}") from None
+
+
 def run_verify(
     cache: str,
     progress: Progress,
@@ -175,7 +186,7 @@ def run_verify(
         from latentprep.prepare.recheck_source import find_originals
         from latentprep.prepare.recheck_text import find_text, reencode_text
 
-        with Reading(storage), quiet_warnings:
+        with Reading(storage), quiet_warnings, named_as_option():
             originals = find_originals(storage, manifest, source, masks, find_sets(source, manifest))
             with progress.bar(None, "source") as bar:
                 problems += compare_source(storage, manifest, originals, bar.update)

@@ -12,14 +12,14 @@ from typing import Annotated, Any
 import typer
 
 from latentprep import __version__, api
-from latentprep.cli.face import face
+from latentprep.cli.face import Command, face
 from latentprep.cli.terminal import Terminal, fail, say, show, show_json, unbreakable
 from latentprep.door import OUTPUT, run_door
 from latentprep.errors import UserError
 
 app = typer.Typer(
     help="Encode an image folder once into a latent cache; train diffusion models from it many times.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
@@ -29,7 +29,7 @@ app = typer.Typer(
 
 def switch(name: str, flag: str, text: str, panel: str | None = None) -> signatures.Parameter:
     """An option that a command alone has, and not its function."""
-    option = typer.Option(flag, help=text, rich_help_panel=panel)
+    option = typer.Option(flag, help=text, rich_help_panel=panel, metavar="")
     return signatures.Parameter(
         name, signatures.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
     )
@@ -49,6 +49,8 @@ PATTERN = signatures.Parameter(
         str | None, typer.Argument(metavar="PATTERN", help="Of --list: a shell pattern, such as 'birds/*'.")
     ],
 )
+DOORS = {function.__name__: function for function in (api.encode, api.inspect, api.verify, api.compact, api.merge)}
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer which has click built in
 
 
 def _version(wanted: bool) -> None:
@@ -59,11 +61,15 @@ def _version(wanted: bool) -> None:
 
 @app.callback()
 def latentprep(
+    context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.", metavar="")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is None:
+        if text := context.get_help():  # with rich it prints it itself
+            show(text)
+        raise typer.Exit(2)
 
 
 def quiet() -> None:
@@ -152,11 +158,11 @@ def merge(arguments: dict[str, Any]) -> None:
     show(repr(run_door(api.merge, arguments)))
 
 
-app.command("encode")(face(api.encode, encode, DRY_LIST, DRY_JSON))
-app.command("inspect")(face(api.inspect, inspect, PATTERN, LIST, JSON))
-app.command("verify")(face(api.verify, verify, JSON))
-app.command("compact")(face(api.compact, compact))
-app.command("merge")(face(api.merge, merge))
+app.command("encode", cls=Command)(face(api.encode, encode, DRY_LIST, DRY_JSON))
+app.command("inspect", cls=Command)(face(api.inspect, inspect, PATTERN, LIST, JSON))
+app.command("verify", cls=Command)(face(api.verify, verify, JSON))
+app.command("compact", cls=Command)(face(api.compact, compact))
+app.command("merge", cls=Command)(face(api.merge, merge))
 
 
 @app.command()
@@ -187,14 +193,19 @@ def main() -> None:
     """Entry point: errors that are the person's to mend are one line, and no traceback."""
     with unbreakable():
         try:
-            app()
+            code = app(prog_name="latentprep", standalone_mode=False)
+        except UsageError as error:
+            from latentprep.cli.usage import describe_usage
+
+            fail(describe_usage(error, DOORS, sys.argv[1:]))
+            sys.exit(2)
         except UserError as error:
             fail(str(error))
         except OSError as error:  # of the file system, wherever it comes up: a name that is too long, a disk that fails
             where = f"{error.filename}: " if error.filename else ""
             fail(f"{where}{error.strerror or error}. Mend that, and run the same command again.")
         else:
-            return
+            sys.exit(code or 0)
         sys.exit(1)
 
 

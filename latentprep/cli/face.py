@@ -5,8 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from latentprep.door import Parameter, in_panels, list_parameters
+
+
+class Command(TyperCommand):
+    """A command whose usage line has arguments by their plain names: some versions of typer put them in braces."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        return [piece.strip("{}") for piece in super().collect_usage_pieces(ctx)]
 
 
 def face(function: Callable[..., Any], run: Callable[[dict[str, Any]], None], *own: inspect.Parameter) -> Any:
@@ -32,7 +40,7 @@ def option_of(parameter: Parameter) -> inspect.Parameter:
     """An argument as typer wants it."""
     option, default = parameter.option, parameter.default
     kind: Any = next(kind for kind in (bool, list, str, int, float) if kind in command_line_kinds(parameter))
-    common: dict[str, Any] = {"help": option.help, "metavar": parameter.metavar or None}
+    common: dict[str, Any] = {"help": option.help, "metavar": parameter.metavar or ("" if kind is bool else None)}
     if option.is_argument:
         info = typer.Argument(show_default=False, **common)
     else:
