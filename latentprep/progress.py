@@ -1,11 +1,14 @@
-"""What a run says while it works: lines, and bars of what is done."""
+"""What a run says while it works: lines, and bars of what is done; in a pipe or a log a line now and then."""
 
 import sys
-from typing import Any, Protocol
+import time
+from typing import Any, Protocol, Self
 
 from latentprep.errors import UserError
-from latentprep.human import harmless
+from latentprep.human import harmless, human_bytes, human_seconds
 from latentprep.keywords import Keywords
+
+EVERY = 10  # seconds between two lines, if nobody watches
 
 
 class Progress(Protocol):
@@ -30,7 +33,9 @@ class Shown:
     def bar(self, total: int | None, stage: str, unit: str = "img") -> Any:
         from tqdm.auto import tqdm
 
-        return make_bar(tqdm, total, stage, unit, disable=total == 0)
+        is_notebook = any(base.__module__ == "tqdm.notebook" for base in tqdm.__mro__)
+        is_seen = is_notebook or (sys.stderr is not None and sys.stderr.isatty())
+        return make_bar(tqdm if is_seen else None, total, stage, unit, disable=total == 0)
 
 
 class Silent:
@@ -45,14 +50,75 @@ class Silent:
         return make_bar(tqdm, total, stage, unit, disable=True)
 
 
-def make_bar(kind: Any, total: int | None, stage: str, unit: str, disable: bool | None) -> Any:
-    """A bar of one of tqdm's classes."""
-    bar = kind(
+def make_bar(kind: Any, total: int | None, stage: str, unit: str, disable: bool) -> Any:
+    """A bar of one of tqdm's classes; without one, and not disabled, plain lines."""
+    if kind is None and not disable:
+        return Lines(total, stage, unit)
+    if kind is None:
+        from tqdm import tqdm as kind
+
+    class Bar(kind):  # type: ignore[misc,valid-type]
+        """Says what the run waits for only if there is room beside the bar."""
+
+        @property
+        def format_dict(self) -> dict[str, Any]:
+            found: dict[str, Any] = super().format_dict
+            said, columns = found["postfix"] or "", found["ncols"]
+            if said and isinstance(columns, int):
+                whole = self.format_meter(**{**found, "ncols": None})  # with a bar of ten characters
+                said = said if len(whole) <= columns else said.partition("waited")[0]
+            return {**found, "postfix": said.rstrip("; ").replace("; ", ", ") or None}
+
+    bar = Bar(
         total=total, desc=stage, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, smoothing=0.1,
         file=sys.stderr, disable=disable,
     )  # fmt: skip
     bar.initial = 0  # a bar that is not shown has none
     return bar
+
+
+class Lines:
+    """A bar as lines for a pipe, a file or a log: one every ten seconds, and one at the end."""
+
+    def __init__(self, total: int | None, stage: str, unit: str) -> None:
+        self.total, self.stage, self.unit = total, stage, unit
+        self.initial = self.num_done = 0
+        self.postfix = ""
+        self.started = self.said = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._say(is_last=True)
+
+    def set_postfix_str(self, text: str, refresh: bool = True) -> None:
+        self.postfix = text
+
+    def update(self, count: int) -> None:
+        self.num_done += count
+        if time.monotonic() - self.said >= EVERY:
+            self._say(is_last=False)
+
+    def _say(self, is_last: bool) -> None:
+        self.said = time.monotonic()
+        seconds, num_new = self.said - self.started, self.num_done - self.initial
+        rate = num_new / seconds if seconds > 0 else 0.0
+        done = self._amount(self.num_done)
+        if self.total:
+            done = f"{self.num_done / self.total:4.0%}  {done} of {self._amount(self.total)}"
+        parts = [done, f"{self._amount(rate)}/s"]
+        if is_last:
+            parts.append(human_seconds(seconds))
+        elif self.total and rate:
+            parts.append(f"{human_seconds((self.total - self.num_done) / rate)} left")
+        parts += [part for part in self.postfix.split("; ") if part and (is_last or not part.startswith("waited"))]
+        print(f"{self.stage:<8} {', '.join(parts)}", file=sys.stderr, flush=True)
+
+    def _amount(self, count: float) -> str:
+        if self.unit == "B":
+            return human_bytes(count)
+        return f"{count:,}" if isinstance(count, int) else f"{count:,.1f}"
 
 
 def open_progress(progress: bool | Progress, keywords: Keywords) -> Progress:

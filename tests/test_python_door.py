@@ -46,7 +46,7 @@ def test_the_call_of_the_readme_works_as_typed(images, capfd, monkeypatch):
     shown = capfd.readouterr()
     assert shown.out == ""  # nothing but what the caller prints
     assert "source   photos: 8 images" in shown.err
-    assert "8/8 [" in shown.err
+    assert "latents  100%  8 of 8, " in shown.err
     assert len(latentprep.LatentDataset("photos.latents")) == 8
 
 

@@ -47,8 +47,9 @@ class Terminal:
     def bar(self, total: int | None, stage: str, unit: str = "img") -> Any:
         from tqdm import tqdm
 
-        disable = None if self.has_bars is None else not self.has_bars or total == 0
-        return make_bar(tqdm, total, stage, unit, disable)
+        is_seen = sys.stderr.isatty()
+        has_bars = is_seen if self.has_bars is None else self.has_bars
+        return make_bar(tqdm if is_seen else None, total, stage, unit, disable=not has_bars or total == 0)
 
 
 class Unbreakable(io.RawIOBase):

@@ -22,6 +22,7 @@ class Tally:
     texts: list[TextResult] = field(default_factory=list)
     failures: dict[str, str] = field(default_factory=dict)  # id of a task -> what went wrong
     waits: Counter[str] = field(default_factory=Counter)  # stage -> seconds, of all devices
+    skipped: Counter[str] = field(default_factory=Counter)  # id of a unit -> images of it that are skips, so far
 
     @property
     def shards(self) -> dict[str, Shard]:
@@ -45,22 +46,25 @@ def collect(events: Iterator[Event], bar: Any) -> Tally:
         for event in events:
             if isinstance(event, Step):
                 tally.waits.update(event.waits)
-                show(event, tally.waits, bar)
+                tally.skipped[event.id] = tally.skipped[event.id] + event.num_skips if event.num_images >= 0 else 0
+                show(event, tally, bar)
             elif isinstance(event, Failure):
                 tally.failures[event.id] = event.error
             elif isinstance(event, LatentsResult):
                 tally.latents.append(event)
+                tally.skipped[event.id] = len(event.skips)
             else:
                 tally.texts.append(event)
     return tally
 
 
-def show(step: Step, waits: Counter[str], bar: Any) -> None:
-    """Move the bar on."""
+def show(step: Step, tally: Tally, bar: Any) -> None:
+    """Move the bar on. What it says besides is in parts, the most important first: there may be no room for all."""
     if not step.is_new:
         bar.initial += step.num_images  # so that images/s counts what this run encodes
-    said = ", ".join(f"{stage} {waits[stage]:.0f}s" for stage in STAGES)
-    bar.set_postfix_str(f"waited: {said}", refresh=False)
+    num_skipped = tally.skipped.total()
+    waited = "waited: " + ", ".join(f"{stage} {tally.waits[stage]:.0f}s" for stage in STAGES)
+    bar.set_postfix_str("; ".join([*([f"{num_skipped:,} skipped"] if num_skipped else []), waited]), refresh=False)
     bar.update(step.num_images)
 
 

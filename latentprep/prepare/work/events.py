@@ -22,6 +22,7 @@ class Step:
     num_images: int  # below 0: so many are to be done again
     is_new: bool = True  # or done by an earlier run
     waits: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
+    num_skips: int = 0  # of the images: those that are skips, as far as it is known yet
 
 
 @dataclass(frozen=True)

@@ -115,6 +115,7 @@ class Run:
         while (message := self._get("decode", self.ready)) is not None:
             unit_id = message.unit.id if isinstance(message, UnitRows | Batch | End) else message.id
             num_done, is_new = getattr(message, "num_items", 0), True
+            num_skips = len(getattr(message, "skips", ()))  # now: the finisher adds to those of a unit
             if isinstance(message, UnitRows):
                 num_done, is_new = message.num_done, False
             elif isinstance(message, LatentsResult):
@@ -129,7 +130,7 @@ class Run:
                 with self._on("write"):
                     self._put(self.behind, message)
             waits, self.waits = self.waits, defaultdict(float)
-            yield Step(unit_id, num_done, is_new, waits)
+            yield Step(unit_id, num_done, is_new, waits, num_skips)
             while not self.results.empty():
                 yield self._get("write", self.results)
 
