@@ -246,3 +246,25 @@ def test_a_resolution_that_square_images_do_not_get_is_said(resolution, step, fa
 def test_it_is_said_before_anything_is_encoded(run, images):
     result = run("encode", images, "--model", "tiny", "--resolution", 100, "--dry-run")
     assert "buckets  a square image becomes 64x64: --resolution 100 is no multiple of --bucket-step 64" in result.err
+
+
+@pytest.mark.parametrize("text", ["768x512", "512X768", "768,512"])
+def test_a_resolution_of_two_sides_is_so_many_pixels(text):
+    geometry = Geometry.from_options(resolution=text)
+    buckets = list_buckets(geometry)
+    assert geometry.max_area == 768 * 512
+    assert {(512, 768), (768, 512)} <= set(buckets)
+    assert max(height * width for height, width in buckets) == 768 * 512
+    assert max(b for b in buckets if b[0] == b[1]) == (576, 576)  # the root of it is 627
+    plan = make_place(Geometry.from_options(resolution=text, upscale=False), 8)
+    assert plan((2000, 3000)).bucket == (512, 768)
+
+
+def test_two_equal_sides_are_one():
+    assert Geometry.from_options(resolution="512x512") == Geometry.from_options(resolution="512")
+
+
+@pytest.mark.parametrize("text", ["512x", "x512", "0x512", "1x2x3", "512*512", "-5", "5.5", "1e3", "512 x 512"])
+def test_what_is_no_resolution_is_refused(text):
+    with pytest.raises(UserError, match="expected a number of pixels, such as 512 or 768x512"):
+        Geometry.from_options(resolution=text)

@@ -61,7 +61,6 @@ def test_our_own_options_with_underscores_are_known(run, images, flag):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("encode",), "SOURCE: is missing, expected: Folder of images"),
         (("verify",), "CACHE: is missing, expected: A cache folder. Type: latentprep verify CACHE"),
         (("encode", "x", "--bucket-step", "abc"), "--bucket-step abc: expected a whole number."),
         (("encode", "x", "--min-side=1.5"), "--min-side 1.5: expected a whole number."),
@@ -103,16 +102,8 @@ def test_no_words_at_all_are_answered_with_the_help(run):
 
 def test_help_has_plain_names(run):
     page = run("encode", "--help").out
-    assert "latentprep encode [OPTIONS] SOURCE" in page
+    assert "latentprep encode [OPTIONS] [SOURCE]" in page
     assert "[default: 4.0]" in page
-
-
-def test_two_sides_as_resolution_are_explained(run, images):
-    for pair in ("512,768", "512x768"):
-        result = run("encode", images, "--model", "tiny", "--resolution", pair)
-        assert result.code == 1
-        assert f"--resolution {pair}: buckets have every shape" in result.err
-        assert "--resolution 627. One size for all: --width 512 --height 768." in result.err
 
 
 def test_a_source_that_is_an_option_is_called_so(run, images, tmp_path):

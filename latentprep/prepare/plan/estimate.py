@@ -13,10 +13,11 @@ import torch
 from latentprep.cache.leftovers import find_leftovers
 from latentprep.cache.names import FOLDER, make_text_id, make_uncond_id, text_name, uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.sets import recipe_of
 from latentprep.errors import UserError
 from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.open_encoder import open_encoder
-from latentprep.prepare.plan.plan import TextTask
+from latentprep.prepare.plan.plan import TextTask, live_keys
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.cond import list_missing
 from latentprep.prepare.work.text import list_distinct
@@ -138,7 +139,7 @@ def count_prompts(prepared: Prepared) -> int:
     plan, storage = prepared.plan, prepared.storage
     if prepared.models.text is None:
         return 0
-    recipe = prepared.recipe.text
+    recipe, in_json = prepared.recipe.text, prepared.recipe.text.to_json()
     there = set() if prepared.options.overwrite else {*storage.names(), *storage.names(FOLDER)}
     skips = {name: left.skips for name, left in find_leftovers(storage, prepared.manifest).items()}
     units = []
@@ -148,7 +149,9 @@ def count_prompts(prepared: Prepared) -> int:
     tasks = [(task.id, list(task.rows), task) for task in plan.text_tasks]
     count = 0
     for name, rows, task in (*units, *tasks):
-        if text_name(name, make_text_id(name, rows, recipe.to_json())) not in there:
+        dead = task.shard.dead if task is not None else ()
+        own = recipe_of(in_json, live_keys(rows, dead))
+        if text_name(name, make_text_id(name, rows, own)) not in there:
             count += count_missing(prepared, rows, task)
     return count + (uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
 
