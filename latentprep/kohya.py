@@ -1,20 +1,17 @@
-"""kohya's sd-scripts: its dataset.toml and its folders of `10_sks dog` -> sets of ours. What has no equivalent is said.
+"""A dataset.toml of kohya's sd-scripts -> sets of ours. What has no equivalent is said.
 
 The rules are those of its library/config_util.py and library/train_util.py.
 """
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from latentprep.errors import UserError
-from latentprep.human import counted, printable, shortened
+from latentprep.human import shortened
 from latentprep.sets import check_names, is_number
 
-FOLDER = re.compile(r"(\d+)_(.+)")
-MOST_REPEATS = 999  # that a folder's name is taken to say; 2023_summer is a year
 FILTERS = {
     "lanczos": "lanczos", "lanczos4": "lanczos", "bicubic": "bicubic", "cubic": "bicubic", "bilinear": "bilinear",
     "linear": "bilinear", "nearest": "nearest", "area": "box", "box": "box",
@@ -295,49 +292,3 @@ def say_choices(subsets: Sequence[Mapping[str, Any]]) -> list[str]:
     if 0 < len(with_mask) < len(subsets):
         lines.append("alpha_mask: is true for some subsets; transparency weighs in all of them")
     return lines
-
-
-def list_folders(path: Path, mode: str) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
-    """The sets of a folder that holds folders such as `10_sks dog`, and what to tell a person; () if it is none.
-
-    mode: auto: if all its folders have such names, and do not just count; kohya: those that have; plain: none.
-    """
-    from latentprep.prepare.images.pillow import is_image_name
-    from latentprep.prepare.source.listing import EXCLUDED
-
-    if mode == "plain":
-        return (), ()
-    try:
-        found = sorted(
-            entry for entry in path.iterdir() if not entry.name.startswith(".") and entry.name not in EXCLUDED
-        )
-        folders = {entry.name: FOLDER.fullmatch(entry.name) for entry in found if entry.is_dir()}
-    except OSError:
-        return (), ()  # the listing says so itself
-    named = {name: (int(match[1]), match[2].strip()) for name, match in folders.items() if match and int(match[1])}
-    if mode == "kohya":
-        if not named:
-            raise UserError(f"--folders kohya: SOURCE {path} holds no folders such as '10_sks dog'.")
-        left = [name for name in folders if name not in named]
-        notes = [f"{printable(name)}: left out, its name gives no repeats" for name in left]
-        return make_tree(path, named), tuple(notes)
-    if not named or any(is_image_name(entry.name) for entry in found if entry.name not in folders):
-        return (), ()
-    if len(named) == len(folders) and not is_numbering(named):
-        line = f"{counted(len(named), 'folder')} named like kohya's: sets with repeats (--folders plain: just folders)"
-        return make_tree(path, named), (line,)
-    return (), (f"{len(named)} of {counted(len(folders), 'folder')} may be kohya's: --folders kohya makes them sets",)
-
-
-def is_numbering(named: Mapping[str, tuple[int, str]]) -> bool:
-    """Whether the numbers of folders are years, or count them: 01, 02 or 1, 2, 3."""
-    numbers = sorted(number for number, _ in named.values())
-    is_row = len(numbers) > 1 and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
-    return is_row or numbers[-1] > MOST_REPEATS or any(name.startswith("0") for name in named)
-
-
-def make_tree(path: Path, named: Mapping[str, tuple[int, str]]) -> tuple[Mapping[str, Any], ...]:
-    return tuple(
-        {"name": name, "source": str(path / name), "repeats": repeats, "default_caption": words}
-        for name, (repeats, words) in named.items()
-    )

@@ -12,7 +12,8 @@ from typing import Any
 from latentprep.door import Parameter
 from latentprep.errors import UserError
 from latentprep.human import printable
-from latentprep.kohya import is_kohya, list_folders, read_dataset_config
+from latentprep.kohya import is_kohya, read_dataset_config
+from latentprep.kohya_folders import list_folders
 from latentprep.sets import OWN, Origin, check_names
 
 MAX_BYTES = 2**24

@@ -10,7 +10,8 @@ import latentprep
 from latentprep import LatentDataset, LatentLoader, UserError
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
-from latentprep.kohya import NO_EQUIVALENT, OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE, list_folders, read_dataset_config
+from latentprep.kohya import NO_EQUIVALENT, OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE, read_dataset_config
+from latentprep.kohya_folders import list_folders
 from tests.test_sets import count_epoch, draw
 
 SMALL = {"model": "tiny", "device": "cpu", "progress": False}

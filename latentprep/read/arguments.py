@@ -1,6 +1,7 @@
 """Arguments of the reader's classes, checked: what cannot be meant is refused in one line that names it."""
 
 from operator import index
+from operator import index as as_index
 from os import PathLike
 from typing import Any, Literal, get_args
 
@@ -79,3 +80,30 @@ def check_use_weight(value: Any) -> UseWeight:
     if isinstance(value, bool) or is_floor or (isinstance(value, str) and value == "raw"):
         return value  # type: ignore[no-any-return]
     raise UserError(f"use_weight={value!r}: expected True, False, 'raw' or a floor such as 0.1.")
+
+
+def check_index(index: object) -> int:
+    """The index of one sample. Raises UserError for what is none."""
+    try:
+        return as_index(index)  # type: ignore[arg-type]
+    except TypeError:
+        shown = f"{index!r:.40}"
+        if isinstance(index, slice):
+            shown = ":".join("" if part is None else str(part) for part in (index.start, index.stop))
+        raise UserError(
+            f"data[{shown}]: expected the index of one sample. Batches come from LatentLoader, or from a DataLoader "
+            "with batch_sampler=BucketBatchSampler(...); a part of the data is data.select(...)."
+        ) from None
+
+
+def check_indices(indices: Any) -> np.ndarray:
+    """The indices of a batch as [B] int64. Raises UserError for what are none."""
+    samples = np.asarray(indices)
+    if not samples.size:
+        raise UserError("a batch of no indices: expected at least one.")
+    if samples.ndim != 1 or samples.dtype.kind not in "iu":
+        raise UserError(
+            f"a batch of {indices!r:.60}: expected indices of samples, as a DataLoader with "
+            "batch_sampler=BucketBatchSampler(...) gives them."
+        )
+    return samples.astype(np.int64)

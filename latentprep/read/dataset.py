@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from copy import copy
-from operator import index as as_index
 from pathlib import Path
 from typing import Any, Generic, Literal, Self, TypedDict, overload
 
@@ -26,6 +25,8 @@ from latentprep.read.arguments import (
     UseWeight,
     check_at_least_0,
     check_flags,
+    check_index,
+    check_indices,
     check_int,
     check_location,
     check_sampling_method,
@@ -410,30 +411,3 @@ def check_sizes(storage: Storage, manifest: Manifest) -> None:
 def make_epoch() -> Tensor:
     """The number of an epoch, [] int64, seen by workers that are kept between epochs."""
     return torch.zeros((), dtype=torch.int64, device="cpu").share_memory_()
-
-
-def check_index(index: object) -> int:
-    """The index of one sample. Raises UserError for what is none."""
-    try:
-        return as_index(index)  # type: ignore[arg-type]
-    except TypeError:
-        shown = f"{index!r:.40}"
-        if isinstance(index, slice):
-            shown = ":".join("" if part is None else str(part) for part in (index.start, index.stop))
-        raise UserError(
-            f"data[{shown}]: expected the index of one sample. Batches come from LatentLoader, or from a DataLoader "
-            "with batch_sampler=BucketBatchSampler(...); a part of the data is data.select(...)."
-        ) from None
-
-
-def check_indices(indices: Any) -> np.ndarray:
-    """The indices of a batch as [B] int64. Raises UserError for what are none."""
-    samples = np.asarray(indices)
-    if not samples.size:
-        raise UserError("a batch of no indices: expected at least one.")
-    if samples.ndim != 1 or samples.dtype.kind not in "iu":
-        raise UserError(
-            f"a batch of {indices!r:.60}: expected indices of samples, as a DataLoader with "
-            "batch_sampler=BucketBatchSampler(...) gives them."
-        )
-    return samples.astype(np.int64)

@@ -13,10 +13,10 @@ from torch.utils.data import Dataset
 
 from latentprep.errors import UserError
 from latentprep.human import counted
-from latentprep.read.arguments import check_int
+from latentprep.read.arguments import check_index, check_indices, check_int
 from latentprep.read.batch import CondT, LatentBatch, WeightT
 from latentprep.read.counters import TURN, mix
-from latentprep.read.dataset import LatentDataset, check_index, check_indices, make_epoch
+from latentprep.read.dataset import LatentDataset, make_epoch
 from latentprep.read.order import Batches, EpochIndices
 
 SAME_IMAGES = ("each", "in turn")
