@@ -12,6 +12,8 @@ from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.kohya import NO_EQUIVALENT, OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE, read_dataset_config
 from latentprep.kohya_folders import list_folders
+from latentprep.options import TextOptions
+from latentprep.prepare.source.kohya_metadata import make_captions
 from tests.test_sets import count_epoch, draw
 
 SMALL = {"model": "tiny", "device": "cpu", "progress": False}
@@ -188,34 +190,37 @@ def test_a_dataset_toml_is_read_as_it_is(run, folders):
     assert "nothing to do" in run("encode", "--again", "c").out
 
 
-LINES = {"enable_wildcard": True}
+LINES = TextOptions(caption_lines=True)
 
 
 @pytest.mark.parametrize(
-    ("given", "fields", "captions"),
+    ("options", "fields", "captions"),
     [
-        ({}, {"caption": "a dog"}, ["a dog"]),
-        ({}, {"tags": "x, y"}, ["x, y"]),
-        ({}, {"caption": "a dog\nline two", "tags": "x, y"}, ["a dog"]),
-        ({}, {"caption": "a dog", "tags": "x, y"}, ["a dog,x, y"]),
-        ({}, {}, [""]),
+        (TextOptions(), {"caption": "a dog"}, ["a dog"]),
+        (TextOptions(), {"tags": "x, y"}, ["x, y"]),
+        (TextOptions(), {"caption": "a dog\nline two", "tags": "x, y"}, ["a dog"]),
+        (TextOptions(), {"caption": "a dog", "tags": "x, y"}, ["a dog,x, y"]),
+        (TextOptions(), {}, [""]),
         (LINES, {"caption": "a dog\nline two", "tags": "x\ny"}, ["a dog,x,y", "line two,x,y"]),
-        ({"caption_prefix": "pre"}, {"caption": "a dog"}, ["pre a dog"]),
+        (LINES, {"tags": "x"}, ["x"]),
     ],
 )
+def test_caption_and_tags_are_joined_as_sd_scripts_joins_them(options, fields, captions):
+    assert make_captions(Path("meta.json"), "a.png", fields, options) == captions
+
+
 @pytest.mark.parametrize("name", ["absolute", "0.png", "0"])
-def test_metadata_of_fine_tuning_captions_its_images_and_no_others(folders, given, fields, captions, name):
+@pytest.mark.parametrize("kind", ["json", "jsonl"])
+def test_metadata_of_fine_tuning_captions_its_images_and_no_others(folders, name, kind):
     image = str(folders / "reg/0.png") if name == "absolute" else name
-    (folders / "meta.json").write_text(json.dumps({image: fields, "gone.png": {}}), encoding="utf-8")
-    (folders / "meta.jsonl").write_text(json.dumps({"image_path": image, **fields}) + "\n", encoding="utf-8")
-    for kind in ("json", "jsonl"):
-        lines = [f"{key} = {json.dumps(value)}" for key, value in given.items()]
-        table = "\n".join(["[[datasets.subsets]]", 'image_dir = "reg"', f'metadata_file = "meta.{kind}"', *lines])
-        (folders / "k.toml").write_text(f"[[datasets]]\nresolution = 64\n{table}\n", encoding="utf-8")
-        assert latentprep.encode("k.toml", kind, **SMALL).ok
-        data = LatentDataset(kind)
-        assert [data.key(n) for n in range(len(data))] == ["reg/0.png"]
-        assert data.caption(0) == captions
+    meta = {"json": {image: {"tags": "x, y"}, "gone.png": {}}, "jsonl": {"image_path": image, "tags": "x, y"}}[kind]
+    (folders / f"meta.{kind}").write_text(json.dumps(meta) + "\n", encoding="utf-8")
+    subset = f'[[datasets.subsets]]\nimage_dir = "reg"\nmetadata_file = "meta.{kind}"\ncaption_prefix = "pre"\n'
+    (folders / "k.toml").write_text(f"[[datasets]]\nresolution = 64\n{subset}", encoding="utf-8")
+    assert latentprep.encode("k.toml", "c", **SMALL).ok
+    data = LatentDataset("c")
+    assert [data.key(n) for n in range(len(data))] == ["reg/0.png"]
+    assert data.caption(0) == ["pre x, y"]
 
 
 @pytest.mark.parametrize("text", ["[]", "{", '{"a.png": 3}', '{"a.png": {"caption": 3}}', "[" * 10**5])
