@@ -183,10 +183,13 @@ def encode(
     return run_encode(chosen, open_progress(progress, keywords_of(encode)), dry_run=dry_run)
 
 
-def list_sets(source: Path) -> list[tuple[ImageSet, ...]]:
-    """The sets that a .toml file names, of each run that it asks for. Raises UserError."""
-    runs = expand_encode({"source": source})
-    return [make_sets(run["source"].sets, {}, list_parameters(encode)) for run in runs]
+def find_named(source: Path) -> tuple[Path, list[tuple[ImageSet, ...]]]:
+    """A source of images, and the sets of each run that it asks for, if it is a .toml file. Raises UserError."""
+    if source.suffix.lower() != ".toml" or source.is_dir():
+        return source, []
+    origins = [run["source"] for run in expand_encode({"source": source})]
+    named = [make_sets(origin.sets, {}, list_parameters(encode)) for origin in origins if origin.sets]
+    return (source if named else origins[0].where), named
 
 
 # fmt: off
@@ -233,8 +236,9 @@ def verify(
     # fmt: on
     from latentprep.runs import run_verify
 
+    where, named = (None, []) if source is None else find_named(Path(source))
     return run_verify(
-        str(cache), open_progress(progress, keywords_of(verify)), source=path_or_none(source),
+        str(cache), open_progress(progress, keywords_of(verify)), source=where, named=named,
         masks=path_or_none(masks), re_encode=re_encode, seed=seed, model=name_or_none(model), vae=name_or_none(vae),
         no_cond=no_cond, device=device,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """What each public function does, once its arguments are checked. Its errors speak of options, as all of them do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -160,6 +160,7 @@ def run_verify(
     progress: Progress,
     *,
     source: Path | None,
+    named: Sequence[tuple[ImageSet, ...]],
     masks: Path | None,
     re_encode: int,
     seed: int,
@@ -187,7 +188,8 @@ def run_verify(
         from latentprep.prepare.recheck_text import find_text, reencode_text
 
         with Reading(storage), quiet_warnings, named_as_option():
-            originals = find_originals(storage, manifest, source, masks, find_sets(source, manifest))
+            sets = choose_sets(source, named, manifest) if named else ()
+            originals = find_originals(storage, manifest, source, masks, sets)
             with progress.bar(None, "source") as bar:
                 problems += compare_source(storage, manifest, originals, bar.update)
             if re_encode:
@@ -212,21 +214,18 @@ def run_verify(
     )
 
 
-def find_sets(source: Path, manifest: "Manifest") -> tuple[ImageSet, ...]:
-    """The sets of a cache as its file names them now; () if it has none, or its folder holds them. Raises UserError."""
-    if not manifest.sets or source.is_dir():
-        return ()
-    from latentprep.api import list_sets
-
+def choose_sets(source: Path, named: Sequence[tuple[ImageSet, ...]], manifest: "Manifest") -> tuple[ImageSet, ...]:
+    """Of the sets that a file names for each of its runs, those of a cache. Raises UserError if there are none."""
     names = {facts.name for facts in manifest.sets}
 
     def likeness(sets: tuple[ImageSet, ...]) -> float:
         found = {own.name for own in sets}
         return len(found & names) / len(found | names)
 
-    sets = max(list_sets(source), key=likeness)
+    sets = max(named, key=likeness)
     if not likeness(sets):
-        raise UserError(f"--source {source}: none of this cache's sets ({', '.join(sorted(names))}) is in it.")
+        of_cache = f"sets {', '.join(sorted(names))}" if names else "one source, without sets"
+        raise UserError(f"--source {source}: is not what this cache was made from, which has {of_cache}.")
     return sets
 
 

@@ -47,6 +47,7 @@ def test_a_file_may_name_its_source_and_paths_begin_at_the_file(run, desk):
     assert run("encode", "jobs/job.toml").code == 0
     data = latentprep.LatentDataset("made")
     assert data.num_images == 8
+    assert latentprep.verify("made", source="jobs/job.toml", progress=False).ok
     assert all(prompt.startswith("seen ") for batch in latentprep.LatentLoader(data, 4) for prompt in batch.cond_text)
 
 

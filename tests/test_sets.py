@@ -380,6 +380,16 @@ def test_rows_that_no_file_can_hold_take_no_memory(folders):
         LatentDataset("c")
 
 
+def test_a_cache_is_compared_with_a_file_that_names_its_sets(run, folders):
+    encode(two_sets())
+    encode("dog", "one")
+    (folders / "other.toml").write_text('[[set]]\nsource = "dog"\nname = "x"\n', encoding="utf-8")
+    result = run("verify", "c", "--source", "other.toml")
+    assert "--source other.toml: is not what this cache was made from, which has sets dog, reg." in result.err
+    result = run("verify", "one", "--source", "other.toml")
+    assert "which has one source, without sets." in result.err
+
+
 def test_sets_that_overlap_and_sets_without_masks_are_said(run, folders):
     (folders / "dog/in").mkdir()
     draw(folders / "dog/in/9.png", "white")
