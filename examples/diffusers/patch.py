@@ -104,19 +104,28 @@ def patch(text: str, recipe: Recipe, script: Path) -> str:
         try:
             places.append(find_place(edit, statements, lines))
         except PatchError as error:
-            raise PatchError(
-                f"{script}: edit {number} of {len(recipe.edits)} {error}. The recipe is for {recipe.script} as commit "
-                f"{recipe.commit} of diffusers left it: take the script of that commit. Nothing was written."
-            ) from None
+            where = f"edit {number} of {len(recipe.edits)}"
+            raise PatchError(f"{script}: {where} {error}. {written_for(recipe)}") from None
     places.sort(key=lambda place: (place.start, place.stop))
     assert all(one.stop <= next_.start for one, next_ in pairwise(places)), "edits overlap"
     for place in reversed(places):
         lines[place.start : place.stop] = place.lines
     head = 1 if lines[0].startswith("#!") else 0
-    lines[head:head] = [MARK, f"# It was {recipe.script}, as commit {recipe.commit} of diffusers left it."]
+    lines[head:head] = [MARK, f"# The recipe is for {recipe.script} as commit {recipe.commit} of diffusers left it."]
     patched = "\n".join(lines) + "\n"
-    parse(patched, script)
+    try:
+        ast.parse(patched)
+    except SyntaxError as error:
+        raise PatchError(f"{script}: is no Python once it is patched: {error}. {written_for(recipe)}") from None
     return patched
+
+
+def written_for(recipe: Recipe) -> str:
+    """What to do if a recipe does not fit."""
+    return (
+        f"The recipe is for {recipe.script} as commit {recipe.commit} of diffusers left it: take the script of that "
+        "commit. Nothing was written."
+    )
 
 
 def parse(text: str, script: Path) -> ast.Module:
