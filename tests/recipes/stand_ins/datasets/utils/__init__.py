@@ -1,0 +1,3 @@
+"""Its own logging."""
+
+from datasets.utils import logging  # noqa: F401
