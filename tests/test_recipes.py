@@ -88,11 +88,16 @@ def made(tmp_path_factory):
     return make
 
 
+def depth(path):
+    """Copies in examples/research_projects lie deeper than the scripts themselves."""
+    return len(path.parts), path
+
+
 def list_desks():
     for name in NAMES:
         yield pytest.param((name, RUNNER.with_name(f"train_{name}.py")), id=f"ours-{name}")
     for name in NAMES:
-        found = sorted(Path(REAL).rglob(f"train_{name}.py")) if REAL else []
+        found = sorted(Path(REAL).rglob(f"train_{name}.py"), key=depth) if REAL else []
         without = pytest.mark.skipif(not found, reason=f"LATENTPREP_DIFFUSERS names no folder with train_{name}.py")
         yield pytest.param((name, found[0] if found else None), id=f"diffusers-{name}", marks=without)
 
