@@ -34,7 +34,7 @@ def choose_device(asked: str, local_rank: int | None = None) -> tuple[str, str]:
     elif torch.backends.mps.is_available():
         found, reason = "mps", "Apple GPU"
     else:
-        found, reason = "cpu", "no GPU that torch can use"
+        found, reason = "cpu", "no GPU that torch can use" + ("" if has_cuda_build() else "; it is built without CUDA")
     return found, f"auto: {reason}"
 
 
@@ -47,7 +47,7 @@ def choose_devices(device: str, devices: str | None, local_rank: int | None = No
         return (one,), reason
     if devices == "all":
         if not torch.cuda.is_available():
-            raise UserError("--devices all: torch finds no CUDA device here. Use --device auto or cpu.")
+            raise UserError(f"--devices all: {why_no_cuda()}, or use --device cpu.")
         return tuple(f"cuda:{n}" for n in range(torch.cuda.device_count())), "all that torch can use"
     names = tuple(name.strip() for name in devices.split(","))
     for name in names:
@@ -70,10 +70,35 @@ def check_device(device: str, option: str) -> None:
         several = " Several are for --devices." if option == "--device" and ("," in device or device == "all") else ""
         raise UserError(f"{option} {device}: expected auto, cuda, cuda:N, mps or cpu.{several}")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[match["kind"]] and match["kind"] == "cuda":
+        raise UserError(f"{option} {device}: {why_no_cuda()}, or use --device cpu.")
     if not there[match["kind"]]:
         raise UserError(f"{option} {device}: torch {torch.__version__} finds none here. Use --device auto or cpu.")
     if match["number"] and int(match["number"][1:]) >= torch.cuda.device_count():
         raise UserError(f"{option} {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
+
+
+def has_cuda_build() -> bool:
+    """Whether torch is built for CUDA, or for AMD's ROCm, which it calls CUDA too."""
+    import torch
+
+    return torch.version.cuda is not None or torch.version.hip is not None
+
+
+def why_no_cuda() -> str:
+    """Why torch finds no CUDA device, and what to do."""
+    import torch
+
+    if not has_cuda_build():
+        return (
+            f"torch {torch.__version__} is built without CUDA. Install a build that has it, with the pip command that "
+            "https://pytorch.org/get-started/locally shows for your system"
+        )
+    built = f"torch {torch.__version__} is built for {'CUDA' if torch.version.cuda else 'ROCm'}, but finds no GPU"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return f"{built}: CUDA_VISIBLE_DEVICES is {visible!r}, which may hide it. Unset that, check the GPU's driver"
+    return f"{built}: its driver is missing or too old (nvidia-smi shows it). Install the driver"
 
 
 def choose_dtype(dtype: str, device: str) -> str:
