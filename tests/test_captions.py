@@ -467,3 +467,24 @@ def test_captions_that_cannot_be_meant_are_refused(folder, run, arguments, messa
     result = run("encode", folder, "--model", "tiny", "--dry-run", *arguments)
     assert result.code == 1
     assert message in result.err
+
+
+@pytest.mark.parametrize(
+    ("encoding", "looks"),
+    [
+        ("utf-16-le", "; it looks like UTF-16 (little endian) without a byte order mark"),
+        ("utf-16-be", "; it looks like UTF-16 (big endian) without a byte order mark"),
+    ],
+)
+@pytest.mark.parametrize("text", ["a cat on a mat", "a café on a mat"])
+def test_utf_16_without_its_mark_is_a_skip_that_says_so(run, images, tmp_path, encoding, looks, text):
+    (images / "tall0.txt").write_bytes(text.encode(encoding))
+    out = run("encode", images, "--out", tmp_path / "c", *SMALL).out
+    assert "skipped  1 bad_caption (tall0.png: tall0.txt: no" in out
+    assert f"{looks}. Save it as UTF-8.)" in out
+
+
+def test_a_caption_with_a_nul_is_a_skip(run, images, tmp_path):
+    (images / "tall0.txt").write_bytes(b"a long cat\0 on a mat")
+    out = run("encode", images, "--out", tmp_path / "c", *SMALL).out
+    assert "skipped  1 bad_caption (tall0.png: tall0.txt: no text, it has NUL characters. Save it as UTF-8.)" in out

@@ -151,10 +151,24 @@ def read_text(listing: Listing, name: str, max_bytes: int = MAX_METADATA) -> str
     data = read_bytes(listing, name, max_bytes)
     encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
     try:
-        return data.decode(encoding)
+        text = data.decode(encoding)
     except UnicodeDecodeError as error:
         said = encoding.upper().removesuffix("-SIG")
-        raise UserError(f"{name}: not {said} text at byte {error.start}. Save it as UTF-8.") from None
+        raise UserError(f"{name}: not {said} text at byte {error.start}{seems(data)}. Save it as UTF-8.") from None
+    if "\0" in text:
+        raise UserError(f"{name}: no text, it has NUL characters{seems(data)}. Save it as UTF-8.")
+    return text
+
+
+def seems(data: bytes) -> str:
+    """What encoding bytes that are no UTF-8 look like: in UTF-16 every other byte of most texts is 0."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return ""
+    half = max(1, len(data) // 2)
+    for part, name in ((data[1::2], "little"), (data[::2], "big")):
+        if part.count(0) > half / 2:
+            return f"; it looks like UTF-16 ({name} endian) without a byte order mark"
+    return ""
 
 
 def read_bytes(listing: Listing, name: str, max_bytes: int) -> bytes:
