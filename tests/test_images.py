@@ -152,6 +152,15 @@ def test_heic_without_the_plugin_says_what_to_install(tmp_path, monkeypatch):
     assert skip.detail == "no image format that Pillow knows (.heic); pip install 'latentprep[heif]'"
 
 
+def test_heic_with_the_plugin_is_not_told_to_install_it(tmp_path):
+    need("x.heic")
+    for name, content, detail in (
+        ("no.heic", b"no image", "no image format that Pillow knows (.heic)"), ("empty.heic", b"", "empty file"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        assert load(tmp_path / name).detail == detail
+
+
 # --- JPEGs at a fraction of their size
 
 
@@ -307,7 +316,7 @@ def test_a_changed_mask_is_a_changed_image(run, images, masks, tmp_path):
     assert "nothing to do" in run(*command).out
     Image.new("L", (64, 80), 99).save(masks / "tall0.png")
     Image.new("L", (64, 80), 9).save(masks / "tall1.png")
-    result = run(*command, "--dry-run")
+    result = run(*command, "--dry-run", "--list")
     assert "changed  tall0.png\nchanged  tall1.png\n" in result.out
     assert run(*command).code == 0
     assert run("verify", tmp_path / "c", "--source", images, "--re-encode", "8").code == 0

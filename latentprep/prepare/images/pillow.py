@@ -107,6 +107,11 @@ def image_suffixes() -> frozenset[str]:
     )
 
 
+def missing_extra(suffix: str) -> str:
+    """Our extra that brings the plugin for files of this suffix; "": there is none, or it is installed."""
+    return "" if "HEIF" in formats() else WITH_A_PLUGIN.get(suffix.lower(), "")
+
+
 def is_image_name(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in image_suffixes()
 

@@ -12,11 +12,11 @@ from typing import IO
 from latentprep.errors import UserError
 from latentprep.human import human_bytes, printable
 from latentprep.prepare.images.pillow import (
-    WITH_A_PLUGIN,
     DecodeError,
     describe,
     is_image_name,
     max_bytes,
+    missing_extra,
     open_image,
     oriented_size,
 )
@@ -145,8 +145,7 @@ def read_item(file: File, source: Source) -> Item | Skip:
     except DecodeError as error:
         if error.reason != "not_an_image":  # it is the header that was read, and not the pixels
             return skip("unreadable" if error.reason == "truncated" else error.reason, error.detail)
-    suffix = PurePosixPath(key).suffix.lower()
-    extra = WITH_A_PLUGIN.get(suffix)
+    extra = missing_extra(PurePosixPath(key).suffix)
     detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({PurePosixPath(key).suffix})"
     if extra and nbytes:
         detail += f"; pip install 'latentprep[{extra}]'"
