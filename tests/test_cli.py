@@ -296,7 +296,7 @@ def test_inspect_shows_what_is_in_it(run, images, tmp_path):
     assert result.code == 0
     for words in (
         r"images +8 x 2 views \(plain, flipped\)", r"model +tiny", r"96x32 +4", r"64x64 +4", r"captions +8",
-        r"cond +prompt_embeds \[77, 64\]", r"encoded in float32, mean\+std stored as float16", r"truncated +none",
+        r"cond +prompt_embeds \[77, 64\]", r"encoded in float32, mean\+std stored as float16", r"cut +none",
     ):  # fmt: skip
         assert re.search(words, result.out), words
 
@@ -309,7 +309,7 @@ def test_inspect_counts_truncated_prompts(run, images, tmp_path):
     assert found["text"]["tokens"]["max"] == 162
     assert found["text"]["longest_truncated"] == [{"tokens": 162, "prompt": ("long " * 40).strip()}]
     shown = run("inspect", tmp_path / "c").out
-    assert re.search(r"truncated +1 prompt, the longest: *\n +162 tokens: 'long long.*\.\.\.' *\n", shown)
+    assert re.search(r"cut +1 prompt, the longest: *\n +162 tokens: 'long long.*\.\.\.' *\n", shown)
 
 
 def test_inspect_json_has_the_statistics_of_the_latents(run, images, tmp_path):

@@ -1,6 +1,7 @@
 """look/rows.py: images of a cache one by one, and those that are the same."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -78,3 +79,28 @@ def test_the_first_of_many_duplicates_are_named(run, images, tmp_path):
     assert (found["images"], found["groups"], len(found["examples"])) == (64, 8, 5)
     assert all((len(group["keys"]), group["images"]) == (5, 8) for group in found["examples"])
     assert " and 3 more" in run("inspect", tmp_path / "c").out
+
+
+def test_an_image_costs_what_its_live_rows_take(run, images, cache):
+    before = latentprep.inspect(cache)
+    whole = sum(before["bytes"].values())
+    assert before["dead_bytes"] == 0
+    for path in images.glob("[swo]*.png"):  # two thirds of the images
+        path.unlink()
+    assert run("encode", images, "--out", cache, *SMALL, "--allow-gone").code == 0
+    after = latentprep.inspect(cache)
+    assert after["dead_rows"] == 8
+    assert 0.5 * whole < after["dead_bytes"] < 0.9 * whole
+    shown = run("inspect", cache).out
+    live = (sum(after["bytes"].values()) - after["dead_bytes"]) / after["images"]
+    assert f"{live / 1000:.1f} kB an image" in shown
+    assert "of changed or removed images, about" in shown
+
+
+def test_a_crop_says_what_its_numbers_are(run, images, tmp_path):
+    options = (*SMALL, "--flip", "--crop", "random", "--crops", 2)
+    assert run("encode", images, "--out", tmp_path / "c", *options).code == 0
+    crops = latentprep.inspect(tmp_path / "c", key="wide0.png")["crop"]
+    boxes = dict.fromkeys(map(tuple, crops))  # those of mirrored views are said once
+    shown = "; ".join(f"{width}x{height} at left {left}, top {top}" for top, left, height, width in boxes)
+    assert re.search(f"^crop +{shown} *$", run("inspect", tmp_path / "c", "--key", "wide0.png").out, re.MULTILINE)

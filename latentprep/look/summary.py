@@ -1,5 +1,6 @@
 """What is in a cache, as plain JSON values: counts, recipe, buckets, statistics, skips; or one sample of it."""
 
+import math
 from collections import Counter
 from dataclasses import asdict
 from heapq import nlargest
@@ -45,6 +46,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
             "text": sum(shard.nbytes - shard.latents_file.nbytes for shard in manifest.shards),
         },
         "dead_rows": manifest.num_dead,
+        "dead_bytes": sum(map(dead_bytes, manifest.shards)),
         "can_compact": any(map(would_rewrite, manifest.shards)),
         "made_with": asdict(manifest.made_with),
         "recipe": manifest.recipe.to_json(),
@@ -68,6 +70,14 @@ def describe_sets(manifest: Manifest) -> list[dict[str, Any]]:
         for number, count in take_runs(shard.sets, shard.live_numbers()):
             counts[number] += count
     return [{**asdict(facts), "images": counts[number]} for number, facts in enumerate(manifest.sets)]
+
+
+def dead_bytes(shard: Shard) -> int:
+    """About how many bytes of a shard's files are of dead rows: their share of the latents."""
+    sizes = [math.prod(shape) for _, _, shape in shard.groups]
+    whole = sum(size * rows for size, (_, rows, _) in zip(sizes, shard.groups, strict=True))
+    live = sum(size * len(rows) for size, rows in zip(sizes, shard.live_rows(), strict=True))
+    return shard.nbytes * (whole - live) // whole
 
 
 def latent_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:

@@ -35,10 +35,14 @@ def facts_table(summary: dict[str, Any]) -> Table:
     table.add_row("images", f"{images:,}" + (f" x {len(views)} views ({', '.join(views)})" if len(views) > 1 else ""))
     table.add_row("shards", f"{summary['shards']:,}")
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in sizes.items())
-    table.add_row("on disk", f"{human_bytes(total)} ({parts}), {human_bytes(total / max(1, images))} an image")
+    table.add_row(
+        "on disk",
+        f"{human_bytes(total)} ({parts}), {human_bytes((total - summary['dead_bytes']) / max(1, images))} an image",
+    )
     if summary["dead_rows"]:
+        dead = human_bytes(summary["dead_bytes"])
         advice = ": latentprep compact" if summary["can_compact"] else ", too few to compact"
-        table.add_row("dead rows", f"{summary['dead_rows']:,} of changed or removed images{advice}")
+        table.add_row("dead rows", f"{summary['dead_rows']:,} of changed or removed images, about {dead}{advice}")
     table.add_row("model", _plain(made["model"]) + (f", VAE {_plain(made['vae'])}" if made.get("vae") else ""))
     table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
     table.add_row("pixels", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["images"].items()))
@@ -126,7 +130,7 @@ def text_table(text: dict[str, Any]) -> Table:
         table.add_row(
             "tokens", f"{tokens['min']} to {tokens['max']}, median {tokens['median']}, of {text['max_tokens']}"
         )
-        table.add_row("truncated", f"{counted(cut, 'prompt')}, the longest:" if cut else "none")
+        table.add_row("cut", f"{counted(cut, 'prompt')}, the longest:" if cut else "none")
         for long in text["longest_truncated"]:
             table.add_row("", f"{long['tokens']:,} tokens: {shortened(long['prompt'], 48)!r}")
     return table
@@ -149,9 +153,15 @@ def render_sample(sample: dict[str, Any]) -> Table:
         if name in ("caption", "prompt"):  # there may be several, with commas of their own
             shown = "\n".join(map(printable, value))
         else:
-            shown = f"{value[1]}x{value[0]}" if is_size else _plain(value)
+            shown = f"{value[1]}x{value[0]}" if is_size else show_crops(value) if name == "crop" else _plain(value)
         table.add_row(name.replace("_", " "), shown)
     return table
+
+
+def show_crops(crops: list[list[int]]) -> str:
+    """Boxes of the views, (top, left, height, width) each; a mirrored view has that of the plain one."""
+    boxes = dict.fromkeys(map(tuple, crops))
+    return "; ".join(f"{width}x{height} at left {left}, top {top}" for top, left, height, width in boxes)
 
 
 def render_problems(found: dict[str, Any]) -> str:
