@@ -149,7 +149,7 @@ def change_lines(changes: Sequence[Change]) -> list[str]:
 def list_lines(result: Encoded) -> Iterator[str]:
     """A line for every image that there is something to do for, and for every one that is skipped, with its reason."""
     for change in result.changes:
-        yield f"{change.what:<9}{named(change)}"
+        yield f"{change.what:<9}{printable(change.key)}" + (f"  ({printable(change.detail)})" if change.detail else "")
     for skip in result.skips:
         yield f"skipped  {printable(skip.key)} ({skip.reason}: {printable(skip.detail)})"
 
@@ -234,13 +234,13 @@ def cleared_lines(cleared: tuple[int, int]) -> list[str]:
 
 
 def truncated_line(prepared: Prepared, truncated: "Truncated") -> str:
-    """truncated 3 prompts of more than 77 tokens (--max-tokens 150 keeps more): 99 'a ...', ..."""
+    """cut      3 prompts of more than 77 tokens (--max-tokens 150 keeps more): 99 'a ...', ..."""
     text, limit = prepared.models.text, truncated.max_tokens
     more = text.more_tokens(limit) if text is not None else None
     hint = f" (--max-tokens {more} keeps more)" if more else ""
     named = ", ".join(f"{tokens} {shortened(prompt)!r}" for tokens, prompt in truncated.longest)
     others = ", ..." if truncated.count > len(truncated.longest) else ""
-    return f"truncated {counted(truncated.count, 'prompt')} of more than {limit:,} tokens{hint}: {named}{others}"
+    return f"cut      {counted(truncated.count, 'prompt')} of more than {limit:,} tokens{hint}: {named}{others}"
 
 
 def kept_text(out: str) -> str:

@@ -451,7 +451,7 @@ def test_a_t5_that_is_left_out_is_said(minis, images, tmp_path, run):
     size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
     result = run("encode", images, "--model", folder, "--out", tmp_path / "cache", *size)
     assert "text     Stable Diffusion 3 without its text_encoder_3\n" in result.err
-    assert "truncated 1 prompt of more than 77 tokens: 122 'word word" in result.out  # no --max-tokens keeps more
+    assert "cut      1 prompt of more than 77 tokens: 122 'word word" in result.out  # no --max-tokens keeps more
 
 
 def test_the_longest_truncated_prompts_are_named_once():
@@ -469,7 +469,7 @@ def test_from_images_to_batches(minis, images, tmp_path, run, name):
     options = ("--model", mini.folder, "--out", cache, "--store-dtype", "float32", *size)
     result = run("encode", images, *options)
     assert result.code == 0, result.err
-    assert "truncated 1 prompt of more than " in result.out
+    assert "cut      1 prompt of more than " in result.out
     if name in ("sd2", "sdxl"):
         assert "than 77 tokens (--max-tokens 150 keeps more): 2402 'word word word" in result.out
     if name == "flux":

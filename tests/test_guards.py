@@ -55,7 +55,7 @@ def test_an_edit_of_equal_length_is_no_touch(run, images, tmp_path):
     image.transpose(Image.Transpose.ROTATE_180).save(images / "same.bmp")
     touch(images / "same.bmp")
     assert (images / "same.bmp").stat().st_size == length
-    assert "changed  same.bmp\n" in run(*options, "--dry-run").out
+    assert "changed  same.bmp\n" in run(*options, "--dry-run", "--list").out
     assert "encoded  1 image" in run(*options).out
     assert run("verify", tmp_path / "c", "--source", images).code == 0
 
@@ -292,7 +292,7 @@ def test_a_row_that_counts_goes_before_a_dead_row_of_the_same_content(run, image
     (images / "copy.png").unlink()
     assert run(*options).code == 0
     (images / "wide0.png").rename(images / "moved.png")
-    assert run(*options, "--dry-run").out.startswith("renamed  moved.png  (was wide0.png)\n\n")
+    assert run(*options, "--dry-run").out.startswith("renamed  1 image: moved.png (was wide0.png): ")
 
 
 def test_a_skipped_file_of_equal_length_and_another_time_is_tried_again(run, images, tmp_path):

@@ -85,7 +85,7 @@ def test_continuous_integration_runs_the_readmes_commands():
 def test_options_and_files_that_it_names_exist():
     functions = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge)
     table = {parameter.flag for function in functions for parameter in list_parameters(function)}
-    shown = table | {"--json", "--list", "--help", "--version"}
+    shown = table | {"--json", "--list", "--help", "--version", "--install-completion"}
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
     assert len(scripts) >= 4
     for script, arguments in scripts:

@@ -1,7 +1,10 @@
 """cli/usage.py, cli/foreign.py: a command line that cannot be understood is one line, which says what to type."""
 
 import inspect
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -114,3 +117,20 @@ def test_a_source_that_is_an_option_is_called_so(run, images, tmp_path):
         assert result.err.startswith(f"error: --source {source}: {words}")
         with pytest.raises(latentprep.UserError, match=r"^source='.*': " + words):
             latentprep.verify(tmp_path / "c", source=str(source), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"), [("latentprep enc", "encode"), ("latentprep encode photos --bucket", "--bucket-step")]
+)
+def test_bash_completes_commands_and_options_without_torch(words, found):
+    code = (
+        "import sys; sys.argv = ['latentprep']\nfrom latentprep.cli.commands import main\n"
+        "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    asked = {"_LATENTPREP_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    result = subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, capture_output=True, text=True)
+    assert (result.stdout.split(), result.stderr, result.returncode) == ([found], "", 0)
+
+
+def test_help_shows_how_to_install_the_completion(run):
+    assert "--install-completion" in run("--help").out

@@ -20,7 +20,6 @@ from latentprep.errors import UserError
 app = typer.Typer(
     help="Encode an image folder once into a latent cache; train diffusion models from it many times.",
     invoke_without_command=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -103,7 +102,7 @@ def encode(arguments: dict[str, Any]) -> None:
         for value in result.list_json():
             show_json(json.dumps(value))
     else:
-        show("\n".join([*(list_lines(result) if as_list else ()), result.report]))
+        show("\n".join([*([*list_lines(result), ""] if as_list else ()), result.report]))
     raise typer.Exit(0 if result.ok or is_dry_run else 1)
 
 
