@@ -32,7 +32,7 @@ def source_text(prepared: Prepared) -> str:
     captioned = prepared.images.captioned
     words = {
         "txt": "from .txt", "caption": "from .caption", "json": "from .json", "metadata": "from metadata files",
-        "default": "from --default-caption", "filename": "from file names", "folder": "from folders",
+        "default": "by default", "filename": "from file names", "folder": "from folders",
         "nothing": "without one",
     }  # fmt: skip
     origins = sorted(captioned.origins, key=lambda name: list(words).index(name) if name in words else -1)

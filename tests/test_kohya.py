@@ -175,7 +175,7 @@ def test_a_dataset_toml_is_read_as_it_is(run, folders):
     result = run("encode", "dataset.toml", "--model", "tiny", "--device", "cpu", "--out", "c")
     assert result.code == 0, result.err
     assert "note     batch_size = 2: is the loader's: LatentLoader(data, batch_size=2)\n" in result.err
-    assert "captions: 2 from .txt, 6 from --default-caption\n" in result.err
+    assert "captions: 2 from .txt, 6 by default\n" in result.err
     data = LatentDataset("c", flip_p=1.0)
     assert count_epoch(LatentLoader(data, 2)) == {
         f"{name}/{n}.png": 3 for name in ("10_sks dog", "reg") for n in range(4)
