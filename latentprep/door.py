@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from latentprep.errors import UserError
+from latentprep.human import harmless
 from latentprep.keywords import Keywords
 
 P = ParamSpec("P")
@@ -169,7 +170,7 @@ def door_through(expand: Expand, join: Join) -> Callable[[Callable[P, R]], Calla
             try:
                 return run(given)
             except UserError as error:
-                raise type(error)(keywords.translate(str(error), given)) from None
+                raise type(error)(harmless(keywords.translate(str(error), given))) from None
 
         call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), *describe(parameters, keywords)])
         call.__signature__ = plain_signature(function)  # type: ignore[attr-defined]

@@ -11,6 +11,7 @@ Fit = Literal["crop", "stretch", "pad"]
 Crop = Literal["center", "random", "focus"]
 Filter = Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 FITS, CROPS, FILTERS = (get_args(choices) for choices in (Fit, Crop, Filter))
+LONGEST_SIDE = 2**20  # pixels, of --max-side and the like
 MAX_SIDE = 2**14  # pixels; with twice this side, and a bucket for every step, a table takes seconds to make
 
 
@@ -66,6 +67,8 @@ class Geometry:
         for option, value in (("--min-side", min_side), ("--max-side", max_side), ("--bucket-step", bucket_step)):
             if value is not None and value < 1:
                 raise UserError(f"{option} {value}: must be at least 1 pixel.")
+            if value is not None and value > LONGEST_SIDE:
+                raise UserError(f"{option} {value:.4g}: expected at most {LONGEST_SIDE:,} pixels.")
         if min_side is not None and max_side is not None and min_side > max_side:
             raise UserError(f"--min-side {min_side}: larger than --max-side {max_side}.")
         if (width is None) != (height is None):

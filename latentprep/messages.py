@@ -41,7 +41,7 @@ def source_text(prepared: Prepared) -> str:
         f"source   {prepared.options.source}: {counted(len(captioned.items), 'image')}; captions: {found or 'none'}"
     ]
     lines += [f"note     {printable(note)}" for note in prepared.options.notes]
-    lines += describe_sets(prepared.images)
+    lines += describe_sets(prepared.images, prepared.options.sets)
     counts = [len(item.captions) for item in captioned.items]
     if sum(counts) > len(counts):
         lines.append(f"         {counted(sum(counts), 'caption')} in all, up to {max(counts)} an image")

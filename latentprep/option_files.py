@@ -6,15 +6,16 @@ What is given with the call counts first, then what a set says for itself, then 
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from latentprep.door import Parameter
 from latentprep.errors import UserError
 from latentprep.human import printable
-from latentprep.kohya import is_kohya, read_dataset_config
-from latentprep.kohya_folders import list_folders
-from latentprep.sets import OWN, Origin, check_names
+from latentprep.kohya.dataset_toml import is_kohya, read_dataset_config
+from latentprep.kohya.folders import list_folders
+from latentprep.sets import OWN, Origin, check_names, check_path, exists, expand_user
 
 MAX_BYTES = 2**24
 SUFFIX = ".toml"
@@ -30,12 +31,12 @@ def expand(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[Ar
     """The arguments of each run that a call asks for: files are read, `source` is an Origin. Raises UserError."""
     found = {name: value for name, value in given.items() if name not in ("again", "options")}
     if given.get("again"):
-        found = {**recall(str(given["again"]), parameters), "out": str(given["again"]), **found}
+        found = {**recall(str(given["again"]), given.get("source"), parameters), "out": str(given["again"]), **found}
     if given.get("options"):
         path = Path(given["options"])
         found = {**read_options(path, load_toml(path, "--options"), parameters), **found}
     source = found.get("source")
-    if isinstance(source, Iterable) and not isinstance(source, str | Path):
+    if isinstance(source, Iterable) and not isinstance(source, str | bytes | Path | Mapping):
         source = found["source"] = list(source)
     if source is None:
         raise UserError("SOURCE: is missing. Give a folder of images, a .toml file of sets, or --again CACHE.")
@@ -44,11 +45,12 @@ def expand(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[Ar
         return [with_origin(found, origin, {**remember(found, parameters), "source": list(map(absolute, origin.sets))})]
     if not str(source):
         raise UserError("SOURCE: is empty, expected a folder of images.")
+    check_path("SOURCE", source)
     path = Path(source)
     again = {**remember(found, parameters), "source": str(path.absolute())}
     if path.suffix.lower() == SUFFIX and not path.is_dir():
         return expand_file(found, path, again, parameters)
-    return [with_origin(found, origin_of_folder(path, found), again)]
+    return [of_folder(found, path, again)]
 
 
 def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequence[Parameter]) -> list[Arguments]:
@@ -56,14 +58,17 @@ def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequ
     table = load_toml(path, "SOURCE")
     out = str(found.get("out") or path.with_suffix(".latents"))
     if is_kohya(table):
-        runs = read_dataset_config(path, table)
+        runs = read_dataset_config(path, table, found.get("resolution"))
         if len(runs) == 1:
             origin = Origin(path, runs[0].sets, runs[0].notes)
-            return [with_origin({**runs[0].options, **found, "out": out}, origin, again)]
+            options = merge(runs[0].options, found)
+            if not runs[0].is_anywhere:  # then it is remembered by its folders
+                again = {**remember(options, parameters), "source": list(map(absolute, origin.sets))}
+            return [with_origin({**options, "out": out}, origin, again)]
         folders = {run.name: f"{out.rstrip('/')}/{run.name}" for run in runs}
         each = [
             (
-                {**run.options, **found, "out": folders[run.name]},
+                {**merge(run.options, found), "out": folders[run.name]},
                 Origin(path, run.sets, (f"[[datasets]] {number} of {len(runs)}: {folders[run.name]}", *run.notes)),
             )
             for number, run in enumerate(runs, 1)
@@ -74,25 +79,37 @@ def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequ
             for own, origin in each
         ]
     sets = table.pop("set", None)
-    options = read_options(path, table, parameters)
+    options = read_options(path, table, parameters, more=("set",))
     source = options.pop("source", None)
     if (sets is None) == (source is None):
         raise UserError(f"{path}: expected [[set]] tables, each with a source = ..., or one source = ... at the top.")
-    found = {"out": out, **options, **found}
+    found = {"out": out, **merge(options, found)}
     if sets is None:
-        return [with_origin(found, origin_of_folder(Path(source), found), again)]
+        if not isinstance(source, str) or not source:
+            raise UserError(f"{path}: source = {source!r:.80}: expected a folder. Several are [[set]] tables.")
+        check_path(f"{path}: source", source)
+        return [of_folder(found, Path(source), again)]
     if not isinstance(sets, list) or not sets or not all(isinstance(own, dict) for own in sets):
         raise UserError(f"{path}: set: expected [[set]] tables, in double brackets.")
     own = tuple(read_table(path, f"[[set]] {n}: ", values, set_names(parameters)) for n, values in enumerate(sets, 1))
     return [with_origin(found, Origin(path, own), again)]
 
 
-def origin_of_folder(path: Path, found: Arguments) -> Origin:
-    """A folder, or a tar; folders such as kohya's are sets. Raises UserError."""
+def merge(options: Mapping[str, Any], typed: Mapping[str, Any]) -> Arguments:
+    """The options of a file, and those that were typed, which count first: also if they say the same otherwise."""
+    sizes = ("resolution", "width", "height")
+    is_typed = any(name in typed for name in sizes)
+    return {**{name: value for name, value in options.items() if not (is_typed and name in sizes)}, **typed}
+
+
+def of_folder(found: Arguments, path: Path, again: Arguments) -> Arguments:
+    """The arguments of a run over a folder, or a tar; folders such as kohya's are sets. Raises UserError."""
     sets, notes = list_folders(path, found.get("folders", "auto")) if path.is_dir() else ((), ())
+    if sets:
+        again = {**again, "folders": "kohya"} if str(path.absolute()) == again["source"] else again
     if found.get("caption_from", "auto") not in ("auto", "file"):  # then no image is without a caption
         sets = tuple({name: value for name, value in own.items() if name != "default_caption"} for own in sets)
-    return Origin(path, sets, notes)
+    return with_origin(found, Origin(path, sets, notes), again)
 
 
 def with_origin(found: Arguments, origin: Origin, again: Arguments) -> Arguments:
@@ -131,18 +148,29 @@ def list_of_sets(sets: Any) -> Origin:
 def load_toml(path: Path, option: str) -> dict[str, Any]:
     """The table of a TOML file. Raises UserError."""
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise UserError(f"{option} {path}: too large, expected a file of options.")
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        if exists(path) and not path.is_file():
+            raise UserError(f"{option} {path}: not a file, expected one of options.")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise UserError(f"{option} {path}: over {MAX_BYTES:,} bytes, expected a file of options.")
+        return tomllib.loads(data.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{option} {path}: cannot be read ({error.strerror or error}).") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{option} {path}: not TOML ({' '.join(str(error).split())[:200]}).") from None
+        said = " ".join(str(error).split())[:200]
+        hint = " A path with \\ stands between single quotes." if "\\" in said or "hex" in said else ""
+        raise UserError(f"{option} {path}: not TOML ({said}).{hint}") from None
 
 
-def read_options(path: Path, table: Mapping[str, Any], parameters: Sequence[Parameter]) -> Arguments:
-    """The arguments that the top of a file gives. Raises UserError."""
-    allowed = [p.name for p in parameters if p.name not in OF_CALL]
+def read_options(
+    path: Path, table: Mapping[str, Any], parameters: Sequence[Parameter], more: Sequence[str] = ()
+) -> Arguments:
+    """The arguments that the top of a file gives; `more` are other keys that it may have. Raises UserError."""
+    for name in table:
+        if str(name).replace("-", "_") in OF_CALL:
+            raise UserError(f"{path}: {name}: is for one call. Type it, and leave it out of the file.")
+    allowed = [*more, *(p.name for p in parameters if p.name not in OF_CALL)]
     found = read_table(path, "", table, allowed)
     checks = {p.name: p for p in parameters}
     try:
@@ -153,36 +181,48 @@ def read_options(path: Path, table: Mapping[str, Any], parameters: Sequence[Para
 
 def read_table(path: Path, where: str, table: Mapping[str, Any], allowed: Sequence[str]) -> Arguments:
     """A table with names as Python has them, and paths that begin at the file's folder. Raises UserError."""
-    found = {str(name).replace("-", "_"): value for name, value in table.items()}
+    found: Arguments = {}
+    for name, value in table.items():
+        key = str(name).replace("-", "_")
+        if key in found:
+            raise UserError(f"{path}: {where}{key}: stands there twice, with - and with _. Leave one of them out.")
+        found[key] = beside(path.parent, key, value)
     try:
         check_names(found, allowed)
     except UserError as error:
         raise UserError(f"{path}: {where}{error}") from None
-    return {name: beside(path.parent, name, value) for name, value in found.items()}
+    return found
 
 
 def set_names(parameters: Sequence[Parameter]) -> list[str]:
     return [*OWN, *(p.name for p in parameters if p.option.of_set)]
 
 
-def beside(folder: Path, name: str, value: Any) -> Any:
-    """A value of a file in this folder: if it is a path, it begins there."""
-    if not isinstance(value, str) or "://" in value:
-        return value
-    path = folder / Path(value).expanduser()
-    is_path = name in ("source", "out") or (name in PATHS and value != "" and path.exists())
-    return str(path) if is_path else value
-
-
+WORDS = ("alpha", "none", "tiny")  # that are no paths, whatever stands in a folder
 PATHS = (
     "weights",
     "template",
-    "default_caption",
     "captions_file",
     "model",
     "vae",
     "config",
-)  # that may be paths, or other words
+)  # arguments that may be paths, or other words
+
+
+def beside(folder: Path, name: str, value: Any) -> Any:
+    """A value of a file in this folder: if it is a path, it begins there."""
+    if not isinstance(value, str) or not is_path(name, value, folder):
+        return value
+    return str(folder / expand_user(value))
+
+
+def is_path(name: str, value: str, folder: Path) -> bool:
+    """Whether the value of an argument is a path, of a file in this folder or elsewhere."""
+    if "://" in value or value in ("", *WORDS):
+        return False
+    if name == "default_caption":
+        return value.lower().endswith(".txt")
+    return name in ("source", "out") or (name in PATHS and exists(folder / expand_user(value)))
 
 
 def absolute(arguments: Mapping[str, Any]) -> Arguments:
@@ -193,26 +233,30 @@ def absolute(arguments: Mapping[str, Any]) -> Arguments:
             return absolute(value)
         if isinstance(value, list | tuple):
             return [value_of(name, part) for part in value]
-        path = Path(str(value)).expanduser()
-        is_path = name == "source" or (name in PATHS and value != "" and path.exists())
-        return str(path.absolute()) if is_path or isinstance(value, Path) else value
+        if isinstance(value, Path) or (isinstance(value, str) and is_path(name, value, Path())):
+            return str(expand_user(value).absolute())
+        if isinstance(value, Real) and not isinstance(value, bool | int | float):  # numpy's
+            return int(value) if isinstance(value, Integral) else float(value)
+        return value
 
     return {name: value_of(name, value) for name, value in arguments.items()}
 
 
-def recall(cache: str, parameters: Sequence[Parameter]) -> Arguments:
-    """The arguments that a cache was made with. Raises UserError."""
+def recall(cache: str, source: Any, parameters: Sequence[Parameter]) -> Arguments:
+    """The arguments that a cache was made with; `source` is one that was typed. Raises UserError."""
     from latentprep.cache.manifest import open_manifest
     from latentprep.cache.storage import Storage
 
-    again = dict(open_manifest(Storage(cache)).made_with.again)
-    if "source" not in again:
-        raise UserError(f"--again {cache}: it does not know the options it was made with. Give them once more.")
-    allowed = {p.name: p for p in parameters if p.name not in OF_CALL}
-    unknown = [name for name in again if name not in allowed]
-    if unknown:
-        raise UserError(f"--again {cache}: made with {printable(unknown[0])}, which this latentprep does not know.")
     try:
+        again = dict(open_manifest(Storage(cache)).made_with.again)
+        if "source" not in again:
+            raise UserError("it does not know the options it was made with. Give them once more.")
+        if source is not None and str(again["source"]).lower().endswith(SUFFIX):
+            raise UserError(f"was made from {printable(str(again['source']))}. Edit that, and give no SOURCE.")
+        allowed = {p.name: p for p in parameters if p.name not in OF_CALL}
+        unknown = [name for name in again if name not in allowed]
+        if unknown:
+            raise UserError(f"made with {printable(unknown[0])}, which this latentprep does not know.")
         return {name: value if name == "source" else allowed[name].check(value) for name, value in again.items()}
     except UserError as error:
-        raise UserError(f"--again {cache}: {error}") from None
+        raise type(error)(f"--again {cache}: {error}") from None

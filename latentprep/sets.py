@@ -1,10 +1,14 @@
 """What a run was asked for, before it is made options: one source, or several sets with options of their own."""
 
 import math
+import os
+import re
 import shlex
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +19,10 @@ from latentprep.options import ImageSet, TextOptions
 from latentprep.prompts import load_template, read_lines
 
 MAX_REPEATS = 2**20
+NAME, MAX_NAME = r"(?!\.\.?$)[^/\\\0]+", 255  # of a set: it begins keys
 # keys of a set that are no options of encode -> what they take
 OWN = {
-    "name": "a text without a slash",
+    "name": "a text without a slash, of at most 255 characters",
     "source": "a folder, or a tar",
     "repeats": 'a whole number of at least 1, or "auto"',
     "sample_weight": "a number of 0 or more",
@@ -58,8 +63,7 @@ def read_captions(text: str) -> tuple[str, ...]:
     """--default-caption: a caption, or the lines of a .txt file. Raises UserError."""
     if not text.lower().endswith(".txt"):
         return (text,)
-    lines = read_lines("--default-caption", text, Path(text).expanduser())
-    return tuple(lines)
+    return tuple(read_lines("--default-caption", text, expand_user(text)))
 
 
 def make_sets(
@@ -91,9 +95,11 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
     source = own.get("source")
     if not isinstance(source, str | Path) or not str(source):
         raise UserError(f"source: expected {OWN['source']}.")
-    name = own.get("name", Path(source).name or Path(source).resolve().name)
+    check_path("source", source)
+    check_path("weights", weights)
+    name = own.get("name", name_of(Path(source)))
     repeats = own.get("repeats", 1)
-    check_own("name", own, isinstance(name, str) and name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name))
+    check_own("name", {"name": name}, isinstance(name, str) and is_name(name))
     check_own("repeats", own, repeats == "auto" or (is_number(repeats, int) and 1 <= repeats <= MAX_REPEATS))
     weight, dropout, flip = own.get("sample_weight", 1.0), own.get("caption_dropout", 0.0), own.get("flip", True)
     check_own("sample_weight", own, is_number(weight) and 0 <= weight <= 1e9)
@@ -107,8 +113,23 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
         name, Path(source), make_text({**common, **of_files, **values}),
         (exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
         Path(weights) if weights not in ("alpha", "none") else None,
-        None if repeats == "auto" else repeats, float(weight), float(dropout), flip,
+        None if repeats == "auto" else int(repeats), float(weight), float(dropout), flip,
     )  # fmt: skip
+
+
+def name_of(source: Path) -> str:
+    """The name of a set whose file names none: that of its folder."""
+    return source.name if source.name not in ("", "..") else source.resolve().name
+
+
+def is_name(name: str) -> bool:
+    """Whether a text may begin the keys of a set."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    is_safe = re.fullmatch(NAME, name) is not None and not any(unicodedata.category(char) == "Cc" for char in name)
+    return is_safe and len(name) <= MAX_NAME
 
 
 def check_own(name: str, own: Mapping[str, Any], is_good: bool) -> None:
@@ -117,8 +138,39 @@ def check_own(name: str, own: Mapping[str, Any], is_good: bool) -> None:
 
 
 def is_number(value: Any, kind: type = float) -> bool:
-    kinds = (int,) if kind is int else (int, float)
-    return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number; numpy's are, and True is none."""
+    kinds = Integral if kind is int else Real
+    try:
+        return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(float(value))
+    except OverflowError:  # an int of 400 bits or more
+        return False
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path with the home folder in place of ~, if there is one of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
+def exists(path: Path) -> bool:
+    """Whether a file or folder is there; a text that can be no path is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def check_path(name: str, value: str | Path) -> None:
+    """Raise UserError for a text that can be no path."""
+    text = str(value)
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        text = "\0"
+    if "\0" in text:
+        raise UserError(f"{name}: {str(value)!r:.80} can be no path.")
 
 
 def check_names(given: Iterable[str], allowed: Sequence[str]) -> None:
@@ -126,7 +178,8 @@ def check_names(given: Iterable[str], allowed: Sequence[str]) -> None:
     for name in given:
         if name not in allowed:
             near = get_close_matches(str(name), allowed, 1)
-            hint = f"Did you mean {near[0]}?" if near else f"Expected some of {', '.join(allowed)}."
+            some = ", ".join(allowed[:8]) + (", ..." if len(allowed) > 8 else "")
+            hint = f"Did you mean {near[0]}?" if near else f"There are {some}."
             raise UserError(f"{shortened(str(name), 60)}: no such key. {hint}")
 
 

@@ -1,6 +1,7 @@
 """kohya's files: each key of a dataset.toml becomes an option or is said, and folders of `10_sks dog` are sets."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import latentprep
 from latentprep import LatentDataset, LatentLoader, UserError
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
-from latentprep.kohya import NO_EQUIVALENT, OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE, read_dataset_config
-from latentprep.kohya_folders import list_folders
+from latentprep.kohya.dataset_toml import read_dataset_config
+from latentprep.kohya.folders import list_folders
+from latentprep.kohya.keys import NO_EQUIVALENT, OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE
 from latentprep.options import TextOptions
 from latentprep.prepare.source.kohya_metadata import make_captions
 from tests.test_sets import count_epoch, draw
@@ -29,6 +31,15 @@ SD_SCRIPTS = {
 }  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def desk(tmp_path, monkeypatch):
+    """A folder with ./dog and ./a, of an image each."""
+    for name in ("dog", "a"):
+        draw(tmp_path / name / "0.png", "red")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 def read(dataset=None, subset=None, general=None):
     """The only run of a file with one subset: its options, its set, and its notes."""
     table = {"datasets": [{"resolution": 512, "subsets": [{"image_dir": "dog", **(subset or {})}], **(dataset or {})}]}
@@ -38,7 +49,7 @@ def read(dataset=None, subset=None, general=None):
 
 def test_every_key_of_sd_scripts_is_known():
     known = {*OF_SUBSET, *OF_SUBSET_ALONE, *OF_DATASET, *NO_EQUIVALENT}
-    assert known == SD_SCRIPTS | {"debug_dataset"}
+    assert known == SD_SCRIPTS | {"debug_dataset", "skip_image_resolution"}
 
 
 # key, value, and what comes of it: of the run, or of the set
@@ -125,7 +136,7 @@ def table_of(dataset=None, **subset):
         ({"datasets": [{"resolution": 512}]}, r"\[\[datasets\]\] 1: has no \[\[datasets.subsets\]\]"),
         ({"datasets": [{"subsets": [{"image_dir": "a"}]}]}, "1: resolution: is missing"),
         (table_of({"resolution": "512"}), "resolution = '512': expected a number"),
-        (table_of({"subsets": [{}]}), "a subset has no image_dir"),
+        (table_of({"subsets": [{}]}), "subset 1: has no image_dir. Give the folder."),
         (table_of(num_repeat=3), "Did you mean num_repeats"),
         (table_of(num_repeats="3"), "expected a whole number"),
         (table_of({"enable_bucket": True, "max_bucket_reso": 256}), "min_bucket_reso 256 and max_bucket_reso 256"),
@@ -174,7 +185,7 @@ def test_a_dataset_toml_is_read_as_it_is(run, folders):
     (folders / "dataset.toml").write_text(TOML, encoding="utf-8")
     result = run("encode", "dataset.toml", "--model", "tiny", "--device", "cpu", "--out", "c")
     assert result.code == 0, result.err
-    assert "note     batch_size = 2: is the loader's: LatentLoader(data, batch_size=2)\n" in result.err
+    assert "note     batch_size = 2 is the loader's: LatentLoader(data, batch_size=2)\n" in result.err
     assert "captions: 2 from .txt, 6 by default\n" in result.err
     data = LatentDataset("c", flip_p=1.0)
     assert count_epoch(LatentLoader(data, 2)) == {
@@ -223,12 +234,12 @@ def test_metadata_of_fine_tuning_captions_its_images_and_no_others(folders, name
     assert data.caption(0) == ["pre x, y"]
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"a.png": 3}', '{"a.png": {"caption": 3}}', "[" * 10**5])
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"a.png": 3}', '{"a.png": {"caption": 3}}', "[" * 10**5])
 def test_broken_metadata_is_one_line(folders, text):
     (folders / "meta.json").write_text(text, encoding="utf-8")
     table = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "reg"\nmetadata_file = "meta.json"\n'
     (folders / "k.toml").write_text(table, encoding="utf-8")
-    with pytest.raises(UserError, match=r"^set reg: metadata_file .*meta.json: "):
+    with pytest.raises(UserError, match=r"^set reg: .*meta.json: "):
         latentprep.encode("k.toml", **SMALL)
 
 
@@ -289,22 +300,115 @@ def test_a_tree_of_kohyas_folders_is_sets(run, folders):
     ],
 )
 def test_only_folders_that_cannot_mean_anything_else_are_taken_for_kohyas(tmp_path, names, is_tree):
+    tree = tmp_path / "tree"
     for name in names:
-        (tmp_path / name).mkdir()
-    sets, notes = list_folders(tmp_path, "auto")
+        draw(tree / name / "0.png", "red")
+    (tree / "log").mkdir()  # without images it is none of them
+    sets, notes = list_folders(tree, "auto")
     assert bool(sets) == is_tree
-    assert list_folders(tmp_path, "plain") == ((), ())
-    if any(name[0] in "123456789" for name in names):
-        assert is_tree or "--folders kohya makes them sets" in notes[0]
-        asked, _ = list_folders(tmp_path, "kohya")
-        assert [own["name"] for own in asked] == [
-            name for name in sorted(names) if name[0] in "123456789"
-        ] or "0" in names[0]
-    draw(tmp_path / "top.png", "red")
-    assert list_folders(tmp_path, "auto") == ((), ())
+    assert list_folders(tree, "plain") == ((), ())
+    with_repeats = [name for name in sorted(names) if name[0].isdigit() and int(name.partition("_")[0])]
+    if with_repeats:
+        assert "log: left out, no images are in it" in notes if is_tree else "--folders kohya makes them" in notes[0]
+        draw(tree / "top.png", "red")
+        assert list_folders(tree, "auto")[0] == ()
+        assert "with 1 image beside them: plain folders for now" in list_folders(tree, "auto")[1][0]
+        asked, notes = list_folders(tree, "kohya")
+        assert [own["name"] for own in asked] == with_repeats
+        assert "1 image beside the folders left out, such as top.png" in notes
+
+
+def test_the_folder_above_is_told_which_one_holds_them(tmp_path):
+    draw(tmp_path / "up/img/10_a/0.png", "red")
+    draw(tmp_path / "up/reg/1_b/0.png", "red")
+    sets, notes = list_folders(tmp_path / "up", "auto")
+    assert sets == ()
+    assert notes[0] == f"img holds folders such as kohya's. If you mean these, give {tmp_path / 'up/img'}"
+
+
+def test_a_tree_stays_one_when_something_comes_beside_it(run, folders):
+    assert run("encode", "img", "--model", "tiny", "--resolution", 64, "--device", "cpu").code == 0
+    draw(folders / "img/cover.png", "red")
+    result = run("encode", "--again", "img.latents")
+    assert "1 image beside the folders left out, such as cover.png" in result.err
+    assert len(LatentDataset("img.latents")) == 4 * 10 + 5 * 2
+
+
+def test_a_file_means_the_same_wherever_one_is(run, folders, monkeypatch):
+    """Folders beside the file count before those that one is in, and --again before both."""
+    (folders / "conf").mkdir()
+    shutil.copytree("reg", "conf/near")
+    shutil.copytree("img/2_cat", "near")
+    text = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "{}"\n'
+    (folders / "conf/near.toml").write_text(text.format("near"), encoding="utf-8")
+    (folders / "conf/far.toml").write_text(text.format("reg"), encoding="utf-8")
+    for name in ("near", "far"):
+        assert run("encode", f"conf/{name}.toml", "--model", "tiny", "--device", "cpu", "--out", name + ".c").code == 0
+    shutil.copytree("img/2_cat", "elsewhere/reg")
+    monkeypatch.chdir("elsewhere")
+    for name, place in (("near", "conf/near"), ("far", "reg")):
+        result = run("encode", "--again", f"../{name}.c")
+        assert "nothing to do" in result.out
+        assert f"({folders / place})" in result.err
+
+
+def test_what_a_file_does_not_say_may_be_typed(run, folders):
+    subset = '[[datasets.subsets]]\nimage_dir = "reg"\n'
+    (folders / "k.toml").write_text(f"[[datasets]]\nenable_bucket = true\nmin_bucket_reso = 64\n{subset}", "utf-8")
+    assert "--resolution 512, or write it into the file" in run("encode", "k.toml", "--model", "tiny").err
+    result = run("encode", "k.toml", "--model", "tiny", "--device", "cpu", "--resolution", 64, "--out", "c")
+    assert result.code == 0, result.err
+    (folders / "f.toml").write_text(f"[[datasets]]\nresolution = 64\n{subset}", "utf-8")  # one size for all
+    result = run("encode", "f.toml", "--model", "tiny", "--resolution", "96x64", "--bucket-step", 32, "--dry-run")
+    assert "64x64" in result.out  # a bucket, and no fixed size any more
+    assert "96x64" not in result.out
+
+
+def test_subsets_without_images_are_left_out_and_folders_that_are_not_there_are_refused(run, folders):
+    (folders / "empty").mkdir()
+    text = "[[datasets]]\nresolution = 64\n" + "".join(
+        f"[[datasets.subsets]]\nimage_dir = '{name}'\n" for name in ("empty", "reg", "./reg/", "img/2_cat")
+    )
+    (folders / "k.toml").write_text(text, encoding="utf-8")
+    result = run("encode", "k.toml", "--model", "tiny", "--device", "cpu", "--out", "c")
+    assert "note     empty: left out, no images are in it\n" in result.err
+    assert "note     ./reg/: left out, an earlier subset has it too\n" in result.err
+    assert "note     img/2_cat: folders below it are left out, since sd-scripts does not look into them\n" in result.err
+    (folders / "k.toml").write_text(text.replace("'empty'", r"'C:\data\dogs'"), encoding="utf-8")
+    result = run("encode", "k.toml", "--model", "tiny")
+    assert f"subset 1: image_dir = 'C:\\\\data\\\\dogs': is not there. Looked in {folders}" in result.err
+    (folders / "k.toml").write_text(text.replace("'empty'", '"p\\birds"'), encoding="utf-8")
+    assert "has an escape in it" in run("encode", "k.toml", "--model", "tiny").err
+    (folders / "k.toml").write_text(text.replace("'empty'", '"C:\\data"'), encoding="utf-8")
+    assert "A path with \\ stands between single quotes" in run("encode", "k.toml", "--model", "tiny").err
+
+
+def test_folders_of_one_name_have_names_that_tell_them_apart(folders):
+    for place in ("a/v1/x", "b/v1/x", "c/x"):
+        draw(folders / place / "0.png", "red")
+    subsets = [{"image_dir": place} for place in ("a/v1/x", "b/v1/x", "c/x", "reg")]
+    (run,) = read_dataset_config(Path("k.toml"), {"datasets": [{"resolution": 64, "subsets": subsets}]})
+    assert [own["name"] for own in run.sets] == ["a-v1-x", "b-v1-x", "c-x", "reg"]
+
+
+def test_regularization_that_is_larger_is_said(run, folders):
+    text = '[[datasets]]\nresolution = 64\n[[datasets.subsets]]\nimage_dir = "a"\n'
+    (folders / "k.toml").write_text(f'{text}[[datasets.subsets]]\nimage_dir = "reg"\nis_reg = true\n', "utf-8")
+    result = run("encode", "k.toml", "--model", "tiny", "--device", "cpu")
+    assert "note     set reg has 4 images, more than the 1 samples of the others: each comes once" in result.err
+
+
+def test_metadata_that_names_no_image_is_refused_and_names_without_an_image_are_said(run, folders):
+    subset = '[[datasets.subsets]]\nimage_dir = "reg"\nmetadata_file = "m.json"\n'
+    (folders / "k.toml").write_text(f"[[datasets]]\nresolution = 64\n{subset}", "utf-8")
+    (folders / "m.json").write_text('{"else/9.png": {"caption": "x"}}', "utf-8")
+    result = run("encode", "k.toml", "--model", "tiny", "--device", "cpu")
+    assert "m.json: names none of the 4 images in reg, but others such as else/9.png." in result.err
+    (folders / "m.json").write_text('{"else/9.png": {"caption": "x"}, "0.png": {}}', "utf-8")
+    result = run("encode", "k.toml", "--model", "tiny", "--device", "cpu")
+    assert "captions without an image: reg/else/9.png" in result.err
 
 
 def test_a_folder_without_such_names_is_refused_if_they_are_asked_for(tmp_path):
-    (tmp_path / "a").mkdir()
-    with pytest.raises(UserError, match=r"--folders kohya: SOURCE .* holds no folders such as '10_sks dog'"):
+    with pytest.raises(UserError, match=r"--folders kohya: SOURCE .* holds no folders of images such as '10_sks dog'"):
         list_folders(tmp_path, "kohya")

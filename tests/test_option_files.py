@@ -104,7 +104,12 @@ def test_the_recipe_of_another_cache_is_refused_by_options(run, desk):
         ("resolution = true", "o.toml: resolution=True: expected"),
         ("flip = 'yes'", "o.toml: flip='yes': expected True or False."),
         ("[[set]]\nsource = 'images'", "o.toml: set: no such key."),
-        ("dry_run = true", "o.toml: dry_run: no such key."),
+        ("dry_run = true", "o.toml: dry_run: is for one call. Type it"),
+        ("dry-run = true", "o.toml: dry-run: is for one call. Type it"),
+        ("min_side = 64\nmin-side = 64", "min_side: stands there twice, with - and with _"),
+        (f"max_side = {2**400}", "--max-side 2.582e+120: expected at most 1,048,576 pixels"),
+        (f"prompts_per_image = {10**12}", "--prompts-per-image 1e+12: expected at most 10,000"),
+        ("max_megapixels = 1e308", "--max-megapixels 1e+308: expected at most"),
         ("crops = 0", "crops"),
     ],
 )
@@ -122,7 +127,10 @@ def test_a_wrong_file_is_one_line_that_names_it(run, desk, text, words):
         ("model = 'tiny'", "expected [[set]] tables, each with a source"),
         ("source = 'images'\n[[set]]\nsource = 'images'", "expected [[set]] tables, each with a source"),
         ("[set]\nsource = 'images'", "set: expected [[set]] tables, in double brackets"),
-        ("[[sets]]\nsource = 'images'", "sets: no such key."),
+        ("[[sets]]\nsource = 'images'", "sets: no such key. Did you mean set?"),
+        ("source = ['images']", "source = ['images']: expected a folder. Several are [[set]] tables."),
+        ("source = 3", "source = 3: expected a folder"),
+        ("[[set]]\nsource = 'images'\ntrigger = '~nobody x'\nrepeats = 0", "set images: repeats = 0"),
         ("[[set]]\nsource = 'images'\nrepeat = 2", "[[set]] 1: repeat: no such key. Did you mean repeats?"),
         ("[[set]]\nname = 'x'", "set x: source: expected a folder"),
     ],
@@ -132,8 +140,42 @@ def test_a_wrong_file_of_sets_is_one_line_that_names_it(run, desk, text, words):
     result = run("encode", "s.toml", "--model", "tiny")
     assert result.code == 1
     assert words in result.err
-    assert result.err.count("\n") == 1
+    assert result.err.count("\n") == 1, result.err
     assert not (desk / "s.latents").exists()
+
+
+@pytest.mark.parametrize("caption", ["photos", "~nobody x", "a long caption, " * 20])
+def test_a_caption_is_never_taken_for_a_path(run, desk, caption):
+    (desk / "photos").mkdir()
+    (desk / "s.toml").write_text(f'{TOP}[[set]]\nsource = "images"\ndefault_caption = "{caption}"\n', "utf-8")
+    wide = lambda cache: latentprep.LatentDataset(cache).select("*/wide0.png").caption(0)  # noqa: E731
+    assert run("encode", "s.toml", "--out", "c").code == 0
+    assert wide("c") == [caption.strip()]
+    assert run("encode", "images", "--options", "o.toml").code == 1
+    (desk / "o.toml").write_text(TOP, "utf-8")
+    assert run("encode", "images", "--options", "o.toml", "--default-caption", caption, "--out", "d").code == 0
+    assert "nothing to do" in run("encode", "--again", "d").out
+
+
+@pytest.mark.parametrize("word", ["alpha", "none"])
+def test_words_of_ours_are_no_paths(run, desk, word):
+    (desk / word).mkdir()
+    (desk / "s.toml").write_text(f'{TOP}[[set]]\nsource = "images"\nweights = "{word}"\n', "utf-8")
+    assert run("encode", "s.toml", "--dry-run").code == 0
+
+
+def test_another_source_is_not_typed_to_what_a_file_made(run, desk):
+    (desk / "s.toml").write_text(f'{TOP}[[set]]\nsource = "images"\n', "utf-8")
+    assert run("encode", "s.toml").code == 0
+    result = run("encode", "images", "--again", "s.latents")
+    assert f"--again s.latents: was made from {desk / 's.toml'}. Edit that, and give no SOURCE." in result.err
+
+
+def test_errors_in_python_hold_no_escapes(desk):
+    for arguments in ({"source": "a\x1b[31m"}, {"source": "images", "model": "b\x1b[31m"}):
+        with pytest.raises(UserError) as caught:
+            latentprep.encode(**arguments, progress=False)
+        assert "\x1b" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -142,7 +184,8 @@ def test_a_wrong_file_of_sets_is_one_line_that_names_it(run, desk, text, words):
         (("no.toml",), "SOURCE no.toml: cannot be read (No such file or directory)"),
         (("images", "--options", "no.toml"), "--options no.toml: cannot be read"),
         ((), "SOURCE: is missing. Give a folder of images, a .toml file of sets, or --again CACHE."),
-        (("--again", "images"), "images: not a latent cache"),
+        (("--again", "images"), "--again images: images: not a latent cache"),
+        (("images", "--options", "/dev/zero"), "--options /dev/zero: not a file"),
     ],
 )
 def test_what_is_not_there_is_one_line(run, desk, arguments, words):
@@ -161,6 +204,9 @@ def test_what_is_not_there_is_one_line(run, desk, arguments, words):
         ({"source": 3}, "expected a text or a path"),
         ({"source": [{"source": {}}]}, "source: expected a folder"),
         ({"source": "images", "weights": "\x1b[31mred"}, "[31mred"),
+        ({"source": "a\0b"}, "can be no path"),
+        ({"source": "\ud800"}, "can be no path"),
+        ({"source": "images", "max_megapixels": 1e308}, "expected at most"),
     ],
 )
 def test_a_strangers_cache_cannot_ask_for_anything_odd(desk, again, words):

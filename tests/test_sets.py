@@ -4,6 +4,7 @@ import json
 import shutil
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -59,8 +60,8 @@ def test_a_file_of_sets_gives_one_cache_whose_rows_know_their_set(run, folders):
     )
     result = run("encode", "sets.toml")
     assert result.code == 0, result.err
-    assert "set      dog: 3 images x 4 repeats\n" in result.err
-    assert "set      others: 5 images, weight 0.25\n" in result.err
+    assert "set      dog: 3 images x 4 repeats (dog)\n" in result.err
+    assert "set      others: 5 images, weight 0.25 (reg)\n" in result.err
     data = LatentDataset("sets.latents")
     assert data.sets == ["dog", "others"]
     assert "2 sets dog others" in repr(data)
@@ -318,7 +319,13 @@ BAD = [
     ([{"source": "dog", "repeat": 3}, {"source": "reg"}], "set dog: repeat: no such key. Did you mean repeats?"),
     ([{"repeats": 3}], "set 1: source: expected a folder, or a tar."),
     ([{"source": "dog"}, {"source": "dog"}], "set dog: name: another set is called dog too."),
-    ([{"source": "dog", "name": "a/b"}], "set a/b: name = 'a/b': expected a text without a slash."),
+    ([{"source": "dog", "name": "a/b"}], "set a/b: name = 'a/b': expected a text without a slash, of at most 255"),
+    ([{"source": "dog", "name": ".."}], "set ..: name = '..': expected a text without a slash"),
+    ([{"source": "dog", "name": "x" * 256}], "expected a text without a slash, of at most 255"),
+    ([{"source": "dog", "name": "\ud800"}], "expected a text without a slash"),
+    ([{"source": "dog\0"}], "can be no path."),
+    ([{"source": "/"}], "name = '': expected a text without a slash"),
+    ([{"source": "dog", "sample_weight": 2**2000}], "expected a number of 0 or more"),
     ([{"source": "dog", "repeats": 0}], "set dog: repeats = 0: expected a whole number of at least 1"),
     ([{"source": "dog", "repeats": True}], "set dog: repeats = True: expected"),
     (
@@ -356,14 +363,34 @@ def test_a_manifest_whose_sets_contradict_it_is_refused(folders):
         lambda m: m["shards"][0].update(sets=[[0, 10**9]]),
         lambda m: m["sets"][0].update(repeats=0),
         lambda m: m["sets"][0].update(name="a/b"),
+        lambda m: m["sets"][0].update(name=".."),
+        lambda m: m["sets"][0].update(name="a\\b"),
+        lambda m: m["made_with"]["again"].update(a=[[[[[1]]]]]),
         lambda m: m["sets"][0].update(caption_dropout=2),
         lambda m: m.update(sets=[]),
     ):
         bad = json.loads(json.dumps(good))
         change(bad)
-        with pytest.raises(ValueError, match=r"set|rows|Expected"):
+        with pytest.raises(ValueError, match=r"set|rows|Expected|nested"):
             msgspec.convert(bad, Manifest)
     assert msgspec.convert(good, Manifest).sets[0].name == "dog"
+
+
+def test_verify_finds_images_whose_set_has_another_name(folders):
+    encode(two_sets())
+    manifest = json.loads((folders / "c/cache.json").read_text())
+    from latentprep.cache.manifest import Manifest, msgspec, pack
+
+    manifest["sets"][0]["name"] = "zz"
+    (folders / "c/cache.json").write_bytes(pack(msgspec.convert(manifest, Manifest)))
+    assert "sets" in [problem.problem for problem in latentprep.verify("c", progress=False).problems]
+
+
+def test_numpys_numbers_will_do_and_absurd_ones_will_not(folders):
+    encode([{"source": "dog", "repeats": np.int64(3), "sample_weight": np.float32(0.5)}])
+    assert len(LatentDataset("c")) == 9
+    with pytest.raises(UserError, match=r"repeats=.*: expected"):
+        LatentDataset("c", repeats=2**62)
 
 
 def test_rows_that_no_file_can_hold_take_no_memory(folders):
@@ -395,7 +422,15 @@ def test_sets_that_overlap_and_sets_without_masks_are_said(run, folders):
     draw(folders / "dog/in/9.png", "white")
     (folders / "sets.toml").write_text('[[set]]\nsource = "dog"\n[[set]]\nsource = "dog/in"\n', encoding="utf-8")
     result = run("encode", "sets.toml", "--model", "tiny", "--resolution", 64, "--dry-run")
-    assert "note     set in lies in set dog: unless excluded, it is in both\n" in result.err
+    assert "note     1 image is in set in and set dog: exclude from one what is not to come twice\n" in result.err
+    (folders / "sets.toml").write_text('[[set]]\nsource = "dog"\nexclude = "in"\n[[set]]\nsource = "dog/in"\n', "utf-8")
+    result = run("encode", "sets.toml", "--model", "tiny", "--resolution", 64, "--dry-run")
+    assert "come twice" not in result.err
+    (folders / "sets.toml").write_text("".join(f'[[set]]\nsource = "reg"\nname = "{n}"\n' for n in range(60)), "utf-8")
+    result = run("encode", "sets.toml", "--model", "tiny", "--resolution", 64, "--dry-run")
+    assert result.err.count("come twice") == 5
+    assert "and so on: at least 100 pairs of sets share images" in result.err
+    assert "         and 10 more sets\n" in result.err
 
 
 def test_a_position_is_of_its_sets(folders):

@@ -21,6 +21,8 @@ from latentprep.human import shortened
 from latentprep.recipe import Recipe, to_json
 from latentprep.records import Skip, list_views
 
+MAX_DEPTH = 4  # of the arguments of a run: sets are dicts in a list, and may have lists
+
 
 @dataclass(frozen=True)
 class LatentFacts:
@@ -60,6 +62,15 @@ class MadeWith:
     batch_size: int | None = None
     compile: bool = False
     again: dict[str, Any] = field(default_factory=dict)  # the arguments that ask for the same run once more
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for arguments that no call has."""
+        level: list[Any] = [self.again]
+        for _ in range(MAX_DEPTH):
+            inner = [part.values() if isinstance(part, dict) else part for part in level]
+            level = [value for values in inner for value in values if isinstance(value, dict | list | tuple)]
+        if level:
+            raise ValueError("made_with.again is nested too deeply")
 
 
 @dataclass(frozen=True)

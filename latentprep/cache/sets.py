@@ -17,7 +17,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class SetFacts:
     """What a reader must know of a set. The keys of its images begin with its name and a slash."""
 
-    name: Annotated[str, Meta(pattern="^[^/]+$", max_length=255)]
+    name: Annotated[str, Meta(pattern=r"^(?!\.\.?$)[^/\\\x00]+$", max_length=255)]
     repeats: Annotated[int, Meta(ge=1, le=MAX_REPEATS)] = 1  # how often each image stands in an epoch
     sample_weight: Annotated[float, Meta(ge=0, le=1e9)] = 1.0  # how much the loss of its images counts
     caption_dropout: Share = 0.0  # how often its captions are left out

@@ -8,6 +8,8 @@ from rich.table import Table
 from latentprep.human import counted, human_bytes, printable, shortened
 from latentprep.records import NOTES
 
+MANY_SETS = 100  # are shown
+
 
 def render_summary(summary: dict[str, Any]) -> Group:
     """Everything that summarize() found, a table for each part."""
@@ -67,12 +69,14 @@ def notes_table(summary: dict[str, Any]) -> Table:
 
 
 def sets_table(sets: list[dict[str, Any]]) -> Table:
-    table = _table("Sets", "name", "images", "repeats", "weight of the loss", "captions left out", "mirrored")
-    for own in sets:
+    table = _table("Sets", "name", "images", "repeats", "weight of the loss", "captions left out", "may be mirrored")
+    for own in sets[:MANY_SETS]:
         table.add_row(
             printable(own["name"]), f"{own['images']:,}", f"{own['repeats']:,}", f"{own['sample_weight']:g}",
-            f"{own['caption_dropout']:.0%}", "as asked" if own["flip"] else "never",
+            f"{own['caption_dropout']:.0%}", "yes" if own["flip"] else "no",
         )  # fmt: skip
+    if len(sets) > MANY_SETS:
+        table.add_row(f"and {len(sets) - MANY_SETS:,} more")
     return table
 
 

@@ -13,7 +13,7 @@ from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.names import MANIFEST, SKIPPED, uncond_name
 from latentprep.cache.ragged import finite_rows
 from latentprep.cache.readers import Reading, list_waiting
-from latentprep.cache.sets import list_runs, recipe_of, take_runs
+from latentprep.cache.sets import list_runs, recipe_of, set_of, take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_uncond
@@ -98,7 +98,8 @@ def check_shard(storage: Storage, manifest: Manifest, entry: Shard) -> tuple[lis
             problems += check_text(manifest, entry, text)
         for group, live in zip(text.groups, entry.live_rows(), strict=True):
             keys += [group.key[row] for row in live.tolist()]
-        if take_runs(entry.sets, entry.live_numbers()) != list_runs(keys, manifest.sets):
+        is_known = {facts.name for facts in manifest.sets}.issuperset(map(set_of, keys)) or not manifest.sets
+        if not is_known or take_runs(entry.sets, entry.live_numbers()) != list_runs(keys, manifest.sets):
             problems.append(
                 Problem(entry.text_name, "sets", "cache.json gives its images to other sets than their keys")
             )

@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 from latentprep.cache.sets import MAX_REPEATS, SetFacts, set_of
@@ -17,6 +18,9 @@ from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import Mask, Masks, add_masks, list_masks
 from latentprep.prepare.source.sources import open_source
 from latentprep.records import Item, Skip
+
+NAMED_SETS = 50
+NAMED_PAIRS, MANY_PAIRS = 5, 100  # of sets that share images: how many are named, and looked for
 
 
 @dataclass(frozen=True)
@@ -39,20 +43,47 @@ def find_images(options: EncodeOptions, say: Callable[[str], None]) -> Images:
     found = {part.name: find_images_of(part, own, say) for part in sets}
     if not options.sets:
         return found[""]
-    for line in [*describe_overlaps(sets), *describe_without_masks(sets)]:
+    counts = [len(images.captioned.items) for images in found.values()]
+    facts = make_facts(sets, counts)
+    lines = (describe_overlaps(sets, found), describe_without_masks(sets), describe_balance(sets, counts, facts))
+    for line in chain(*lines):
         say(line)
-    return join(
-        str(options.source), found, make_facts(sets, [len(images.captioned.items) for images in found.values()])
-    )
+    return join(str(options.source), found, facts)
 
 
-def describe_overlaps(sets: Sequence[ImageSet]) -> Iterator[str]:
-    """A line for each set whose folder lies in that of another: its images would be in both."""
-    places = {part.name: part.source.absolute() for part in sets}
-    for inner, place in places.items():
-        for outer, above in places.items():
-            if inner != outer and (above in place.parents or (above == place and inner > outer)):
-                yield f"note     set {printable(inner)} lies in set {printable(outer)}: unless excluded, it is in both"
+def describe_overlaps(sets: Sequence[ImageSet], found: Mapping[str, Images]) -> Iterator[str]:
+    """Lines for sets that have files of another set too."""
+    by_place: dict[Path, list[str]] = {}
+    for part in sets:
+        by_place.setdefault(part.source.absolute(), []).append(part.name)
+    keys: dict[str, set[str]] = {}
+    pairs: list[tuple[int, str, str]] = []
+    for inner in sets:
+        place = inner.source.absolute()
+        for above in [place, *place.parents]:
+            for outer in by_place.get(above, ()):
+                if outer == inner.name or (above == place and inner.name < outer) or len(pairs) >= MANY_PAIRS:
+                    continue
+                of_outer = keys.setdefault(outer, {item.key for item in found[outer].captioned.items})
+                start = place.relative_to(above)
+                own = found[inner.name].captioned.items
+                count = sum((start / item.key).as_posix() in of_outer for item in own)
+                pairs += [(count, inner.name, outer)] if count else []
+    for count, inner_name, outer in pairs[:NAMED_PAIRS]:
+        which = f"set {printable(inner_name)} and set {printable(outer)}"
+        are = "is" if count == 1 else "are"
+        yield f"note     {counted(count, 'image')} {are} in {which}: exclude from one what is not to come twice"
+    if len(pairs) > NAMED_PAIRS:
+        yield f"note     and so on: at least {len(pairs)} pairs of sets share images"
+
+
+def describe_balance(sets: Sequence[ImageSet], counts: Sequence[int], facts: Sequence[SetFacts]) -> Iterator[str]:
+    """A line for each set that was to have as many samples as others, and has more: no image is left out."""
+    others = sum(own.repeats * n for part, own, n in zip(sets, facts, counts, strict=True) if part.repeats is not None)
+    for part, count in zip(sets, counts, strict=True):
+        if part.repeats is None and count > others > 0:
+            more = f"has {counted(count, 'image')}, more than the {others:,} samples of the others"
+            yield f"note     set {printable(part.name)} {more}: each comes once an epoch (sd-scripts leaves some out)"
 
 
 def describe_without_masks(sets: Sequence[ImageSet]) -> Iterator[str]:
@@ -139,11 +170,11 @@ def key_of(item: Item) -> str:
     return item.key
 
 
-def describe_sets(images: Images) -> list[str]:
-    """A line for each set: what a person should see before a run."""
+def describe_sets(images: Images, sets: Sequence[ImageSet]) -> list[str]:
+    """A line for each set, or for the first of many: what a person should see before a run."""
     counts = Counter(set_of(item.key) for item in images.captioned.items)
     lines = []
-    for facts in images.facts:
+    for facts, part in list(zip(images.facts, sets, strict=False))[:NAMED_SETS]:
         parts = [counted(counts[facts.name], "image")]
         if facts.repeats > 1:
             parts.append(f"x {facts.repeats} repeats")
@@ -151,5 +182,7 @@ def describe_sets(images: Images) -> list[str]:
             parts.append(f"weight {facts.sample_weight:g}")
         if facts.caption_dropout:
             parts.append(f"captions left out {facts.caption_dropout:.0%}")
-        lines.append(f"set      {printable(facts.name)}: {', '.join(parts)}".replace(", x ", " x "))
-    return lines
+        what = ", ".join(parts).replace(", x ", " x ")
+        lines.append(f"set      {printable(facts.name)}: {what} ({printable(str(part.source))})")
+    more = len(images.facts) - NAMED_SETS
+    return [*lines, f"         and {more:,} more sets"] if more > 0 else lines

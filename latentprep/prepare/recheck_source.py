@@ -33,6 +33,11 @@ def find_originals(
     Raises UserError if there is no such source.
     """
     if not sets:
+        names = [facts.name for facts in manifest.sets]
+        if names and not any((where / name).exists() for name in names):
+            raise UserError(
+                f"--source {where}: holds none of the cache's sets ({', '.join(names)}). Give their .toml file."
+            )
         folder = find_masks(manifest, masks)
         return list_originals(
             storage, ImageSet("", where, TextOptions(), manifest.made_with.exclude, folder), "--masks"
@@ -53,7 +58,8 @@ def find_masks(manifest: Manifest, folder: Path | None) -> Path | None:
     if manifest.recipe.latents.images.weights != "masks":
         return None
     if folder is None and not manifest.made_with.masks:
-        raise UserError("--masks: give the folder of this cache's masks.")
+        what = "the .toml file of its sets as --source" if manifest.sets else "the folder of this cache's masks"
+        raise UserError(f"--masks: give {what}.")
     return folder or Path(manifest.made_with.masks or "")
 
 

@@ -16,6 +16,7 @@ from latentprep.cache.manifest import Manifest, open_manifest
 from latentprep.cache.normalization import Normalization
 from latentprep.cache.ragged import Ragged
 from latentprep.cache.readers import Reading
+from latentprep.cache.sets import MAX_REPEATS
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted, shortened
@@ -162,7 +163,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
             check_sampling_method(latent_sampling_method), check_share("flip_p", flip_p), check_use_weight(use_weight),
             check_at_least_0("sample_weight", sample_weight),
         )  # fmt: skip
-        self.repeats, self.seed = check_int("repeats", repeats, 1), check_int("seed", seed)
+        self.repeats, self.seed = check_int("repeats", repeats, 1, MAX_REPEATS), check_int("seed", seed)
         self.include_cond, self.cond_model = include_cond, cond_model
         lines = load_template(str(template)) if template is not None else None
         wording = Wording(lines, placeholder_token, shuffle_tags, keep_tags, tag_drop_out, wildcards)

@@ -62,8 +62,9 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
     check_column(listing, sidecars, options)
     has_files = options.caption_from in ("auto", "file")
     metadata = read_metadata(listing, options.caption_columns) if has_files else {}
+    unmatched: list[str] = []
     if options.captions_file is not None:
-        metadata = read_captions_file(options.captions_file, listing, options)
+        metadata, unmatched = read_captions_file(options.captions_file, listing, options)
         left = Counter({f"not in {options.captions_file}": len(listing.items) - len(metadata)})
         chosen = [item for item in listing.items if item.key in metadata]
         listing, sidecars = replace(listing, items=chosen, excluded=listing.excluded + left), {}
@@ -85,7 +86,8 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         items,
         Counter(item.caption_origin for item in items),
         without_image=[key for (name, _), key in sidecars.items() if name not in stems]
-        + [key for key in metadata if key not in keys],
+        + [key for key in metadata if key not in keys]
+        + unmatched,
         shared=sorted(name for name, count in stems.items() if count > 1 and name in with_sidecar),
         skips=skips,
         num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in suffixes and "\n" in i.captions[0]}),
