@@ -157,7 +157,9 @@ def encode(
         "include_cond": not no_cond, "prompts_per_image": prompts_per_image, "max_tokens": max_tokens,
         "clip_skip": clip_skip, "emphasis": emphasis,
     }  # fmt: skip
-    sets = make_sets(source.sets, {**wording, **encoders}, list_parameters(encode)) if source.sets else ()
+    patterns = list_patterns(exclude)
+    common = {**wording, **encoders}
+    sets = make_sets(source.sets, common, list_parameters(encode), patterns) if source.sets else ()
     text = replace(TextOptions(**encoders), sets={own.name: own.text for own in sets}) if sets else None
     weights = join_weights(source.sets, str(weights)) if sets else str(weights)
     images = ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft)
@@ -170,9 +172,9 @@ def encode(
             crops=crops, seed=seed,
         ),
         images=images,
-        exclude=(exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
+        exclude=patterns,
         masks=Path(weights) if images.weights == "masks" and not sets else None,
-        text=text or make_text({**wording, **encoders}), sets=sets, notes=source.notes, again=source.again,
+        text=text or make_text(common), sets=sets, notes=source.notes, again=source.again,
         model=str(model), vae=name_or_none(vae), config=name_or_none(config), revision=revision or None, flip=flip,
         store=store, store_dtype=store_dtype, device=device, devices=devices, dtype=dtype, rank=rank,
         world_size=world_size, tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
@@ -187,9 +189,17 @@ def find_named(source: Path) -> tuple[Path, list[tuple[ImageSet, ...]]]:
     """A source of images, and the sets of each run that it asks for, if it is a .toml file. Raises UserError."""
     if source.suffix.lower() != ".toml" or source.is_dir():
         return source, []
-    origins = [run["source"] for run in expand_encode({"source": source})]
-    named = [make_sets(origin.sets, {}, list_parameters(encode)) for origin in origins if origin.sets]
-    return (source if named else origins[0].where), named
+    runs = expand_encode({"source": source})
+    named = [
+        make_sets(run["source"].sets, {}, list_parameters(encode), list_patterns(run.get("exclude")))
+        for run in runs
+        if run["source"].sets
+    ]
+    return (source if named else runs[0]["source"].where), named
+
+
+def list_patterns(exclude: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
 
 
 # fmt: off

@@ -1,6 +1,6 @@
 """TOML files of options and of sets -> arguments of encode; and those that a cache remembers.
 
-What is given with the call counts first, then what a set says for itself, then the rest of the file.
+What a set says for itself counts first, then what the call gives, then the rest of the file.
 """
 
 import os
@@ -58,26 +58,7 @@ def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequ
     table = load_toml(path, "SOURCE")
     out = str(found.get("out") or path.with_suffix(".latents"))
     if is_kohya(table):
-        runs = read_dataset_config(path, table, found.get("resolution"))
-        if len(runs) == 1:
-            origin = Origin(path, runs[0].sets, runs[0].notes)
-            options = merge(runs[0].options, found)
-            if not runs[0].is_anywhere:  # then it is remembered by its folders
-                again = {**remember(options, parameters), "source": list(map(absolute, origin.sets))}
-            return [with_origin({**options, "out": out}, origin, again)]
-        folders = {run.name: f"{out.rstrip('/')}/{run.name}" for run in runs}
-        each = [
-            (
-                {**merge(run.options, found), "out": folders[run.name]},
-                Origin(path, run.sets, (f"[[datasets]] {number} of {len(runs)}: {folders[run.name]}", *run.notes)),
-            )
-            for number, run in enumerate(runs, 1)
-        ]
-        # such a run is not all that the file asks for: it is remembered by its sets
-        return [
-            with_origin(own, origin, {**remember(own, parameters), "source": list(map(absolute, origin.sets))})
-            for own, origin in each
-        ]
+        return expand_kohya(found, path, table, out, again, parameters)
     sets = table.pop("set", None)
     options = read_options(path, table, parameters, more=("set",))
     source = options.pop("source", None)
@@ -95,6 +76,30 @@ def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequ
     return [with_origin(found, Origin(path, own), again)]
 
 
+def expand_kohya(
+    found: Arguments,
+    path: Path,
+    table: Mapping[str, Any],
+    out: str,
+    again: Arguments,
+    parameters: Sequence[Parameter],
+) -> list[Arguments]:
+    """The arguments of each run that a dataset.toml of sd-scripts asks for. Raises UserError."""
+    runs = read_dataset_config(path, table, found.get("resolution"))
+    has_files, count = takes_files(found), len(runs)
+    expanded = []
+    for number, run in enumerate(runs, 1):
+        folder = out if count == 1 else f"{out.rstrip('/')}/{run.name}"
+        notes = run.notes if count == 1 else (f"[[datasets]] {number} of {count}: {folder}", *run.notes)
+        origin = Origin(path, run.list_sets(has_files), notes)
+        options = merge(run.list_options(has_files), found)
+        # by the file, unless that asks for other runs too, or depends on the folder one is in: then by its sets
+        is_by_file = count == 1 and run.is_anywhere
+        by_sets = {**remember(options, parameters), "source": list(map(absolute, origin.sets))}
+        expanded.append(with_origin({**options, "out": folder}, origin, again if is_by_file else by_sets))
+    return expanded
+
+
 def merge(options: Mapping[str, Any], typed: Mapping[str, Any]) -> Arguments:
     """The options of a file, and those that were typed, which count first: also if they say the same otherwise."""
     sizes = ("resolution", "width", "height")
@@ -107,9 +112,14 @@ def of_folder(found: Arguments, path: Path, again: Arguments) -> Arguments:
     sets, notes = list_folders(path, found.get("folders", "auto")) if path.is_dir() else ((), ())
     if sets:
         again = {**again, "folders": "kohya"} if str(path.absolute()) == again["source"] else again
-    if found.get("caption_from", "auto") not in ("auto", "file"):  # then no image is without a caption
+    if not takes_files(found):  # then no image is without a caption
         sets = tuple({name: value for name, value in own.items() if name != "default_caption"} for own in sets)
     return with_origin(found, Origin(path, sets, notes), again)
+
+
+def takes_files(found: Arguments) -> bool:
+    """Whether captions come from files."""
+    return found.get("caption_from", "auto") in ("auto", "file")
 
 
 def with_origin(found: Arguments, origin: Origin, again: Arguments) -> Arguments:

@@ -6,7 +6,7 @@ import re
 import shlex
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
@@ -67,11 +67,14 @@ def read_captions(text: str) -> tuple[str, ...]:
 
 
 def make_sets(
-    sets: Sequence[Mapping[str, Any]], common: Mapping[str, Any], parameters: Iterable[Parameter]
+    sets: Sequence[Mapping[str, Any]],
+    common: Mapping[str, Any],
+    parameters: Iterable[Parameter],
+    exclude: Sequence[str] = (),
 ) -> tuple[ImageSet, ...]:
-    """The sets of a run, checked. `common` are the arguments for captions that count where a set has none of its own.
+    """The sets of a run, checked. Raises UserError, which names the set.
 
-    Raises UserError, which names the set.
+    common: the arguments for captions that count if a set has none of its own. exclude: patterns for all sets.
     """
     allowed = {p.name: p for p in parameters if p.option.of_set}
     found: dict[str, ImageSet] = {}
@@ -79,6 +82,7 @@ def make_sets(
         given = own.get("name") or own.get("source") or number
         try:
             made = make_set(own, common, allowed)
+            made = replace(made, exclude=(*exclude, *made.exclude))
             if made.name in found:
                 raise UserError(f"name: another set is called {made.name} too. Give each its own: name = ...")
         except UserError as error:

@@ -70,7 +70,7 @@ OPTIONS = [
     ({}, {"weights": "none"}),
 ]
 SETS = [
-    ({}, {"repeats": 1, "caption_from": "file", "caption_extension": ".caption", "first_line": True, "flip": False}),
+    ({}, {"repeats": 1, "first_line": True, "flip": False}),
     ({"num_repeats": 10}, {"repeats": 10}),
     ({"caption_extension": ".txt"}, {"caption_extension": ".txt"}),
     ({"class_tokens": "sks dog"}, {"default_caption": "sks dog"}),
@@ -350,6 +350,23 @@ def test_a_file_means_the_same_wherever_one_is(run, folders, monkeypatch):
         result = run("encode", "--again", f"../{name}.c")
         assert "nothing to do" in result.out
         assert f"({folders / place})" in result.err
+
+
+def test_captions_that_a_file_does_not_speak_of_may_be_typed(run, folders):
+    subset = '[[datasets.subsets]]\nimage_dir = "img/10_sks dog"\nclass_tokens = "words"\ncaption_prefix = "pre"\n'
+    (folders / "k.toml").write_text(f"[[datasets]]\nresolution = 64\n{subset}", "utf-8")
+
+    def captions(*options):
+        result = run("encode", "k.toml", "--model", "tiny", "--device", "cpu", "--out", "c", *options)
+        assert result.code == 0, result.err
+        data = LatentDataset("c")
+        return [data.caption(n)[0] for n in range(len(data))]
+
+    assert captions() == ["pre words"] * 4  # sd-scripts looks for .caption
+    of_files = [f"pre sks, tag a, tag {n}" for n in range(2)]
+    assert captions("--caption-extension", ".txt") == of_files + ["pre words"] * 2
+    assert captions("--caption-from", "folder", "--trigger", "xyz") == ["xyz, pre sks dog"] * 4
+    assert captions("--exclude", "3.png", "--caption-prefix", "typed") == ["pre words"] * 3
 
 
 def test_what_a_file_does_not_say_may_be_typed(run, folders):

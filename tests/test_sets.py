@@ -308,6 +308,26 @@ def test_a_run_that_was_stopped_goes_on_with_its_sets(folders):
     assert latentprep.verify("c", progress=False).ok
 
 
+def test_what_stands_at_the_top_or_is_typed_is_for_all_sets(run, folders):
+    (folders / "s.toml").write_text(
+        f'{TOP}exclude = "2.*"\ncaption_prefix = "all"\n[[set]]\nsource = "dog"\nexclude = "1.*"\n'
+        '[[set]]\nsource = "reg"\ncaption_prefix = "own"\n',
+        encoding="utf-8",
+    )
+    assert run("encode", "s.toml").code == 0
+    data = LatentDataset("s.latents")
+    keys = {"dog/0.png", *(f"reg/{n}.png" for n in (0, 1, 3, 4))}
+    assert {data.key(n): data.caption(n)[0].split()[0] for n in range(len(data))} == {
+        key: "all" if "dog" in key else "own" for key in keys
+    }
+    assert run("verify", "s.latents", "--source", "s.toml").code == 0
+    assert run("encode", "s.toml", "--exclude", "4.*", "--caption-prefix", "typed").code == 0  # in place of the top's
+    data = LatentDataset("s.latents")
+    assert {data.key(n): data.caption(n)[0].split()[0] for n in range(len(data))} == {
+        "dog/0.png": "typed", "dog/2.png": "typed", **{f"reg/{n}.png": "own" for n in range(4)}
+    }  # fmt: skip
+
+
 def test_auto_repeats_give_a_set_as_many_samples_as_the_others(folders):
     sets = two_sets()
     sets[1]["repeats"] = "auto"

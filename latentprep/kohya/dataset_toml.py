@@ -15,6 +15,11 @@ from latentprep.kohya.options import bucket_options, common_options
 from latentprep.kohya.subsets import choose_subsets, is_beside, make_set, name_sets, say_choices
 from latentprep.sets import check_names
 
+# what sd-scripts does if nothing is said; it may be typed otherwise
+OF_FILES = {"caption_from": "file", "caption_extension": ".caption"}
+# keys of sets that only files of captions have
+ONLY_FILES = ("caption_extension", "caption_lines", "first_line", "default_caption", "captions_file")
+
 
 @dataclass(frozen=True)
 class Run:
@@ -25,6 +30,16 @@ class Run:
     sets: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
     is_anywhere: bool  # whether the same file means the same, whatever folder one is in
+
+    def list_options(self, has_files: bool) -> dict[str, Any]:
+        """The options of the run; has_files: whether captions come from files, as in sd-scripts."""
+        return {**self.options, **OF_FILES} if has_files else dict(self.options)
+
+    def list_sets(self, has_files: bool) -> tuple[Mapping[str, Any], ...]:
+        """The sets of the run."""
+        if has_files:
+            return self.sets
+        return tuple({name: value for name, value in own.items() if name not in ONLY_FILES} for own in self.sets)
 
 
 def is_kohya(table: Mapping[str, Any]) -> bool:

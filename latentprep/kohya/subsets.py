@@ -63,31 +63,31 @@ def is_beside(path: Path, subset: Mapping[str, Any]) -> bool:
     )
 
 
+# key of a subset -> that of a set, if they mean the same
+SAME = {
+    "caption_extension": "caption_extension", "caption_prefix": "caption_prefix", "caption_suffix": "caption_suffix",
+    "class_tokens": "default_caption", "shuffle_caption": "shuffle_tags", "caption_tag_dropout_rate": "tag_drop_out",
+    "caption_dropout_rate": "caption_dropout", "enable_wildcard": "wildcards",
+}  # fmt: skip
+
+
 def make_set(subset: Mapping[str, Any]) -> dict[str, Any]:
-    """One subset as a set of ours."""
-    get = subset.get
-    own: dict[str, Any] = {
+    """One subset as a set of ours. What it does not say may be typed."""
+    own: dict[str, Any] = {ours: subset[name] for name, ours in SAME.items() if name in subset}
+    own |= {
         "source": str(subset["image_dir"]),
-        "repeats": "auto" if get("is_reg") else get("num_repeats", 1),
-        "caption_from": "file",
-        "caption_extension": get("caption_extension", ".caption"),
-        "caption_lines": get("enable_wildcard", False),
-        "first_line": not get("enable_wildcard", False),
-        "wildcards": get("enable_wildcard", False),
-        "caption_prefix": get("caption_prefix", ""),
-        "caption_suffix": get("caption_suffix", ""),
-        "default_caption": get("class_tokens", ""),
-        "shuffle_tags": get("shuffle_caption", False),
-        "tag_drop_out": float(get("caption_tag_dropout_rate", 0)),
-        "caption_dropout": float(get("caption_dropout_rate", 0)),
-        "flip": get("flip_aug", False),
+        "repeats": "auto" if subset.get("is_reg") else subset.get("num_repeats", 1),
+        "first_line": not subset.get("enable_wildcard", False),
+        "flip": subset.get("flip_aug", False),
     }
+    if subset.get("enable_wildcard"):
+        own["caption_lines"] = True
     if "metadata_file" in subset:
         own["captions_file"] = str(subset["metadata_file"])
     else:
         own["exclude"] = ["*/*"]  # folders below it
-    if own["shuffle_tags"] or own["tag_drop_out"]:
-        own["keep_tags"] = get("keep_tokens", 0)
+    if own.get("shuffle_tags") or own.get("tag_drop_out"):
+        own["keep_tags"] = subset.get("keep_tokens", 0)
     return own
 
 
