@@ -109,7 +109,7 @@ def encode(
     caption_suffix: Annotated[str, Option("TEXT", "Put behind each caption, with a space between.", CAPTIONS, of_set=True)] = "",
     default_caption: Annotated[str, Option("TEXT|FILE.txt", "Caption of images that have none in a file; of a .txt file each line is one.", CAPTIONS, of_set=True)] = "",
     trigger: Annotated[str, Option("WORDS", "Words that begin each caption, such as sks dog; tags are shuffled behind them.", CAPTIONS, of_set=True)] = "",
-    prompts_per_image: Annotated[int, Option("K", "Prompts of each image: other captions, template lines, tags and wildcards.", CAPTIONS)] = 1,
+    prompts_per_image: Annotated[int, Option("K", "Prompts of each image: other captions, template lines, tags and wildcards.", CAPTIONS, most=10_000)] = 1,
     shuffle_tags: Annotated[bool, Option(help="Shuffle the comma-separated tags of a caption.", panel=CAPTIONS, of_set=True)] = False,
     tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS, of_set=True)] = 0.0,
     keep_tags: Annotated[int, Option("N", "The first N tags are neither shuffled nor left out.", CAPTIONS, of_set=True)] = 0,

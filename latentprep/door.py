@@ -67,6 +67,8 @@ class Parameter:
     def limits(self) -> str:
         """The least and the most that it may be."""
         least, most = self.option.least, self.option.most
+        if least is None:
+            return f"at most {most:,}"
         return f"at least {least:g}" if most is None else f"{least:g} to {most:g}"
 
     @property
@@ -153,37 +155,36 @@ def door_through(expand: Expand, join: Join) -> Callable[[Callable[P, R]], Calla
         parameters, keywords = list_parameters(function), keywords_of(function)
         signature = inspect.signature(function)
 
-        def run(given: Mapping[str, Any]) -> R:
-            """The call with the arguments that were given; its errors speak of options."""
-            results = []
-            for arguments in expand(given):
+        def list_runs(given: Mapping[str, Any]) -> list[dict[str, Any]]:
+            """The arguments of each run, checked; errors speak of options."""
+            runs = expand(given)
+            for arguments in runs:
                 for parameter in parameters:
                     if parameter.name in arguments:
                         arguments[parameter.name] = parameter.check(arguments[parameter.name])
-                results.append(function(**arguments))  # type: ignore[call-arg]
-            result: R = join(results)
-            return result
+            return runs
 
         @wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             given = signature.bind(*args, **kwargs).arguments  # TypeError for an unknown keyword, as of any function
             try:
-                return run(given)
+                result: R = join([function(**own) for own in list_runs(given)])  # type: ignore[call-arg]
+                return result
             except UserError as error:
                 raise type(error)(harmless(keywords.translate(str(error), given))) from None
 
         call.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), *describe(parameters, keywords)])
         call.__signature__ = plain_signature(function)  # type: ignore[attr-defined]
-        call.run = run  # type: ignore[attr-defined]
+        call.list_runs = list_runs  # type: ignore[attr-defined]
         return call
 
     return decorate
 
 
-def run_door(function: Callable[..., R], given: Mapping[str, Any]) -> R:
-    """A door, called as the command line calls it: errors speak of options."""
-    result: R = function.run(given)  # type: ignore[attr-defined]
-    return result
+def list_runs(function: Callable[..., Any], given: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The arguments of each run that a call of a door asks for, for its function without the door. Raises UserError."""
+    runs: list[dict[str, Any]] = function.list_runs(given)  # type: ignore[attr-defined]
+    return runs
 
 
 def plain_signature(function: Callable[..., Any]) -> inspect.Signature:

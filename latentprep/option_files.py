@@ -24,6 +24,7 @@ OF_CALL = (
     "again", "options", "dry_run", "overwrite", "allow_gone", "retry_skipped", "check_content", "only", "rank",
     "world_size", "progress",
 )  # fmt: skip
+OF_MACHINE = ("workers",)  # they only cost time, and are not remembered either
 Arguments = dict[str, Any]
 
 
@@ -131,7 +132,7 @@ def remember(found: Arguments, parameters: Sequence[Parameter]) -> Arguments:
     """The arguments of a call that count for its next run too, as JSON values. Raises UserError."""
     kept = {}
     for parameter in parameters:
-        if parameter.name in {*OF_CALL, "out", "source"} or parameter.name not in found:
+        if parameter.name in {*OF_CALL, *OF_MACHINE, "out", "source"} or parameter.name not in found:
             continue
         value = parameter.check(found[parameter.name])
         if int in parameter.kinds and isinstance(value, str) and value.isdecimal():

@@ -108,8 +108,8 @@ def test_the_recipe_of_another_cache_is_refused_by_options(run, desk):
         ("dry-run = true", "o.toml: dry-run: is for one call. Type it"),
         ("min_side = 64\nmin-side = 64", "min_side: stands there twice, with - and with _"),
         (f"max_side = {2**400}", "--max-side 2.582e+120: expected at most 1,048,576 pixels"),
-        (f"prompts_per_image = {10**12}", "--prompts-per-image 1e+12: expected at most 10,000"),
-        ("max_megapixels = 1e308", "--max-megapixels 1e+308: expected at most"),
+        (f"prompts_per_image = {10**12}", "prompts_per_image=1000000000000: expected at most 10,000"),
+        ("max_megapixels = 1e308", "--max-megapixels 1e+308: expected a number"),
         ("crops = 0", "crops"),
     ],
 )
@@ -206,7 +206,7 @@ def test_what_is_not_there_is_one_line(run, desk, arguments, words):
         ({"source": "images", "weights": "\x1b[31mred"}, "[31mred"),
         ({"source": "a\0b"}, "can be no path"),
         ({"source": "\ud800"}, "can be no path"),
-        ({"source": "images", "max_megapixels": 1e308}, "expected at most"),
+        ({"source": "images", "max_megapixels": 1e308}, "expected a number"),
     ],
 )
 def test_a_strangers_cache_cannot_ask_for_anything_odd(desk, again, words):

@@ -271,6 +271,7 @@ def test_masks_are_those_of_the_set(run, folders):
     assert encode(two_sets(weights="masks")).num_encoded == 1
 
 
+@pytest.mark.slow
 def test_ranks_passes_and_processes_make_the_same_cache(folders):
     sets = two_sets(shuffle_tags=True)
     encode(sets, "whole", shard_size="20kB")
