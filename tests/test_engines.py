@@ -248,6 +248,7 @@ def without_device(cache):
     found = files(cache)
     manifest = json.loads(found.pop("cache.json"))
     device = manifest["made_with"].pop("device")
+    manifest["made_with"].pop("again")  # what was typed, --devices too
     manifest.pop("blake2b")
     return found, manifest, device
 

@@ -5,6 +5,8 @@ import re
 import signal
 import subprocess
 import sys
+import termios
+from contextlib import suppress
 
 import pytest
 import torch
@@ -94,15 +96,21 @@ def test_a_signal_keeps_the_unfinished_shard(run, images, tmp_path, number):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     options = ("--model", "tiny", "--resolution", "256", "--device", "cpu", "--shard-size", "1GB")
     command = [sys.executable, "-m", "latentprep", "encode", images, "--out", tmp_path / "c", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-    assert process.stderr is not None
+    screen, terminal = os.openpty()  # in a pipe there is no bar that says where it is
+    termios.tcsetwinsize(terminal, (24, 120))
+    process = subprocess.Popen(command, stderr=terminal, stdout=subprocess.PIPE, env=environment)
+    os.close(terminal)
     said = b""
     while not re.search(rb" [1-9]\d*/38 ", said) and process.poll() is None:
-        said += process.stderr.read1()
+        said += os.read(screen, 1000)
     process.send_signal(number)
-    _, err = process.communicate()
+    with suppress(OSError):  # as a terminal ends whose last program has gone
+        while more := os.read(screen, 1000):
+            said += more
+    process.communicate()
+    os.close(screen)
     assert process.returncode == 128 + number
-    assert b"Stopped; what is encoded so far is safe in" in err
+    assert b"Stopped; what is encoded so far is safe in" in said
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
     torch.set_num_threads(1)
     whole = [str(part) for part in command]

@@ -34,6 +34,11 @@ def stack(examples, name):
     return torch.stack([example[name] for example in examples])
 
 
+def tell(name, value):
+    """A line for the test, written at once: several processes may write."""
+    os.write(1, f"{name} {value}\n".encode())
+
+
 class Steps:
     """Steps of the optimizer, logged, with a checkpoint every few of them."""
 
@@ -56,7 +61,7 @@ class Steps:
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
-        print("SEEN", latents.double().sum((1, 2, 3)).tolist(), flush=True)
+        tell("SEEN", latents.double().sum((1, 2, 3)).tolist())
         if not self.accelerator.sync_gradients:
             return
         self.done += 1
@@ -68,5 +73,5 @@ class Steps:
         return self.done >= self.args.max_train_steps
 
     def end(self):
-        print("RATE", self.schedule.get_last_lr()[0], flush=True)
+        tell("RATE", self.schedule.get_last_lr()[0])
         self.accelerator.end_training()

@@ -43,7 +43,8 @@ def without_shuffle(function):
 
 def log(self, values, step=None, **_):
     if self.is_main_process:
-        print("LOG", json.dumps({name: value for name, value in values.items() if "loss" in name}), flush=True)
+        losses = json.dumps({name: value for name, value in values.items() if "loss" in name})
+        os.write(1, f"LOG {losses}\n".encode())  # at once: several processes may write
 
 
 def add_adapter(self, *args, _add=PeftAdapterMixin.add_adapter, **options):
