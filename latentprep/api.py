@@ -174,7 +174,7 @@ def encode(
         images=images,
         exclude=patterns,
         masks=Path(weights) if images.weights == "masks" and not sets else None,
-        text=text or make_text(common), sets=sets, notes=source.notes, again=source.again,
+        text=text or make_text(common), sets=sets, notes=source.notes, remembered=source.remembered,
         model=str(model), vae=name_or_none(vae), config=name_or_none(config), revision=revision or None, flip=flip,
         store=store, store_dtype=store_dtype, device=device, devices=devices, dtype=dtype, rank=rank,
         world_size=world_size, tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,

@@ -1,11 +1,13 @@
 """TOML files of options and of sets -> arguments of encode; and those that a cache remembers.
 
-What a set says for itself counts first, then what the call gives, then the rest of the file.
+If an argument is given in several places, the first of these wins: a set; the call; --options FILE; what a cache
+remembers (--again); the top of the .toml file that is the source.
 """
 
 import os
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -31,11 +33,12 @@ Arguments = dict[str, Any]
 def expand(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[Arguments]:
     """The arguments of each run that a call asks for: files are read, `source` is an Origin. Raises UserError."""
     found = {name: value for name, value in given.items() if name not in ("again", "options")}
-    if given.get("again"):
-        found = {**recall(str(given["again"]), given.get("source"), parameters), "out": str(given["again"]), **found}
     if given.get("options"):
         path = Path(given["options"])
-        found = {**read_options(path, load_toml(path, "--options"), parameters), **found}
+        found = merge(read_options(path, load_toml(path, "--options"), parameters), found)
+    if given.get("again"):
+        recalled = recall(str(given["again"]), found.get("source"), parameters)
+        found = merge({**recalled, "out": str(given["again"])}, found)
     source = found.get("source")
     if isinstance(source, Iterable) and not isinstance(source, str | bytes | Path | Mapping):
         source = found["source"] = list(source)
@@ -48,18 +51,20 @@ def expand(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[Ar
         raise UserError("SOURCE: is empty, expected a folder of images.")
     check_path("SOURCE", source)
     path = Path(source)
-    again = {**remember(found, parameters), "source": str(path.absolute())}
+    remembered = {**remember(found, parameters), "source": str(path.absolute())}
     if path.suffix.lower() == SUFFIX and not path.is_dir():
-        return expand_file(found, path, again, parameters)
-    return [of_folder(found, path, again)]
+        return expand_file(found, path, remembered, parameters)
+    return [of_folder(found, path, remembered)]
 
 
-def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequence[Parameter]) -> list[Arguments]:
+def expand_file(
+    found: Arguments, path: Path, remembered: Arguments, parameters: Sequence[Parameter]
+) -> list[Arguments]:
     """The arguments of each run of a .toml file that stands in the place of a source. Raises UserError."""
     table = load_toml(path, "SOURCE")
     out = str(found.get("out") or path.with_suffix(".latents"))
     if is_kohya(table):
-        return expand_kohya(found, path, table, out, again, parameters)
+        return expand_kohya(found, path, table, out, remembered, parameters)
     sets = table.pop("set", None)
     options = read_options(path, table, parameters, more=("set",))
     source = options.pop("source", None)
@@ -70,11 +75,11 @@ def expand_file(found: Arguments, path: Path, again: Arguments, parameters: Sequ
         if not isinstance(source, str) or not source:
             raise UserError(f"{path}: source = {source!r:.80}: expected a folder. Several are [[set]] tables.")
         check_path(f"{path}: source", source)
-        return [of_folder(found, Path(source), again)]
+        return [of_folder(found, Path(source), remembered)]
     if not isinstance(sets, list) or not sets or not all(isinstance(own, dict) for own in sets):
         raise UserError(f"{path}: set: expected [[set]] tables, in double brackets.")
     own = tuple(read_table(path, f"[[set]] {n}: ", values, set_names(parameters)) for n, values in enumerate(sets, 1))
-    return [with_origin(found, Origin(path, own), again)]
+    return [with_origin(found, Origin(path, own), remembered)]
 
 
 def expand_kohya(
@@ -82,7 +87,7 @@ def expand_kohya(
     path: Path,
     table: Mapping[str, Any],
     out: str,
-    again: Arguments,
+    remembered: Arguments,
     parameters: Sequence[Parameter],
 ) -> list[Arguments]:
     """The arguments of each run that a dataset.toml of sd-scripts asks for. Raises UserError."""
@@ -94,28 +99,29 @@ def expand_kohya(
         notes = run.notes if count == 1 else (f"[[datasets]] {number} of {count}: {folder}", *run.notes)
         origin = Origin(path, run.list_sets(has_files), notes)
         options = merge(run.list_options(has_files), found)
-        # by the file, unless that asks for other runs too, or depends on the folder one is in: then by its sets
+        # the cache remembers the file, if that asks for one run and means the same in every folder; else the sets
         is_by_file = count == 1 and run.is_anywhere
         by_sets = {**remember(options, parameters), "source": list(map(absolute, origin.sets))}
-        expanded.append(with_origin({**options, "out": folder}, origin, again if is_by_file else by_sets))
+        expanded.append(with_origin({**options, "out": folder}, origin, remembered if is_by_file else by_sets))
     return expanded
 
 
 def merge(options: Mapping[str, Any], typed: Mapping[str, Any]) -> Arguments:
-    """The options of a file, and those that were typed, which count first: also if they say the same otherwise."""
+    """The options of a file, and those that were typed, which count first. A typed size replaces all of the file's."""
     sizes = ("resolution", "width", "height")
     is_typed = any(name in typed for name in sizes)
     return {**{name: value for name, value in options.items() if not (is_typed and name in sizes)}, **typed}
 
 
-def of_folder(found: Arguments, path: Path, again: Arguments) -> Arguments:
+def of_folder(found: Arguments, path: Path, remembered: Arguments) -> Arguments:
     """The arguments of a run over a folder, or a tar; folders such as kohya's are sets. Raises UserError."""
     sets, notes = list_folders(path, found.get("folders", "auto")) if path.is_dir() else ((), ())
     if sets:
-        again = {**again, "folders": "kohya"} if str(path.absolute()) == again["source"] else again
+        is_named = str(path.absolute()) == remembered["source"]  # and not by a file
+        remembered = {**remembered, "folders": "kohya"} if is_named else remembered
     if not takes_files(found):  # then no image is without a caption
         sets = tuple({name: value for name, value in own.items() if name != "default_caption"} for own in sets)
-    return with_origin(found, Origin(path, sets, notes), again)
+    return with_origin(found, Origin(path, sets, notes), remembered)
 
 
 def takes_files(found: Arguments) -> bool:
@@ -123,9 +129,9 @@ def takes_files(found: Arguments) -> bool:
     return found.get("caption_from", "auto") in ("auto", "file")
 
 
-def with_origin(found: Arguments, origin: Origin, again: Arguments) -> Arguments:
-    """The arguments of a run, with all that asks for it again."""
-    return {**found, "source": Origin(origin.where, origin.sets, origin.notes, again)}
+def with_origin(found: Arguments, origin: Origin, remembered: Arguments) -> Arguments:
+    """The arguments of a run, with those that its cache is to remember."""
+    return {**found, "source": replace(origin, remembered=remembered)}
 
 
 def remember(found: Arguments, parameters: Sequence[Parameter]) -> Arguments:

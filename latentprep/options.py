@@ -174,7 +174,7 @@ class EncodeOptions:
     masks: Path | None = None  # folder of mask images, with images.weights "masks"
     sets: tuple[ImageSet, ...] = ()  # then exclude and masks are theirs, and text.sets has their captions
     notes: tuple[str, ...] = ()  # what a person is to be told before the run
-    again: Mapping[str, Any] = field(default_factory=dict)  # the arguments that ask for all of this once more
+    remembered: Mapping[str, Any] = field(default_factory=dict)  # the arguments that ask for all of this once more
     model: str = DEFAULT_MODEL
     vae: str | None = None
     config: str | None = None  # folder of configs for models in a single file

@@ -6,7 +6,7 @@ from typing import Any
 
 from latentprep.recipe import recipe_changes
 
-# leaf of a recipe -> its option. A flag is said as yes or no; of those in NEGATED it says the opposite of the leaf
+# leaf of a recipe -> its option. A flag is said as yes or no; those in NEGATED are yes if the leaf is false
 OPTIONS = {
     "geometry.resolution": "--resolution", "geometry.area": "--resolution", "geometry.size": "--width, --height",
     "geometry.mode": "--resolution, --width, --height", "geometry.bucket_step": "--bucket-step",

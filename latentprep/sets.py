@@ -40,7 +40,7 @@ class Origin:
     where: Path  # a folder or a tar; of sets the file that names them, or the folder that holds them
     sets: tuple[Mapping[str, Any], ...] = ()  # of each its options, and keys of OWN
     notes: tuple[str, ...] = ()  # what a person is to be told
-    again: Mapping[str, Any] = field(default_factory=dict)
+    remembered: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_text(arguments: Mapping[str, Any]) -> TextOptions:

@@ -70,7 +70,7 @@ OPTIONS = [
     ({}, {"weights": "none"}),
 ]
 SETS = [
-    ({}, {"repeats": 1, "first_line": True, "flip": False}),
+    ({}, {"repeats": 1, "first_line": True}),
     ({"num_repeats": 10}, {"repeats": 10}),
     ({"caption_extension": ".txt"}, {"caption_extension": ".txt"}),
     ({"class_tokens": "sks dog"}, {"default_caption": "sks dog"}),
@@ -99,6 +99,13 @@ def test_keys_of_a_subset_become_options_of_a_set(given, wanted):
     farther = {"num_repeats": 99, "caption_prefix": "far", "class_tokens": "far"}
     own = read(general=farther, subset={"num_repeats": 2})[1]
     assert (own["repeats"], own["caption_prefix"], own["default_caption"]) == (2, "far", "far")
+
+
+def test_a_set_says_nothing_of_flips_if_no_subset_does():
+    assert "flip" not in read()[1]
+    subsets = [{"image_dir": "dog", "flip_aug": True}, {"image_dir": "a"}]
+    (run,) = read_dataset_config(Path("k.toml"), {"datasets": [{"resolution": 64, "subsets": subsets}]})
+    assert [own["flip"] for own in run.sets] == [True, False]
 
 
 def test_masks_and_regularization_are_of_the_subset_alone():
@@ -139,7 +146,10 @@ def table_of(dataset=None, **subset):
         (table_of({"subsets": [{}]}), "subset 1: has no image_dir. Give the folder."),
         (table_of(num_repeat=3), "Did you mean num_repeats"),
         (table_of(num_repeats="3"), "expected a whole number"),
-        (table_of({"enable_bucket": True, "max_bucket_reso": 256}), "min_bucket_reso 256 and max_bucket_reso 256"),
+        (
+            table_of({"enable_bucket": True, "max_bucket_reso": 256}),
+            "min_bucket_reso = 256 and max_bucket_reso = 256: the resolution 512x512 is to lie",
+        ),
         (table_of(num_repeats=0), "none of its subsets"),
     ],
 )

@@ -69,6 +69,18 @@ def test_a_cache_is_made_again_without_typing_anything(run, desk, monkeypatch):
     assert open_manifest(Storage("../c")).made_with.again["trigger"] == "xyz"
 
 
+def test_a_file_counts_before_what_the_cache_remembers_and_a_typed_size_replaces_all_of_them(run, desk):
+    (desk / "fixed.toml").write_text('model = "tiny"\nwidth = 64\nheight = 64\ndevice = "cpu"\n', "utf-8")
+    assert run("encode", "images", "--options", "fixed.toml", "--trigger", "old", "--out", "c").code == 0
+    (desk / "new.toml").write_text('trigger = "new"\n', "utf-8")
+    assert run("encode", "--again", "c", "--options", "new.toml").code == 0
+    data = latentprep.LatentDataset("c")
+    assert all(data.caption(n)[0].startswith("new") for n in range(len(data)))
+    for command in (("images", "--options", "fixed.toml", "--out", "d"), ("--again", "c", "--out", "e")):
+        assert run("encode", *command, "--resolution", 96, "--bucket-step", 32).code == 0
+        assert geometry(command[-1]).mode == "buckets"
+
+
 def test_flags_of_one_call_are_not_remembered(desk):
     small = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32, "device": "cpu", "progress": False}
     latentprep.encode("images", "c", **small, overwrite=True, retry_skipped=True, check_content=True, allow_gone=True)

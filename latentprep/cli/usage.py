@@ -1,6 +1,7 @@
 """A command line that cannot be understood -> one line that says what is wrong and what to type."""
 
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
@@ -67,7 +68,7 @@ def missing(param: Any, parameters: Mapping[str, Parameter], command: str) -> st
 
 
 def bad_value(param: Any, parameter: Parameter | None, message: str, words: Sequence[str]) -> str:
-    """A value that is none of its option's."""
+    """A value that its option does not take."""
     flag = next((name for name in param.opts if name.startswith("--")), param.metavar or param.name)
     given = value_of(flag, words)
     said = f"{flag} {given}" if given is not None else flag
@@ -84,7 +85,7 @@ def value_of(flag: str, words: Sequence[str]) -> str | None:
 def unknown_command(name: str, commands: list[str]) -> str:
     """A word that is no command; the path of a folder is one to encode."""
     if Path(name).exists():
-        return f"{name}: no such command. To encode that folder: latentprep encode {name}"
+        return f"{name}: no such command. To encode it: latentprep encode {shlex.quote(name)}"
     near = get_close_matches(name, commands, n=1)
     guess = f" Did you mean {near[0]}?" if near else ""
     return f"{name}: no such command.{guess} There are {', '.join(commands)}."

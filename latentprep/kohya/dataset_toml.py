@@ -106,7 +106,7 @@ def read_dataset(
 
 
 def read_size(where: str, dataset: Mapping[str, Any], resolution: str | int | None) -> tuple[int, int]:
-    """(width, height) of a dataset, or of the resolution that was typed. Raises UserError."""
+    """Width and height of a dataset, as sd-scripts orders them, or of the typed resolution. Raises UserError."""
     size = dataset.get("resolution")
     if size is None:
         if resolution is None:

@@ -14,10 +14,11 @@ MOST_REPEATS = 999  # that a folder's name is taken to say; 2023_summer is a yea
 
 
 def list_folders(path: Path, mode: str) -> tuple[tuple[Mapping[str, Any], ...], tuple[str, ...]]:
-    """The sets of a folder that holds folders such as `10_sks dog`, and what to tell a person; () if it is none.
+    """The sets of a folder that holds folders such as `10_sks dog`, and what to tell a person.
 
-    mode: auto: if all its folders of images have such names, and do not just count; kohya: those that have; plain:
-    none. A folder without images is none of them.
+    mode: auto: sets if all folders of images have such names, no image is beside them, and their numbers are no count
+    and no years; kohya: those that have such names; plain: no sets. Raises UserError if kohya is asked for, and none
+    has one.
     """
     from latentprep.prepare.images.pillow import is_image_name
 

@@ -71,7 +71,7 @@ NO_EQUIVALENT = {
     "conditioning_data_dir": "has no equivalent: control images are not stored",
 }
 # values of those that change nothing
-IDLE = {"network_multiplier": (1,), "caption_separator": (",",), "token_warmup_min": (1,), "batch_size": ()}
+IDLE = {"network_multiplier": (1,), "caption_separator": (",",), "token_warmup_min": (1,)}
 
 
 def check_table(where: str, table: Mapping[str, Any], known: Mapping[str, tuple[Check, str]]) -> None:

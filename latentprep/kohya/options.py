@@ -13,7 +13,7 @@ FILTERS = {
 
 
 def bucket_options(where: str, dataset: Mapping[str, Any], width: int, height: int) -> dict[str, Any]:
-    """How images become buckets."""
+    """Sizes as options: one size, or buckets. Raises UserError."""
     if not dataset.get("enable_bucket", False):
         return {"width": width, "height": height}
     step = dataset.get("bucket_reso_steps", 64)
@@ -22,18 +22,18 @@ def bucket_options(where: str, dataset: Mapping[str, Any], width: int, height: i
     options = {"resolution": width if width == height else f"{width}x{height}", "bucket_step": step}
     if dataset.get("bucket_no_upscale", False):  # sd-scripts looks at no limits then
         return {**options, "no_upscale": True}
-    low, high = dataset.get("min_bucket_reso", 256), dataset.get("max_bucket_reso", 1024)
-    low, high = low - low % step, -(-high // step) * step
+    least, most = dataset.get("min_bucket_reso", 256), dataset.get("max_bucket_reso", 1024)
+    low, high = least - least % step, -(-most // step) * step
     if not 0 < low <= min(width, height) or high < max(width, height):
         raise UserError(
-            f"{where}: min_bucket_reso {low} and max_bucket_reso {high}: expected the one at most, the other at least "
-            f"the resolution of {width}x{height}."
+            f"{where}: min_bucket_reso = {least} and max_bucket_reso = {most}: the resolution {width}x{height} is to "
+            "lie between them."
         )
     return {**options, "min_side": low, "max_side": high, "max_aspect": float(high) / low}
 
 
 def common_options(where: str, subsets: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What all subsets of a cache have alike."""
+    """Options that a cache has once: on if a subset asks for them. Raises UserError if resize_interpolation differs."""
     options: dict[str, Any] = {
         "flip": any(subset.get("flip_aug") for subset in subsets),
         "weights": "alpha" if any(subset.get("alpha_mask") for subset in subsets) else "none",

@@ -72,7 +72,7 @@ SAME = {
 
 
 def make_set(subset: Mapping[str, Any]) -> dict[str, Any]:
-    """One subset as a set of ours. What it does not say may be typed."""
+    """One subset as a set of ours. If it says nothing of captions, what is typed counts."""
     own: dict[str, Any] = {ours: subset[name] for name, ours in SAME.items() if name in subset}
     own |= {
         "source": str(subset["image_dir"]),
@@ -91,6 +91,13 @@ def make_set(subset: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
+def without_flips(sets: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """The sets, which say nothing of flips if none of them has any: --flip may be typed."""
+    if any(own["flip"] for own in sets):
+        return sets
+    return [{name: value for name, value in own.items() if name != "flip"} for own in sets]
+
+
 def name_sets(sets: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
     """The sets with the names of their folders; with those above before it, as far as it takes to tell them apart."""
     parts = [Path(own["source"]).absolute().parts[1:] for own in sets]
@@ -101,7 +108,7 @@ def name_sets(sets: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
                 break
         else:
             own["name"] = f"{parts[number][-1]}-{number + 1}"
-    return tuple(sets)
+    return tuple(without_flips(sets))
 
 
 # keys -> what is done otherwise, or by the reader, if a subset has one of them

@@ -30,7 +30,7 @@ class Images:
     source: Source
     masks: Masks | None
     captioned: Captioned
-    skips: list[Skip]  # of files that are no images; those of captions are in `captioned`
+    skips: list[Skip]  # what cannot be listed or used, also for its mask; those of captions are in `captioned`
     facts: tuple[SetFacts, ...]  # of the sets; (): there is one source
 
 
@@ -118,7 +118,10 @@ def named(part: ImageSet) -> Iterator[None]:
 
 
 def make_facts(sets: Sequence[ImageSet], counts: Sequence[int]) -> tuple[SetFacts, ...]:
-    """What readers must know of sets with so many images. Sets without repeats get as many samples as the others."""
+    """What readers must know of sets with so many images.
+
+    Those with repeats = "auto" get, together, about as many samples as all others.
+    """
     given = sum(part.repeats * count for part, count in zip(sets, counts, strict=True) if part.repeats is not None)
     left = sum(count for part, count in zip(sets, counts, strict=True) if part.repeats is None)
     repeats = min(MAX_REPEATS, max(1, round(given / left))) if left else 1

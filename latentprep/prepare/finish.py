@@ -122,7 +122,7 @@ def made_with(prepared: Prepared) -> MadeWith:
         device=", ".join(prepared.where.devices),
         batch_size=prepared.batch_size,
         compile=options.compile,
-        again=dict(options.again),
+        again=dict(options.remembered),
     )
 
 

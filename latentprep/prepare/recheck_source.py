@@ -30,7 +30,7 @@ def find_originals(
 ) -> Originals:
     """The images in `where` now, or those of the sets that it names; without sets, `masks` is where masks are now.
 
-    Raises UserError if there is no such source.
+    Raises UserError if a source or its masks are not there, or if they are not those of this cache.
     """
     if not sets:
         names = [facts.name for facts in manifest.sets]

@@ -42,7 +42,7 @@ def check_recipe(
     for before in made:
         changes = list(describe_changes(before, recipe.latents.to_json()))
         if changes:
-            hint = f" (--again {options.out} has them)" if options.again and manifest is not None else ""
+            hint = f" (--again {options.out} has them)" if options.remembered and manifest is not None else ""
             kind = "a cache" if manifest is not None else "an unfinished cache"
             raise UserError(
                 f"{options.out}: holds {kind} of another recipe ({'; '.join(changes)}; cache -> asked). "

@@ -264,7 +264,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         return [size * epoch for size in self.sizes_of_buckets()]
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
-        """Indices [B] of samples given by their numbers in a bucket: image after image, repeat after repeat."""
+        """Indices [B] of samples given by their numbers in a bucket: round after round, image after image."""
         return self._index.samples_of_bucket(bucket, numbers)
 
     def describe_state(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ Shape = tuple[int, ...]  # [C,h,w] of a latent
 class Index:
     """The samples of a cache in their order: group after group, dead rows left out, and all of that `repeats` times.
 
-    An image of a set with repeats stands that many times as often.
+    With sets, an image appears `repeats` times the repeats of its set, in rounds (repeats.py).
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class Index:
         self.groups = [(s, n) for s, shard in enumerate(shards) for n in range(len(shard.groups))]
         shapes = [shape for shard in shards for _, _, shape in shard.groups]
         counts = [rows for shard in shards for _, rows, _ in shard.groups]
-        self._live: dict[int, np.ndarray] = {}  # of groups with dead rows: the numbers of the others
+        self._live: dict[int, np.ndarray] = {}  # group -> its rows that are samples, if not all are
         for group, (shard, number) in enumerate(self.groups):
             if shards[shard].dead:
                 self._live[group] = shards[shard].live_rows()[number]
@@ -46,7 +46,7 @@ class Index:
         numbers = {shape: number for number, shape in enumerate(self.buckets)}
         self.bucket_of_group = of_group = np.array([numbers.get(shape, -1) for shape in shapes], np.int64)
         self._groups_of_bucket = [np.flatnonzero(of_group == bucket) for bucket in range(len(self.buckets))]
-        # of groups of which not all rows are samples: those that are, end to end, and where each group's begin; else -1
+        # the rows of _live, end to end; and where those of each group begin, or -1 if all its rows are samples
         self._live_rows = np.concatenate([*self._live.values(), np.arange(0)])
         self._live_starts = np.full(len(self.groups), -1, np.int64)
         ends = np.cumsum([0, *map(len, self._live.values())])
@@ -152,7 +152,7 @@ class Index:
         return list(map(len, self._repeats_of_bucket))
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
-        """Indices [B] of samples given by their numbers in a bucket: image after image, repeat after repeat."""
+        """Indices [B] of samples given by their numbers in a bucket: round after round, image after image."""
         starts = self._bucket_starts[bucket]
         image, repetition = self._repeats_of_bucket[bucket].split(numbers.astype(np.int64))
         place = np.searchsorted(starts, image, side="right") - 1

@@ -15,9 +15,9 @@ class Level(NamedTuple):
 
 
 class Repeats:
-    """The samples of n images, round after round: in each stand, in their order, the images that are still repeated.
+    """The samples of n images, in rounds: round r, from 0, has every image with more than r repeats, in their order.
 
-    Beyond the last sample all of it begins again: those are further repetitions.
+    A number past the last sample starts over, with further repetitions.
     """
 
     def __init__(self, num_images: int, counts: "np.ndarray | int") -> None:

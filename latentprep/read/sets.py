@@ -9,7 +9,10 @@ from latentprep.cache.sets import SetFacts
 
 
 class SetTable:
-    """What samples have by their set. Of a cache without sets each number is one for all of them."""
+    """Values that samples get from their set.
+
+    numbers [B]: the sets of samples; None: the cache has no sets. If all samples have the same, it is one float.
+    """
 
     def __init__(self, sets: Sequence[SetFacts]) -> None:
         self.names = tuple(facts.name for facts in sets)
@@ -23,19 +26,19 @@ class SetTable:
         return [list(own) for own in facts]
 
     def weights(self, numbers: np.ndarray | None, factor: float) -> "float | np.ndarray":
-        """[B] float32: how much the loss of samples counts, by the numbers of their sets [B]."""
+        """[B] float32: how much the loss of each sample counts; factor: the dataset's own sample_weight."""
         if numbers is None or (self._weights == 1).all():
             return factor
         weights: np.ndarray = self._weights[numbers] * np.float32(factor)
         return weights
 
-    def dropouts(self, numbers: np.ndarray | None, own: float | None) -> "float | np.ndarray":
-        """[B]: how often the caption is left out, 0..1: `own` of the dataset, or what the sets say."""
-        if numbers is None or own is not None or not self._dropouts.any():
-            return own or 0.0
+    def dropouts(self, numbers: np.ndarray | None, of_dataset: float | None) -> "float | np.ndarray":
+        """[B]: how often the caption is left out, 0..1; of_dataset: the dataset's own, which counts first."""
+        if numbers is None or of_dataset is not None or not self._dropouts.any():
+            return of_dataset or 0.0
         dropouts: np.ndarray = self._dropouts[numbers]
         return dropouts
 
     def flips(self, numbers: np.ndarray | None, flip_p: float) -> "float | np.ndarray":
-        """[B]: how often the mirrored view is taken, 0..1; never of a set that says so."""
+        """[B]: how often the mirrored view is taken, 0..1: flip_p, but 0 for a set with flip = false."""
         return flip_p if numbers is None or self._may_flip.all() else self._may_flip[numbers] * flip_p

@@ -89,7 +89,7 @@ def measure_vae(prepared: Prepared, buckets: Counter[Size]) -> tuple[float, str]
 
 
 def list_probes(batch: int, height: int, width: int, step: int) -> list[Probe]:
-    """Inputs for a measurement, each at most four times as large as the one before; the last is the true one."""
+    """Inputs for a measurement, the smallest first: one image at halved sides, one whole image, the whole batch."""
     probes = [(batch, height, width)]
     if batch > 1:
         probes.append((1, height, width))
@@ -104,7 +104,7 @@ def num_pixels(probe: Probe) -> int:
 
 
 def measure(work: Callable[[T], object], probes: Sequence[T], cost: Callable[[T], int]) -> tuple[T, float]:
-    """The largest of some probes that takes LIMIT at most, and its seconds; the smallest is always tried."""
+    """A probe and its seconds: the last before one that is expected to take over LIMIT. The first is always tried."""
     for probe, larger in zip(probes, [*probes[1:], None], strict=True):
         seconds = time_twice(lambda probe=probe: work(probe))  # type: ignore[misc]
         if larger is None or 2 * seconds * cost(larger) / cost(probe) > LIMIT:
