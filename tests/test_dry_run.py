@@ -113,6 +113,7 @@ def test_prompts_of_a_run_that_was_killed_are_not_counted_again(run, images, tmp
     assert latentprep_json(encode(run, images, cache, "--dry-run", "--json", "--overwrite"))["prompts"] == 10
 
 
+@pytest.mark.slow
 def test_what_would_take_long_is_measured_on_less(run, images, tmp_path, monkeypatch):
     clock = [0.0]
 

@@ -279,6 +279,7 @@ def test_the_lock_goes_with_its_holder_and_leaves_nothing(tmp_path):
         pass
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(run, images, tmp_path):
     """A quota on the size of a file: the latents fit, the manifest and text do not."""
     cache = tmp_path / "c"

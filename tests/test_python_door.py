@@ -318,6 +318,7 @@ print(logging.get_verbosity() == logging.WARNING, "TRANSFORMERS_VERBOSITY" in os
 """
 
 
+@pytest.mark.slow
 def test_a_silent_call_prints_nothing_at_all(images, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_VERBOSITY"}
     command = [sys.executable, "-c", QUIET, str(images), str(tmp_path / "c")]
@@ -623,6 +624,7 @@ def test_pillows_limit_is_put_back(images, tmp_path, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 12_345
 
 
+@pytest.mark.slow
 def test_several_devices_in_a_process_that_may_start_none(images, tmp_path):
     code = """
 import multiprocessing, sys, latentprep

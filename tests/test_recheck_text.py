@@ -462,6 +462,7 @@ def test_a_shard_whose_cond_has_another_width_is_not_read_with_the_others(run, p
         list(map(data.__getitem__, range(len(data))))
 
 
+@pytest.mark.slow
 def test_verify_takes_the_images_that_the_cache_took(run, tmp_path):
     """Whatever --max-megapixels it was made with: verify has none."""
     (tmp_path / "photos").mkdir()

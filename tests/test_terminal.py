@@ -93,6 +93,7 @@ def test_a_strangers_manifest_is_not_obeyed(run, images, tmp_path):
     assert not obeyed(run("encode", images, "--out", tmp_path / "c", *SMALL))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["full", "closed"])
 def test_a_run_goes_on_if_nobody_listens(images, tmp_path, kind):
     if kind == "full":
