@@ -93,7 +93,7 @@ def test_what_is_wrong_is_one_line(run, words, message):
 
 def test_a_folder_without_a_command_is_one_to_encode(run, images, monkeypatch):
     monkeypatch.chdir(images.parent)
-    assert said(run, "images") == "images: no such command. To encode that folder: latentprep encode images"
+    assert said(run, "images") == "images: no such command. To encode it: latentprep encode images"
 
 
 def test_no_words_at_all_are_answered_with_the_help(run):
