@@ -49,6 +49,7 @@ def test_a_pass_ends_with_images_per_second_and_waits_and_nothing_of_other_libra
     assert [line for line in lines if not re.match(OWN_LINES, line)] == []
 
 
+@pytest.mark.slow
 def test_a_new_process_prints_nothing_of_other_libraries_either(images, tmp_path):
     command = [sys.executable, "-m", "latentprep", "encode", str(images), "--out", str(tmp_path / "c"), *SMALL]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

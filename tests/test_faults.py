@@ -210,6 +210,7 @@ cli.main()
 """
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_ends_it_at_once(images, tmp_path):
     command = [sys.executable, "-c", SLOW, "encode", str(images), "--out", str(tmp_path / "c"), *SMALL]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -225,6 +226,7 @@ def test_a_second_ctrl_c_ends_it_at_once(images, tmp_path):
     assert process.wait(timeout=10) == 130
 
 
+@pytest.mark.slow
 def test_a_second_run_says_who_holds_the_cache_and_a_dead_one_blocks_nobody(run, many, tmp_path):
     cache = tmp_path / "c"
     command = ["encode", many, "--out", cache, *SMALL, *SHARDS]

@@ -36,6 +36,7 @@ def test_tiny_is_a_diffusers_folder_of_at_most_4_mb():
     assert open_text(find_model("tiny")).window == 77
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_tiny_restores_photos_it_never_saw():
     vae = AutoencoderKL.from_pretrained(TINY / "vae").float().eval()
