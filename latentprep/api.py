@@ -42,7 +42,7 @@ from latentprep.options import (
 )
 from latentprep.progress import Progress, open_progress
 from latentprep.results import Compacted, Encoded, Merged, Summary, Verified, join_runs
-from latentprep.sets import Origin, join_weights, make_sets, make_text
+from latentprep.sets import Origin, as_tuple, join_weights, make_sets, make_text
 
 
 def expand_encode(given: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -157,7 +157,7 @@ def encode(
         "include_cond": not no_cond, "prompts_per_image": prompts_per_image, "max_tokens": max_tokens,
         "clip_skip": clip_skip, "emphasis": emphasis,
     }  # fmt: skip
-    patterns = list_patterns(exclude)
+    patterns = as_tuple(exclude)
     common = {**wording, **encoders}
     sets = make_sets(source.sets, common, list_parameters(encode), patterns) if source.sets else ()
     text = replace(TextOptions(**encoders), sets={own.name: own.text for own in sets}) if sets else None
@@ -190,16 +190,8 @@ def find_named(source: Path) -> tuple[Path, list[tuple[ImageSet, ...]]]:
     if source.suffix.lower() != ".toml" or source.is_dir():
         return source, []
     runs = expand_encode({"source": source})
-    named = [
-        make_sets(run["source"].sets, {}, list_parameters(encode), list_patterns(run.get("exclude")))
-        for run in runs
-        if run["source"].sets
-    ]
+    named = [make_sets(run["source"].sets, {}, list_parameters(encode)) for run in runs if run["source"].sets]
     return (source if named else runs[0]["source"].where), named
-
-
-def list_patterns(exclude: str | Sequence[str] | None) -> tuple[str, ...]:
-    return (exclude,) if isinstance(exclude, str) else tuple(exclude or ())
 
 
 # fmt: off

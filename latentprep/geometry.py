@@ -136,15 +136,18 @@ class Geometry:
 
 
 def parse_resolution(text: str) -> tuple[int, int | None]:
-    """--resolution as the side of a square in pixels; of WIDTHxHEIGHT also the product. Raises UserError.
+    """--resolution as the side of a square in pixels; of WIDTHxHEIGHT also the product. Raises UserError."""
+    width, height = parse_sides(text)
+    side = math.isqrt(width * height)
+    return side, None if side**2 == width * height else width * height
+
+
+def parse_sides(text: str) -> tuple[int, int]:
+    """--resolution as width and height in pixels; one number is both. Raises UserError.
 
     A comma between them will do too, as in kohya's sd-scripts.
     """
     sides = text.lower().replace(",", "x").split("x")
     if len(sides) > 2 or not all(side.isdecimal() and len(side) < 9 and int(side) for side in sides):
         raise UserError(f"--resolution {text}: expected a number of pixels, such as 512 or 768x512, or 'native'.")
-    if len(sides) == 1:
-        return int(text), None
-    area = int(sides[0]) * int(sides[1])
-    side = math.isqrt(area)
-    return side, None if side**2 == area else area
+    return int(sides[0]), int(sides[-1])

@@ -51,7 +51,7 @@ def source_text(prepared: Prepared) -> str:
             "(--caption-lines makes each line a caption)"
         )
     options = prepared.options.text
-    lines += caption_lines(prepared)
+    lines += describe_captions(prepared)
     if options.prompts_per_image > 1 and max(counts, default=1) == 1 and not options.has_choices:
         lines.append(
             f"         the {options.prompts_per_image} prompts of an image are all its one caption, since nothing "
@@ -72,7 +72,7 @@ def source_text(prepared: Prepared) -> str:
     return "\n".join(lines)
 
 
-def caption_lines(prepared: Prepared) -> list[str]:
+def describe_captions(prepared: Prepared) -> list[str]:
     """What a person should see before hours are spent: captions that are file names, or empty; and some prompts."""
     options, items, lines = prepared.options, prepared.images.captioned.items, []
     of_names = [item for item in items if item.caption_origin == "filename"]
@@ -140,7 +140,7 @@ def change_lines(changes: Sequence[Change]) -> list[str]:
         those = [change for change in changes if change.what == what]
         if those:
             such_as = ", such as" if len(those) > 1 else ":"
-            lines.append(f"{what:<9}{counted(len(those), 'image')}{such_as} {named(those[0])}: {meaning}")
+            lines.append(f"{what:<9}{counted(len(those), 'image')}{such_as} {describe_change(those[0])}: {meaning}")
     if len(changes) > len(lines):
         lines.append("         --list names them all")
     return lines
@@ -154,7 +154,7 @@ def list_lines(result: Encoded) -> Iterator[str]:
         yield f"skipped  {printable(skip.key)} ({skip.reason}: {printable(skip.detail)})"
 
 
-def named(change: Change) -> str:
+def describe_change(change: Change) -> str:
     return printable(change.key) + (f" ({printable(change.detail)})" if change.detail else "")
 
 

@@ -15,9 +15,9 @@ from typing import Any
 from latentprep.door import Parameter
 from latentprep.errors import UserError
 from latentprep.human import printable
-from latentprep.kohya.dataset_toml import is_kohya, read_dataset_config
+from latentprep.kohya.dataset_toml import OF_FILES, is_kohya, read_dataset_config
 from latentprep.kohya.folders import list_folders
-from latentprep.sets import OWN, Origin, check_names, check_path, exists, expand_user
+from latentprep.sets import OWN, Origin, check_names, check_path, exists, expand_user, is_tables
 
 MAX_BYTES = 2**24
 SUFFIX = ".toml"
@@ -26,6 +26,8 @@ OF_CALL = (
     "again", "options", "dry_run", "overwrite", "allow_gone", "retry_skipped", "check_content", "only", "rank",
     "world_size", "progress",
 )  # fmt: skip
+# keys of sets that only files of captions have
+ONLY_FILES = ("caption_extension", "caption_lines", "first_line", "default_caption", "captions_file")
 OF_MACHINE = ("workers",)  # they only cost time, and are not remembered either
 Arguments = dict[str, Any]
 
@@ -46,7 +48,7 @@ def expand(given: Mapping[str, Any], parameters: Sequence[Parameter]) -> list[Ar
         raise UserError("SOURCE: is missing. Give a folder of images, a .toml file of sets, or --again CACHE.")
     if not isinstance(source, str | Path):
         origin = list_of_sets(source)
-        return [with_origin(found, origin, {**remember(found, parameters), "source": list(map(absolute, origin.sets))})]
+        return [with_origin(found, origin, remember_sets(found, origin, parameters))]
     if not str(source):
         raise UserError("SOURCE: is empty, expected a folder of images.")
     check_path("SOURCE", source)
@@ -76,7 +78,7 @@ def expand_file(
             raise UserError(f"{path}: source = {source!r:.80}: expected a folder. Several are [[set]] tables.")
         check_path(f"{path}: source", source)
         return [of_folder(found, Path(source), remembered)]
-    if not isinstance(sets, list) or not sets or not all(isinstance(own, dict) for own in sets):
+    if not is_tables(sets):
         raise UserError(f"{path}: set: expected [[set]] tables, in double brackets.")
     own = tuple(read_table(path, f"[[set]] {n}: ", values, set_names(parameters)) for n, values in enumerate(sets, 1))
     return [with_origin(found, Origin(path, own), remembered)]
@@ -92,17 +94,16 @@ def expand_kohya(
 ) -> list[Arguments]:
     """The arguments of each run that a dataset.toml of sd-scripts asks for. Raises UserError."""
     runs = read_dataset_config(path, table, found.get("resolution"))
-    has_files, count = takes_files(found), len(runs)
+    count = len(runs)
     expanded = []
     for number, run in enumerate(runs, 1):
         folder = out if count == 1 else f"{out.rstrip('/')}/{run.name}"
         notes = run.notes if count == 1 else (f"[[datasets]] {number} of {count}: {folder}", *run.notes)
-        origin = Origin(path, run.list_sets(has_files), notes)
-        options = merge(run.list_options(has_files), found)
-        # the cache remembers the file, if that asks for one run and means the same in every folder; else the sets
-        is_by_file = count == 1 and run.is_anywhere
-        by_sets = {**remember(options, parameters), "source": list(map(absolute, origin.sets))}
-        expanded.append(with_origin({**options, "out": folder}, origin, remembered if is_by_file else by_sets))
+        origin = Origin(path, fit_captions(run.sets, found), notes)
+        options = merge({**run.options, **(OF_FILES if takes_files(found) else {})}, found)
+        if count > 1 or not run.is_anywhere:  # the file asks for more, or means something else in another folder
+            remembered = remember_sets(options, origin, parameters)
+        expanded.append(with_origin({**options, "out": folder}, origin, remembered))
     return expanded
 
 
@@ -119,14 +120,19 @@ def of_folder(found: Arguments, path: Path, remembered: Arguments) -> Arguments:
     if sets:
         is_named = str(path.absolute()) == remembered["source"]  # and not by a file
         remembered = {**remembered, "folders": "kohya"} if is_named else remembered
-    if not takes_files(found):  # then no image is without a caption
-        sets = tuple({name: value for name, value in own.items() if name != "default_caption"} for own in sets)
-    return with_origin(found, Origin(path, sets, notes), remembered)
+    return with_origin(found, Origin(path, fit_captions(sets, found), notes), remembered)
 
 
 def takes_files(found: Arguments) -> bool:
     """Whether captions come from files."""
     return found.get("caption_from", "auto") in ("auto", "file")
+
+
+def fit_captions(sets: Sequence[Mapping[str, Any]], found: Arguments) -> tuple[Mapping[str, Any], ...]:
+    """Sets of sd-scripts without what only files of captions have, if captions are to come from elsewhere."""
+    if takes_files(found):
+        return tuple(sets)
+    return tuple({name: value for name, value in own.items() if name not in ONLY_FILES} for own in sets)
 
 
 def with_origin(found: Arguments, origin: Origin, remembered: Arguments) -> Arguments:
@@ -148,6 +154,11 @@ def remember(found: Arguments, parameters: Sequence[Parameter]) -> Arguments:
         if value is not None and value != parameter.default:
             kept[parameter.name] = value
     return absolute(kept)
+
+
+def remember_sets(found: Arguments, origin: Origin, parameters: Sequence[Parameter]) -> Arguments:
+    """The arguments that count for the next run too, with the sets themselves as its source. Raises UserError."""
+    return {**remember(found, parameters), "source": list(map(absolute, origin.sets))}
 
 
 def list_of_sets(sets: Any) -> Origin:
@@ -216,14 +227,8 @@ def set_names(parameters: Sequence[Parameter]) -> list[str]:
 
 
 WORDS = ("alpha", "none", "tiny")  # that are no paths, whatever stands in a folder
-PATHS = (
-    "weights",
-    "template",
-    "captions_file",
-    "model",
-    "vae",
-    "config",
-)  # arguments that may be paths, or other words
+# arguments that may be paths, or other words
+PATHS = ("weights", "template", "captions_file", "model", "vae", "config")
 
 
 def beside(folder: Path, name: str, value: Any) -> Any:

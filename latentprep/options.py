@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from latentprep.errors import UserError, check_choice
 from latentprep.geometry import Geometry
+from latentprep.records import set_of
 
 Animated = Literal["first", "skip"]
 Only = Literal["latents", "text"]
@@ -96,7 +97,7 @@ class TextOptions:
 
     def of(self, key: str) -> "TextOptions":
         """What counts for an image: the options of its set."""
-        return self.sets.get(key.partition("/")[0], self) if self.sets else self
+        return self.sets.get(set_of(key), self) if self.sets else self
 
     def __post_init__(self) -> None:
         check_choice("--caption-from", self.caption_from, CAPTIONS_FROM)

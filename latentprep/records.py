@@ -8,7 +8,14 @@ if TYPE_CHECKING:
     import numpy as np
 
 Size = tuple[int, int]  # (height, width) in pixels
+MAX_REPEATS = 2**20  # of an image in an epoch
+SET_NAME, MAX_SET_NAME = r"(?!\.\.?$)[^/\\\x00]+", 255  # of a set: it begins keys
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
+
+
+def set_of(key: str) -> str:
+    """The name of the set of an image, in a cache of several sets."""
+    return key.partition("/")[0]
 
 
 @dataclass(frozen=True, slots=True)

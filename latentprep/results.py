@@ -91,6 +91,7 @@ def join_runs(runs: list[Encoded]) -> Encoded:
         is_dry_run=first.is_dry_run,
         is_strict=first.is_strict,
         absent=tuple(sorted({rank for run in runs for rank in run.absent})),
+        num_prompts=sum(run.num_prompts for run in runs),
     )
 
 

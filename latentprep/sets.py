@@ -17,9 +17,8 @@ from latentprep.errors import UserError
 from latentprep.human import printable, shortened
 from latentprep.options import ImageSet, TextOptions
 from latentprep.prompts import load_template, read_lines
+from latentprep.records import MAX_REPEATS, MAX_SET_NAME, SET_NAME
 
-MAX_REPEATS = 2**20
-NAME, MAX_NAME = r"(?!\.\.?$)[^/\\\0]+", 255  # of a set: it begins keys
 # keys of a set that are no options of encode -> what they take
 OWN = {
     "name": "a text without a slash, of at most 255 characters",
@@ -53,7 +52,7 @@ def make_text(arguments: Mapping[str, Any]) -> TextOptions:
             f"To begin each caption with it: --trigger {shlex.quote(found['placeholder'])}."
         )
     if columns:
-        found["caption_columns"] = (columns,) if isinstance(columns, str) else tuple(columns)
+        found["caption_columns"] = as_tuple(columns)
     if default := found.pop("default_caption", None):
         found["default_caption"] = read_captions(str(default))
     return TextOptions(template=load_template(str(template)) if template else None, **found)
@@ -115,10 +114,20 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
     of_files = {"first_line": own.get("first_line", False), "captions_file": Path(table) if table else None}
     return ImageSet(
         name, Path(source), make_text({**common, **of_files, **values}),
-        (exclude,) if isinstance(exclude, str) else tuple(exclude or ()),
+        as_tuple(exclude),
         Path(weights) if weights not in ("alpha", "none") else None,
         None if repeats == "auto" else int(repeats), float(weight), float(dropout), flip,
     )  # fmt: skip
+
+
+def as_tuple(texts: str | Iterable[str] | None) -> tuple[str, ...]:
+    """One text, several or none, as an option that may be given again takes them."""
+    return (texts,) if isinstance(texts, str) else tuple(texts or ())
+
+
+def is_tables(value: Any) -> bool:
+    """Whether a value of a TOML file is one or more tables in double brackets."""
+    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) for part in value)
 
 
 def name_of(source: Path) -> str:
@@ -132,8 +141,12 @@ def is_name(name: str) -> bool:
         name.encode()
     except UnicodeEncodeError:
         return False
-    is_safe = re.fullmatch(NAME, name) is not None and not any(unicodedata.category(char) == "Cc" for char in name)
-    return is_safe and len(name) <= MAX_NAME
+    return re.fullmatch(SET_NAME, name) is not None and not has_controls(name) and len(name) <= MAX_SET_NAME
+
+
+def has_controls(text: str) -> bool:
+    """Whether control characters are in a text."""
+    return any(unicodedata.category(char) == "Cc" for char in text)
 
 
 def check_own(name: str, own: Mapping[str, Any], is_good: bool) -> None:

@@ -264,6 +264,9 @@ def test_several_datasets_are_a_cache_each(run, folders):
     assert result.out.count("next     latentprep inspect") == 3
     once_more = run("encode", "--again", "dataset.latents/96x64")
     assert "dataset.latents/96x64 is complete with 4 images" in once_more.out
+    planned = latentprep.encode("dataset.toml", "other", dry_run=True, **SMALL)
+    done = latentprep.encode("dataset.toml", "other", **SMALL)
+    assert planned.num_prompts == done.num_prompts == 4 + 1 + 2 * 2  # of the three, with the empty prompt of each
     both = latentprep.encode("dataset.toml", **SMALL)
     assert (both.cache, both.num_cached, both.num_encoded) == ("dataset.latents", 16, 0)
     assert run("verify", "dataset.latents/96x64", "--source", "dataset.toml").code == 0
@@ -408,6 +411,17 @@ def test_subsets_without_images_are_left_out_and_folders_that_are_not_there_are_
     assert "has an escape in it" in run("encode", "k.toml", "--model", "tiny").err
     (folders / "k.toml").write_text(text.replace("'empty'", '"C:\\data"'), encoding="utf-8")
     assert "A path with \\ stands between single quotes" in run("encode", "k.toml", "--model", "tiny").err
+
+
+def test_names_that_are_no_control_characters_are_names(folders):
+    draw(folders / "犬\u3000写真/0.png", "red")  # with the space of Japanese
+    subset = {"image_dir": "犬\u3000写真"}
+    (run,) = read_dataset_config(Path("k.toml"), {"datasets": [{"resolution": 64, "subsets": [subset]}]})
+    assert run.sets[0]["name"] == "犬\u3000写真"
+    for name in ("~nobody/x", "x" * 5000):
+        table = {"datasets": [{"resolution": 64, "subsets": [{"image_dir": name}]}]}
+        with pytest.raises(UserError, match=r"is not there\. Looked in"):
+            read_dataset_config(Path("k.toml"), table)
 
 
 def test_folders_of_one_name_have_names_that_tell_them_apart(folders):

@@ -323,6 +323,7 @@ def test_what_stands_at_the_top_or_is_typed_is_for_all_sets(run, folders):
     }
     assert run("verify", "s.latents", "--source", "s.toml").code == 0
     assert run("encode", "s.toml", "--exclude", "4.*", "--caption-prefix", "typed").code == 0  # in place of the top's
+    assert run("verify", "s.latents", "--source", "s.toml").code == 0
     data = LatentDataset("s.latents")
     assert {data.key(n): data.caption(n)[0].split()[0] for n in range(len(data))} == {
         "dog/0.png": "typed", "dog/2.png": "typed", **{f"reg/{n}.png": "own" for n in range(4)}

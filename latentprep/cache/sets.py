@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import numpy as np
 from msgspec import Meta
 
+from latentprep.records import MAX_REPEATS, MAX_SET_NAME, SET_NAME, set_of
+
 MAX_SETS = 2**16
-MAX_REPEATS = 2**20
 Share = Annotated[float, Meta(ge=0, le=1)]
 
 
@@ -17,7 +18,7 @@ Share = Annotated[float, Meta(ge=0, le=1)]
 class SetFacts:
     """What a reader must know of a set. The keys of its images begin with its name and a slash."""
 
-    name: Annotated[str, Meta(pattern=r"^(?!\.\.?$)[^/\\\x00]+$", max_length=255)]
+    name: Annotated[str, Meta(pattern=f"^{SET_NAME}$", max_length=MAX_SET_NAME)]
     repeats: Annotated[int, Meta(ge=1, le=MAX_REPEATS)] = 1  # how often each image stands in an epoch
     sample_weight: Annotated[float, Meta(ge=0, le=1e9)] = 1.0  # how much the loss of its images counts
     caption_dropout: Share = 0.0  # how often its captions are left out
@@ -27,18 +28,12 @@ class SetFacts:
 Runs = tuple[tuple[Annotated[int, Meta(ge=0, lt=MAX_SETS)], Annotated[int, Meta(ge=1)]], ...]  # number of a set, rows
 
 
-def set_of(key: str) -> str:
-    """The name of the set of an image."""
-    return key.partition("/")[0]
-
-
 def list_runs(keys: Iterable[str], sets: Sequence[SetFacts]) -> Runs:
     """The sets of rows in their order, as runs. What no set has any more counts as the first: such rows are dead."""
     if not sets:
         return ()
     numbers = {facts.name: number for number, facts in enumerate(sets)}
-    found = groupby(numbers.get(set_of(key), 0) for key in keys)
-    return tuple((number, sum(1 for _ in run)) for number, run in found)
+    return to_runs(numbers.get(set_of(key), 0) for key in keys)
 
 
 def take_runs(runs: Runs, rows: np.ndarray) -> Runs:
@@ -46,7 +41,11 @@ def take_runs(runs: Runs, rows: np.ndarray) -> Runs:
     if not runs:
         return ()
     numbers = np.repeat([number for number, _ in runs], [count for _, count in runs])[rows]
-    return tuple((number, sum(1 for _ in run)) for number, run in groupby(numbers.tolist()))
+    return to_runs(numbers.tolist())
+
+
+def to_runs(numbers: Iterable[int]) -> Runs:
+    return tuple((number, sum(1 for _ in run)) for number, run in groupby(numbers))
 
 
 def recipe_of(recipe: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:

@@ -4,21 +4,19 @@ The rules are those of sd-scripts' library/config_util.py and library/train_util
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from latentprep.errors import UserError
-from latentprep.geometry import parse_resolution
-from latentprep.kohya.keys import OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE, check_table, is_tables, list_notes
+from latentprep.geometry import parse_sides
+from latentprep.kohya.keys import OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE, check_table, list_notes
 from latentprep.kohya.options import bucket_options, common_options
 from latentprep.kohya.subsets import choose_subsets, is_beside, make_set, name_sets, say_choices
-from latentprep.sets import check_names
+from latentprep.sets import check_names, is_tables
 
-# what sd-scripts does if nothing is said; it may be typed otherwise
+# what sd-scripts does if nothing is said of captions; it may be typed otherwise
 OF_FILES = {"caption_from": "file", "caption_extension": ".caption"}
-# keys of sets that only files of captions have
-ONLY_FILES = ("caption_extension", "caption_lines", "first_line", "default_caption", "captions_file")
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,6 @@ class Run:
     sets: tuple[Mapping[str, Any], ...]
     notes: tuple[str, ...]
     is_anywhere: bool  # whether the same file means the same, whatever folder one is in
-
-    def list_options(self, has_files: bool) -> dict[str, Any]:
-        """The options of the run; has_files: whether captions come from files, as in sd-scripts."""
-        return {**self.options, **OF_FILES} if has_files else dict(self.options)
-
-    def list_sets(self, has_files: bool) -> tuple[Mapping[str, Any], ...]:
-        """The sets of the run."""
-        if has_files:
-            return self.sets
-        return tuple({name: value for name, value in own.items() if name not in ONLY_FILES} for own in self.sets)
 
 
 def is_kohya(table: Mapping[str, Any]) -> bool:
@@ -61,7 +49,7 @@ def read_dataset_config(path: Path, table: Mapping[str, Any], resolution: str | 
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     names = unlike([run.name for run in runs])
-    return [Run(name, run.options, run.sets, run.notes, run.is_anywhere) for name, run in zip(names, runs, strict=True)]
+    return [replace(run, name=name) for name, run in zip(names, runs, strict=True)]
 
 
 def unlike(names: Sequence[str]) -> list[str]:
@@ -111,9 +99,5 @@ def read_size(where: str, dataset: Mapping[str, Any], resolution: str | int | No
     if size is None:
         if resolution is None:
             raise UserError(f"{where}: resolution: is missing. Give --resolution 512, or write it into the file.")
-        side, area = parse_resolution(str(resolution))
-        if area is None:
-            return side, side
-        width, height = str(resolution).lower().replace(",", "x").split("x")
-        return int(width), int(height)
+        return parse_sides(str(resolution))
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -20,12 +20,11 @@ def list_folders(path: Path, mode: str) -> tuple[tuple[Mapping[str, Any], ...], 
     and no years; kohya: those that have such names; plain: no sets. Raises UserError if kohya is asked for, and none
     has one.
     """
-    from latentprep.prepare.images.pillow import is_image_name
-
     if mode == "plain":
         return (), ()
-    folders, others = list_entries(path)
-    loose = [name for name in others if is_image_name(name)]
+    folders, loose = list_entries(path)
+    if mode == "auto" and not any(map(FOLDER.fullmatch, folders)):
+        return (), tuple(describe_parent(path, folders))
     with_images = [name for name in folders if has_images(path / name)]
     matches = {name: FOLDER.fullmatch(name) for name in with_images}
     named = {name: (int(match[1]), match[2].strip()) for name, match in matches.items() if match and int(match[1])}
@@ -36,10 +35,10 @@ def list_folders(path: Path, mode: str) -> tuple[tuple[Mapping[str, Any], ...], 
         left = [name for name in with_images if name not in named]
         notes += [f"{printable(name)}: left out, its name does not begin with a number of repeats" for name in left]
         if loose:
-            notes.append(f"{counted(len(loose), 'image')} beside the folders left out, such as {printable(loose[0])}")
+            notes.append(f"{counted(len(loose), 'image')} beside the folders left out, such as {printable(min(loose))}")
         return make_tree(path, named), tuple(notes)
     if not named:
-        return (), tuple(describe_parent(path, with_images))
+        return (), ()
     if len(named) < len(with_images) or loose or is_numbering(named):
         beside = f", with {counted(len(loose), 'image')} beside them" if loose else ""
         said = f"{len(named)} of {counted(len(with_images), 'folder')} may be kohya's{beside}"
@@ -49,16 +48,24 @@ def list_folders(path: Path, mode: str) -> tuple[tuple[Mapping[str, Any], ...], 
 
 
 def list_entries(path: Path) -> tuple[list[str], list[str]]:
-    """Names of the folders in a folder, and of all else; what is hidden or beside photos is left out."""
+    """Names of the folders in a folder, sorted, and of the images; what is hidden or beside photos is left out."""
+    from latentprep.prepare.images.pillow import is_image_name
+    from latentprep.prepare.source.folder import is_folder
     from latentprep.prepare.source.listing import EXCLUDED
 
+    folders, images = [], []
     try:
-        entries = sorted(path.iterdir())
-        found = [entry for entry in entries if not entry.name.startswith(".") and entry.name not in EXCLUDED]
-        folders = [entry.name for entry in found if entry.is_dir()]
+        with os.scandir(path) as entries:  # it tells folders without a look at each: there may be a million files
+            for entry in entries:
+                if entry.name.startswith(".") or entry.name in EXCLUDED:
+                    continue
+                if is_folder(entry):
+                    folders.append(entry.name)
+                elif is_image_name(entry.name):
+                    images.append(entry.name)
     except OSError:
         return [], []  # the listing says so itself
-    return folders, [entry.name for entry in found if entry.name not in set(folders)]
+    return sorted(folders), images
 
 
 def has_images(folder: Path) -> bool:

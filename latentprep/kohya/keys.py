@@ -30,13 +30,14 @@ def is_anything(_: Any) -> bool:
     return True
 
 
-# key -> what it takes, and that in words. A subset may take these from its dataset, and from [general]
+# a check, and in words what it lets through
 FLAG, WHOLE, NUMBER, TEXT = (
     (is_bool, "true or false"),
     (is_int, "a whole number"),
     (is_number, "a number"),
     (is_text, "a text"),
 )
+# key -> what it takes. A subset may take these from its dataset, and from [general]
 OF_SUBSET: dict[str, tuple[Check, str]] = {
     "num_repeats": WHOLE, "caption_extension": TEXT, "class_tokens": TEXT, "caption_prefix": TEXT,
     "caption_suffix": TEXT, "shuffle_caption": FLAG, "keep_tokens": WHOLE, "caption_tag_dropout_rate": NUMBER,
@@ -96,7 +97,3 @@ def list_notes(tables: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
                 said = f"{name} = {shortened(str(value), 40)}" + (f" ({where})" if where else "")
                 lines.append(f"{said} {words.format(value=shortened(str(value), 40))}")
     return lines
-
-
-def is_tables(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(part, dict) for part in value)

@@ -8,6 +8,7 @@ from typing import Any
 from latentprep.errors import UserError
 from latentprep.human import printable
 from latentprep.kohya.folders import has_images
+from latentprep.sets import exists, expand_user, has_controls
 
 
 def choose_subsets(path: Path, subsets: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[str]]:
@@ -42,12 +43,12 @@ def find_place(path: Path, given: str, what: str) -> Path:
 
     The latter is where sd-scripts looks. Raises UserError.
     """
-    if any(not char.isprintable() for char in given):
+    if has_controls(given):
         raise UserError(
             f"{what} = {given!r:.80}: has an escape in it. In TOML write \\ as / or put single quotes around it."
         )
-    places = [path.parent / Path(given).expanduser(), Path(given).expanduser()]
-    found = next((place for place in places if place.exists()), None)
+    places = [path.parent / expand_user(given), expand_user(given)]
+    found = next((place for place in places if exists(place)), None)
     if found is None:
         looked = " and ".join(dict.fromkeys(str(place.absolute().parent) for place in places))
         raise UserError(f"{what} = {given!r:.200}: is not there. Looked in {looked}.")

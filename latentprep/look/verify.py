@@ -13,12 +13,12 @@ from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.names import MANIFEST, SKIPPED, uncond_name
 from latentprep.cache.ragged import finite_rows
 from latentprep.cache.readers import Reading, list_waiting
-from latentprep.cache.sets import list_runs, recipe_of, set_of, take_runs
+from latentprep.cache.sets import list_runs, recipe_of, take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_uncond
 from latentprep.errors import UserError
-from latentprep.records import Problem, is_flipped
+from latentprep.records import Problem, is_flipped, set_of
 
 THREADS = 4  # hashing one file a thread; more gain nothing on a disk
 HEADER_PARTS = ("normalization", "factor", "channels", "pixel_range", "views")

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import Protocol
 
-from latentprep.cache.sets import MAX_REPEATS, SetFacts, set_of
+from latentprep.cache.sets import SetFacts
 from latentprep.errors import UserError
 from latentprep.human import counted, printable
 from latentprep.options import EncodeOptions, ImageSet
@@ -17,7 +18,7 @@ from latentprep.prepare.source.joined import Joined
 from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import Mask, Masks, add_masks, list_masks
 from latentprep.prepare.source.sources import open_source
-from latentprep.records import Item, Skip
+from latentprep.records import MAX_REPEATS, Item, Skip, set_of
 
 NAMED_SETS = 50
 NAMED_PAIRS, MANY_PAIRS = 5, 100  # of sets that share images: how many are named, and looked for
@@ -44,11 +45,10 @@ def find_images(options: EncodeOptions, say: Callable[[str], None]) -> Images:
     if not options.sets:
         return found[""]
     counts = [len(images.captioned.items) for images in found.values()]
-    facts = make_facts(sets, counts)
-    lines = (describe_overlaps(sets, found), describe_without_masks(sets), describe_balance(sets, counts, facts))
+    lines = (describe_overlaps(sets, found), describe_without_masks(sets), describe_balance(sets, counts))
     for line in chain(*lines):
         say(line)
-    return join(str(options.source), found, facts)
+    return join(str(options.source), found, make_facts(sets, counts))
 
 
 def describe_overlaps(sets: Sequence[ImageSet], found: Mapping[str, Images]) -> Iterator[str]:
@@ -77,9 +77,9 @@ def describe_overlaps(sets: Sequence[ImageSet], found: Mapping[str, Images]) -> 
         yield f"note     and so on: at least {len(pairs)} pairs of sets share images"
 
 
-def describe_balance(sets: Sequence[ImageSet], counts: Sequence[int], facts: Sequence[SetFacts]) -> Iterator[str]:
+def describe_balance(sets: Sequence[ImageSet], counts: Sequence[int]) -> Iterator[str]:
     """A line for each set that was to have as many samples as others, and has more: no image is left out."""
-    others = sum(own.repeats * n for part, own, n in zip(sets, facts, counts, strict=True) if part.repeats is not None)
+    others = count_given(sets, counts)
     for part, count in zip(sets, counts, strict=True):
         if part.repeats is None and count > others > 0:
             more = f"has {counted(count, 'image')}, more than the {others:,} samples of the others"
@@ -117,12 +117,17 @@ def named(part: ImageSet) -> Iterator[None]:
         raise type(error)(f"set {printable(part.name)}: {error}") from error
 
 
+def count_given(sets: Sequence[ImageSet], counts: Sequence[int]) -> int:
+    """Samples of the sets whose repeats are given."""
+    return sum(part.repeats * count for part, count in zip(sets, counts, strict=True) if part.repeats is not None)
+
+
 def make_facts(sets: Sequence[ImageSet], counts: Sequence[int]) -> tuple[SetFacts, ...]:
     """What readers must know of sets with so many images.
 
     Those with repeats = "auto" get, together, about as many samples as all others.
     """
-    given = sum(part.repeats * count for part, count in zip(sets, counts, strict=True) if part.repeats is not None)
+    given = count_given(sets, counts)
     left = sum(count for part, count in zip(sets, counts, strict=True) if part.repeats is None)
     repeats = min(MAX_REPEATS, max(1, round(given / left))) if left else 1
     return tuple(
@@ -134,22 +139,33 @@ def make_facts(sets: Sequence[ImageSet], counts: Sequence[int]) -> tuple[SetFact
 def join(where: str, found: Mapping[str, Images], facts: tuple[SetFacts, ...]) -> Images:
     """The images of several sets as those of one source."""
     return Images(
-        Joined(where, {name: images.source for name, images in found.items()}),
-        join_masks(where, {name: images.masks for name, images in found.items() if images.masks is not None}),
+        *join_sources(where, found),
         join_captioned({name: images.captioned for name, images in found.items()}),
         [replace(skip, key=f"{name}/{skip.key}") for name, images in found.items() for skip in images.skips],
         facts,
     )
 
 
-def join_masks(where: str, found: Mapping[str, Masks]) -> Masks | None:
-    """The masks of several sets; None: no set has any."""
+class HasSource(Protocol):
+    """Where the images of a set come from, and its masks."""
+
+    @property
+    def source(self) -> Source: ...
+    @property
+    def masks(self) -> Masks | None: ...
+
+
+def join_sources(where: str, sets: Mapping[str, HasSource]) -> tuple[Source, Masks | None]:
+    """The sources of several sets as one, and their masks; None: no set has any."""
+    found = {name: own.masks for name, own in sets.items() if own.masks is not None}
+    source = Joined(where, {name: own.source for name, own in sets.items()})
     by_stem = {
         f"{name}/{stem}": Mask(f"{name}/{mask.key}", mask.nbytes, mask.version)
         for name, own in found.items()
         for stem, mask in own.by_stem.items()
     }
-    return Masks(Joined(where, {name: own.source for name, own in found.items()}), by_stem) if found else None
+    of_masks = Joined(where, {name: own.source for name, own in found.items()})
+    return source, Masks(of_masks, by_stem) if found else None
 
 
 def join_captioned(found: Mapping[str, Captioned]) -> Captioned:
@@ -178,14 +194,12 @@ def describe_sets(images: Images, sets: Sequence[ImageSet]) -> list[str]:
     counts = Counter(set_of(item.key) for item in images.captioned.items)
     lines = []
     for facts, part in list(zip(images.facts, sets, strict=False))[:NAMED_SETS]:
-        parts = [counted(counts[facts.name], "image")]
-        if facts.repeats > 1:
-            parts.append(f"x {facts.repeats} repeats")
+        repeats = f" x {facts.repeats} repeats" if facts.repeats > 1 else ""
+        parts = [counted(counts[facts.name], "image") + repeats]
         if facts.sample_weight != 1:
             parts.append(f"weight {facts.sample_weight:g}")
         if facts.caption_dropout:
             parts.append(f"captions left out {facts.caption_dropout:.0%}")
-        what = ", ".join(parts).replace(", x ", " x ")
-        lines.append(f"set      {printable(facts.name)}: {what} ({printable(str(part.source))})")
+        lines.append(f"set      {printable(facts.name)}: {', '.join(parts)} ({printable(str(part.source))})")
     more = len(images.facts) - NAMED_SETS
     return [*lines, f"         and {more:,} more sets"] if more > 0 else lines

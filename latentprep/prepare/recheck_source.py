@@ -1,16 +1,16 @@
 """The images that a cache is compared with: those of its source, or of its sets, as they are now."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.options import ImageSet, TextOptions
-from latentprep.prepare.find_images import join_masks, named
+from latentprep.prepare.find_images import join_sources, named
 from latentprep.prepare.source.door import Source
-from latentprep.prepare.source.joined import Joined
 from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import Masks, list_masks
 from latentprep.prepare.source.sources import open_source
@@ -35,9 +35,8 @@ def find_originals(
     if not sets:
         names = [facts.name for facts in manifest.sets]
         if names and not any((where / name).exists() for name in names):
-            raise UserError(
-                f"--source {where}: holds none of the cache's sets ({', '.join(names)}). Give their .toml file."
-            )
+            some = ", ".join(map(shortened, names[:5]))
+            raise UserError(f"--source {where}: holds none of the cache's sets ({some}). Give their .toml file.")
         folder = find_masks(manifest, masks)
         return list_originals(
             storage, ImageSet("", where, TextOptions(), manifest.made_with.exclude, folder), "--masks"
@@ -47,10 +46,11 @@ def find_originals(
     found = {}
     for part in sets:
         with named(part):
-            found[part.name] = list_originals(storage, part)
-    source = Joined(str(where), {name: own.source for name, own in found.items()})
-    of_sets = join_masks(str(where), {name: own.masks for name, own in found.items() if own.masks is not None})
-    return Originals(source, of_sets, tuple(f"{name}/{key}" for name, own in found.items() for key in own.keys))
+            exclude = (*manifest.made_with.exclude, *part.exclude)
+            found[part.name] = list_originals(storage, replace(part, exclude=exclude))
+    return Originals(
+        *join_sources(str(where), found), tuple(f"{name}/{key}" for name, own in found.items() for key in own.keys)
+    )
 
 
 def find_masks(manifest: Manifest, folder: Path | None) -> Path | None:

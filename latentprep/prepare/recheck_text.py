@@ -10,7 +10,6 @@ from torch import Tensor
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.sets import set_of
 from latentprep.cache.storage import Storage
 from latentprep.cache.strings import Tensors
 from latentprep.cache.text import open_uncond
@@ -25,7 +24,7 @@ from latentprep.prepare.models.text_folder import TextFolder
 from latentprep.prepare.recheck import larger, sample_rows
 from latentprep.prompts import make_prompts
 from latentprep.recipe import TextRecipe, WordingRecipe
-from latentprep.records import Problem
+from latentprep.records import Problem, set_of
 
 # Largest difference of a token (root mean square over its values), in standard deviations of the prompt's cond.
 # Measured with random weights against float32: CLIPs of 2 to 12 layers float16 0.002, bfloat16 0.014; T5s of 2 to 12

@@ -16,7 +16,6 @@ from latentprep.cache.manifest import Manifest, open_manifest
 from latentprep.cache.normalization import Normalization
 from latentprep.cache.ragged import Ragged
 from latentprep.cache.readers import Reading
-from latentprep.cache.sets import MAX_REPEATS
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted, shortened
@@ -43,6 +42,7 @@ from latentprep.read.parts import Chosen, choose_keys, choose_sets, groups_of, s
 from latentprep.read.prompts import Prompts, Wording, check_cond_model
 from latentprep.read.reader import SampleReader, Sampling
 from latentprep.read.shards import OpenShards, promised_by
+from latentprep.records import MAX_REPEATS
 
 MANY_ROWS = 2**24  # beyond this the files are looked at before memory is taken for the rows that cache.json names
 

@@ -17,7 +17,7 @@ from latentprep.cache.sets import recipe_of
 from latentprep.errors import UserError
 from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.open_encoder import open_encoder
-from latentprep.prepare.plan.plan import TextTask, live_keys
+from latentprep.prepare.plan.plan import TextTask, live_rows
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.cond import list_missing
 from latentprep.prepare.work.text import list_distinct
@@ -149,19 +149,17 @@ def count_prompts(prepared: Prepared) -> int:
     tasks = [(task.id, list(task.rows), task) for task in plan.text_tasks]
     count = 0
     for name, rows, task in (*units, *tasks):
-        dead = task.shard.dead if task is not None else ()
-        own = recipe_of(in_json, live_keys(rows, dead))
+        live = list(live_rows(rows, task.shard.dead if task is not None else ()))
+        own = recipe_of(in_json, (row.key for row in live))
         if text_name(name, make_text_id(name, rows, own)) not in there:
-            count += count_missing(prepared, rows, task)
+            count += count_missing(prepared, live, task)
     return count + (uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
 
 
 def count_missing(prepared: Prepared, rows: list[Row], task: TextTask | None) -> int:
-    """Distinct prompts of a shard's rows that its text now, if it has one, holds no cond of."""
+    """Distinct prompts of a shard's rows that count, of which its text now, if it has one, holds no cond."""
     options = prepared.options
-    dead = frozenset(task.shard.dead) if task is not None else frozenset()
-    live = [row for n, row in enumerate(rows) if n not in dead]
-    prompts = list_distinct(make_prompts(row.captions, row.key, options.text, options.seed) for row in live)
+    prompts = list_distinct(make_prompts(row.captions, row.key, options.text, options.seed) for row in rows)
     old = None
     if task is not None and task.shard.text_id:
         with suppress(UserError):  # damaged: nothing of it will be taken over

@@ -1,18 +1,18 @@
 """Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
 from latentprep.cache.leftovers import Leftover
 from latentprep.cache.names import make_text_id, make_unit_id
-from latentprep.cache.sets import SetFacts, list_runs, recipe_of, set_of
+from latentprep.cache.sets import SetFacts, list_runs, recipe_of
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
 from latentprep.recipe import Recipe, tell_changes
-from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit
+from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit, set_of
 
 LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
 
@@ -135,7 +135,7 @@ class Planner:
             shard = matched.shard.with_dead(dead).with_sets(list_runs((row.key for row in rows), self.sets))
             if not shard.num_images and shard.id in of_leftovers:
                 continue  # of no use, and in no manifest
-            own = recipe_of(recipe, live_keys(rows, dead))
+            own = recipe_of(recipe, (row.key for row in live_rows(rows, dead)))
             if make_text_id(shard.id, rows, own) == shard.text_id or not shard.num_images:
                 kept.append(shard)  # what nobody reads needs no new text
             else:
@@ -216,9 +216,10 @@ def is_current(skip: Skip, conditions: Mapping[str, str]) -> bool:
     return skip.reason in REASONS and skip.condition != "" and skip == skip.under(conditions)
 
 
-def live_keys(rows: list[Row], dead: Collection[int]) -> Iterator[str]:
-    gone = set(dead)
-    return (row.key for n, row in enumerate(rows) if n not in gone)
+def live_rows(rows: Sequence[Row], dead: Collection[int]) -> Iterator[Row]:
+    """Rows but the dead ones, which are given by their numbers."""
+    gone = frozenset(dead)
+    return (row for n, row in enumerate(rows) if n not in gone)
 
 
 def explain_text(matched: ShardRows, recipe: Recipe) -> Iterator[Change]:

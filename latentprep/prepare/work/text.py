@@ -17,7 +17,7 @@ from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_text, open_uncond, write_text, write_uncond
 from latentprep.errors import UnreadableError, UserError
 from latentprep.options import TextOptions
-from latentprep.prepare.plan.plan import TextTask
+from latentprep.prepare.plan.plan import TextTask, live_rows
 from latentprep.prepare.work.cond import CondMaker, MadeCond
 from latentprep.prepare.work.events import Event, Failure, Step, TextResult
 from latentprep.prepare.work.writing import Writing
@@ -107,8 +107,7 @@ class Run:
     def _make_text(self, task: TextTask) -> Write:
         """The text of a shard, unless it is there from a run that was stopped."""
         shard, (rows, old, damaged) = task.shard, self._open_old(task)
-        dead = set(shard.dead)
-        recipe = recipe_of(self.recipe, (row.key for n, row in enumerate(rows) if n not in dead))
+        recipe = recipe_of(self.recipe, (row.key for row in live_rows(rows, shard.dead)))
         text_id = make_text_id(shard.id, rows, recipe)
         name = text_name(shard.id, text_id)
         stamp = self._find(name, lambda: open_text(self.storage, shard.id, text_id, shard.groups))
