@@ -171,9 +171,12 @@ def test_a_caption_is_never_taken_for_a_path(run, desk, caption):
 
 @pytest.mark.parametrize("word", ["alpha", "none"])
 def test_words_of_ours_are_no_paths(run, desk, word):
-    (desk / word).mkdir()
-    (desk / "s.toml").write_text(f'{TOP}[[set]]\nsource = "images"\nweights = "{word}"\n', "utf-8")
-    assert run("encode", "s.toml", "--dry-run").code == 0
+    (desk / "jobs" / word).mkdir(parents=True)
+    text = f'{TOP}[[set]]\nsource = "../images"\nweights = "{word}"\n'
+    (desk / "jobs/s.toml").write_text(text, "utf-8")
+    result = run("encode", "jobs/s.toml", "--out", "c")
+    assert result.code == 0, result.err
+    assert open_manifest(Storage("c")).recipe.latents.images.weights == word
 
 
 def test_another_source_is_not_typed_to_what_a_file_made(run, desk):
@@ -184,7 +187,8 @@ def test_another_source_is_not_typed_to_what_a_file_made(run, desk):
 
 
 def test_errors_in_python_hold_no_escapes(desk):
-    for arguments in ({"source": "a\x1b[31m"}, {"source": "images", "model": "b\x1b[31m"}):
+    odd = "a\x1b[31m"
+    for arguments in ({"source": odd}, {"source": "images", "model": odd}, {"source": [{"source": odd, "name": "x"}]}):
         with pytest.raises(UserError) as caught:
             latentprep.encode(**arguments, progress=False)
         assert "\x1b" not in str(caught.value)

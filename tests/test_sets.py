@@ -398,12 +398,20 @@ def test_a_manifest_whose_sets_contradict_it_is_refused(folders):
     assert msgspec.convert(good, Manifest).sets[0].name == "dog"
 
 
-def test_verify_finds_images_whose_set_has_another_name(folders):
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda manifest: manifest["sets"][0].update(name="zz"),
+        lambda manifest: [shard["sets"][0].__setitem__(0, 1 - shard["sets"][0][0]) for shard in manifest["shards"]],
+    ],
+    ids=["name", "number"],
+)
+def test_verify_finds_images_that_are_given_to_another_set(folders, change):
     encode(two_sets())
     manifest = json.loads((folders / "c/cache.json").read_text())
     from latentprep.cache.manifest import Manifest, msgspec, pack
 
-    manifest["sets"][0]["name"] = "zz"
+    change(manifest)
     (folders / "c/cache.json").write_bytes(pack(msgspec.convert(manifest, Manifest)))
     assert "sets" in [problem.problem for problem in latentprep.verify("c", progress=False).problems]
 
@@ -435,6 +443,9 @@ def test_a_cache_is_compared_with_a_file_that_names_its_sets(run, folders):
     (folders / "other.toml").write_text('[[set]]\nsource = "dog"\nname = "x"\n', encoding="utf-8")
     result = run("verify", "c", "--source", "other.toml")
     assert "--source other.toml: is not what this cache was made from, which has sets dog, reg." in result.err
+    result = run("verify", "c", "--source", "dog")
+    assert "--source dog: holds none of the cache's sets (dog, reg). Give their .toml file." in result.err
+    assert run("verify", "c", "--source", ".").code == 0  # here are the folders of both
     result = run("verify", "one", "--source", "other.toml")
     assert "which has one source, without sets." in result.err
 
