@@ -13,6 +13,7 @@ from latentprep.options import ImageOptions, TextOptions
 from latentprep.records import list_views
 
 Dtype = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]  # options.DTYPES
+MAX_TOKENS = 4096  # that a reader pads a prompt to
 Store = Annotated[str, Meta(pattern=r"^mean(\+std)?$")]  # options.STORES
 
 
@@ -94,6 +95,7 @@ class TextRecipe(WordingRecipe):
     clip_skip: int | None = None
     emphasis: bool | None = None
     fill: Annotated[str, Meta(pattern="^(zeros|repeat)$")] | None = None  # of prompts that have lengths of their own
+    pad_to: dict[str, Annotated[int, Meta(ge=1, le=MAX_TOKENS)]] | None = None  # name -> its tokens, at least
     sets: dict[str, WordingRecipe] | None = None  # name of a set -> what counts for its images
 
     @classmethod

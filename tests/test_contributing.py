@@ -12,7 +12,7 @@ from zipfile import ZipFile
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, PixArtSigmaPipeline
+from diffusers import AutoencoderDC, CogView3PlusPipeline
 
 import latentprep
 from latentprep import LatentDataset
@@ -113,14 +113,15 @@ def test_add_a_vae(add, run, images, tmp_path):
 def test_add_a_family(add, tmp_path):
     torch.manual_seed(0)
     t5, tokenizer = make_t5()
-    pipeline = PixArtSigmaPipeline(tokenizer, t5, make_vae(latent_channels=4), transformer=None, scheduler=None)
+    pipeline = CogView3PlusPipeline(tokenizer, t5, make_vae(latent_channels=16), transformer=None, scheduler=None)
     pipeline.save_pretrained(tmp_path)
-    with pytest.raises(latentprep.UserError, match="PixArtSigmaPipeline"):
+    with pytest.raises(latentprep.UserError, match="CogView3PlusPipeline"):
         open_text(tmp_path)
     add("a family")
     encoder = open_text(tmp_path).open(torch.device("cpu"), torch.float32)
     found = encoder.encode(["a cat", "a much longer prompt of a cat"])["prompt_embeds"]
-    assert len(found[0]) < len(found[1]) < 300
+    assert found.shape == (2, 224, 80)
+    assert encoder.count_tokens(["a cat"]).tolist() == [7]
 
 
 @pytest.mark.parametrize("is_added", [False, True])

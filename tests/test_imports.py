@@ -68,26 +68,31 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/vae_config.py": {"models.files", "models.vaes"},
         "models/vae_encoder.py": {"models.vaes", "devices"},  # halves its batches
         "models/clip_windows.py": {"models.windows"},
-        "models/encode_prompt.py": {"models.families"},
+        "models/families.py": {"models.family"},
+        "models/encode_prompt.py": {"models.family"},
+        "models/count.py": {"models.encode_prompt", "models.family", "models.load_text"},
         "models/text_encoder.py": {
-            "models.clip_windows", "models.encode_prompt", "models.families", "models.load_text", "models.windows",
+            "models.clip_windows", "models.count", "models.encode_prompt", "models.family", "models.load_tokenizer",
+            "models.windows",
         },
         "models/open_encoder.py": {"models.doors", "devices"},
         "models/find.py": {"models.files"},
         "models/vae_folder.py": {  # opens itself
             "models.doors", "models.files", "models.vae_config", "models.vae_encoder", "models.vaes",
         },
-        "models/load_text.py": {"models.families", "models.files"},
+        "models/load_text.py": {"models.family", "models.files"},
+        "models/load_tokenizer.py": {"models.files", "models.load_text"},
         "models/text_folder.py": {  # opens itself
-            "models.doors", "models.files", "models.families", "models.load_text", "models.text_encoder",
+            "models.count", "models.doors", "models.files", "models.families", "models.family", "models.load_text",
+            "models.load_tokenizer", "models.text_encoder",
         },
         "models/checkpoint.py": {"models.files"},
         "models/single_file.py": {  # what a folder has in files, a checkpoint has in tensors
             "models.checkpoint", "models.files", "models.vae_config", "models.vae_folder",
         },
         "models/text_file.py": {
-            "models.checkpoint", "models.clip_tokenizer", "models.families", "models.files", "models.load_text",
-            "models.single_file", "models.text_folder",
+            "models.checkpoint", "models.clip_tokenizer", "models.families", "models.family", "models.files",
+            "models.load_text", "models.load_tokenizer", "models.single_file", "models.text_folder",
         },
     }  # fmt: skip
     stages = ["plan/buckets.py"]

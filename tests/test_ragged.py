@@ -7,7 +7,16 @@ from safetensors.torch import load_file
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import open_manifest
-from latentprep.cache.ragged import Ragged, finite_rows, pad, put_cond, row_shape, stack_rows, take_cond
+from latentprep.cache.ragged import (
+    FILLS,
+    Ragged,
+    finite_rows,
+    pad,
+    put_cond,
+    row_shape,
+    stack_rows,
+    take_cond,
+)
 from latentprep.cache.schema import STORED
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
@@ -56,8 +65,6 @@ def test_padding_repeats_the_last_vector():
         [0, 3, 4, 5],
         [0, 4, 3, 6],
         [1, 3, 4, 6],
-        [0, 3, 3, 6],
-        [0, 0, 4, 6],
         [0, 3, 4, 2**40],
     ],
 )
@@ -65,6 +72,19 @@ def test_offsets_that_do_not_fit_are_refused(offsets):
     tensors = {"cond/embeds": torch.zeros(6, 2), "cond/embeds_offsets": torch.tensor(offsets)}
     with pytest.raises(ValueError, match="cond/embeds"):
         take_cond(tensors, 3, STORED)
+
+
+@pytest.mark.parametrize("fill", FILLS)
+def test_a_prompt_may_have_no_tokens(fill):
+    """HunyuanImage keeps of a second encoder what a prompt has in quotes."""
+    values = torch.arange(1.0, 13).reshape(6, 2)
+    tensors = {"cond/embeds": values, "cond/embeds_offsets": torch.tensor([0, 0, 6])}
+    cond = take_cond(tensors, 2, STORED)["embeds"]
+    padded, lengths = pad([cond[0], cond[1]], fill)
+    assert torch.equal(padded, torch.stack([torch.zeros(6, 2), values]))
+    assert lengths.tolist() == [0, 6]
+    assert pad([cond[0]], fill)[0].tolist() == [[[0.0, 0.0]]]  # never a batch of no tokens
+    assert pad([cond[1]], "zeros", at_least=8)[0][0, 6:].tolist() == [[0.0, 0.0]] * 2
 
 
 def test_rows_of_their_own_lengths_are_vectors():

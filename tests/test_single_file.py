@@ -208,7 +208,7 @@ def test_a_checkpoint_gives_the_numbers_of_its_folder(checkpoint):
     assert torch.equal(posterior(models.vae.load(torch.float32)), posterior(vae))
     for part in ("factor", "latent_channels", "normalization"):
         assert getattr(models.vae, part) == getattr(of_folder.vae, part)
-    for name in ("family", "window", "num_layers", "width", "pooled"):
+    for name in ("family", "window", "num_layers", "widths"):
         assert getattr(models.text, name) == getattr(of_folder.text, name)
     assert models.text.family.pipeline == of_folder.text.family.pipeline
     ours, theirs = conds(models.text.load_pipeline(torch.float32)), conds(reference(folder))
@@ -558,7 +558,7 @@ def test_stable_diffusion_1_of_true_size_needs_no_config(tmp_path):
     models = opened(file, said=said)
     assert said == [f"config   Stable Diffusion 1.x, by the tensors of {file}"]
     assert (models.vae.factor, models.vae.latent_channels, models.vae.normalization) == (8, 4, scaled_by(0.18215))
-    assert (models.text.window, models.text.num_layers, models.text.width, models.text.pooled) == (77, 12, 768, 0)
+    assert (models.text.window, models.text.num_layers, models.text.widths) == (77, 12, {"prompt_embeds": 768})
     assert torch.equal(posterior(models.vae.load(torch.float32)), posterior(vae.float()))
     tokenizer = load_tokenizer(ARCHITECTURES / "sd1" / "tokenizer")
     ids = tokenizer(PROMPTS, padding="max_length", truncation=True, return_tensors="pt").input_ids

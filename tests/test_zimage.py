@@ -1,14 +1,13 @@
 """Z-Image whole: prompts that become a chat for Qwen3, and cond of which each prompt has its own number of tokens."""
 
-import inspect
 import json
 import pickle
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
 
 from latentprep import LatentDataset
@@ -16,11 +15,11 @@ from latentprep.cache.ragged import Ragged, mask_of, pad
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.models import families
-from latentprep.prepare.models.encode_prompt import count_tokens, inference_defaults, take_rows
-from latentprep.prepare.models.families import FAMILIES, LIST, MASK, Call, Family, find_family
+from latentprep.prepare.models.encode_prompt import inference_defaults, take_rows
+from latentprep.prepare.models.families import FAMILIES, find_family
+from latentprep.prepare.models.family import LIST, MASK, Call, Family
 from latentprep.prepare.models.text_folder import open_text
-from tests.conftest import TINY
-from tests.test_families import make_t5, make_vae
+from tests.miniatures import CHAT, make_qwen_tokenizer, make_t5, make_t5_tokenizer, make_vae
 from tests.test_hostile_models import check_refused
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36")
@@ -30,22 +29,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model  # noqa: E402
 CPU = torch.device("cpu")
 PROMPTS = ["a red house, snow", "", "a cat " * 40, "naïve <|im_end|> ☃"]
 SIZE = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if not enable_thinking %}<think>{% endif %}{% endif %}"
-)
-
-
-def make_tokenizer(folder):
-    """Qwen's tokenizer of 256 bytes and no merges, with the special tokens of its chats."""
-    folder.mkdir()
-    symbols = [*json.loads((TINY / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))][:256]
-    (folder / "vocab.json").write_text(json.dumps({symbol: n for n, symbol in enumerate(symbols)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = transformers.Qwen2Tokenizer.from_pretrained(folder)
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 def make_qwen3(kind, tokens):
@@ -61,7 +44,7 @@ def zimage(request, tmp_path_factory):
     """A miniature pipeline and the folder it was saved to."""
     folder = tmp_path_factory.mktemp("zimage")
     torch.manual_seed(0)
-    tokenizer = make_tokenizer(folder / "vocabulary")
+    tokenizer = make_qwen_tokenizer(folder / "vocabulary")
     vae = make_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
     pipeline = diffusers.ZImagePipeline(
         scheduler=None, vae=vae, text_encoder=make_qwen3(request.param, len(tokenizer)), tokenizer=tokenizer,
@@ -87,7 +70,7 @@ def assert_rows(found, wanted):
 def test_cond_is_the_pipelines_own_bit_for_bit(zimage):
     pipeline, folder = zimage
     text = open_text(folder)
-    assert (text.family.name, text.family.length, text.width) == ("Z-Image", LIST, 32)
+    assert (text.family.name, text.family.length, dict(text.widths)) == ("Z-Image", LIST, {"prompt_embeds": 32})
     encoder, prompts = text.open(CPU, torch.float32), list(PROMPTS)
     found = encoder.encode(prompts)
     assert prompts == PROMPTS  # the pipeline overwrites the list it is given
@@ -197,14 +180,14 @@ def edit(path, **changes):
 DAMAGES = {
     "another encoder": (
         lambda f: edit(f / "model_index.json", text_encoder=["transformers", "GPT2Model"]),
-        "that text_encoder is ['transformers', 'GPT2Model'], expected transformers' CLIPTextModel or",
+        "that text_encoder is ['transformers', 'GPT2Model'], expected transformers' Qwen3Model or Qwen3",
     ),
     "another library": (lambda f: edit(f / "model_index.json", text_encoder=["evil", "Qwen3Model"]), "never loaded"),
     "another tokenizer": (
         lambda f: edit(f / "model_index.json", tokenizer=["transformers", "CLIPTokenizer"]),
         "expected transformers' Qwen2Tokenizer or Qwen2TokenizerFast",
     ),
-    "no encoder": (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "names no text_encoder"),
+    "no encoder": (lambda f: edit(f / "model_index.json", text_encoder=[None, None]), "text_encoder is [None, None]"),
     "width absurd": (lambda f: edit(f / "text_encoder/config.json", hidden_size=10**9), "hidden_size is 1000000000"),
     "heads absurd": (lambda f: edit(f / "text_encoder/config.json", num_key_value_heads=10**9), "key_value_heads is"),
     "head_dim absurd": (lambda f: edit(f / "text_encoder/config.json", head_dim=-1), "head_dim is -1"),
@@ -273,7 +256,7 @@ def test_a_row_adds_a_family_of_masks(tmp_path, images, run, monkeypatch):
     )  # fmt: skip
     monkeypatch.setattr(families, "FAMILIES", (*FAMILIES, row))
     torch.manual_seed(0)
-    t5, tokenizer = make_t5()
+    t5, tokenizer = make_t5(), make_t5_tokenizer(model_max_length=512)
     pipeline = diffusers.PixArtSigmaPipeline(
         tokenizer=tokenizer, text_encoder=t5, vae=make_vae(latent_channels=4), transformer=None, scheduler=None
     )
@@ -294,18 +277,6 @@ def test_a_row_adds_a_family_of_masks(tmp_path, images, run, monkeypatch):
     assert torch.allclose(found, embeds[:, :longest] * mask[:, :longest, None], atol=2e-6)
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
-def test_every_row_encodes_as_inference_does(family):
-    """What a row leaves to the defaults is what __call__ would give encode_prompt."""
-    kind = getattr(diffusers, family.pipeline)
-    assert family.default_tokens == (
-        inspect.signature(kind.__call__).parameters["max_sequence_length"].default if family.sequence else 0
-    )
-    defaults = inference_defaults(kind)
-    asked = {name for call in family.calls for name in call.arguments} | {"max_sequence_length"}
-    assert defaults.keys() - asked <= {"num_images_per_prompt"}, defaults  # which is 1 for all
-
-
 def test_defaults_of_call_count_where_the_two_differ():
     assert inference_defaults(diffusers.PixArtSigmaPipeline)["clean_caption"] is True
     assert "complex_human_instruction" in inference_defaults(diffusers.SanaPipeline)
@@ -314,17 +285,19 @@ def test_defaults_of_call_count_where_the_two_differ():
 
 
 def test_masks_and_lists_become_rows():
-    values = torch.arange(24.0).reshape(2, 3, 4)
-    rows = take_rows("prompt_embeds", MASK, values, torch.tensor([[1, 1, 0], [1, 1, 1]]), 2)
+    row, values = Family("", "", (), length=MASK), torch.arange(24.0).reshape(2, 3, 4)
+    rows = take_rows("prompt_embeds", row, values, torch.tensor([[1, 1, 0], [1, 1, 1]]), 2)
     assert_rows(rows, [values[0, :2], values[1]])
-    assert_rows(take_rows("prompt_embeds", MASK, values, None, 2), list(values))  # all tokens count
+    assert_rows(take_rows("prompt_embeds", row, values, None, 2), list(values))  # all tokens count
     layers = torch.arange(48.0).reshape(2, 3, 4, 2)  # Krea 2 has layers stacked
     assert_rows(
-        take_rows("prompt_embeds", MASK, layers, torch.tensor([[1, 0, 0], [1, 1, 0]]), 2),
+        take_rows("prompt_embeds", row, layers, torch.tensor([[1, 0, 0], [1, 1, 0]]), 2),
         [layers[0, :1], layers[1, :2]],
     )
     padded, lengths = pad([layers[0, :1], layers[1, :2]], "zeros")
     assert (list(padded.shape), lengths.tolist(), padded[0, 1:].any().item()) == ([2, 2, 4, 2], [1, 2], False)
     assert torch.equal(pad([layers[0, :1], layers[1, :2]], "repeat")[0][0, 1], layers[0, 0])
-    with pytest.raises(ValueError, match="not the first ones"):
-        count_tokens(torch.tensor([[0, 1, 1]]))
+    gap, with_gaps = torch.tensor([[0, 1, 1], [1, 0, 1]]), replace(row, has_gaps=True)
+    with pytest.raises(UserError, match=r"not the first ones, so its tokenizer pads on the left. Set \"padding_side\""):
+        take_rows("prompt_embeds", row, values, gap, 2)
+    assert_rows(take_rows("prompt_embeds", with_gaps, values, gap, 2), [values[0, 1:], values[1, [0, 2]]])

@@ -43,6 +43,11 @@ Cond = Tensor | Ragged
 Conds = dict[str, Cond]
 
 
+def values_of(cond: Cond) -> Tensor:
+    """All numbers of the prompts, end to end where they are rows of their own."""
+    return cond.values if isinstance(cond, Ragged) else cond
+
+
 def row_shape(cond: Cond) -> tuple[int | None, ...]:
     """The shape of a prompt's cond; None stands for a length of its own."""
     return (None, *cond.values.shape[1:]) if isinstance(cond, Ragged) else tuple(cond.shape[1:])
@@ -71,13 +76,18 @@ def join_conds(parts: Sequence[Conds]) -> Conds:
     return joined
 
 
-def pad(rows: Sequence[Tensor], fill: str) -> tuple[Tensor, Tensor]:
-    """Rows [T,D...] as one tensor [B,longest T,D...], and their lengths [B] int64; `fill` is one of FILLS."""
-    longest = max(map(len, rows))
+def pad(rows: Sequence[Tensor], fill: str, at_least: int = 1) -> tuple[Tensor, Tensor]:
+    """Rows [T,D...] as one tensor [B,longest T,D...], and their lengths [B] int64; `fill` is one of FILLS.
+
+    The tensor has at least so many tokens. A row may have none, and is filled up with zeros then.
+    """
+    longest = max(at_least, *map(len, rows))
 
     def lengthen(row: Tensor) -> Tensor:
-        last = row[-1:] if fill == REPEAT else torch.zeros_like(row[-1:])
-        return torch.cat([row, last.expand(longest - len(row), *row.shape[1:])]) if len(row) < longest else row
+        if len(row) == longest:
+            return row
+        last = row[-1:] if fill == REPEAT and len(row) else row.new_zeros(1, *row.shape[1:])
+        return torch.cat([row, last.expand(longest - len(row), *row.shape[1:])])
 
     return torch.stack([lengthen(row) for row in rows]), torch.tensor([len(row) for row in rows], device=rows[0].device)
 
@@ -115,8 +125,5 @@ def take_cond(tensors: Tensors, num_prompts: int, dtypes: frozenset[torch.dtype]
             conds[name] = value
             continue
         check_offsets(f"cond/{name}_offsets", offsets, len(value))
-        ends = np.require(offsets.numpy(), requirements=["C", "A"])
-        if (ends[1:] == ends[:-1]).any():
-            raise ValueError(f"cond/{name} has a prompt of no tokens")
-        conds[name] = Ragged(value, ends)
+        conds[name] = Ragged(value, np.require(offsets.numpy(), requirements=["C", "A"]))
     return conds

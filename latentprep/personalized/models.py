@@ -182,7 +182,8 @@ class LiveText:
             raise UserError("cond_model: gives numbers that are not finite for a plain prompt. Is it loaded rightly?")
         known = [hash_weights(text_modules(self.cond_model)), list(cond.shape), self.is_pipeline]
         digest = fingerprint(known, version, cond)
-        return TextFacts(digest, FAMILIES[0], window=77, num_layers=12, width=cond.shape[-1], pooled=0)
+        widths = {"prompt_embeds": cond.shape[-1]}
+        return TextFacts(digest, FAMILIES[0], window=77, num_layers=12, widths=widths, pipeline_settings={})
 
 
 @dataclass(frozen=True, kw_only=True)

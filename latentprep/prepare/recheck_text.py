@@ -17,7 +17,7 @@ from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.devices import choose_device, is_out_of_memory
-from latentprep.prepare.models.families import FIXED
+from latentprep.prepare.models.family import FIXED
 from latentprep.prepare.models.model_set import open_made_text
 from latentprep.prepare.models.text_file import TextFile
 from latentprep.prepare.models.text_folder import TextFolder

@@ -22,7 +22,8 @@ class StoredCond:
 
     def __init__(self, storage: Storage, manifest: Manifest) -> None:
         self.storage, self.manifest = storage, manifest
-        self.fill = manifest.recipe.text.fill or REPEAT  # how shorter prompts are padded, as the family has it
+        # how shorter prompts are padded, and to how many tokens at least, as the family has it
+        self.fill, self.pad_to = manifest.recipe.text.fill or REPEAT, manifest.recipe.text.pad_to or {}
         self._empty: Conds | None = None
 
     @property
@@ -61,7 +62,7 @@ class StoredCond:
             if isinstance(own, Tensor):
                 cond[name] = own
             else:
-                cond[name], lengths[name] = pad(own, self.fill)
+                cond[name], lengths[name] = pad(own, self.fill, self.pad_to.get(name, 1))
         return cond, lengths
 
     def _empty_row(self, name: str, like: Cond) -> Tensor:
@@ -96,8 +97,10 @@ def finish_cond(
     """Cond as a training loop takes it: name -> [B,...] in a dtype, and <name>_mask [B,T] bool if it has lengths.
 
     A mask says which tokens are a prompt's own, and no padding. One that is stored under that name counts instead.
+    Positions stay in float32, since 16 bits do not have all of them; they have the mask of the embeddings.
     """
-    cond = {name: value.to(dtype) for name, value in stored.items()}
+    cond = {name: value.to(torch.float32 if name.endswith("_ids") else dtype) for name, value in stored.items()}
     for name, own in lengths.items():
-        cond.setdefault(f"{name}_mask", mask_of(own, stored[name].shape[1]))
+        if not name.endswith("_ids"):
+            cond.setdefault(f"{name}_mask", mask_of(own, stored[name].shape[1]))
     return cond

@@ -5,8 +5,9 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from transformers import Qwen3Model
 
-from tests.test_families import make_parts, make_vae
-from tests.test_zimage import make_qwen3, make_tokenizer
+from tests.miniatures import make_qwen_tokenizer, make_vae
+from tests.test_families import make_parts
+from tests.test_zimage import make_qwen3
 
 SMALL_UNET = {
     "sample_size": 8, "block_out_channels": (8, 16), "norm_num_groups": 8, "layers_per_block": 1,
@@ -37,7 +38,7 @@ def make_pipeline(name, folder):
         parts = {**make_parts("flux"), "transformer": transformer}
         pipeline = diffusers.FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
     else:
-        tokenizer = make_tokenizer(folder.with_name("vocabulary"))
+        tokenizer = make_qwen_tokenizer(folder.with_name("vocabulary"))
         transformer = diffusers.ZImageTransformer2DModel(
             in_channels=16, dim=32, n_layers=1, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
             axes_dims=[4, 4, 8], axes_lens=[600, 64, 64],

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.cache.ragged import Cond, Conds, Ragged
+from latentprep.cache.ragged import Cond, Conds, Ragged, join_conds
 from latentprep.errors import UserError
 from latentprep.human import shortened
-from latentprep.prepare.models.families import FIXED, LIST, MASK, Call, Family
+from latentprep.prepare.models.family import FIXED, LIST, MASK, Call, Family
 
 
 def inference_defaults(kind: type) -> dict[str, Any]:
@@ -36,12 +36,15 @@ def _is_same(one: Any, other: Any) -> bool:
 
 
 def make_arguments(family: Family, call: Call, kind: type, device: torch.device, num_tokens: int) -> dict[str, Any]:
-    """All arguments of one call of encode_prompt but the prompts."""
+    """All arguments of one call of encode_prompt but the prompts.
+
+    Those that not every pipeline has are left out where it has none.
+    """
     known = inspect.signature(kind.encode_prompt).parameters  # type: ignore[attr-defined]
-    own: dict[str, Any] = {"device": device, "num_images_per_prompt": 1}  # Z-Image's takes but the first
-    if family.sequence is not None:
-        own["max_sequence_length"] = num_tokens
-    arguments = {**inference_defaults(kind), **call.arguments, **own}
+    own: dict[str, Any] = {"device": device, "num_images_per_prompt": 1, "do_classifier_free_guidance": False}
+    if family.sequence is not None and family.tokens_argument is not None:
+        own[family.tokens_argument] = num_tokens
+    arguments = {**inference_defaults(kind), **own, **call.arguments}
     return {name: value for name, value in arguments.items() if name in known}
 
 
@@ -50,33 +53,62 @@ def call_pipeline(pipeline: Any, family: Family, arguments: list[dict[str, Any]]
 
     `arguments` are those of each of the family's calls.
     """
+    if family.one_by_one and len(prompts) > 1:
+        return join_conds([call_pipeline(pipeline, family, arguments, [prompt]) for prompt in prompts])
     conds: Conds = {}
     for call, own in zip(family.calls, arguments, strict=True):
-        result = pipeline.encode_prompt(prompt=list(prompts), **own)  # a copy: Z-Image's overwrites what it is given
-        named = {name: value for name, value in zip(call.returns, result, strict=True) if name is not None}
+        result = run(pipeline, own, prompts)
+        returned = result if isinstance(result, tuple) else (result,)
+        named = {name: value for name, value in zip(call.returns, returned, strict=True) if name is not None}
         for name, value in named.items():
             if family.length == MASK and name.endswith("_mask"):
                 continue
-            mask = named.get(f"{name}_mask") if family.length == MASK else None
-            conds[name] = take_rows(name, family.length, value, mask, len(prompts))
-            check_tokens(name, conds[name], prompts)
+            conds[name] = take_rows(name, family, value, find_mask(name, named), len(prompts))
+            if name not in family.may_be_empty:
+                check_tokens(name, conds[name], prompts)
     return {name: value.to(torch.float32) for name, value in conds.items()}
 
 
-def take_rows(name: str, length: str, value: Any, mask: Tensor | None, num_prompts: int) -> Cond:
+def run(pipeline: Any, arguments: dict[str, Any], prompts: list[str]) -> Any:
+    """What encode_prompt returns for P prompts."""
+    own = {"batch_size": len(prompts)} if "batch_size" in inspect.signature(pipeline.encode_prompt).parameters else {}
+    return pipeline.encode_prompt(prompt=list(prompts), **arguments, **own)  # a copy: Z-Image's overwrites the list
+
+
+def find_mask(name: str, named: dict[str, Any]) -> Tensor | None:
+    """The mask of a tensor; positions have that of the embeddings, of which they are the positions."""
+    mask: Tensor | None = named.get(f"{'prompt_embeds' if name.endswith('_ids') else name}_mask")
+    return mask
+
+
+def take_rows(name: str, family: Family, value: Any, mask: Tensor | None, num_prompts: int) -> Cond:
     """What encode_prompt gave under one name => a row for each prompt, on the CPU.
 
     A mask that is None counts all tokens (Qwen-Image). Positions [T,3] (FLUX.1's text_ids) are the same for all.
     """
-    if length == LIST and isinstance(value, (list, tuple)):
+    if family.length == LIST and isinstance(value, (list, tuple)):
         return Ragged.of([row.cpu() for row in value])
-    value = value.cpu()
-    if length == FIXED or value.ndim < 3:  # pooled embeddings have no tokens
-        is_shared = value.ndim == 2 and name.endswith("_ids")
-        return value.expand(num_prompts, -1, -1) if is_shared else value
+    value = value.cpu().movedim(family.batch_axis.get(name, 0), 0)
+    if value.ndim == 2 and name.endswith("_ids"):
+        value = value.expand(num_prompts, -1, -1)
+    if family.length == FIXED or value.ndim < 3:  # pooled embeddings have no tokens
+        return value.contiguous()
     if mask is None:
         return Ragged.of(list(value))
-    return Ragged.of([row[:count] for row, count in zip(value, count_tokens(mask.cpu()), strict=True)])
+    masks = mask.cpu().bool().reshape(*value.shape[:2], -1)[..., 0]  # AuraFlow's has the shape of the embeddings
+    if not family.has_gaps:
+        check_first(name, masks)
+    return Ragged.of([row[counts] for row, counts in zip(value, masks, strict=True)])
+
+
+def check_first(name: str, masks: Tensor) -> None:
+    """Raise UserError unless the tokens that count [P,T] are the first ones: then their number tells which they are."""
+    is_first = torch.arange(masks.shape[1])[None] < masks.sum(1)[:, None]
+    if not torch.equal(is_first, masks):
+        raise UserError(
+            f"--model: the mask of its {name} counts tokens that are not the first ones, so its tokenizer pads on the "
+            'left. Set "padding_side": "right" in its tokenizer_config.json.'
+        )
 
 
 def check_tokens(name: str, cond: Cond, prompts: list[str]) -> None:
@@ -85,16 +117,3 @@ def check_tokens(name: str, cond: Cond, prompts: list[str]) -> None:
         for prompt, count in zip(prompts, np.diff(cond.offsets).tolist(), strict=True):
             if not count:
                 raise UserError(f"--model: its {name} gives no tokens for {shortened(prompt)!r}. Use another model.")
-
-
-def count_tokens(mask: Tensor) -> list[int]:
-    """How many tokens of each prompt count, of a mask [P,T] of any dtype.
-
-    Raises ValueError if they are not the first ones: then their number alone would not tell which they are.
-    """
-    counts = mask.bool().sum(1)
-    is_first = torch.arange(mask.shape[1])[None] < counts[:, None]
-    if not torch.equal(is_first, mask.bool()):
-        raise ValueError("the mask of encode_prompt counts tokens that are not the first ones")
-    found: list[int] = counts.tolist()
-    return found

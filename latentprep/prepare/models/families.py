@@ -1,191 +1,68 @@
-"""Families of models that are trained from latents: how their prompts are encoded, and in which shapes that is stored.
+"""The table of families: models that are trained from latents, and how their prompts are encoded.
 
 A family is chosen by the `_class_name` in a folder's model_index.json. Its prompts are encoded by the encode_prompt of
 its base pipeline, which the variants for img2img, inpainting, ControlNet and the like have copied.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
 
-from latentprep.errors import UserError
-from latentprep.options import TextOptions
+from latentprep.prepare.models.family import LIST, MASK, Call, Family, Stored
 
-VARIANTS = r"(Control(Net(Union|XS)?)?)?(PAG)?(Depth2Img|Img2Img|Inpaint(ing)?|Fill|Kontext(Inpaint)?)?Pipeline"
-# How the number of tokens of a prompt is known. fixed: all prompts have the same, and padding counts. mask: of each
-# kept tensor X a mask X_mask says which tokens count. list: each prompt has a tensor of its own.
-FIXED, MASK, LIST = "fixed", "mask", "list"
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of the pipeline's encode_prompt."""
-
-    returns: tuple[str | None, ...]  # what it returns, in order; None is not kept (the negative prompt's)
-    arguments: Mapping[str, Any] = field(default_factory=dict)  # beside those that every call gets (encode_prompt.py)
-
-
-@dataclass(frozen=True)
-class Family:
-    """A row of FAMILIES."""
-
-    name: str
-    stem: str  # how its class names begin; VARIANTS is how they go on
-    calls: tuple[Call, ...]
-    length: str = FIXED
-    fill: str = "zeros"  # what a shorter prompt of a batch is padded with, if lengths differ: cache.ragged.FILLS
-    # encoder -> its class in transformers, of load_text.KINDS; a model that names another is refused. Of a family that
-    # names none, model_index.json says which there are.
-    classes: Mapping[str, str] = field(default_factory=dict)
-    # encoder -> the field of its config that tells its share of a token's values in prompt_embeds; so too of pooled.
-    # Of a family that names none, it is the width of all encoders together.
-    width: Mapping[str, str] = field(default_factory=dict)
-    pooled: Mapping[str, str] = field(default_factory=dict)
-    optional: tuple[str, ...] = ()  # encoders that a model may do without
-    # the encoder whose tokens max_sequence_length counts; None: they are CLIPs, which take windows
-    sequence: str | None = None
-    default_tokens: int = 0  # max_sequence_length unless asked for otherwise: that of the pipeline's __call__
-    most_tokens: int = 0  # what its pipeline takes at most
-    has_clip_tokens: bool = False  # in prompt_embeds, beside those of the sequence
-    chat: Mapping[str, Any] | None = None  # how the pipeline makes a chat of a prompt, before it is tokenized
-    takes_clip_skip: bool = False
-    heeds_force_upcast: bool = False  # whether its pipelines take the VAE in float32 where its config says so
-    patch: int = 1  # latent pixels that the denoiser takes as one, each way
-
-    @property
-    def pipeline(self) -> str:
-        """Name of the diffusers class that encodes its prompts."""
-        return f"{self.stem}Pipeline"
-
-    @property
-    def names(self) -> list[str]:
-        """What is stored of each prompt; masks are not, since the lengths say the same."""
-        kept = [name for call in self.calls for name in call.returns if name is not None]
-        return [name for name in kept if self.length != MASK or not name.endswith("_mask")]
-
-    def encoders(self, index: Mapping[str, Any]) -> list[str]:
-        """text_encoder, text_encoder_2, ...; each has a tokenizer of the same number. `index` is model_index.json."""
-        if self.classes:
-            return sorted(self.classes)
-        return sorted(part for part in index if re.fullmatch(r"text_encoder(_\d)?", part) and _is_there(index[part]))
-
-    def num_tokens(self, asked: int | None, window: int) -> int:
-        """Tokens kept of a prompt: max_sequence_length, or K windows of CLIP without their starts and ends.
-
-        `asked` is --max-tokens, `window` what CLIP takes at once, start and end included. Raises UserError.
-        """
-        if self.sequence is not None:
-            if asked is None or 1 <= asked <= self.most_tokens:
-                return asked or self.default_tokens
-            near = min(max(asked, 1), self.most_tokens)
-            raise UserError(f"--max-tokens {asked}: {self.name} takes 1 to {self.most_tokens}. Try {near}.")
-        room = window - 2
-        if asked is None or asked == window:
-            return room
-        if asked < 1 or asked % room:
-            raise UserError(
-                f"--max-tokens {asked}: {self.name} takes windows of {room} tokens, so a multiple of {room}. "
-                f"Try {(max(asked, 0) // room + 1) * room}."
-            )
-        return asked
-
-    def settings(self, options: TextOptions, window: int, num_layers: int) -> dict[str, Any]:
-        """What the options change about cond: only what is not the default, so that equal settings are equal.
-
-        Also `fill`, if prompts have lengths of their own: a reader pads by it. Raises UserError for what this family,
-        or a CLIP of so many layers, cannot do.
-        """
-        found: dict[str, Any] = {"fill": self.fill} if self.length != FIXED else {}
-        num_tokens = self.num_tokens(options.max_tokens, window)
-        if num_tokens != self.num_tokens(None, window):
-            found["max_tokens"] = num_tokens
-        if options.clip_skip != 1:
-            if not self.takes_clip_skip:
-                others = " or ".join(family.name for family in FAMILIES if family.takes_clip_skip)
-                raise UserError(f"--clip-skip {options.clip_skip}: for {others}, not for {self.name}. Leave it out.")
-            if not 1 <= options.clip_skip <= num_layers:
-                raise UserError(
-                    f"--clip-skip {options.clip_skip}: this text encoder takes 1 (its last layer, the default) "
-                    f"to {num_layers}."
-                )
-            found["clip_skip"] = options.clip_skip
-        if options.emphasis:
-            if self.sequence is not None:
-                why = "has a T5 too" if self.classes.get(self.sequence) == "T5EncoderModel" else "has none"
-                raise UserError(f"--emphasis: for CLIP alone, and {self.name} {why}. Leave it out.")
-            found["emphasis"] = True
-        return found
-
-    def stored_tokens(self, num_tokens: int, window: int) -> int:
-        """T of prompt_embeds [P,T,D]; the most, if prompts have lengths of their own."""
-        if self.sequence is None:
-            return num_tokens // (window - 2) * window
-        return num_tokens + (window if self.has_clip_tokens else 0)
-
-    def more_tokens(self, max_tokens: int, window: int) -> int | None:
-        """A larger --max-tokens where prompts were cut at `max_tokens`; None where there is none that helps."""
-        if self.sequence is None:
-            return max_tokens + window - 4
-        # window: the T5 is left out, and CLIP has cut
-        return None if max_tokens in (window, self.most_tokens) else self.most_tokens
-
-
-def _is_there(named: object) -> bool:
-    """Whether model_index.json names a class for a part, or says that the model does without it."""
-    return named not in (None, [], [None, None])
-
+VARIANTS = r"(Control(Net(Union|XS)?)?)?(PAG)?(KV)?(Depth2Img|Img2Img|Inpaint(ing)?|Fill|Kontext(Inpaint)?)?Pipeline"
+CLIP, CLIP_PROJECTION, T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
+GEMMA2 = ("Gemma2Model", "Gemma2ForCausalLM")
+QWEN2_5_VL, QWEN3 = ("Qwen2_5_VLForConditionalGeneration",), ("Qwen3Model", "Qwen3ForCausalLM")
+ONE_ENCODER = Stored(("text_encoder",))
+EMBEDS_AND_MASK = Call(("prompt_embeds", "prompt_embeds_mask", None, None))
 
 FAMILIES = (
     Family(
         "Stable Diffusion 1 and 2",
         "StableDiffusion",
-        calls=(Call(("prompt_embeds", None), {"do_classifier_free_guidance": False}),),
-        classes={"text_encoder": "CLIPTextModel"},
-        width={"text_encoder": "hidden_size"},
+        calls=(Call(("prompt_embeds", None)),),
+        stores={"prompt_embeds": ONE_ENCODER},
+        classes={"text_encoder": CLIP},
         takes_clip_skip=True,
     ),
     Family(
         "SDXL",
         "StableDiffusionXL",
-        calls=(Call(("prompt_embeds", None, "pooled_prompt_embeds", None), {"do_classifier_free_guidance": False}),),
-        classes={"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"},
-        width={"text_encoder": "hidden_size", "text_encoder_2": "hidden_size"},
-        pooled={"text_encoder_2": "projection_dim"},
+        calls=(Call(("prompt_embeds", None, "pooled_prompt_embeds", None)),),
+        stores={
+            "prompt_embeds": Stored(("text_encoder", "text_encoder_2")),
+            "pooled_prompt_embeds": Stored(("text_encoder_2",), "projection_dim", tokens=1),
+        },
+        classes={"text_encoder": CLIP, "text_encoder_2": CLIP_PROJECTION},
         optional=("text_encoder",),  # the refiner has but the second
         heeds_force_upcast=True,
     ),
     Family(
         "Stable Diffusion 3",
         "StableDiffusion3",
-        calls=(
-            Call(
-                ("prompt_embeds", None, "pooled_prompt_embeds", None),
-                {"do_classifier_free_guidance": False, "prompt_2": None, "prompt_3": None},
-            ),
-        ),
-        classes={
-            "text_encoder": "CLIPTextModelWithProjection",
-            "text_encoder_2": "CLIPTextModelWithProjection",
-            "text_encoder_3": "T5EncoderModel",
+        calls=(Call(("prompt_embeds", None, "pooled_prompt_embeds", None)),),
+        stores={
+            "prompt_embeds": Stored(("text_encoder_3",)),  # CLIP's tokens are filled up with zeros
+            "pooled_prompt_embeds": Stored(("text_encoder", "text_encoder_2"), "projection_dim", tokens=1),
         },
-        width={"text_encoder_3": "d_model"},  # CLIP's tokens are filled up with zeros
-        pooled={"text_encoder": "projection_dim", "text_encoder_2": "projection_dim"},
+        classes={"text_encoder": CLIP_PROJECTION, "text_encoder_2": CLIP_PROJECTION, "text_encoder_3": T5},
         optional=("text_encoder_3",),
         sequence="text_encoder_3",
         default_tokens=256,
         most_tokens=512,
         has_clip_tokens=True,
+        call_defaults=("prompt_2", "prompt_3"),
         patch=2,
     ),
     Family(
         "FLUX.1",
         "Flux",
-        # prompt_2 has no default in diffusers 0.33
-        calls=(Call(("prompt_embeds", "pooled_prompt_embeds", "text_ids"), {"prompt_2": None}),),
-        classes={"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"},
-        width={"text_encoder_2": "d_model"},
-        pooled={"text_encoder": "hidden_size"},
+        calls=(Call(("prompt_embeds", "pooled_prompt_embeds", "text_ids")),),
+        stores={
+            "prompt_embeds": Stored(("text_encoder_2",)),
+            "pooled_prompt_embeds": Stored(("text_encoder",), tokens=1),
+            "text_ids": Stored(values=3),
+        },
+        classes={"text_encoder": CLIP, "text_encoder_2": T5},
         sequence="text_encoder_2",
         default_tokens=512,
         most_tokens=512,
@@ -194,13 +71,270 @@ FAMILIES = (
     Family(
         "Z-Image",
         "ZImage",
-        calls=(Call(("prompt_embeds", None), {"do_classifier_free_guidance": False}),),
+        calls=(Call(("prompt_embeds", None)),),
+        stores={"prompt_embeds": ONE_ENCODER},
         length=LIST,
+        classes={"text_encoder": QWEN3},
         sequence="text_encoder",
         default_tokens=512,
         most_tokens=512,
-        chat={"add_generation_prompt": True, "enable_thinking": True},
+        has_special_tokens=True,
         patch=2,
+    ),
+    Family(
+        "FLUX.2",  # dev
+        "Flux2",
+        calls=(Call(("prompt_embeds", "text_ids")),),
+        stores={"prompt_embeds": Stored(("text_encoder",), layers=3), "text_ids": Stored(values=4)},
+        classes={"text_encoder": ("Mistral3ForConditionalGeneration",)},
+        sequence="text_encoder",
+        default_tokens=512,
+        most_tokens=512,
+        has_special_tokens=True,
+    ),
+    Family(
+        "FLUX.2 klein",
+        "Flux2Klein",
+        calls=(Call(("prompt_embeds", "text_ids")),),
+        stores={"prompt_embeds": Stored(("text_encoder",), layers=3), "text_ids": Stored(values=4)},
+        classes={"text_encoder": ("Qwen3ForCausalLM",)},
+        sequence="text_encoder",
+        default_tokens=512,
+        most_tokens=512,
+        has_special_tokens=True,
+    ),
+    Family(
+        "Qwen-Image",
+        "QwenImage",
+        calls=(Call(("prompt_embeds", "prompt_embeds_mask")),),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        classes={"text_encoder": QWEN2_5_VL},
+        sequence="text_encoder",
+        default_tokens=512,
+        most_tokens=1024,
+        hidden_tokens=34,  # of the template; the tokenizer is told 1024 more, whatever is kept
+        has_special_tokens=True,
+        call_defaults=("max_sequence_length",),
+        patch=2,
+    ),
+    Family(
+        "Krea 2",
+        "Krea2",
+        calls=(Call(("prompt_embeds", "prompt_embeds_mask")),),
+        stores={"prompt_embeds": Stored(("text_encoder",), layers="text_encoder_select_layers")},
+        length=MASK,
+        has_gaps=True,  # before the end of its template; its denoiser has one position for all tokens
+        classes={"text_encoder": ("Qwen3VLModel",)},
+        sequence="text_encoder",
+        default_tokens=512,
+        most_tokens=1024,
+        has_special_tokens=True,
+        settings_of_pipeline=("text_encoder_select_layers",),
+        patch=2,
+    ),
+    Family(
+        "Chroma",
+        "Chroma",
+        # its mask counts one token of padding
+        calls=(Call(("prompt_embeds", "text_ids", "prompt_embeds_mask", None, None, None)),),
+        stores={"prompt_embeds": ONE_ENCODER, "text_ids": Stored(values=3)},
+        length=MASK,
+        classes={"text_encoder": T5},
+        sequence="text_encoder",
+        default_tokens=512,
+        most_tokens=512,
+        patch=2,
+    ),
+    Family(
+        "SANA",
+        "Sana",
+        calls=(EMBEDS_AND_MASK,),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        classes={"text_encoder": GEMMA2},
+        sequence="text_encoder",
+        default_tokens=300,
+        most_tokens=300,
+        call_defaults=("complex_human_instruction",),
+    ),
+    Family(
+        "SANA-Sprint",
+        "SanaSprint",
+        calls=(Call(("prompt_embeds", "prompt_embeds_mask")),),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        classes={"text_encoder": GEMMA2},
+        sequence="text_encoder",
+        default_tokens=300,
+        most_tokens=300,
+        call_defaults=("complex_human_instruction",),
+    ),
+    Family(
+        "Lumina 2",
+        "Lumina2",
+        calls=(EMBEDS_AND_MASK,),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        classes={"text_encoder": GEMMA2},
+        sequence="text_encoder",
+        default_tokens=256,
+        most_tokens=512,
+        patch=2,
+    ),
+    Family(
+        "PixArt-Alpha",
+        "PixArtAlpha",
+        calls=(EMBEDS_AND_MASK,),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        classes={"text_encoder": T5},
+        sequence="text_encoder",
+        default_tokens=120,
+        most_tokens=120,
+        call_defaults=("clean_caption",),
+        packages=("bs4", "ftfy"),
+        patch=2,
+    ),
+    Family(
+        "PixArt-Sigma",
+        "PixArtSigma",
+        calls=(EMBEDS_AND_MASK,),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        classes={"text_encoder": T5},
+        sequence="text_encoder",
+        default_tokens=300,
+        most_tokens=300,
+        call_defaults=("clean_caption",),
+        packages=("bs4", "ftfy"),
+        patch=2,
+    ),
+    Family(
+        "PRX",
+        "PRX",
+        calls=(EMBEDS_AND_MASK,),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        has_gaps=True,  # Gemma's tokenizer pads on the left; its denoiser gives text no positions
+        classes={"text_encoder": ("T5GemmaEncoder",)},
+        sequence="text_encoder",
+        default_tokens=256,
+        most_tokens=256,
+        tokens_argument="tokenizer_max_length",
+        packages=("ftfy",),
+        patch=2,
+    ),
+    Family(
+        "AuraFlow",
+        "AuraFlow",
+        calls=(EMBEDS_AND_MASK,),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=MASK,
+        is_full=True,  # its denoiser takes no mask: padding counts, and all of it is zeros
+        classes={"text_encoder": ("UMT5EncoderModel",)},
+        sequence="text_encoder",
+        default_tokens=256,
+        most_tokens=256,
+        heeds_force_upcast=True,
+        patch=2,
+    ),
+    Family(
+        "HunyuanDiT",
+        "HunyuanDiT",
+        calls=(
+            Call(
+                ("prompt_embeds", None, "prompt_embeds_mask", None),
+                {"text_encoder_index": 0, "max_sequence_length": 77},
+            ),
+            Call(
+                ("prompt_embeds_2", None, "prompt_embeds_2_mask", None),
+                {"text_encoder_index": 1, "max_sequence_length": 256},
+            ),
+        ),
+        stores={"prompt_embeds": Stored(("text_encoder",), tokens=77), "prompt_embeds_2": Stored(("text_encoder_2",))},
+        length=MASK,
+        is_full=True,  # its denoiser has a vector of its own for each place that is padding
+        classes={"text_encoder": ("BertModel",), "text_encoder_2": T5},
+        sequence="text_encoder_2",
+        default_tokens=256,
+        most_tokens=256,
+        tokens_argument=None,
+        patch=2,
+    ),
+    Family(
+        "HunyuanImage 2.1",
+        "HunyuanImage",
+        calls=(Call(("prompt_embeds", "prompt_embeds_mask", "prompt_embeds_2", "prompt_embeds_2_mask")),),
+        stores={"prompt_embeds": ONE_ENCODER, "prompt_embeds_2": Stored(("text_encoder_2",), tokens=128)},
+        length=MASK,
+        may_be_empty=("prompt_embeds_2",),  # of what a prompt has in quotes
+        classes={"text_encoder": QWEN2_5_VL, "text_encoder_2": T5},
+        sequence="text_encoder",
+        default_tokens=1000,
+        most_tokens=1000,
+        tokens_argument=None,
+        has_special_tokens=True,
+    ),
+    Family(
+        "CogView4",
+        "CogView4",
+        calls=(Call(("prompt_embeds", None)),),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=LIST,
+        one_by_one=True,  # else padded on the left to the batch's longest and a multiple of 16, and all of that counts
+        classes={"text_encoder": ("GlmModel",)},
+        sequence="text_encoder",
+        default_tokens=1024,
+        most_tokens=1024,
+        patch=2,
+    ),
+    Family(
+        "HiDream-I1",
+        "HiDreamImage",
+        calls=(Call(("prompt_embeds_t5", None, "prompt_embeds_llama3", None, "pooled_prompt_embeds", None)),),
+        stores={
+            "prompt_embeds_t5": Stored(("text_encoder_3",)),
+            "prompt_embeds_llama3": Stored(("text_encoder_4",), layers="num_hidden_layers"),
+            "pooled_prompt_embeds": Stored(("text_encoder", "text_encoder_2"), "projection_dim", tokens=1),
+        },
+        batch_axis={"prompt_embeds_llama3": 1},  # [layers,P,T,D] is stored as [P,layers,T,D]
+        classes={
+            "text_encoder": CLIP_PROJECTION,
+            "text_encoder_2": CLIP_PROJECTION,
+            "text_encoder_3": T5,
+            "text_encoder_4": ("LlamaForCausalLM",),
+        },
+        sequence="text_encoder_3",
+        default_tokens=128,
+        most_tokens=128,
+        patch=2,
+    ),
+    Family(
+        "Kolors",
+        "Kolors",
+        calls=(Call(("prompt_embeds", None, "pooled_prompt_embeds", None)),),
+        stores={"prompt_embeds": ONE_ENCODER, "pooled_prompt_embeds": Stored(("text_encoder",), tokens=1)},
+        classes={"text_encoder": ("ChatGLMModel",)},
+        sequence="text_encoder",
+        default_tokens=256,
+        most_tokens=256,
+        packages=("sentencepiece",),
+        heeds_force_upcast=True,
+    ),
+    Family(
+        "ERNIE-Image",
+        "ErnieImage",
+        calls=(Call(("prompt_embeds",)),),
+        stores={"prompt_embeds": ONE_ENCODER},
+        length=LIST,
+        classes={"text_encoder": ("Mistral3Model",)},
+        sequence="text_encoder",
+        default_tokens=2048,
+        most_tokens=2048,
+        tokens_argument=None,  # its tokenizer cuts where its own config says
+        one_by_one=True,
+        norm_eps=1e-5,  # the config of its VAE says another (pipeline_ernie_image.py, __call__)
     ),
 )
 
@@ -208,8 +342,3 @@ FAMILIES = (
 def find_family(class_name: object) -> Family | None:
     """The family of a pipeline class, by its name; None where it is none of FAMILIES."""
     return next((family for family in FAMILIES if re.fullmatch(family.stem + VARIANTS, str(class_name))), None)
-
-
-def tokenizer_of(encoder: str) -> str:
-    """text_encoder_2 -> tokenizer_2."""
-    return encoder.replace("text_encoder", "tokenizer")

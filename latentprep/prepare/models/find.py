@@ -9,7 +9,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.models.files import TEXT_WEIGHTS, VAE_WEIGHTS, read_json
 
 TINY = "tiny"
-WEIGHTS = {"vae": VAE_WEIGHTS, **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3"), TEXT_WEIGHTS)}
+WEIGHTS = {"vae": VAE_WEIGHTS, **dict.fromkeys((f"text_encoder{n}" for n in ("", "_2", "_3", "_4")), TEXT_WEIGHTS)}
 SINGLE_FILE = ".safetensors"
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 

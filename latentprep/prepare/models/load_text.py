@@ -1,22 +1,20 @@
-"""Text encoders, tokenizers and the pipeline around them, each by a class that is known here.
+"""Text encoders and the pipeline around them, each by a class that is known here.
 
 Nothing in a model's folder decides which code runs: no name of a class in it is looked up, and no file but weights,
 configs and vocabularies is handed to a library.
 """
 
 import inspect
-import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
 from latentprep.human import shortened
-from latentprep.prepare.models.families import Family
-from latentprep.prepare.models.files import blame, check_shapes, check_sizes, class_of, read_json
+from latentprep.prepare.models.family import Family
+from latentprep.prepare.models.files import blame, check_shapes, check_sizes, class_of
 
 if TYPE_CHECKING:
     import torch
@@ -29,35 +27,57 @@ class Kind:
     config: str  # class of its config
     tokenizers: tuple[str, ...]  # classes of its tokenizer, of which a model must name one
     vocabularies: tuple[frozenset[str], ...]  # files of which one set must be there: else a tokenizer may start empty
-    width: str = "hidden_size"  # the field of its config that says how many values a token has
+    module: str = "transformers"  # where its class and that of its config are
+    library: str = "transformers"  # what model_index.json says that they are of
 
 
-_BPE = (frozenset({"tokenizer.json"}), frozenset({"vocab.json", "merges.txt"}))
+_JSON = frozenset({"tokenizer.json"})
+_BPE = (_JSON, frozenset({"vocab.json", "merges.txt"}))
 _CLIP = Kind("CLIPTextConfig", ("CLIPTokenizer", "CLIPTokenizerFast"), _BPE)
-_QWEN3 = Kind("Qwen3Config", ("Qwen2Tokenizer", "Qwen2TokenizerFast"), _BPE)
-# Class of a text encoder in transformers -> how it is loaded. No other class ever is.
+_QWEN = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_QWEN3, _QWEN3_VL = Kind("Qwen3Config", _QWEN, _BPE), Kind("Qwen3VLConfig", _QWEN, _BPE)
+_T5, _SPIECE = ("T5Tokenizer", "T5TokenizerFast"), (_JSON, frozenset({"spiece.model"}))
+_LLAMA = ("LlamaTokenizer", "LlamaTokenizerFast")
+_FAST = ("PreTrainedTokenizerFast", "TokenizersBackend")  # its names up to transformers 4, and from 5 on
+_GEMMA = ("GemmaTokenizer", "GemmaTokenizerFast")
+_GEMMA2 = Kind("Gemma2Config", _GEMMA, (_JSON,))
+# Class of a text encoder -> how it is loaded. No other class ever is.
 KINDS = {
     "CLIPTextModel": _CLIP,
     "CLIPTextModelWithProjection": _CLIP,
-    "T5EncoderModel": Kind(
-        "T5Config",
-        ("T5Tokenizer", "T5TokenizerFast"),
-        (frozenset({"tokenizer.json"}), frozenset({"spiece.model"})),
-        width="d_model",
-    ),
+    "T5EncoderModel": Kind("T5Config", (*_T5, "ByT5Tokenizer"), _SPIECE),
+    "UMT5EncoderModel": Kind("UMT5Config", (*_T5, *_LLAMA), (*_SPIECE, frozenset({"tokenizer.model"}))),
+    "BertModel": Kind("BertConfig", ("BertTokenizer", "BertTokenizerFast"), (_JSON, frozenset({"vocab.txt"}))),
     "Qwen3Model": _QWEN3,
     "Qwen3ForCausalLM": _QWEN3,
+    "Qwen2_5_VLForConditionalGeneration": Kind("Qwen2_5_VLConfig", _QWEN, _BPE),
+    "Qwen3VLModel": _QWEN3_VL,
+    "Gemma2Model": _GEMMA2,
+    "Gemma2ForCausalLM": _GEMMA2,
+    "T5GemmaEncoder": Kind(
+        "T5GemmaModuleConfig",
+        (*_GEMMA, *_T5),
+        (_JSON,),
+        module="transformers.models.t5gemma.modeling_t5gemma",
+        library="transformers prx",
+    ),
+    "LlamaForCausalLM": Kind("LlamaConfig", (*_FAST, *_LLAMA), (_JSON,)),
+    "GlmModel": Kind("GlmConfig", _FAST, (_JSON,)),
+    # of a processor the tokenizer alone is loaded: prompts have no images
+    "Mistral3ForConditionalGeneration": Kind("Mistral3Config", ("PixtralProcessor", *_FAST, *_LLAMA), (_JSON,)),
+    "Mistral3Model": Kind("Mistral3Config", (*_FAST, *_LLAMA), (_JSON,)),
+    "ChatGLMModel": Kind(
+        "ChatGLMConfig",
+        ("ChatGLMTokenizer",),
+        (frozenset({"tokenizer.model"}),),
+        module="diffusers.pipelines.kolors.text_encoder",
+        library="kolors",
+    ),
 }
-TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"  # transformers runs it in a sandbox: it reaches no file and no code
-MAX_TEMPLATE = 2**16  # bytes; Qwen3's has 4,000
-TOKENIZER_FILES = (
-    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "special_tokens_map.json", "added_tokens.json",
-    CHAT_TEMPLATE,
-)  # fmt: skip
 SIZES = (
     "hidden_size", "d_model", "num_attention_heads", "num_heads", "intermediate_size", "d_ff", "d_kv", "vocab_size",
     "max_position_embeddings", "projection_dim", "num_hidden_layers", "num_layers", "head_dim", "num_key_value_heads",
+    "depth", "out_hidden_size", "ffn_hidden_size", "kv_channels",
 )  # fmt: skip
 MAX_LAYERS = 1000
 # Of a config, what would have transformers fetch or run something, or says what the caller decides.
@@ -65,38 +85,59 @@ UNUSED = ("auto_map", "torch_dtype", "dtype", "attn_implementation", "experts_im
 
 
 def check_text_config(config: dict[str, Any], folder: Path, option: str) -> None:
-    """Raise UserError for sizes that no text encoder has, and for weights that need another library."""
-    check_sizes(config, [name for name in SIZES if name in config], folder, option)
-    for name in ("num_hidden_layers", "num_layers"):
-        if config.get(name, 0) > MAX_LAYERS:
-            raise UserError(f"{option} {folder}: its config's {name} is {config[name]}, expected 1 to {MAX_LAYERS}.")
+    """Raise UserError for sizes that no text encoder has, or none, and for weights that need another library."""
+    halves = {name: config[name] for name in ("text_config", "vision_config", "encoder") if name in config}
+    for half in [config, *(half for half in halves.values() if isinstance(half, dict))]:
+        check_sizes(half, [name for name in SIZES if name in half], folder, option)
+        for name in ("num_hidden_layers", "num_layers", "depth"):
+            if half.get(name, 0) > MAX_LAYERS:
+                raise UserError(f"{option} {folder}: its config's {name} is {half[name]}, expected 1 to {MAX_LAYERS}.")
+    text = halves.get("text_config") or halves.get("encoder")  # of models that see images too, and of T5Gemma
+    check_named(text if isinstance(text, dict) else config, folder)
     if config.get("quantization_config") is not None:
         raise UserError(f"{option} {folder}: its weights are quantized, which is not supported. Give the full model.")
 
 
-def check_class(index: Mapping[str, Any], part: str, allowed: tuple[str, ...], where: str) -> str:
+def check_named(config: Mapping[str, Any], folder: Path) -> None:
+    """Raise UserError if a config names no size: transformers would build another model, and say nothing."""
+    for names in (("hidden_size", "d_model"), ("num_hidden_layers", "num_layers")):
+        if not any(name in config for name in names):
+            raise UserError(f"{folder / 'config.json'} says no {names[0]}, expected a text encoder's. Save it again.")
+
+
+def check_class(
+    index: Mapping[str, Any], part: str, allowed: tuple[str, ...], where: str, libraries: str = "transformers"
+) -> str:
     """The class that model_index.json names for a part. Raises UserError unless it is one of those allowed."""
     named = index.get(part)
     for name in allowed:
-        if named == ["transformers", name]:
+        if named in [[library, name] for library in libraries.split()]:
             return name
     raise UserError(
-        f"{where}: its model_index.json says that {part} is {shortened(str(named))}, expected transformers' "
+        f"{where}: its model_index.json says that {part} is {shortened(str(named))}, expected {libraries.split()[0]}' "
         f"{' or '.join(allowed)}. Other classes are never loaded."
     )
 
 
-def transformers_class(name: str) -> Any:
-    """A class of transformers. Raises UserError if this transformers has none."""
+def known_class(name: str, module: str = "transformers") -> Any:
+    """A class of transformers, or of one of its modules. Raises UserError if this transformers has none."""
     import transformers
 
-    found = class_of(transformers, name)
+    try:
+        found = class_of(import_module(module), name)
+    except ImportError:
+        found = None
     if found is None:
         raise UserError(
             f"--model: its text encoder needs {name}, which transformers {transformers.__version__} does not have. "
             "Upgrade transformers, or --no-cond."
         )
     return found
+
+
+def encoder_class(kind: str) -> Any:
+    """The class of a text encoder. Raises UserError like known_class."""
+    return known_class(kind, KINDS[kind].module)
 
 
 def check_encoder(
@@ -106,7 +147,7 @@ def check_encoder(
     import torch
 
     with blame(f"{folder}: its config.json makes no {kind}"), torch.device("meta"):
-        model = transformers_class(kind)(make_config(kind, config))
+        model = encoder_class(kind)(make_config(kind, config))
     wanted = {_short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     check_shapes(wanted, {_short(name): shape for name, shape in shapes.items()}, str(folder), part)
 
@@ -121,8 +162,15 @@ def _short(name: str) -> str:
 
 def make_config(kind: str, config: dict[str, Any]) -> Any:
     """transformers' config object of a text encoder; whatever a library raises about it is the caller's to blame."""
-    fields = {name: value for name, value in config.items() if not name.startswith("_") and name not in UNUSED}
-    return transformers_class(KINDS[kind].config).from_dict(fields)
+    own = config.get("encoder", config) if kind == "T5GemmaEncoder" else config  # of both halves, or of this alone
+    fields = {name: value for name, value in own.items() if not name.startswith("_") and name not in UNUSED}
+    return known_class(KINDS[kind].config, KINDS[kind].module).from_dict(fields)
+
+
+def text_config(kind: str, config: dict[str, Any], where: str) -> Any:
+    """The same of what reads text, in a model that may see images too. Raises UserError for what makes none."""
+    with blame(f"{where}: its config.json makes no {kind}"):
+        return make_config(kind, config).get_text_config()
 
 
 def load_encoder(
@@ -137,83 +185,10 @@ def load_encoder(
     """
     with blame(what):
         made = make_config(kind, config)
-        model, info = transformers_class(kind).from_pretrained(
+        model, info = encoder_class(kind).from_pretrained(
             None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
         )
     return model, info
-
-
-def check_tokenizer(folder: Path, kind: str, option: str) -> None:
-    """Raise UserError where the vocabulary of a text encoder's tokenizer is missing."""
-    there = {name for name in TOKENIZER_FILES if (folder / name).is_file()}
-    wanted = KINDS[kind].vocabularies
-    if not any(names <= there for names in wanted):
-        expected = " or ".join(" and ".join(sorted(names)) for names in wanted)
-        raise UserError(f"{option} {folder}: has no vocabulary, expected {expected}. Download the model again.")
-    for name in there:
-        if name.endswith(".json"):
-            read_json(folder / name, option)
-    if CHAT_TEMPLATE in there and (folder / CHAT_TEMPLATE).stat().st_size > MAX_TEMPLATE:
-        raise UserError(f"{option}: {folder / CHAT_TEMPLATE} has over {MAX_TEMPLATE:,} bytes, which no template has.")
-
-
-def load_tokenizer_of(folder: Path, kind: str, config: Mapping[str, Any]) -> Any:
-    """A tokenizer by its class, from its known files alone, for the text encoder of this config. Raises UserError.
-
-    It sees a copy of these, since from_pretrained would also look at a config.json and the auto_map in it.
-    """
-    vocab_size, own = config.get("vocab_size"), {}
-    with TemporaryDirectory() as copy:
-        for name in TOKENIZER_FILES:
-            if (folder / name).is_file():
-                shutil.copyfile(folder / name, Path(copy) / name)
-        if (folder / TOKENIZER_CONFIG).exists():
-            found = read_json(folder / TOKENIZER_CONFIG, "--model")
-            own = {key: value for key, value in found.items() if key not in UNUSED and not key.endswith("_file")}
-        if kind in _CLIP.tokenizers:
-            own["model_max_length"] = clip_length(folder, own, config)
-        (Path(copy) / TOKENIZER_CONFIG).write_text(json.dumps(own), encoding="utf-8")
-        with blame(f"{folder}: its files make no {kind}"):
-            tokenizer = transformers_class(kind).from_pretrained(copy, local_files_only=True)
-            tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
-            size = len(tokenizer)
-    tokenizer.apply_chat_template = blamed(
-        tokenizer.apply_chat_template, f"{folder}: its files make no chat of a prompt"
-    )
-    if vocab_size is not None and size > vocab_size:
-        raise UserError(f"{folder}: has {size:,} tokens, but its text encoder knows {vocab_size:,}. Download it again.")
-    return tokenizer
-
-
-def clip_length(folder: Path, tokenizer: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """The tokens that a CLIP takes at once, which pipelines ask its tokenizer for: those of the text encoder.
-
-    A tokenizer that was saved from its vocabulary alone says 10**30 or nothing. Raises UserError for one that says
-    less: a pipeline would cut prompts there.
-    """
-    window, said = config.get("max_position_embeddings", 77), tokenizer.get("model_max_length")
-    if type(said) is int and 0 < said < window:
-        raise UserError(
-            f"--model {folder / TOKENIZER_CONFIG}: model_max_length is {said}, but its text encoder takes {window} "
-            f"tokens. Set it to {window}."
-        )
-    return int(window)
-
-
-def blamed(call: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A call of a library into what a model brings along, such as its chat template, with its errors as one line."""
-
-    def checked(*arguments: Any, **options: Any) -> Any:
-        with blame(what):
-            return call(*arguments, **options)
-
-    return checked
-
-
-def chat_of(tokenizer: Any, prompt: str, arguments: Mapping[str, Any]) -> str:
-    """A prompt as the pipeline writes it before it is tokenized: one message of a user."""
-    found: str = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, **arguments)
-    return found
 
 
 def pipeline_class(family: Family) -> Any:
@@ -229,8 +204,8 @@ def pipeline_class(family: Family) -> Any:
     return kind
 
 
-def make_pipeline(family: Family, parts: dict[str, Any]) -> Any:
-    """The base pipeline of a family, with these parts and nothing else."""
+def make_pipeline(family: Family, parts: Mapping[str, Any]) -> Any:
+    """The base pipeline of a family, with these parts and settings and nothing else."""
     kind = pipeline_class(family)
     parameters = inspect.signature(kind.__init__).parameters
     arguments: dict[str, Any] = {
@@ -239,3 +214,8 @@ def make_pipeline(family: Family, parts: dict[str, Any]) -> Any:
     if "requires_safety_checker" in parameters:
         arguments["requires_safety_checker"] = False
     return kind(**{**arguments, **parts})
+
+
+def pipeline_default(family: Family, name: str) -> Any:
+    """What a setting of a pipeline is where model_index.json does not say it."""
+    return getattr(make_pipeline(family, {}), name)

@@ -16,18 +16,19 @@ from latentprep.prepare.models.checkpoint import (
     text_parts,
 )
 from latentprep.prepare.models.clip_tokenizer import MERGES, load_tokenizer
-from latentprep.prepare.models.families import find_family, tokenizer_of
+from latentprep.prepare.models.families import find_family
+from latentprep.prepare.models.family import tokenizer_of
 from latentprep.prepare.models.files import blame, check_sizes, digest_model, hash_files, read_json
 from latentprep.prepare.models.load_text import (
     KINDS,
     check_class,
     check_encoder,
     check_text_config,
-    check_tokenizer,
     load_encoder,
-    load_tokenizer_of,
     make_pipeline,
+    text_config,
 )
+from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
 from latentprep.prepare.models.single_file import check_loaded, is_built_in, title_of
 from latentprep.prepare.models.text_folder import TextFiles, text_numbers
 
@@ -71,8 +72,9 @@ class TextFile(TextFiles):
             return load_tokenizer(folder)
         index = read_json(self.configs / "model_index.json", "--config")
         kind = check_class(index, folder.name, KINDS[TEXT_CLASSES[0]].tokenizers, f"--config {self.configs}")
-        check_tokenizer(folder, TEXT_CLASSES[0], "--config")
-        return load_tokenizer_of(folder, kind, read_text_config(self.configs / part))
+        check_tokenizer(folder, TEXT_CLASSES[0], kind, "--config")
+        config = read_text_config(self.configs / part)
+        return load_tokenizer_of(folder, kind, text_config(TEXT_CLASSES[0], config, str(self.configs / part)))
 
 
 def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
@@ -111,11 +113,13 @@ def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
     if not vocabularies:
         raise UserError(f"--config {configs}: has no tokenizer folder. Complete it, or --no-cond.")
     hashes += hash_files([*vocabularies, MERGES] if is_built_in(configs) else vocabularies)
+    classes = {part: config["architectures"][0] for part, config in encoders.items()}
     digest = digest_model([family.pipeline, *encoders.values()], hashes)
     return TextFile(
         digest,
         family,
-        **text_numbers(family, family.classes, encoders, configs, "--config"),
+        **text_numbers(family, classes, encoders, {}, f"--config {configs}"),
+        pipeline_settings={},
         path=path,
         configs=configs,
     )

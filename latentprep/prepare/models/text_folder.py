@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,9 +13,12 @@ from typing import TYPE_CHECKING, Any
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
-from latentprep.prepare.models.families import FAMILIES, Family, find_family, tokenizer_of
+from latentprep.prepare.models.count import PromptCounter
+from latentprep.prepare.models.families import FAMILIES, find_family
+from latentprep.prepare.models.family import Family, Stored, tokenizer_of
 from latentprep.prepare.models.files import (
     TEXT_WEIGHTS,
+    blame,
     check_whole,
     digest_model,
     find_weights,
@@ -25,16 +29,17 @@ from latentprep.prepare.models.files import (
 )
 from latentprep.prepare.models.load_text import (
     KINDS,
-    chat_of,
+    MAX_LAYERS,
     check_class,
     check_encoder,
     check_text_config,
-    check_tokenizer,
     load_encoder,
-    load_tokenizer_of,
     make_pipeline,
     pipeline_class,
+    pipeline_default,
+    text_config,
 )
+from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +47,8 @@ if TYPE_CHECKING:
     from latentprep.prepare.models.doors import PromptEncoder
 
 
+# Packages by the names that they are imported by -> the names that pip knows them by.
+PACKAGES = {"bs4": "beautifulsoup4", "ftfy": "ftfy", "sentencepiece": "sentencepiece"}
 ZEROS_SINCE = (0, 36)  # of diffusers; see _check_zeros
 
 
@@ -53,8 +60,8 @@ class TextFacts:
     family: Family
     window: int  # tokens that its CLIP takes at once, start and end included
     num_layers: int  # of its CLIP
-    width: int  # values of a token in prompt_embeds
-    pooled: int  # values of pooled_prompt_embeds; 0: there is none
+    widths: Mapping[str, int]  # name of what is stored -> values of a token
+    pipeline_settings: Mapping[str, Any]  # what model_index.json says beside its parts, if cond depends on it
 
     def settings(self, options: TextOptions) -> dict[str, Any]:
         """What the options change about cond. Raises UserError for what these encoders cannot do."""
@@ -63,8 +70,9 @@ class TextFacts:
     def num_values(self, options: TextOptions) -> int:
         """Numbers that are stored of one prompt, all tensors together; the most, if lengths differ."""
         num_tokens = self.family.num_tokens(options.max_tokens, self.window)
-        per_token = self.width + (3 if "text_ids" in self.family.names else 0)
-        return self.family.stored_tokens(num_tokens, self.window) * per_token + self.pooled
+        in_sequence = self.family.stored_tokens(num_tokens, self.window)
+        stores = self.family.stores
+        return sum(width * (stores[name].tokens or in_sequence) for name, width in self.widths.items())
 
     def more_tokens(self, max_tokens: int) -> int | None:
         """A larger --max-tokens that keeps more of prompts that were cut at `max_tokens`; None if there is none."""
@@ -98,36 +106,43 @@ class TextFolder(TextFiles):
     tokenizers: Mapping[str, str]  # encoder -> class of its tokenizer
 
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
-        parts: dict[str, Any] = {}
+        pipeline_class(self.family)  # first: diffusers brings a class of text encoders along
+        parts: dict[str, Any] = dict(self.pipeline_settings)
         for part in self.left_out:
             parts |= {part: None, tokenizer_of(part): None}
         for part in self.classes:
-            parts |= self._load_part(part, dtype)
+            parts |= {part: self._load_encoder(part, dtype), tokenizer_of(part): self.load_tokenizer(part)}
         pipeline = make_pipeline(self.family, parts)
         if self.family.sequence in self.left_out:  # encode_prompt asks the transformer how wide zeros for its T5 are
-            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=self.width))
+            width = self.widths["prompt_embeds"]
+            pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=width))
         return pipeline
 
     def check(self) -> None:
         """Raise UserError for what would fail when it is loaded, as far as headers and configs tell."""
-        for part in self.tokenizers:
-            folder, kind = self.path / part, self.classes[part]
-            config = read_json(folder / "config.json", "--model")
+        for part, kind in self.classes.items():
+            folder = self.path / part
             shapes = read_header(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), "--model")
-            check_encoder(kind, config, shapes, folder, part)
-            tokenizer = load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config)
-            if self.family.chat is not None:
-                chat_of(tokenizer, "a photo", self.family.chat)
+            check_encoder(kind, self._config(part), shapes, folder, part)
+            tokenizer = self.load_tokenizer(part)
+            if part == self.family.sequence:
+                with blame(f"{self.path}: its tokenizer does not do for {self.family.pipeline}"):
+                    PromptCounter(self, tokenizer, TextOptions()).count(["a photo"])
 
-    def _load_part(self, part: str, dtype: "torch.dtype") -> dict[str, Any]:
-        """An encoder and its tokenizer."""
+    def load_tokenizer(self, part: str) -> Any:
+        """The tokenizer of an encoder. Raises UserError if its files make none."""
+        config = text_config(self.classes[part], self._config(part), str(self.path / part))
+        return load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config)
+
+    def _config(self, part: str) -> dict[str, Any]:
+        return read_json(self.path / part / "config.json", "--model")
+
+    def _load_encoder(self, part: str, dtype: "torch.dtype") -> Any:
         folder, kind = self.path / part, self.classes[part]
-        config = read_json(folder / "config.json", "--model")
-        tokenizer = load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config)
         tensors = read_weights(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), ("",), "--model")
-        model, info = load_encoder(kind, config, tensors, dtype, _no_model(folder, kind))
+        model, info = load_encoder(kind, self._config(part), tensors, dtype, _no_model(folder, kind))
         check_whole(folder, "transformers", info["missing_keys"])
-        return {part: model, tokenizer_of(part): tokenizer}
+        return model
 
 
 def _no_model(folder: Path, kind: str) -> str:
@@ -156,6 +171,7 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
             "Or encode with --no-cond."
         )
     pipeline_class(family)
+    check_packages(family)
     named = family.encoders(index)
     left_out = tuple(part for part in named if _is_left_out(folder, part, index, family))
     encoders = [part for part in named if part not in left_out]
@@ -169,17 +185,21 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
     configs = {part: read_json(folder / part / "config.json", option) for part in encoders}
     classes, tokenizers = {}, {}
     for part, config in configs.items():
-        allowed = (family.classes[part],) if family.classes else tuple(KINDS)
-        kind = classes[part] = check_class(index, part, allowed, f"{option} {folder}")
-        tokenizers[part] = check_class(index, tokenizer_of(part), KINDS[kind].tokenizers, f"{option} {folder}")
+        allowed = family.classes[part] if family.classes else tuple(KINDS)
+        libraries = KINDS[allowed[0]].library
+        kind = classes[part] = check_class(index, part, allowed, f"{option} {folder}", libraries)
+        own, wanted = tokenizer_of(part), KINDS[kind].tokenizers
+        tokenizers[part] = check_class(index, own, wanted, f"{option} {folder}", libraries)
         check_text_config(config, folder / part, option)
-        check_tokenizer(folder / tokenizer_of(part), kind, option)
-    numbers = text_numbers(family, classes, configs, folder, option)
-    hashed: list[Any] = [family.pipeline, *configs.values()]
+        check_tokenizer(folder / own, kind, tokenizers[part], option)
+    settings = pipeline_settings(family, index, f"{option} {folder}")
+    numbers = text_numbers(family, classes, configs, settings, f"{option} {folder}")
+    hashed: list[Any] = [family.pipeline, *configs.values(), *([settings] if settings else [])]
     if family.sequence in left_out:
         _check_zeros(f"{option} {folder}", family)
-        numbers["width"] = _joint_attention_dim(folder, option)
-        hashed.append(numbers["width"])
+        width = _joint_attention_dim(folder, option)
+        numbers["widths"]["prompt_embeds"] = width
+        hashed.append(width)
     weights = [
         file for part in encoders for file in find_weights(folder / part, TEXT_WEIGHTS, option, index_first=False)
     ]
@@ -187,21 +207,78 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
         file for part in encoders for file in sorted((folder / tokenizer_of(part)).iterdir()) if file.is_file()
     ]
     digest = digest_model(hashed, hash_files(weights + vocabularies))
-    return TextFolder(digest, family, **numbers, path=folder, left_out=left_out, classes=classes, tokenizers=tokenizers)
+    return TextFolder(
+        digest,
+        family,
+        **numbers,
+        pipeline_settings=settings,
+        path=folder,
+        left_out=left_out,
+        classes=classes,
+        tokenizers=tokenizers,
+    )
+
+
+def check_packages(family: Family) -> None:
+    """Raise UserError if a package is missing without which a pipeline encodes other text, or none."""
+    missing = [PACKAGES[name] for name in family.packages if find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"--model: {family.name} needs {' and '.join(missing)} to encode prompts. "
+            f"pip install {' '.join(missing)}, or --no-cond."
+        )
+
+
+def pipeline_settings(family: Family, index: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """What model_index.json says of the layers that a pipeline takes; {} if it says nothing. Raises UserError."""
+    found: dict[str, Any] = {}
+    for name in family.settings_of_pipeline:
+        value = index.get(name)
+        if value is None:
+            continue
+        is_list = isinstance(value, list) and 1 <= len(value) <= MAX_LAYERS
+        if not is_list or any(type(n) is not int or not 0 <= n <= MAX_LAYERS for n in value):
+            raise UserError(
+                f"{where}: its model_index.json's {name} is {shortened(repr(value))}, expected a list of layers. "
+                "Download it again."
+            )
+        found[name] = value
+    return found
 
 
 def text_numbers(
-    family: Family, classes: Mapping[str, str], configs: dict[str, dict[str, Any]], folder: Path, option: str
-) -> dict[str, int]:
-    """window, num_layers, width and pooled of TextFacts, from the configs of the encoders that are there."""
-    clip = next((config for part, config in configs.items() if part != family.sequence), {})
-    width = family.width or {part: KINDS[classes[part]].width for part in configs}
+    family: Family,
+    classes: Mapping[str, str],
+    configs: Mapping[str, dict[str, Any]],
+    settings: Mapping[str, Any],
+    where: str,
+) -> dict[str, Any]:
+    """window, num_layers and widths of TextFacts, from the configs of the encoders that are there."""
+    made = {part: text_config(classes[part], config, f"{where}/{part}") for part, config in configs.items()}
+    clip = next((config for part, config in made.items() if part != family.sequence), None)
+    stores = family.stores or {name: Stored(tuple(made)) for name in family.names}
     return {
-        "window": clip.get("max_position_embeddings", 77),
-        "num_layers": clip.get("num_hidden_layers", 12),
-        "width": _add_up(width, configs, folder, option),
-        "pooled": _add_up(family.pooled, configs, folder, option),
+        "window": getattr(clip, "max_position_embeddings", 77),
+        "num_layers": getattr(clip, "num_hidden_layers", 12),
+        "widths": {name: width_of(stored, made, family, settings, where) for name, stored in stores.items()},
     }
+
+
+def width_of(
+    stored: Stored, configs: Mapping[str, Any], family: Family, settings: Mapping[str, Any], where: str
+) -> int:
+    """Values of a token of what is stored: the widths of those encoders that are there. Raises UserError."""
+    there = [configs[part] for part in stored.encoders if part in configs]
+    if isinstance(stored.layers, int):
+        layers = stored.layers
+    elif stored.layers in family.settings_of_pipeline:
+        layers = len(settings.get(stored.layers) or pipeline_default(family, stored.layers))
+    else:
+        layers = getattr(there[0], stored.layers)
+    widths = [width for config in there if type(width := getattr(config, stored.width, None)) is int]
+    if len(widths) < len(there):
+        raise UserError(f"{where}: the config.json of its text encoder says no {stored.width}. Download it again.")
+    return sum(widths) * layers + stored.values
 
 
 def _is_left_out(folder: Path, part: str, index: dict[str, Any], family: Family) -> bool:
@@ -236,11 +313,3 @@ def _joint_attention_dim(folder: Path, option: str) -> int:
             f"{option} {folder}: has no T5, so {path} must say joint_attention_dim. Add that file, or --no-cond."
         )
     return found
-
-
-def _add_up(fields: Mapping[str, str], configs: dict[str, dict[str, Any]], folder: Path, option: str) -> int:
-    """The sum of a field of each encoder's config, of those that are there."""
-    for part, name in fields.items():
-        if part in configs and not isinstance(configs[part].get(name), int):
-            raise UserError(f"{option}: {folder / part / 'config.json'} says no {name}, expected a text encoder's.")
-    return sum(configs[part][name] for part, name in fields.items() if part in configs)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from latentprep.cache.ragged import Conds, Ragged, finite_rows, stack_rows
+from latentprep.cache.ragged import Cond, Conds, Ragged, finite_rows, stack_rows, values_of
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.text import Text
 from latentprep.errors import UserError
@@ -68,9 +68,18 @@ class CondMaker:
         if self.encoder is None:
             self.encoder = self.model.open(torch.device(self.device), TORCH_DTYPES[self.recipe.dtype], self.options)
         encoded = self.encoder.encode(prompts)
-        cond: Conds = {name: value.to(TORCH_DTYPES[self.recipe.store_dtype]) for name, value in encoded.items()}
+        dtype = TORCH_DTYPES[self.recipe.store_dtype]
+        cond: Conds = {name: store(name, value, dtype) for name, value in encoded.items()}
         check_finite(prompts, encoded, cond, self.recipe)
         return Text([], prompts, cond, self.encoder.count_tokens(prompts), self.encoder.max_tokens)
+
+
+def store(name: str, value: Cond, dtype: torch.dtype) -> Cond:
+    """Cond as it is stored: positions in float32 if its dtype has not all of them (bfloat16 ends at 256)."""
+    stored = value.to(dtype)
+    if name.endswith("_ids") and not torch.equal(values_of(stored).float(), values_of(value)):
+        return value
+    return stored
 
 
 def is_of_recipe(old: Text, recipe: TextRecipe) -> bool:
