@@ -272,6 +272,7 @@ def code_of(method):
         ("tokenizer_mask_device", "tokenizer_mask"),
         ("model_device = get_module_execution_device(text_encoder)", ""),
         ("model_device", "device"),
+        ("maybe_convert_prompt(prompt, self.tokenizer_2)", "maybe_convert_prompt(prompt, self.tokenizer)"),  # FLUX.1's
     ):
         code = code.replace(one, other)
     code = "\n".join(line for line in code.splitlines() if line.strip())
