@@ -84,7 +84,7 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/load_tokenizer.py": {"models.files", "models.load_text"},
         "models/text_folder.py": {  # opens itself
             "models.count", "models.doors", "models.files", "models.families", "models.family", "models.load_text",
-            "models.load_tokenizer", "models.text_encoder",
+            "models.load_tokenizer", "models.refused", "models.text_encoder",
         },
         "models/checkpoint.py": {"models.files"},
         "models/single_file.py": {  # what a folder has in files, a checkpoint has in tensors

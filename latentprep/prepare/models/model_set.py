@@ -12,7 +12,7 @@ from latentprep.prepare.models.doors import TextModel, VaeModel
 from latentprep.prepare.models.find import commit_of, find_model
 from latentprep.prepare.models.single_file import VaeFile, find_configs, open_vae_file
 from latentprep.prepare.models.text_file import TextFile, open_text_file
-from latentprep.prepare.models.text_folder import TextFolder, family_of, open_text
+from latentprep.prepare.models.text_folder import TextFolder, check_refused, family_of, open_text
 from latentprep.prepare.models.vae_folder import VaeFolder, open_vae
 
 
@@ -30,6 +30,8 @@ class Models:
 def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     """The models that the options name; their configs are read and their weights hashed. Raises UserError."""
     model = find_model(options.model, "--model", say, options.revision, options.needs_text_encoder)
+    if model.is_dir():
+        check_refused(model, options.needs_text_encoder)
     vae_path = find_model(options.vae, "--vae", say, with_text=False) if options.vae else model
     if options.config and model.is_dir() and vae_path.is_dir():
         raise UserError(f"--config {options.config}: is for a model in a single file, and {options.model} is a folder.")

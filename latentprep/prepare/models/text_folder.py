@@ -40,6 +40,7 @@ from latentprep.prepare.models.load_text import (
     text_config,
 )
 from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
+from latentprep.prepare.models.refused import refusal_of
 
 if TYPE_CHECKING:
     import torch
@@ -147,6 +148,17 @@ class TextFolder(TextFiles):
 
 def _no_model(folder: Path, kind: str) -> str:
     return f"{folder}: the weights and config.json make no {kind}"
+
+
+def check_refused(folder: Path, needs_text: bool) -> None:
+    """Raise UserError for a model of which no cache can be made, or none with prompts."""
+    if not (folder / "model_index.json").is_file():
+        return
+    name = read_json(folder / "model_index.json", "--model").get("_class_name")
+    found = refusal_of(name) if find_family(name) is None else None
+    if found is not None and (needs_text or not found.has_latents):
+        advice = "Its latents alone: --no-cond." if found.has_latents else "Give another model."
+        raise UserError(f"--model {folder}: {shortened(str(name))} {found.why}. {advice}")
 
 
 def family_of(folder: Path) -> Family | None:
