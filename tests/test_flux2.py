@@ -217,7 +217,6 @@ def test_a_row_adds_a_vae_that_gives_no_std(tmp_path, images, run, monkeypatch):
     assert (batch.latent_mean.shape[1], batch.latent_std) == (8, None)
     assert torch.equal(batch.latent_sample, batch.latent_mean * 0.41)
     assert run("verify", tmp_path / "c", "--source", images, "--re-encode", 2).code == 0
-    assert "--tiling 128: not for AutoencoderDC" in run("encode", images, *options, "--tiling", 128, "--out", "x").err
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -230,7 +229,7 @@ def test_a_row_adds_a_vae_of_videos(tmp_path, monkeypatch, dtype):
     vae = kind(base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, latents_mean=mean, latents_std=std).eval()
     vae.save_pretrained(tmp_path)
     opened = open_vae(tmp_path)
-    assert (opened.factor, opened.latent_channels, opened.has_std, opened.can_tile) == (8, 4, True, False)
+    assert (opened.factor, opened.latent_channels, opened.has_std) == (8, 4, True)
     assert opened.normalization == Normalization(tuple(mean), tuple(1 / value for value in std))
     pixels = torch.randint(0, 256, (2, 32, 64, 3), dtype=torch.uint8)
     found = opened.open(CPU, dtype).encode(pixels.numpy())

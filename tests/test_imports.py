@@ -66,7 +66,8 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/doors.py": {"models.vae_encoder", "devices"},
         "models/vaes.py": {"models.files"},
         "models/vae_config.py": {"models.files", "models.vaes"},
-        "models/vae_encoder.py": {"models.vaes", "devices"},  # halves its batches
+        "models/tiles.py": {"models.vaes"},
+        "models/vae_encoder.py": {"models.tiles", "models.vaes", "devices"},  # halves its batches
         "models/clip_windows.py": {"models.windows"},
         "models/families.py": {"models.family"},
         "models/encode_prompt.py": {"models.family"},
@@ -78,7 +79,7 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/open_encoder.py": {"models.doors", "devices"},
         "models/find.py": {"models.files"},
         "models/vae_folder.py": {  # opens itself
-            "models.doors", "models.files", "models.vae_config", "models.vae_encoder", "models.vaes",
+            "models.doors", "models.files", "models.tiles", "models.vae_config", "models.vae_encoder", "models.vaes",
         },
         "models/load_text.py": {"models.family", "models.files"},
         "models/load_tokenizer.py": {"models.files", "models.load_text"},

@@ -30,6 +30,7 @@ from latentprep.personalized.fingerprint import (
 from latentprep.personalized.first_stage import Autocast, FirstStage, choose_autocast
 from latentprep.prepare.models.families import FAMILIES
 from latentprep.prepare.models.text_folder import TextFacts
+from latentprep.prepare.models.tiles import tiling_of
 from latentprep.prepare.models.vae_encoder import Pixels, Posterior, VaeEncoder
 from latentprep.prepare.models.vae_folder import VaeFacts, fields_of
 from latentprep.prepare.models.vaes import numbers_of
@@ -224,8 +225,3 @@ def check_pipeline(pipeline: Any) -> None:
             f"cond_model: a {type(pipeline).__name__}, expected a pipeline of Stable Diffusion 1 or 2, or a callable "
             "from prompts to [B,T,D]. For other models, encode with latentprep encode."
         )
-
-
-def tiling_of(vae: Any) -> Any:
-    """How a diffusers VAE cuts large images into tiles, which a probe is too small to show; None if it does not."""
-    return vae.tile_sample_min_size if getattr(vae, "use_tiling", False) else None

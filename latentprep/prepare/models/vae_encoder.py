@@ -14,6 +14,7 @@ from torch import Tensor
 
 from latentprep.errors import UserError
 from latentprep.prepare.devices import BatchLimit, OutOfMemoryError, empty_cache, is_out_of_memory
+from latentprep.prepare.models.tiles import set_tiling
 from latentprep.prepare.models.vaes import is_video, posterior_of
 
 # k/127.5 - 1 for every byte k, rounded once from double: the same floats as numpy's in the ancestor
@@ -171,6 +172,8 @@ class VaeEncoder:
         return self._posterior(self.vae_float32, self._to_images(pixels))
 
     def _posterior(self, vae: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        if self.tiling is not None:  # what is no larger than a tile is encoded whole by all classes
+            vae.use_tiling = max(images.shape[2:]) > self.tiling
         return posterior_of(vae, images.to(vae.dtype), self.has_time)
 
     def _to_images(self, pixels: Pixels) -> Tensor:
@@ -209,17 +212,6 @@ def send(values: Tensor) -> Tensor:
 def fetch(values: Tensor) -> Tensor:
     """A tensor of any device and dtype as float32 on the CPU, and of its own: what is cut from another is copied."""
     return values.to("cpu").float().clone(memory_format=torch.contiguous_format)
-
-
-def set_tiling(vae: Any, side: int, factor: int) -> None:
-    """Have diffusers encode what is larger than `side` pixels in tiles: a quarter overlaps, where mean and log variance
-    are blended. Numbers differ all over the image, since group norm and attention see a tile of it.
-
-    `side` is a multiple of 4 * factor: tiles of other sides would not join exactly. diffusers' own choice is the
-    sample_size of the VAE's config: 512 for SD 1.5, 1024 for SDXL and FLUX.
-    """
-    vae.enable_tiling()
-    vae.tile_sample_min_size, vae.tile_latent_min_size = side, side // factor
 
 
 class CompiledEncoder(torch.nn.Module):

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from latentprep.prepare.models.files import (
     read_weights,
     rename_attention,
 )
+from latentprep.prepare.models.tiles import can_tile
 from latentprep.prepare.models.vae_config import build_vae, keep_encoder
 from latentprep.prepare.models.vaes import Numbers, numbers_of, probe, vae_names
 
@@ -65,8 +67,11 @@ class VaeFiles(VaeFacts, ABC):
     def check_modes(self, tiling: int | None, compile: bool) -> None:  # noqa: A002
         """Raise UserError for modes that the VAE's class does not have."""
         name = self.config["_class_name"]
-        if tiling is not None and not self.can_tile:
-            raise UserError(f"--tiling {tiling}: not for {name}, which has no square tiles. Leave it out.")
+        if tiling is not None and not can_tile(build_vae(self.config, name).eval(), self.factor):
+            raise UserError(
+                f"--tiling {tiling}: not for {name}, for which diffusers {version('diffusers')} has no tiles that join "
+                "exactly. Leave it out."
+            )
         if compile and self.has_time:
             raise UserError(f"--compile: not for {name}, which takes videos. Leave it out.")
 

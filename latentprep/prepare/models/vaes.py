@@ -75,12 +75,11 @@ class Numbers:
     normalization: Normalization  # from its latents to what the denoiser sees
     force_upcast: bool = False  # its config says that it overflows in float16; in some families pipelines heed that
     has_std: bool = True  # False: it gives one latent, and no spread to draw from
-    can_tile: bool = True  # whether diffusers can have it encode in square tiles
     has_time: bool = False  # whether it takes images as videos of one frame
 
 
 def probe(vae: Any, where: str) -> dict[str, Any]:
-    """factor, latent_channels, has_std, can_tile and has_time of a VAE on the meta device. Raises UserError."""
+    """factor, latent_channels, has_std and has_time of a VAE on the meta device. Raises UserError."""
     import torch
 
     with blame(f"{where}: its config.json makes no VAE that encodes an image"), torch.no_grad():
@@ -96,14 +95,8 @@ def probe(vae: Any, where: str) -> dict[str, Any]:
         "factor": PROBE_SIDE // shape[2],
         "latent_channels": shape[1],
         "has_std": std is not None,
-        "can_tile": can_tile(vae),
         "has_time": is_video(vae),
     }
-
-
-def can_tile(vae: Any) -> bool:
-    """Whether a VAE has square tiles of a side in pixels and in latents, which vae_encoder.set_tiling sets."""
-    return hasattr(vae, "tile_sample_min_size") and hasattr(vae, "tile_latent_min_size")
 
 
 def normalization_of(vae: Any, channels: int) -> Normalization:
