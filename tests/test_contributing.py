@@ -12,13 +12,15 @@ from zipfile import ZipFile
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, CogView3PlusPipeline
+from diffusers import AsymmetricAutoencoderKL, CogView3PlusPipeline
 
 import latentprep
 from latentprep import LatentDataset
 from latentprep.cache.storage import Storage
 from latentprep.errors import WriteError
 from latentprep.prepare.models.text_folder import open_text
+from latentprep.prepare.models.vae_encoder import LEVELS, to_levels
+from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import SMALL, gradient
 from tests.test_families import make_t5, make_vae
 
@@ -92,22 +94,27 @@ def test_add_a_source(add, run, tmp_path):
 
 
 def test_add_a_vae(add, run, images, tmp_path):
+    """Only classes of the table are built, and one that is added is encoded with, bit for bit."""
     torch.manual_seed(0)
-    six = {"encoder_block_out_channels": (8,) * 6, "decoder_block_out_channels": (8,) * 6, "attention_head_dim": 8}
-    layers = {"encoder_layers_per_block": (1,) * 6, "decoder_layers_per_block": (1,) * 6}
-    blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock"}
-    AutoencoderDC(latent_channels=8, scaling_factor=0.41, **six, **layers, **blocks).save_pretrained(tmp_path / "dc")
-    options = ("--model", tmp_path / "dc", "--no-cond", "--out", tmp_path / "c", "--resolution", "64")
-    assert "expected AutoencoderKL or AutoencoderKLFlux2" in run("encode", images, *options).err
+    sizes = {"down_block_out_channels": (8, 16), "up_block_out_channels": (8, 16), "norm_num_groups": 8}
+    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    vae = AsymmetricAutoencoderKL(**sizes, **blocks).eval()
+    vae.save_pretrained(tmp_path / "vae")
+    options = ("--model", tmp_path / "vae", "--no-cond", "--out", tmp_path / "c", "--resolution", "64")
+    assert "its VAE is AsymmetricAutoencoderKL, expected AutoencoderKL, " in run("encode", images, *options).err
     add("a VAE")
-    result = run("encode", images, *options)
+    result = run("encode", images, *options, "--store-dtype", "float32")
     assert result.code == 0, result.err
-    assert (
-        LatentDataset(tmp_path / "c", latent_sampling_method="deterministic", include_cond=False)[0].latent_mean.shape[
-            1
-        ]
-        == 8
-    )
+    batch = LatentDataset(tmp_path / "c", latent_sampling_method="deterministic", include_cond=False)[0]
+    assert torch.equal(batch.latent_sample, batch.latent_mean * 0.18215)
+    pixels = torch.randint(0, 256, (1, 32, 48, 3), dtype=torch.uint8)
+    opened = open_vae(tmp_path / "vae")
+    with torch.no_grad():
+        wanted = opened.load(torch.float32).eval().to(memory_format=torch.channels_last)
+        wanted = wanted.encode(to_levels(pixels, LEVELS).permute(0, 3, 1, 2)).latent_dist
+    found = opened.open(torch.device("cpu"), torch.float32).encode(pixels.numpy())
+    assert torch.equal(found.mean, wanted.mean)
+    assert torch.equal(found.std, wanted.std)
 
 
 def test_add_a_family(add, tmp_path):

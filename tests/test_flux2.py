@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import msgspec
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -17,11 +17,9 @@ from latentprep.cache.manifest import LatentFacts, Manifest
 from latentprep.cache.normalization import Normalization, patchify
 from latentprep.errors import UserError
 from latentprep.personalized.models import make_live_vae
-from latentprep.prepare.models import vaes
 from latentprep.prepare.models.vae_config import bounded, build_vae
 from latentprep.prepare.models.vae_encoder import LEVELS, to_levels
 from latentprep.prepare.models.vae_folder import open_vae
-from latentprep.prepare.models.vaes import VaeClass
 from tests.conftest import gradient
 from tests.test_hostile_models import check_refused, config, set_value, weights
 
@@ -197,49 +195,6 @@ def test_a_manifest_of_latents_that_are_no_patches_is_refused(flux2, images, tmp
     data["shards"][0]["groups"][0][2] = [4, 7, 8]
     with pytest.raises(ValueError, match="without whole patches"):
         msgspec.convert(data, Manifest)
-
-
-def test_a_row_adds_a_vae_that_gives_no_std(tmp_path, images, run, monkeypatch):
-    """SANA's VAE: factor 32, one latent and no spread, fields and layers of other names."""
-    monkeypatch.setattr(vaes, "VAES", (*vaes.VAES, VaeClass("AutoencoderDC", ("encoder_block_out_channels",))))
-    torch.manual_seed(0)
-    six = {"encoder_block_out_channels": (8,) * 6, "decoder_block_out_channels": (8,) * 6}
-    layers = {"encoder_layers_per_block": (1,) * 6, "decoder_layers_per_block": (1,) * 6}
-    blocks = {"encoder_block_types": "ResBlock", "decoder_block_types": "ResBlock", "attention_head_dim": 8}
-    vae = AutoencoderDC(latent_channels=8, scaling_factor=0.41, **six, **layers, **blocks).eval()
-    vae.save_pretrained(tmp_path / "dc")
-    options = ("--model", tmp_path / "dc", "--no-cond", "--store-dtype", "float32", *SIZE)
-    result = run("encode", images, "--out", tmp_path / "c", *options)
-    assert result.code == 0, result.err
-    assert "store    mean: this VAE gives no std" in result.err
-    data = LatentDataset(tmp_path / "c", latent_sampling_method="deterministic", include_cond=False)
-    batch = data.__getitems__([0])
-    assert (batch.latent_mean.shape[1], batch.latent_std) == (8, None)
-    assert torch.equal(batch.latent_sample, batch.latent_mean * 0.41)
-    assert run("verify", tmp_path / "c", "--source", images, "--re-encode", 2).code == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_row_adds_a_vae_of_videos(tmp_path, monkeypatch, dtype):
-    """Qwen-Image's VAE: images are videos of one frame, and the statistics stand in its config."""
-    kind = pytest.importorskip("diffusers").AutoencoderKLQwenImage
-    monkeypatch.setattr(vaes, "VAES", (*vaes.VAES, VaeClass("AutoencoderKLQwenImage", ("base_dim", "z_dim"))))
-    torch.manual_seed(0)
-    mean, std = [0.5, -0.5, 0.0, 1.0], [2.0, 1.0, 0.5, 3.0]
-    vae = kind(base_dim=8, z_dim=4, dim_mult=[1, 2, 4, 4], num_res_blocks=1, latents_mean=mean, latents_std=std).eval()
-    vae.save_pretrained(tmp_path)
-    opened = open_vae(tmp_path)
-    assert (opened.factor, opened.latent_channels, opened.has_std) == (8, 4, True)
-    assert opened.normalization == Normalization(tuple(mean), tuple(1 / value for value in std))
-    pixels = torch.randint(0, 256, (2, 32, 64, 3), dtype=torch.uint8)
-    found = opened.open(CPU, dtype).encode(pixels.numpy())
-    with torch.no_grad():
-        values = to_levels(pixels, LEVELS).permute(0, 3, 1, 2)[:, :, None]
-        wanted = vae.to(dtype).encode(values.to(dtype)).latent_dist
-    assert torch.equal(found.mean, wanted.mean[:, :, 0].float())
-    assert torch.equal(found.std, wanted.std[:, :, 0].float())
-    with pytest.raises(UserError, match="--compile: not for AutoencoderKLQwenImage"):
-        opened.open(CPU, dtype, compile=True)
 
 
 def test_descriptions_go_to_other_processes(flux2):

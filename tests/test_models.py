@@ -341,7 +341,7 @@ def damage_weights(folder):
     ("damage", "message"),
     [
         (damage_nothing, "not a diffusers folder, it has no config.json."),
-        (damage_class, "its VAE is VQModel, expected AutoencoderKL or AutoencoderKLFlux2."),
+        (damage_class, "its VAE is VQModel, expected AutoencoderKL, AutoencoderKLFlux2, "),
         (damage_json, "cannot be read"),
         (
             damage_weights,

@@ -17,17 +17,28 @@ if TYPE_CHECKING:
 
 # Fields that decide how much is built, by their names in any class -> the least and the most that is believed.
 LIMITS = {
-    "in_channels": (3, 3),  # RGB
-    "input_channels": (3, 3),
     "out_channels": (1, 1024),
     "latent_channels": (1, 4096),
     "z_dim": (1, 4096),
     "base_dim": (1, 2**14),
+    "decoder_base_dim": (1, 2**14),
+    "attention_head_dim": (1, 2**14),
+    "spatial_compression_ratio": (1, 1024),
     "layers_per_block": (1, 64),
     "num_res_blocks": (1, 64),
     "norm_num_groups": (1, 4096),
 }
-MAX_LEVELS, MAX_CHANNELS = 10, 2**14
+INPUTS = ("in_channels", "input_channels")  # what an image has: count_inputs
+PATCHES = (1, 64)
+# Of fields that are lists, with a number for each level; CHANNELS: of all whose names end in block_out_channels.
+MAX_LEVELS, CHANNELS = 10, (1, 2**14)
+LISTS = {
+    "dim_mult": (1, 64),
+    "encoder_layers_per_block": (0, 64),
+    "decoder_layers_per_block": (0, 64),
+    "num_encoder_blocks": (1, 64),
+    "num_decoder_blocks": (1, 64),
+}
 # Of all other fields:
 MAX_INT, MAX_LIST, MAX_TEXT, MAX_DEPTH = 2**20, 4096, 100, 3
 # Of what is built, wherever it comes from; the largest VAE known here has 500 modules and 0.7 billion numbers.
@@ -71,15 +82,19 @@ def check_config(row: VaeClass, config: Mapping[str, Any], where: str) -> None:
     for name in row.required:
         if name not in config:
             raise UserError(f"{where}: its config.json has no {name}. Save the model again.")
-    for name in LIMITS.keys() & config.keys():
-        low, high = LIMITS[name]
-        value = config[name]
-        if type(value) is not int or not low <= value <= high:
-            expected = f"{low} to {high}" if low < high else f"{low}"
-            _refuse(name, value, expected, where)
-    for name in config:
-        if name.endswith("block_out_channels") and (config[name] is not None or name in row.required):
-            _check_channels(name, config[name], where)
+        if config[name] is None:
+            _refuse(name, None, "a value", where)
+    inputs = count_inputs(row, config)
+    for name, value in config.items():
+        if value is None:  # as if it were not there: decoder_block_out_channels of FLUX.2
+            continue
+        if name in INPUTS and (type(value) is not int or value != inputs):
+            _refuse(name, value, f"{inputs}", where)
+        if name in LIMITS and not _is_within(value, LIMITS[name]):
+            _refuse(name, value, "{} to {}".format(*LIMITS[name]), where)
+        limits = CHANNELS if name.endswith("block_out_channels") else LISTS.get(name)
+        if limits is not None and not _are_within(value, limits):
+            _refuse(name, value, "1 to {} numbers of {} to {}".format(MAX_LEVELS, *limits), where)
     channels = config.get("block_out_channels")
     for name in ("down_block_types", "up_block_types"):
         if channels is None or name not in config:
@@ -91,10 +106,20 @@ def check_config(row: VaeClass, config: Mapping[str, Any], where: str) -> None:
             _refuse(name, value, f"lists of at most {MAX_LIST}, and numbers of at most {MAX_INT:,}", where)
 
 
-def _check_channels(name: str, channels: Any, where: str) -> None:
-    is_list = isinstance(channels, (list, tuple)) and all(type(n) is int and 1 <= n <= MAX_CHANNELS for n in channels)
-    if not is_list or not 1 <= len(channels) <= MAX_LEVELS:
-        _refuse(name, channels, f"1 to {MAX_LEVELS} numbers of 1 to {MAX_CHANNELS}", where)
+def count_inputs(row: VaeClass, config: Mapping[str, Any]) -> int:
+    """The channels that a VAE's encoder takes: colours, and in Wan 2.2 those of patch_size * patch_size pixels."""
+    patch: Any = config.get("patch_size")
+    # a list: FLUX.2, which lays latents side by side, and no pixels
+    return row.colors * (patch**2 if _is_within(patch, PATCHES) else 1)
+
+
+def _is_within(value: Any, limits: tuple[int, int]) -> bool:
+    return type(value) is int and limits[0] <= value <= limits[1]
+
+
+def _are_within(values: Any, limits: tuple[int, int]) -> bool:
+    is_list = isinstance(values, (list, tuple)) and 1 <= len(values) <= MAX_LEVELS
+    return is_list and all(_is_within(value, limits) for value in values)
 
 
 def _refuse(name: str, value: Any, expected: str, where: str) -> None:

@@ -123,8 +123,12 @@ def read_vae_config(folder: Path, option: str, classes: tuple[str, ...] | None =
     kind = config.get("_class_name")
     allowed = classes if classes is not None else vae_names()
     if kind not in allowed:
-        raise UserError(f"{option} {path}: its VAE is {shortened(str(kind))}, expected {' or '.join(allowed)}.")
+        raise UserError(f"{option} {path}: its VAE is {shortened(str(kind))}, expected {_one_of(allowed)}.")
     return path, config
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
 def read_numbers(vae: Any, where: str) -> Numbers:

@@ -25,11 +25,21 @@ class VaeClass:
 
     name: str  # of the class in diffusers
     required: tuple[str, ...]  # fields of config.json without which diffusers would build some other VAE
+    colors: int = 3  # RGB; 4: it takes RGBA, and what it is given is opaque
 
 
 VAES = (
     VaeClass("AutoencoderKL", required=("block_out_channels", "latent_channels")),
     VaeClass("AutoencoderKLFlux2", required=("block_out_channels", "latent_channels")),
+    VaeClass("AutoencoderKLQwenImage", required=("base_dim", "z_dim", "latents_mean", "latents_std")),
+    VaeClass("AutoencoderKLQwenImage21", required=("base_dim", "z_dim", "latents_mean", "latents_std"), colors=4),
+    VaeClass("AutoencoderKLWan", required=("base_dim", "z_dim", "latents_mean", "latents_std")),
+    VaeClass("AutoencoderDC", required=("encoder_block_out_channels", "latent_channels", "scaling_factor")),
+    VaeClass(
+        "AutoencoderKLHunyuanImage",
+        required=("block_out_channels", "latent_channels", "spatial_compression_ratio", "scaling_factor"),
+    ),
+    VaeClass("AutoencoderTiny", required=("encoder_block_out_channels", "num_encoder_blocks", "latent_channels")),
 )
 
 
@@ -44,10 +54,15 @@ def vae_names() -> tuple[str, ...]:
 
 
 def is_video(vae: Any) -> bool:
-    """Whether a VAE takes images as videos of one frame: its convolutions have a time axis."""
+    """Whether a VAE takes images as videos of one frame: its convolutions have a time axis.
+
+    Those of AutoencoderKLQwenImage21 have lost it; its images still have one, and its fields are a video VAE's.
+    """
     import torch
 
-    return isinstance(vae, torch.nn.Module) and any(isinstance(part, torch.nn.Conv3d) for part in vae.modules())
+    if not isinstance(vae, torch.nn.Module):
+        return False
+    return hasattr(vae, "temperal_downsample") or any(isinstance(part, torch.nn.Conv3d) for part in vae.modules())
 
 
 def posterior_of(vae: Any, images: "Tensor", has_time: bool) -> "tuple[Tensor, Tensor | None]":
@@ -55,6 +70,11 @@ def posterior_of(vae: Any, images: "Tensor", has_time: bool) -> "tuple[Tensor, T
 
     images [N,3,H,W] in -1..1, in the VAE's dtype => mean and std [N,C,h,w], unscaled; std is None if it gives none.
     """
+    import torch
+
+    row = find_vae(type(vae).__name__)
+    if row is not None and row.colors == 4:
+        images = torch.cat([images, torch.ones_like(images[:, :1])], dim=1)
     output = vae.encode(images[:, :, None] if has_time else images)
     found = getattr(output, "latent_dist", None)
     if found is not None:
@@ -62,7 +82,7 @@ def posterior_of(vae: Any, images: "Tensor", has_time: bool) -> "tuple[Tensor, T
     else:  # AutoencoderDC calls it latent, AutoencoderTiny latents
         mean, std = output.latent if hasattr(output, "latent") else output.latents, None
     if has_time:
-        mean, std = mean[:, :, 0], std[:, :, 0] if std is not None else None
+        mean, std = mean.squeeze(2), std.squeeze(2) if std is not None else None
     return mean, std
 
 
