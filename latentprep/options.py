@@ -14,10 +14,11 @@ Animated = Literal["first", "skip"]
 Only = Literal["latents", "text"]
 Store = Literal["mean+std", "mean"]
 Dtype = Literal["float32", "float16", "bfloat16"]
+CondDtype = Literal["float32", "float16", "bfloat16", "int8"]
 CaptionFrom = Literal["auto", "file", "name", "folder", "none"]
 Folders = Literal["auto", "kohya", "plain"]
-ANIMATED, ONLY, STORES, DTYPES, CAPTIONS_FROM = (
-    get_args(choices) for choices in (Animated, Only, Store, Dtype, CaptionFrom)
+ANIMATED, ONLY, STORES, DTYPES, COND_DTYPES, CAPTIONS_FROM = (
+    get_args(choices) for choices in (Animated, Only, Store, Dtype, CondDtype, CaptionFrom)
 )
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -75,6 +76,7 @@ class TextOptions:
     word_regex: str = ""  # for captions from file names
     joiner: str = " "
     include_cond: bool = True
+    cond_dtype: str | None = None  # that cond is stored in; None: as latents are
     prompts_per_image: int = 1
     shuffle_tags: bool = False  # tags: the comma-separated parts of a caption
     tag_drop_out: float = 0.0  # how often a tag is left out
@@ -101,6 +103,8 @@ class TextOptions:
 
     def __post_init__(self) -> None:
         check_choice("--caption-from", self.caption_from, CAPTIONS_FROM)
+        if self.cond_dtype is not None:
+            check_choice("--cond-dtype", self.cond_dtype, COND_DTYPES)
         if self.caption_from not in ("auto", "name") and self.word_regex:
             raise UserError(
                 f"--word-regex {self.word_regex}: with --caption-from {self.caption_from} no caption comes from a file "

@@ -14,6 +14,7 @@ from latentprep.records import list_views
 
 Dtype = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]  # options.DTYPES
 MAX_TOKENS = 4096  # that a reader pads a prompt to
+CondDtype = Annotated[str, Meta(pattern="^(float32|float16|bfloat16|int8)$")]  # options.COND_DTYPES
 Store = Annotated[str, Meta(pattern=r"^mean(\+std)?$")]  # options.STORES
 
 
@@ -89,7 +90,7 @@ class TextRecipe(WordingRecipe):
     text_encoder: str | None = None  # hash of its weights, config and tokenizer; None: there is no cond
     prompts_per_image: int
     dtype: Dtype | None = None  # of the text encoder
-    store_dtype: Dtype | None = None
+    store_dtype: CondDtype | None = None  # of cond
     # these three are None unless they are not the default
     max_tokens: int | None = None
     clip_skip: int | None = None
@@ -109,7 +110,10 @@ class TextRecipe(WordingRecipe):
         dtype: str,
         store_dtype: str,
     ) -> Self:
-        """The recipe of options; `settings` are max_tokens, clip_skip and emphasis if they are not the default."""
+        """The recipe of options; `settings` are max_tokens, clip_skip and emphasis if they are not the default.
+
+        `store_dtype` is that of latents, and of cond if the options say nothing else.
+        """
         own = {name: WordingRecipe(**cls.fields_of(text, seed)) for name, text in options.sets.items()}
         return cls(
             **cls.fields_of(TextOptions() if own else options, seed),
@@ -117,7 +121,7 @@ class TextRecipe(WordingRecipe):
             text_encoder=text_encoder,
             prompts_per_image=options.prompts_per_image,
             dtype=dtype if text_encoder else None,
-            store_dtype=store_dtype if text_encoder else None,
+            store_dtype=(options.cond_dtype or store_dtype) if text_encoder else None,
             **settings,
         )
 

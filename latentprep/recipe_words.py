@@ -1,4 +1,4 @@
-"""What differs between two recipes of latents, in the words of options."""
+"""What differs between two recipes, in the words of options."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -18,6 +18,11 @@ OPTIONS = {
     "tiling": "--tiling",
 }  # fmt: skip
 NEGATED = ("geometry.upscale", "images.draft")
+
+
+def name_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """A text recipe in JSON, with the name that the number type of cond has as an option."""
+    return {"cond_dtype" if name == "store_dtype" else name: value for name, value in recipe.items()}
 
 
 def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

@@ -242,7 +242,7 @@ def test_verify_finds_an_image_that_is_cached_and_skipped(run, cache):
 
 def test_verify_looks_into_the_cond_of_the_empty_prompt(run, cache, monkeypatch):
     monkeypatch.setattr(verifying, "open_uncond", lambda storage, name: ({}, {"a": torch.full((1, 2, 3), torch.nan)}))
-    assert re.search(r"non_finite +uncond.*: a\n", run("verify", cache).out)
+    assert re.search(r"non_finite +uncond.*: cond/a: 1 prompts\n", run("verify", cache).out)
 
 
 THREADS = """

@@ -26,7 +26,7 @@ GROUPS = (
     [(), ("--no-cond",), ("--max-tokens", "150"), ("--emphasis",), ("--clip-skip", "2")],
     [(), ("--template", "subject_filewords", "--placeholder", "sks")],
     [(), ("--prompts-per-image", "3", "--shuffle-tags"), ("--prompts-per-image", "2", "--caption-lines")],
-    [(), ("--wildcards",)],
+    [(), ("--wildcards",)], [(), ("--cond-dtype", "int8")],
 )  # fmt: skip
 
 

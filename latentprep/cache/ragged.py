@@ -43,14 +43,14 @@ Cond = Tensor | Ragged
 Conds = dict[str, Cond]
 
 
-def values_of(cond: Cond) -> Tensor:
-    """All numbers of the prompts, end to end where they are rows of their own."""
-    return cond.values if isinstance(cond, Ragged) else cond
-
-
 def row_shape(cond: Cond) -> tuple[int | None, ...]:
     """The shape of a prompt's cond; None stands for a length of its own."""
     return (None, *cond.values.shape[1:]) if isinstance(cond, Ragged) else tuple(cond.shape[1:])
+
+
+def values_of(cond: Cond) -> Tensor:
+    """All numbers of cond, in one tensor."""
+    return cond.values if isinstance(cond, Ragged) else cond
 
 
 def stack_rows(rows: Sequence[Tensor], is_ragged: bool) -> Cond:

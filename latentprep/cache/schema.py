@@ -13,7 +13,9 @@ from latentprep.errors import UserError
 
 FORMAT = 2
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-STORED = frozenset(TORCH_DTYPES.values())  # of latents and cond: --store-dtype
+STORED = frozenset(TORCH_DTYPES.values())  # of latents: --store-dtype
+COND_DTYPES = {**TORCH_DTYPES, "int8": torch.int8}  # --cond-dtype
+COND_STORED = frozenset(COND_DTYPES.values())
 STRINGS = "strings"  # a text per row, as cache/strings.py stores them
 LISTS = "lists"  # one or more texts per row
 SIZES = {"2": 2, "4": 4, "D": 16}  # letters of a shape that stand for a number; the others are as large as they are

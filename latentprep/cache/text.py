@@ -9,9 +9,10 @@ import torch
 
 from latentprep.cache.files import check_groups, damaged, open_file, pack
 from latentprep.cache.group import TextGroup, rows_of
+from latentprep.cache.int8 import check_scales
 from latentprep.cache.names import text_name, uncond_name
 from latentprep.cache.ragged import Conds, Ragged, put_cond, stack_rows, take_cond
-from latentprep.cache.schema import STORED, Groups
+from latentprep.cache.schema import COND_STORED, Groups
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import Strings, Tensors, put_strings
 from latentprep.records import Row
@@ -91,7 +92,7 @@ def open_uncond(storage: Storage, uncond: str) -> tuple[dict[str, Any], Conds]:
     name = uncond_name(uncond)
     metadata, tensors = open_file(storage, name, "uncond")
     try:
-        return metadata, take_cond(tensors, 1, STORED)
+        return metadata, _cond_of(tensors, 1)
     except ValueError as error:
         raise damaged(storage, name, error) from None
 
@@ -108,5 +109,12 @@ def _text_of(tensors: Tensors, metadata: dict[str, Any]) -> Text:
         raise ValueError(f"num_tokens is {num_tokens.dtype} {list(num_tokens.shape)}, expected int32 [{len(prompt)}]")
     if (num_tokens is not None or max_tokens is not None) and not isinstance(max_tokens, int):
         raise ValueError(f"max_tokens is {max_tokens!r}")
-    cond = take_cond(tensors, len(prompt), STORED)
+    cond = _cond_of(tensors, len(prompt))
     return Text(groups, prompt, cond, num_tokens.numpy() if num_tokens is not None else None, max_tokens, metadata)
+
+
+def _cond_of(tensors: Tensors, num_prompts: int) -> Conds:
+    """The cond of a file's tensors. Raises ValueError."""
+    cond = take_cond(tensors, num_prompts, COND_STORED)
+    check_scales(cond)
+    return cond

@@ -11,6 +11,7 @@ import torch
 
 from latentprep.cache.compact import would_rewrite
 from latentprep.cache.group import LatentGroup
+from latentprep.cache.int8 import scales_in
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.ragged import row_shape
 from latentprep.cache.sets import take_runs
@@ -139,7 +140,8 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
             empty += found.count("")
         example = example or text.prompt[0]
         prompts += len(text.prompt)
-        cond = cond or {name: list(row_shape(value)) for name, value in text.cond.items()}
+        scales = scales_in(text.cond)
+        cond = cond or {name: list(row_shape(value)) for name, value in text.cond.items() if name not in scales}
         if text.num_tokens is not None and text.max_tokens is not None:
             max_tokens = text.max_tokens
             lengths.append(text.num_tokens)
@@ -153,6 +155,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
         "distinct_prompts": prompts,
         "example_prompt": example,
         "cond": cond,
+        "cond_dtype": manifest.recipe.text.store_dtype,
         "max_tokens": max_tokens,
         "tokens": None
         if tokens_all is None

@@ -128,7 +128,8 @@ def text_table(text: dict[str, Any]) -> Table:
     empty = f", {text['empty_captions']:,} empty" if text["empty_captions"] else ""
     table.add_row("captions", f"{text['captions']:,}{empty}")
     table.add_row("prompts", f"{text['distinct_prompts']:,}, such as {shortened(text['example_prompt'])}")
-    table.add_row("cond", ", ".join(f"{name} {show_shape(shape)}" for name, shape in text["cond"].items()) or "none")
+    shapes = ", ".join(f"{name} {show_shape(shape)}" for name, shape in text["cond"].items())
+    table.add_row("cond", f"{shapes}, stored as {text['cond_dtype']}" if shapes else "none")
     if text["tokens"] is not None:
         tokens, cut = text["tokens"], text["truncated_prompts"]
         table.add_row(

@@ -7,11 +7,12 @@ from functools import partial
 
 import torch
 
+from latentprep.cache.int8 import SCALE_DTYPE, dtype_of, scales_in
 from latentprep.cache.latents import Latents
 from latentprep.cache.leftovers import list_orphans
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.names import MANIFEST, SKIPPED, uncond_name
-from latentprep.cache.ragged import finite_rows
+from latentprep.cache.ragged import Conds, finite_rows, values_of
 from latentprep.cache.readers import Reading, list_waiting
 from latentprep.cache.sets import list_runs, recipe_of, take_runs
 from latentprep.cache.shard import Shard
@@ -149,13 +150,22 @@ def check_text(manifest: Manifest, entry: Shard, text: Text) -> list[Problem]:
         problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
     if bool(text.cond) != (manifest.uncond is not None):
         problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
-    for cond, value in text.cond.items():
-        if str(value.dtype) != f"torch.{manifest.recipe.text.store_dtype}":
-            expected = manifest.recipe.text.store_dtype
-            problems.append(Problem(name, "dtype", f"cond/{cond}: {value.dtype}, expected {expected}"))
+    return problems + check_cond(name, text.cond, manifest.recipe.text.store_dtype)
+
+
+def check_cond(file: str, conds: Conds, store_dtype: str | None) -> list[Problem]:
+    """Number types and finiteness of cond, and the sign of its scales."""
+    problems, scales = [], scales_in(conds)
+    for name, value in conds.items():
+        expected = SCALE_DTYPE if name in scales else dtype_of(name, value, store_dtype or "float32")
+        if value.dtype != expected:
+            shown = str(expected).removeprefix("torch.")
+            problems.append(Problem(file, "dtype", f"cond/{name}: {value.dtype}, expected {shown}"))
         bad = int((~finite_rows(value)).sum())
         if bad:
-            problems.append(Problem(name, "non_finite", f"cond/{cond}: {bad} prompts"))
+            problems.append(Problem(file, "non_finite", f"cond/{name}: {bad} prompts"))
+        if name in scales and bool((values_of(value) < 0).any()):
+            problems.append(Problem(file, "range", f"cond/{name}: below 0"))
     return problems
 
 
@@ -181,10 +191,10 @@ def check_uncond(storage: Storage, manifest: Manifest) -> list[Problem]:
         return []
     name = uncond_name(manifest.uncond.id)
     try:
-        _, tensors = open_uncond(storage, manifest.uncond.id)
+        _, cond = open_uncond(storage, manifest.uncond.id)
     except UserError as error:
         return [Problem(name, "structure", str(error))]
-    return [Problem(name, "non_finite", cond) for cond, value in tensors.items() if not finite_rows(value).all()]
+    return check_cond(name, cond, manifest.recipe.text.store_dtype)
 
 
 def _not_finite(values: torch.Tensor | None) -> int:

@@ -180,7 +180,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         """Entries of images of one size; `epoch` decides their draws."""
         batch = self.data.read(indices, epoch)
         samples, weight = batch.latent_sample, batch.weight
-        cond = batch.stored_cond["prompt_embeds"] if batch.stored_cond is not None else None
+        cond = batch.cond["prompt_embeds"] if batch.cond is not None else None
         lengths = batch.cond_lengths.get("prompt_embeds")
         return [
             DatasetEntry(
@@ -188,7 +188,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
                 filename_text=self.data.caption(index)[0],
                 latent_dist=self._posterior(batch.latent_mean[n], batch.latent_std, n),
                 latent_sample=samples[n],
-                cond=None if cond is None else cond[n, : None if lengths is None else int(lengths[n])].float(),
+                cond=None if cond is None else cond[n, : None if lengths is None else int(lengths[n])],
                 cond_text=batch.cond_text[n],
                 weight=weight[n].expand_as(samples[n]) if weight is not None else None,
             )

@@ -7,6 +7,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from latentprep.cache.int8 import SCALE, pack, scales_in, unpack
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
@@ -82,7 +83,8 @@ def reencode_text(
             if isinstance(sample, Problem):
                 problems.append(sample)
                 continue
-            found = sum(value.numel() for value in sample.cond.values())
+            scales = scales_in(sample.cond)
+            found = sum(value.numel() for name, value in sample.cond.items() if name not in scales)
             # before encoding, since a crafted recipe could ask for huge cond
             if found > num_values or (source.family.length == FIXED and found < num_values):
                 detail = f"{found:,} numbers for a prompt, expected {num_values:,}"
@@ -139,20 +141,24 @@ def compare_cond(fresh: Tensors, stored: Tensors, tolerance: float) -> tuple[flo
 
     Whatever else there is (positions, masks) is to be the same to the last bit.
     """
-    if fresh.keys() != stored.keys():
+    scales = scales_in(stored)
+    if fresh.keys() != stored.keys() - scales:
         return 0.0, f"{', '.join(stored) or 'none'} are stored, expected {', '.join(fresh)}"
     worst, wrong = 0.0, ""
     for name, value in fresh.items():
-        old, new = stored[name], value.to(stored[name].dtype)  # rounded as what is stored was
-        if new.shape != old.shape:
-            return worst, f"{name} is {list(old.shape)}, expected {list(new.shape)}"
+        if value.shape != stored[name].shape:
+            return worst, f"{name} is {list(stored[name].shape)}, expected {list(value.shape)}"
+        old, new, allowed = stored[name], value.to(stored[name].dtype), tolerance  # rounded as what is stored was
+        if old.dtype == torch.int8:
+            old, new = unpack(old, stored[f"{name}{SCALE}"]), value
+            allowed += difference_of(value, unpack(*pack(value)))
         if not name.endswith("embeds"):
             wrong = wrong or ("" if torch.equal(new, old) else f"{name} is not what is stored")
             continue
         difference = difference_of(new.float(), old.float())
         worst = larger(worst, difference)
-        if not difference <= tolerance:
-            wrong = wrong or f"{name} {difference:.4f} standard deviations from what is stored, allowed {tolerance}"
+        if not difference <= allowed:
+            wrong = wrong or f"{name} {difference:.4f} standard deviations from what is stored, allowed {allowed:.3g}"
     return worst, wrong
 
 

@@ -3,6 +3,7 @@
 from importlib.metadata import version
 
 from latentprep import __version__
+from latentprep.cache.int8 import nbytes_of
 from latentprep.cache.manifest import LatentFacts
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.options import EncodeOptions
@@ -50,8 +51,9 @@ def estimate_row_bytes(recipe: Recipe, models: Models, options: EncodeOptions) -
     """What rows will cost on disk, from the configs alone."""
     posterior = 2 if recipe.latents.store == "mean+std" else 1
     itemsize = TORCH_DTYPES[options.store_dtype].itemsize
+    num_values = options.text.prompts_per_image * models.text.num_values(options.text) if models.text else 0
     latent = len(recipe.latents.views) * (posterior * models.vae.latent_channels * itemsize + 2)  # + 2: weight
-    cond = options.text.prompts_per_image * models.text.num_values(options.text) * itemsize if models.text else 0
+    cond = nbytes_of(num_values, recipe.text.store_dtype) if recipe.text.store_dtype else 0
     return RowBytes(latent, cond + 512, models.vae.factor)  # 512: key, captions and prompts
 
 

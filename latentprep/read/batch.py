@@ -41,7 +41,8 @@ class LatentBatch(Generic[CondT, WeightT]):
     latent_std: Tensor | None  # the same; None: the mean is the sample
     noise_seed: Tensor | None  # [B] int64: what each sample's draw starts from
     normalization: Normalization
-    stored_cond: dict[str, Tensor] | None  # name -> [B,T,D] in the store dtype
+    # name -> [B,T,D] as stored; int8 has its scales beside it, as <name>_scale (cache/int8.py). `cond` has the numbers
+    stored_cond: dict[str, Tensor] | None
     prompts: list[str] | StoredPrompts  # B
     stored_weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
     original_size: Tensor  # [B,2] int32: height, width before the resize

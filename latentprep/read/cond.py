@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.cache.int8 import POSITIONS, SCALE, scales_in, unpack_all
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
 from latentprep.cache.ragged import REPEAT, Cond, Conds, mask_of, pad, row_shape
@@ -48,13 +49,14 @@ class StoredCond:
     def take(
         self, rows: OpenRows, prompts: np.ndarray, is_dropped: np.ndarray | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Cond of a batch, name -> [B,...], and of what is padded the lengths, name -> [B] int64.
+        """Cond of a batch as stored, name -> [B,...], and of what is padded the lengths, name -> [B] int64.
 
         prompts [B]: of each sample the number of its prompt in its shard. is_dropped [B] bool: which get the empty
         prompt's; None: none does.
         """
         cond: dict[str, Tensor] = {}
         lengths: dict[str, Tensor] = {}
+        scales = scales_in(rows.one.cond)
         for name, first in rows.one.cond.items():
             own = take_cond(rows, name, prompts)
             if is_dropped is not None:
@@ -62,13 +64,15 @@ class StoredCond:
             if isinstance(own, Tensor):
                 cond[name] = own
             else:
-                cond[name], lengths[name] = pad(own, self.fill, self.pad_to.get(name, 1))
-        return cond, lengths
+                least = self.pad_to.get(name.removesuffix(SCALE) if name in scales else name, 1)
+                cond[name], lengths[name] = pad(own, self.fill, least)
+        return cond, {name: own for name, own in lengths.items() if name not in scales}
 
     def _empty_row(self, name: str, like: Cond) -> Tensor:
-        """[T,...] of the empty prompt. Raises UserError if that is of another shape than the prompts' own."""
+        """[T,...] of the empty prompt. Raises UserError if that is of another kind than the prompts' own."""
         empty = self.empty().get(name)
-        if empty is None or row_shape(empty) != row_shape(like):
+        is_packed = torch.int8 in (like.dtype, None if empty is None else empty.dtype)
+        if empty is None or row_shape(empty) != row_shape(like) or (is_packed and empty.dtype != like.dtype):
             raise UserError(
                 f"{self.storage.locate(uncond_name(self._name))}: its {name} does not fit that of the "
                 "shards. Run latentprep verify."
@@ -99,8 +103,8 @@ def finish_cond(
     A mask says which tokens are a prompt's own, and no padding. One that is stored under that name counts instead.
     Positions stay in float32, since 16 bits do not have all of them; they have the mask of the embeddings.
     """
-    cond = {name: value.to(torch.float32 if name.endswith("_ids") else dtype) for name, value in stored.items()}
+    cond = unpack_all(stored, dtype)
     for name, own in lengths.items():
-        if not name.endswith("_ids"):
+        if not name.endswith(POSITIONS):
             cond.setdefault(f"{name}_mask", mask_of(own, stored[name].shape[1]))
     return cond

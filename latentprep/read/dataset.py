@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from typing_extensions import Unpack
 
+from latentprep.cache.int8 import scales_in
 from latentprep.cache.leftovers import find_missing
 from latentprep.cache.manifest import Manifest, open_manifest
 from latentprep.cache.normalization import Normalization
@@ -361,7 +362,8 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
             return None
         with torch.device("cpu"):
             rows = {name: value[0][None] for name, value in stored.empty().items()}
-            ragged = [name for name, value in stored.empty().items() if isinstance(value, Ragged)]
+            scales = scales_in(stored.empty())
+            ragged = [n for n, value in stored.empty().items() if isinstance(value, Ragged) and n not in scales]
             return finish_cond(rows, {name: torch.tensor([rows[name].shape[1]]) for name in ragged})
 
     def __getitem__(self, index: int) -> LatentBatch[CondT, WeightT]:

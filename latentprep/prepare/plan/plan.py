@@ -12,6 +12,7 @@ from latentprep.cache.storage import Storage
 from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
 from latentprep.recipe import Recipe, tell_changes
+from latentprep.recipe_words import name_options
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit, set_of
 
 LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
@@ -231,7 +232,7 @@ def explain_text(matched: ShardRows, recipe: Recipe) -> Iterator[Change]:
     def list_fields(key: str) -> str:
         """What differs in the recipe of an image: of the sets only its own counts."""
         if (name := set_of(key)) not in known:
-            before, after = (recipe_of(made, [key]) for made in (matched.recipe, now))
+            before, after = (name_options(recipe_of(made, [key])) for made in (matched.recipe, now))
             known[name] = tell_changes(before, after)
         return known[name]
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from latentprep.cache.ragged import Cond, Conds, Ragged, finite_rows, stack_rows, values_of
+from latentprep.cache.int8 import SCALE, store_as
+from latentprep.cache.ragged import Conds, Ragged, finite_rows, stack_rows
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.text import Text
 from latentprep.errors import UserError
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 class MadeCond:
     """Cond of P prompts, and what it took."""
 
-    cond: Conds = field(default_factory=dict)  # name -> [P,...] in the store dtype
+    cond: Conds = field(default_factory=dict)  # name -> [P,...] as stored
     num_tokens: np.ndarray | None = None  # [P] int32
     max_tokens: int | None = None
     num_encoded: int = 0  # prompts
@@ -62,24 +63,16 @@ class CondMaker:
         return MadeCond(cond, num_tokens, sources[-1].max_tokens, len(missing), truncated)
 
     def _encode(self, prompts: list[str]) -> Text:
-        """Prompts with their cond, in the store dtype."""
+        """Prompts with their cond, as it is stored."""
         assert self.recipe.dtype is not None
         assert self.recipe.store_dtype is not None
         if self.encoder is None:
             self.encoder = self.model.open(torch.device(self.device), TORCH_DTYPES[self.recipe.dtype], self.options)
         encoded = self.encoder.encode(prompts)
-        dtype = TORCH_DTYPES[self.recipe.store_dtype]
-        cond: Conds = {name: store(name, value, dtype) for name, value in encoded.items()}
-        check_finite(prompts, encoded, cond, self.recipe)
+        cond = store_as(encoded, self.recipe.store_dtype)
+        option = "--cond-dtype" if self.options.cond_dtype else "--store-dtype"
+        check_finite(prompts, encoded, cond, self.recipe, option)
         return Text([], prompts, cond, self.encoder.count_tokens(prompts), self.encoder.max_tokens)
-
-
-def store(name: str, value: Cond, dtype: torch.dtype) -> Cond:
-    """Cond as it is stored: positions in float32 if its dtype has not all of them (bfloat16 ends at 256)."""
-    stored = value.to(dtype)
-    if name.endswith("_ids") and not torch.equal(values_of(stored).float(), values_of(value)):
-        return value
-    return stored
 
 
 def is_of_recipe(old: Text, recipe: TextRecipe) -> bool:
@@ -93,9 +86,15 @@ def list_missing(prompts: list[str], old: Text | None, recipe: TextRecipe) -> li
     return [prompt for prompt in prompts if prompt not in known]
 
 
-def check_finite(prompts: list[str], encoded: Conds, stored: Conds, recipe: TextRecipe) -> None:
-    """Raise UserError for cond that overflows in the encoder, or in the store dtype: training would not show it."""
-    for name, value in stored.items():
+def check_finite(
+    prompts: list[str], encoded: Conds, stored: Conds, recipe: TextRecipe, option: str = "--store-dtype"
+) -> None:
+    """Raise UserError for cond that overflows in the encoder, or in the store dtype: training would not show it.
+
+    `option` is what says the store dtype.
+    """
+    for kept, value in stored.items():
+        name = kept if kept in encoded else kept.removesuffix(SCALE)
         is_finite = finite_rows(value)
         if is_finite.all():
             continue
@@ -103,8 +102,8 @@ def check_finite(prompts: list[str], encoded: Conds, stored: Conds, recipe: Text
         prompt = shortened(prompts[n])
         if encoded[name][n].isfinite().all():
             raise UserError(
-                f"--store-dtype {recipe.store_dtype}: cannot hold the {name} of {prompt!r}. "
-                "Use --store-dtype bfloat16 or float32."
+                f"{option} {recipe.store_dtype}: cannot hold the {name} of {prompt!r}. "
+                f"Use {option} bfloat16 or float32."
             )
         if recipe.dtype == "float32":
             raise UserError(f"--model: its text encoder gives no finite numbers for {prompt!r}, even in float32.")
