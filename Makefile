@@ -39,6 +39,7 @@ bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/encode.py
 	$(PYTHON) benchmarks/waits.py
 	$(PYTHON) benchmarks/precision.py
+	$(PYTHON) benchmarks/cond_dtype.py
 	$(PYTHON) benchmarks/memory.py
 	$(PYTHON) benchmarks/pillow_samples.py
 

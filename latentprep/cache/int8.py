@@ -14,7 +14,7 @@ from latentprep.cache.ragged import Cond, Conds, Ragged, row_shape, stack_rows, 
 from latentprep.cache.schema import COND_DTYPES
 from latentprep.cache.strings import Tensors
 
-BLOCK = 32  # values of a scale
+BLOCK = 32  # values of a scale; benchmarks/cond_dtype.py has the errors of 32, 64 and 128
 LARGEST = 127
 AT_ONCE = 2**18  # values in float32 that become another dtype: 1 MB stays in the cache of a core
 SCALE = "_scale"
