@@ -134,7 +134,14 @@ def test_only_values_of_tokens_are_packed():
     assert all(value.dtype == torch.float32 for value in found.values())
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         name = str(dtype).removeprefix("torch.")
-        assert {dtype_of(own, value, name) for own, value in cond.items()} == {dtype}
+        ids, others = ({own for own in cond if own.endswith("_ids") is is_id} for is_id in (True, False))
+        assert {dtype_of(own, cond[own], name) for own in others} == {dtype}
+        exact = torch.float32 if dtype == torch.bfloat16 else dtype  # bfloat16 has not all numbers above 256
+        assert {dtype_of(own, cond[own], name) for own in ids} == {exact}
+    batch = {"prompt_embeds": cond["prompt_embeds"], "text_ids": torch.tensor([[[300.0, 301.0, 511.0]]])}
+    found = finish_cond(store_as(batch, "bfloat16"), {}, torch.bfloat16)
+    assert found["prompt_embeds"].dtype == torch.bfloat16
+    assert found["text_ids"].tolist() == [[[300.0, 301.0, 511.0]]]
     assert nbytes_of(512 * 4096, "int8") == 512 * 4096 * 34 // 32
     assert nbytes_of(512 * 4096, "float16") == 512 * 4096 * 2
 
@@ -352,7 +359,7 @@ def zimage(tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("zimage")
     torch.manual_seed(0)
-    tokenizer = mini.make_tokenizer(folder / "vocabulary")
+    tokenizer = mini.make_qwen_tokenizer(folder / "vocabulary")
     encoder = mini.make_qwen3(mini.Qwen3Model, len(tokenizer))
     vae = mini.make_vae(latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159)
     parts = {"scheduler": None, "vae": vae, "text_encoder": encoder, "tokenizer": tokenizer, "transformer": None}
