@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentprep import LatentDataset
 from latentprep.cache.ragged import Ragged
 from latentprep.options import TextOptions
 from latentprep.prepare.models.encode_prompt import inference_defaults, make_arguments
@@ -143,6 +144,25 @@ def compare(found, rows, wanted, mask, family, name):
             value = value[: len(found[n])]
         assert found[n].dtype == torch.float32
         assert torch.equal(found[n], value.float()), (name, n)
+
+
+@pytest.mark.skipif(not hasattr(diffusers, "ErnieImagePipeline"), reason="a newer diffusers")
+def test_ernie_image_has_a_normalization_of_its_own(miniature, images, run, tmp_path):
+    """Its pipeline adds another number to the variance than the config of its VAE says."""
+    pipeline, folder = miniature("ErnieImage")
+    options = ("--model", folder, "--no-cond", "--resolution", 64, "--bucket-step", 32, "--min-side", 32)
+    assert run("encode", images, *options, "--out", tmp_path / "c", "--store-dtype", "float32").code == 0
+    batch = LatentDataset(tmp_path / "c", latent_sampling_method="deterministic", include_cond=False)[0]
+    code = inspect.getsource(type(pipeline).__call__)
+    assert "torch.sqrt(self.vae.bn.running_var.view(1, -1, 1, 1) + 1e-5)" in code
+    assert "latents = latents * bn_std + bn_mean" in code
+    assert pipeline.vae.config.batch_norm_eps == 1e-4
+    mean = pipeline.vae.bn.running_mean.view(1, -1, 1, 1)
+    std = torch.sqrt(pipeline.vae.bn.running_var.view(1, -1, 1, 1) + 1e-5)
+    decoded = pipeline._unpatchify_latents(batch.latent_sample * std + mean)
+    assert torch.allclose(decoded, batch.latent_mean, atol=1e-6)
+    by_config = torch.sqrt(pipeline.vae.bn.running_var.view(1, -1, 1, 1) + 1e-4)
+    assert not torch.allclose(pipeline._unpatchify_latents(batch.latent_sample * by_config + mean), decoded, atol=1e-6)
 
 
 @every_family

@@ -39,7 +39,9 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     layout = model if model.is_dir() else configs or find_configs(model, "--model")
     if layout is not None and layout not in (model, configs):
         say(f"config   {TITLES[layout.name]}, by the tensors of {options.model}")
-    vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model)
+    family = family_of(layout) if layout is not None else None
+    norm_eps = family.norm_eps if family is not None else None
+    vae = open_vae_at(vae_path, "--vae" if options.vae else "--model", configs, lambda: model, norm_eps)
     vae.check_modes(options.tiling, options.compile)
     options.check_tiling(vae.factor)
     text: TextFolder | TextFile | None = None
@@ -50,7 +52,6 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
 
-    family = family_of(layout) if layout is not None else None
     # FLUX.2's latents are patched as they are normalized, and its denoiser takes each of those as one
     patch = max(family.patch if family is not None else 1, vae.normalization.patch)
     is_upcast = vae.force_upcast and family is not None and family.heeds_force_upcast
@@ -88,10 +89,12 @@ def find_made(made_with: MadeWith, name: str, option: str, with_text: bool) -> P
     return find_model(name, option, revision=commit, with_text=with_text)
 
 
-def open_vae_at(path: Path, option: str, configs: Path | None, beside: Callable[[], Path]) -> VaeFolder | VaeFile:
+def open_vae_at(
+    path: Path, option: str, configs: Path | None, beside: Callable[[], Path], norm_eps: float | None = None
+) -> VaeFolder | VaeFile:
     """The VAE of a folder or file. A file that is a VAE alone has the config of the model `beside` it."""
     if path.is_dir():
-        return open_vae(path, option)
+        return open_vae(path, option, norm_eps)
     configs = configs or find_configs(path, option)
     if configs is None and (model := beside()) != path:
         configs = model if model.is_dir() else find_configs(model, "--model")

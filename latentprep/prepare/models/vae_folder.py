@@ -92,8 +92,8 @@ class VaeFolder(VaeFiles):
         return vae
 
 
-def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
-    """The VAE of a pipeline folder or of a VAE-only folder. Raises UserError."""
+def open_vae(folder: Path, option: str = "--model", norm_eps: float | None = None) -> VaeFolder:
+    """The VAE of a pipeline folder or of a VAE-only folder; norm_eps as in normalization_of. Raises UserError."""
     path, config = read_vae_config(folder, option)
     where = f"{option} {path}"
     vae = build_vae(config, where)
@@ -105,7 +105,7 @@ def open_vae(folder: Path, option: str = "--model") -> VaeFolder:
     check_shapes(wanted, shapes, str(path), "VAE")
     for name, tensor in read_tensors(weights, wanted.keys(), option).items():
         setattr(vae.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], tensor)
-    numbers = read_numbers(vae, where)
+    numbers = read_numbers(vae, where, norm_eps)
     needed = shapes_of(keep_encoder(vae).state_dict())
     check_whole(path, "diffusers", needed.keys() - shapes.keys())
     check_shapes(needed, shapes, str(path), "VAE")
@@ -131,9 +131,9 @@ def _one_of(names: tuple[str, ...]) -> str:
     return " or ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
 
 
-def read_numbers(vae: Any, where: str) -> Numbers:
+def read_numbers(vae: Any, where: str, norm_eps: float | None = None) -> Numbers:
     """What is known of a VAE on the meta device, whose statistics are there. Raises UserError."""
-    return numbers_of(vae, probe(vae.eval(), where), where)
+    return numbers_of(vae, probe(vae.eval(), where), where, norm_eps)
 
 
 def fields_of(numbers: Numbers) -> dict[str, Any]:

@@ -119,18 +119,19 @@ def probe(vae: Any, where: str) -> dict[str, Any]:
     }
 
 
-def normalization_of(vae: Any, channels: int) -> Normalization:
+def normalization_of(vae: Any, channels: int, norm_eps: float | None = None) -> Normalization:
     """What becomes of a VAE's latents before the denoiser sees them. Raises ValueError for numbers that no VAE has.
 
     FLUX.2's lays 2x2 latents side by side and takes the statistics of its batch norm, buffers that were trained
-    (diffusers, pipeline_flux2.py, _encode_vae_image); all others say it in their config.
+    (diffusers, pipeline_flux2.py, _encode_vae_image); all others say it in their config. norm_eps is what is added to
+    the variance of a batch norm, if it is not the config's (Family.norm_eps).
     """
     import torch
 
     norm, config = getattr(vae, "bn", None), vae.config
     if not isinstance(norm, torch.nn.BatchNorm2d) or norm.running_mean is None or norm.running_var is None:
         return normalization_of_config(config, channels)
-    patch, eps = config.get("patch_size"), config.get("batch_norm_eps")
+    patch, eps = config.get("patch_size"), config.get("batch_norm_eps") if norm_eps is None else norm_eps
     if not isinstance(patch, (list, tuple)) or len(patch) != 2 or any(type(n) is not int for n in patch):
         raise ValueError(f"patch_size is {shortened(repr(patch))}, expected two numbers")
     if patch[0] != patch[1] or not 1 <= patch[0] <= MAX_PATCH:
@@ -144,10 +145,10 @@ def normalization_of(vae: Any, channels: int) -> Normalization:
     return Normalization(tuple(mean.tolist()), tuple(1 / value for value in std.tolist()), patch[0])
 
 
-def numbers_of(vae: Any, probed: dict[str, Any], where: str) -> Numbers:
+def numbers_of(vae: Any, probed: dict[str, Any], where: str, norm_eps: float | None = None) -> Numbers:
     """What is known of a VAE of which a probe has told the sizes. Raises UserError for numbers that no VAE has."""
     try:
-        normalization = normalization_of(vae, probed["latent_channels"])
+        normalization = normalization_of(vae, probed["latent_channels"], norm_eps)
     except ValueError as error:
         raise UserError(f"{where}: its config's {error}. Mend config.json, or download it again.") from None
     return Numbers(**probed, normalization=normalization, force_upcast=bool(vae.config.get("force_upcast", False)))
