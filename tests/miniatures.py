@@ -95,16 +95,18 @@ def make_t5(kind: str = "T5", **config: Any) -> Any:
     return getattr(transformers, f"{kind}EncoderModel")(made).eval()
 
 
-def make_t5_tokenizer(**options: Any) -> Any:
+def make_t5_tokenizer(vocab: list[tuple[str, float]] | None = None, **options: Any) -> Any:
+    """T5's tokenizer of (piece, score) pairs, of which the first are <pad>, </s> and <unk>; without any: of letters."""
     letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz,.0123456789\"'"]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁house", -4.0), *letters]
+    pieces = vocab or [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁house", -4.0), *letters]
+    options = {"extra_ids": 0, **options}
     if not transformers.__version__.startswith("4."):
-        return transformers.T5TokenizerFast(vocab=vocab, extra_ids=0, **options)
-    made = Tokenizer(models.Unigram(vocab, unk_id=2))  # transformers 4 takes no vocab: what 5 makes of it
+        return transformers.T5TokenizerFast(vocab=pieces, **options)
+    made = Tokenizer(models.Unigram(pieces, unk_id=2))  # transformers 4 takes no vocab: what 5 makes of it
     made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     made.decoder = decoders.Metaspace()
     made.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
-    return transformers.T5TokenizerFast(tokenizer_object=made, extra_ids=0, **options)
+    return transformers.T5TokenizerFast(tokenizer_object=made, **options)
 
 
 def make_qwen_tokenizer(folder: Path) -> Any:
@@ -177,7 +179,8 @@ def make_mistral(kind: str, layers: int) -> Any:
 def stable_diffusion(folder: Path) -> dict[str, Any]:  # 2: OpenCLIP's text encoder, whose padding is "!"
     return {
         "text_encoder": make_clip(hidden_act="gelu"), "tokenizer": make_clip_tokenizer(pad_token="!"),
-        "vae": make_vae(latent_channels=4), "requires_safety_checker": False,
+        "vae": make_vae(latent_channels=4), "safety_checker": None, "feature_extractor": None,
+        "requires_safety_checker": False,
     }  # fmt: skip
 
 

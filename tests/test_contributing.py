@@ -22,7 +22,7 @@ from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.models.vae_encoder import LEVELS, to_levels
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import SMALL, gradient
-from tests.test_families import make_t5, make_vae
+from tests.miniatures import make_t5, make_t5_tokenizer, make_vae
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -119,8 +119,9 @@ def test_add_a_vae(add, run, images, tmp_path):
 
 def test_add_a_family(add, tmp_path):
     torch.manual_seed(0)
-    t5, tokenizer = make_t5()
-    pipeline = CogView3PlusPipeline(tokenizer, t5, make_vae(latent_channels=16), transformer=None, scheduler=None)
+    pipeline = CogView3PlusPipeline(
+        make_t5_tokenizer(), make_t5(), make_vae(latent_channels=16), transformer=None, scheduler=None
+    )
     pipeline.save_pretrained(tmp_path)
     with pytest.raises(latentprep.UserError, match="CogView3PlusPipeline"):
         open_text(tmp_path)

@@ -14,19 +14,10 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-import transformers
-from diffusers import AutoencoderKL, SD3Transformer2DModel
 from PIL import Image
 from safetensors import safe_open
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
 )
 
 from latentprep import LatentDataset
@@ -40,7 +31,7 @@ from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import family_of, open_text
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.work.events import Truncated
-from tests.conftest import TINY
+from tests.miniatures import make_miniature
 
 CPU, PROMPTS = torch.device("cpu"), ["a red house, snow", "", "x" * 90 + " end"]
 NAMES = ("sd2", "sdxl", "sd3", "flux")
@@ -60,89 +51,8 @@ class Mini:
     pipeline: Any
 
 
-def make_clip(kind=CLIPTextModel, width=32, **config):
-    """With random layer norms, as trained ones have: else the mean of a token's values would be 0."""
-    clip = kind(
-        CLIPTextConfig(
-            vocab_size=514, hidden_size=width, intermediate_size=2 * width, num_hidden_layers=3, num_attention_heads=4,
-            projection_dim=width, bos_token_id=512, eos_token_id=513, pad_token_id=513, **config,
-        )
-    ).eval()  # fmt: skip
-    with torch.no_grad():
-        for name, parameter in clip.named_parameters():
-            if "layer_norm" in name:
-                parameter.add_(torch.rand_like(parameter))
-    return clip
-
-
-def make_tokenizer(**options):
-    return CLIPTokenizer.from_pretrained(TINY / "tokenizer", **options)
-
-
-def make_t5_tokenizer(vocab, **options):
-    """T5's tokenizer of (piece, score) pairs, of which the first are <pad>, </s> and <unk>."""
-    if not transformers.__version__.startswith("4."):
-        return T5TokenizerFast(vocab=vocab, **options)
-    # transformers 4 takes no vocab: what transformers 5 makes of it
-    made = Tokenizer(models.Unigram(vocab, unk_id=2))
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    made.decoder = decoders.Metaspace()
-    made.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
-    return T5TokenizerFast(tokenizer_object=made, **options)
-
-
-def make_t5():
-    letters = [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz,.0123456789"]
-    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁house", -4.0), *letters]
-    config = T5Config(
-        vocab_size=64, d_model=80, d_kv=8, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
-    )
-    return T5EncoderModel(config).eval(), make_t5_tokenizer(vocab, extra_ids=0, model_max_length=512)
-
-
-def make_vae(**config):
-    return AutoencoderKL(
-        block_out_channels=(8, 8, 16, 16), down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4, norm_num_groups=8, layers_per_block=1, **config,
-    )  # fmt: skip
-
-
-def make_parts(name) -> dict[str, Any]:
-    """Components as the true models have them: which encoders, which of them with a projection, which padding."""
-    if name == "sd2":  # OpenCLIP's text encoder: another activation, and "!" is the padding
-        return {
-            "text_encoder": make_clip(hidden_act="gelu"), "tokenizer": make_tokenizer(pad_token="!"), "unet": None,
-            "safety_checker": None, "feature_extractor": None, "vae": make_vae(latent_channels=4),
-        }  # fmt: skip
-    if name == "sdxl":
-        return {
-            "text_encoder": make_clip(), "tokenizer": make_tokenizer(),
-            "text_encoder_2": make_clip(CLIPTextModelWithProjection, 48, hidden_act="gelu"),
-            "tokenizer_2": make_tokenizer(pad_token="!"), "unet": None, "vae": make_vae(latent_channels=4),
-        }  # fmt: skip
-    t5, t5_tokenizer = make_t5()
-    bare = {"latent_channels": 16, "use_quant_conv": False, "use_post_quant_conv": False}
-    if name == "sd3":
-        transformer = SD3Transformer2DModel(
-            sample_size=8, num_layers=1, attention_head_dim=4, num_attention_heads=2, joint_attention_dim=80,
-            caption_projection_dim=8, pooled_projection_dim=80, pos_embed_max_size=8,
-        )  # fmt: skip
-        return {
-            "text_encoder": make_clip(CLIPTextModelWithProjection), "tokenizer": make_tokenizer(),
-            "text_encoder_2": make_clip(CLIPTextModelWithProjection, 48), "tokenizer_2": make_tokenizer(pad_token="!"),
-            "text_encoder_3": t5, "tokenizer_3": t5_tokenizer, "transformer": transformer,
-            "vae": make_vae(scaling_factor=1.5305, shift_factor=0.0609, **bare),
-        }  # fmt: skip
-    return {
-        "text_encoder": make_clip(), "tokenizer": make_tokenizer(), "text_encoder_2": t5, "tokenizer_2": t5_tokenizer,
-        "transformer": None, "vae": make_vae(scaling_factor=0.3611, shift_factor=0.1159, **bare),
-    }  # fmt: skip
-
-
 def make_mini(name, folder) -> Mini:
-    torch.manual_seed(NAMES.index(name))
-    options = {"requires_safety_checker": False} if name == "sd2" else {}
-    pipeline = getattr(diffusers, family_named(name).pipeline)(scheduler=None, **make_parts(name), **options)
+    pipeline = make_miniature(family_named(name).stem, folder)
     pipeline.save_pretrained(folder / name)
     return Mini(folder / name, pipeline)
 

@@ -16,7 +16,8 @@ from latentprep.prepare.models.text_encoder import TextEncoder, read_special_tok
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.models.windows import MAX_WEIGHT, join, parse_emphasis, split_windows
 from tests.conftest import TINY
-from tests.test_families import make_mini, make_t5_tokenizer
+from tests.miniatures import make_t5_tokenizer
+from tests.test_families import make_mini
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,7 @@ import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel, UNet2DConditionModel
 from transformers import Qwen3Model
 
-from tests.miniatures import make_qwen_tokenizer, make_vae
-from tests.test_families import make_parts
+from tests.miniatures import PARTS, make_qwen_tokenizer, make_vae
 from tests.test_zimage import make_qwen3
 
 SMALL_UNET = {
@@ -20,22 +19,22 @@ def make_pipeline(name, folder):
     """A miniature with random weights, all of which differ from 0."""
     torch.manual_seed(0)
     if name == "text_to_image_lora":
-        parts = {**make_parts("sd2"), "unet": UNet2DConditionModel(cross_attention_dim=32, **SMALL_UNET)}
-        pipeline = diffusers.StableDiffusionPipeline(scheduler=DDPMScheduler(), requires_safety_checker=False, **parts)
+        parts = {**PARTS["StableDiffusion"](folder), "unet": UNet2DConditionModel(cross_attention_dim=32, **SMALL_UNET)}
+        pipeline = diffusers.StableDiffusionPipeline(scheduler=DDPMScheduler(), **parts)
     elif name == "text_to_image_lora_sdxl":
         unet = UNet2DConditionModel(
             cross_attention_dim=80, addition_embed_type="text_time", addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=48 + 6 * 8, **SMALL_UNET,
         )  # fmt: skip
         pipeline = diffusers.StableDiffusionXLPipeline(
-            scheduler=DDPMScheduler(), **{**make_parts("sdxl"), "unet": unet}
+            scheduler=DDPMScheduler(), **{**PARTS["StableDiffusionXL"](folder), "unet": unet}
         )
     elif name == "dreambooth_lora_flux":
         transformer = FluxTransformer2DModel(
             in_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16, num_attention_heads=2,
             joint_attention_dim=80, pooled_projection_dim=32, guidance_embeds=True, axes_dims_rope=(4, 4, 8),
         )  # fmt: skip
-        parts = {**make_parts("flux"), "transformer": transformer}
+        parts = {**PARTS["Flux"](folder), "transformer": transformer}
         pipeline = diffusers.FluxPipeline(scheduler=FlowMatchEulerDiscreteScheduler(), **parts)
     else:
         tokenizer = make_qwen_tokenizer(folder.with_name("vocabulary"))
