@@ -202,8 +202,7 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     ]
     if outcome.num_retried:
         lines.append(f"         {counted(outcome.num_retried, 'encoding')} done again in float32, after an overflow")
-    if outcome.batch_limit:
-        lines.append(f"         {outcome.batch_limit}")
+    lines += [f"         {limit}" for limit in outcome.batch_limits]
     lines += cleared_lines(outcome.cleared)
     lines += skip_lines(outcome.skips)
     if outcome.truncated.count:

@@ -117,7 +117,9 @@ def test_defaults_that_differ_are_named_in_the_row(family):
 def test_cond_is_what_inference_encodes(family, miniature):
     pipeline, folder = miniature(family.stem)
     encoder = open_text(folder).open(CPU, torch.float32)
-    encoder.batch_size = len(PROMPTS)  # as many as inference encodes at once: the last bits may depend on it
+    encoder.tokens_at_once = (
+        len(PROMPTS) * encoder.stored_tokens
+    )  # as many as inference encodes at once: the last bits may depend on it
     found = encoder.encode(PROMPTS)
     assert list(found) == family.names == list(family.stores)
     prompts = [[prompt] for prompt in PROMPTS] if family.one_by_one else [PROMPTS]

@@ -12,8 +12,9 @@ from transformers import CLIPTokenizer
 from latentprep.options import TextOptions
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer
 from latentprep.prepare.models.single_file import ARCHITECTURES
-from latentprep.prepare.models.text_encoder import TextEncoder, read_special_tokens_as_text
+from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import open_text
+from latentprep.prepare.models.token_counter import read_special_tokens_as_text
 from latentprep.prepare.models.windows import MAX_WEIGHT, join, parse_emphasis, split_windows
 from tests.conftest import TINY
 from tests.miniatures import make_t5_tokenizer

@@ -76,6 +76,14 @@ def join_conds(parts: Sequence[Conds]) -> Conds:
     return joined
 
 
+def take_conds(conds: Conds, rows: Sequence[int] | np.ndarray) -> Conds:
+    """Cond of some prompts, by their numbers, in that order."""
+    numbers = list(map(int, rows))
+    if numbers == list(range(len(next(iter(conds.values()), ())))):
+        return conds  # all of them as they are: nothing is copied
+    return {name: stack_rows([value[n] for n in numbers], isinstance(value, Ragged)) for name, value in conds.items()}
+
+
 def pad(rows: Sequence[Tensor], fill: str, at_least: int = 1) -> tuple[Tensor, Tensor]:
     """Rows [T,D...] as one tensor [B,longest T,D...], and their lengths [B] int64; `fill` is one of FILLS.
 

@@ -144,6 +144,7 @@ class LiveText:
         if self.is_pipeline:
             check_pipeline(cond_model)
         self.max_tokens: int | None = None
+        self.batch_limit = ""
         self.dtype = torch.float32  # of what it gives
 
     @torch.no_grad()

@@ -72,13 +72,21 @@ def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, enc
         notes=sum((result.notes for result in latents.latents), Counter()),
         failures=name_failures(latents, texts),
         num_retried=sum(result.num_retried for result in latents.latents),
-        batch_limit=next((result.batch_limit for result in latents.latents if result.batch_limit), ""),
+        batch_limits=list_limits(latents, texts),
         cleared=cleared,
         seconds=seconds,
         encode_seconds=encode_seconds,
         waits={stage: latents.waits[stage] + texts.waits[stage] for stage in STAGES},
         absent=absent,
     )
+
+
+def list_limits(latents: Tally, texts: Tally) -> list[str]:
+    """What an overfull memory has taught, of each pass the first."""
+    limits = (
+        [result.batch_limit for result in results if result.batch_limit] for results in (latents.latents, texts.texts)
+    )
+    return [first for found in limits for first in found[:1]]
 
 
 def name_failures(latents: Tally, texts: Tally) -> list[str]:

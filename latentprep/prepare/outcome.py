@@ -87,7 +87,7 @@ class Outcome:
     notes: Counter[str]
     failures: list[str]
     num_retried: int
-    batch_limit: str  # what an overfull memory has taught; empty: nothing
+    batch_limits: list[str]  # what an overfull memory has taught, of each pass
     cleared: tuple[int, int]  # files of unfinished runs that were of no use, and their bytes
     seconds: float  # of the whole run
     encode_seconds: float  # of its units, without the loading of models

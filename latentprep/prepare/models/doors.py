@@ -52,9 +52,13 @@ class PromptEncoder(Protocol):
     """Text encoders at work: prompts -> cond."""
 
     max_tokens: int | None  # tokens of a prompt that are kept; None: unknown
+    batch_limit: str  # what an overfull memory has taught; empty: nothing
 
     def encode(self, prompts: list[str]) -> "Conds":
-        """Cond of P prompts, float32 on the CPU: name -> [P,...], or rows of lengths of their own."""
+        """Cond of P prompts, float32 on the CPU: name -> [P,...], or rows of lengths of their own.
+
+        Raises RuntimeError if the device's memory does not suffice for one prompt.
+        """
         ...
 
     def count_tokens(self, prompts: list[str]) -> "np.ndarray | None":

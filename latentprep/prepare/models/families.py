@@ -114,6 +114,7 @@ FAMILIES = (
         default_tokens=512,
         most_tokens=1024,
         hidden_tokens=34,  # of the template; the tokenizer is told 1024 more, whatever is kept
+        pads_to_longest=True,
         has_special_tokens=True,
         call_defaults=("max_sequence_length",),
         patch=2,

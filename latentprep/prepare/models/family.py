@@ -59,6 +59,8 @@ class Family:
     # tokens around a prompt that are not stored; None: as many as the tokenizer is told beyond those that are kept
     hidden_tokens: int | None = None
     has_clip_tokens: bool = False  # in prompt_embeds, beside those of the sequence
+    # whether its pipeline pads prompts to the longest of their batch; else each of them to the most tokens
+    pads_to_longest: bool = False
     # whether the pipeline puts prompts into a template of special tokens: then those in a caption count as such too
     has_special_tokens: bool = False
     one_by_one: bool = False  # whether what a prompt is encoded with would change its numbers

@@ -1,4 +1,4 @@
-"""The text encoders of a model at work: prompts -> cond, batch by batch, and how long each prompt is."""
+"""The text encoders of a model at work: prompts -> cond, batch by batch."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -6,16 +6,18 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from latentprep.cache.ragged import Conds, join_conds
+from latentprep.cache.ragged import Conds, join_conds, take_conds
 from latentprep.options import TextOptions
-from latentprep.prepare.models.clip_windows import ClipWindows
-from latentprep.prepare.models.count import PromptCounter
+from latentprep.prepare.devices import empty_cache, is_out_of_memory
 from latentprep.prepare.models.encode_prompt import call_pipeline, make_arguments
 from latentprep.prepare.models.family import Family, tokenizer_of
-from latentprep.prepare.models.load_tokenizer import read_special_tokens_as_text
+from latentprep.prepare.models.token_counter import TokenCounter
 from latentprep.prepare.models.windows import join
 
-TOKENS_AT_ONCE = 32 * 77  # 32 prompts of one window of CLIP; 4 of 512 tokens of T5, which is far larger
+# Tokens of a batch, padding included: 32 prompts of one window of CLIP, or 4 of 512 tokens of T5. More is not needed:
+# the weights are read once for all of these rows. Less is not needed either: what a layer of T5-XXL gives of them
+# (2,464 rows of 10,240 numbers) has 50 MB in 16 bits, its weights 9.5 GB. A full memory halves the batch all the same.
+TOKENS_AT_ONCE = 32 * 77
 
 
 class TextSource(Protocol):
@@ -40,7 +42,9 @@ class TextEncoder:
         self.family = family
         self.pipeline = source.load_pipeline(dtype).to(device)
         num_tokens = family.num_tokens(options.max_tokens, source.window)
-        self.batch_size = max(1, TOKENS_AT_ONCE // family.stored_tokens(num_tokens, source.window))
+        self.stored_tokens = family.stored_tokens(num_tokens, source.window)
+        self.tokens_at_once = TOKENS_AT_ONCE  # less, once memory has run out
+        self.batch_limit = ""
         kind = type(self.pipeline)
         self.arguments = [make_arguments(family, call, kind, device, num_tokens) for call in family.calls]
         if options.clip_skip != 1:
@@ -48,34 +52,54 @@ class TextEncoder:
                 arguments["clip_skip"] = options.clip_skip - 1
             mend_clip_skip(self.pipeline.text_encoder)
 
-        encoders = {name: part for name, part in self.pipeline.components.items() if name.startswith("text_encoder")}
-        there = sorted(name for name, part in encoders.items() if part is not None)
-        if not family.has_special_tokens:
-            for part in encoders:
-                if (tokenizer := getattr(self.pipeline, tokenizer_of(part), None)) is not None:
-                    read_special_tokens_as_text(tokenizer)
-        # what counts as truncated: tokens of the sequence; where there is none, those of CLIP
-        self.counter: PromptCounter | None = None
-        self.windows: ClipWindows | None = None
-        self.max_tokens: int | None = num_tokens
-        if family.sequence is not None and family.sequence in there:
-            self.counter = PromptCounter(source, getattr(self.pipeline, tokenizer_of(family.sequence)), options)
-            self.max_tokens = self.counter.max_tokens
-            return
-        self.tokenizer = getattr(self.pipeline, tokenizer_of(there[0]))
-        self.max_tokens = source.window  # of CLIPs beside a T5 that is left out
-        if family.sequence is None:
-            room = source.window - 2  # without start and end
-            num_windows = num_tokens // room
-            self.max_tokens = num_windows * room + 2
-            widths = [encoders[part].config.hidden_size for part in there]
-            self.windows = ClipWindows(self.tokenizer, room, num_windows, options.emphasis, widths)
+        components = self.pipeline.components
+        there = [
+            name for name in sorted(components) if name.startswith("text_encoder") and components[name] is not None
+        ]
+        tokenizers = {name: getattr(self.pipeline, tokenizer_of(name)) for name in there}
+        widths = [components[name].config.hidden_size for name in there] if family.sequence is None else []
+        self.counter = TokenCounter(source, tokenizers, options, widths)
+        self.windows = self.counter.windows
+        self.max_tokens: int | None = self.counter.max_tokens
+        self.counted: tuple[list[str], np.ndarray] = ([], np.zeros(0, np.int32))  # what was counted last
+
+    @property
+    def batch_size(self) -> int:
+        """Prompts of a batch, if each is padded to the most that it may have."""
+        return max(1, self.tokens_at_once // self.stored_tokens)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> Conds:
-        """Cond of P prompts: name -> [P,T,D] (pooled_prompt_embeds: [P,D]) float32 on the CPU, or rows [T,D]."""
-        size = self.batch_size
-        return join_conds([self._encode_batch(prompts[n : n + size]) for n in range(0, len(prompts), size)])
+        """Cond of P prompts: name -> [P,T,D] (pooled_prompt_embeds: [P,D]) float32 on the CPU, or rows [T,D].
+
+        If memory does not suffice, batches are halved. Raises RuntimeError if it does not for one prompt.
+        """
+        tokens = self._padded_tokens(prompts)
+        order = np.argsort(-tokens, kind="stable")  # those of like length together: then little is padding
+        parts: list[Conds] = []
+        done = 0
+        while done < len(order):
+            longest = int(tokens[order[done]])
+            chosen = order[done : done + max(1, self.tokens_at_once // longest)]
+            try:
+                parts.append(self._encode_batch([prompts[n] for n in chosen]))
+                done += len(chosen)
+                continue
+            except RuntimeError as error:
+                if len(chosen) == 1 or not is_out_of_memory(error):
+                    raise
+            # here, and not above: the exception holds the tensors that did not fit
+            empty_cache()
+            half = len(chosen) // 2
+            self.tokens_at_once = half * longest
+            self.batch_limit = f"out of memory with {len(chosen)} prompts at once: went on with {half}"
+        return take_conds(join_conds(parts), np.argsort(order))
+
+    def _padded_tokens(self, prompts: list[str]) -> np.ndarray:
+        """[P]: the tokens that each prompt would take if it were the longest of its batch."""
+        if not self.family.pads_to_longest:
+            return np.full(len(prompts), self.stored_tokens)
+        return np.minimum(self.count_tokens(prompts), self.stored_tokens).clip(1)
 
     def _encode_batch(self, prompts: list[str]) -> Conds:
         if self.windows is None:
@@ -84,14 +108,11 @@ class TextEncoder:
         texts = [join(window) for window in windows]
         return self.windows.merge(call_pipeline(self.pipeline, self.family, self.arguments, texts), windows)
 
-    def count_tokens(self, prompts: list[str]) -> np.ndarray | None:
-        """[P] int32: tokens of each whole prompt, start and end included; those beyond max_tokens are cut off."""
-        if self.counter is not None:
-            return self.counter.count(prompts)
-        if self.windows is not None:
-            return self.windows.count_tokens(prompts)
-        ids = self.tokenizer(prompts, truncation=False, padding=False)["input_ids"]
-        return np.array([len(tokens) for tokens in ids], np.int32)
+    def count_tokens(self, prompts: list[str]) -> np.ndarray:
+        """[P] int32: tokens that each whole prompt takes; see TokenCounter. Asked again, it does not count again."""
+        if self.counted[0] != prompts:
+            self.counted = (list(prompts), self.counter.count(prompts))
+        return self.counted[1]
 
 
 def mend_clip_skip(text_encoder: Any) -> None:

@@ -59,6 +59,9 @@ class TextFile(TextFiles):
             parts[tokenizer_of(part)] = self._load_tokenizer(part)
         return make_pipeline(self.family, parts)
 
+    def load_tokenizers(self) -> dict[str, Any]:
+        return {part: self._load_tokenizer(part) for part in text_parts(read_shapes(self.path, "text encoder"))}
+
     def check(self) -> None:
         """Raise UserError for configs and tokenizers that would fail when they are loaded."""
         for part in text_parts(read_shapes(self.path, "text encoder")):

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
-from latentprep.prepare.models.count import PromptCounter
 from latentprep.prepare.models.families import FAMILIES, find_family
 from latentprep.prepare.models.family import Family, Stored, tokenizer_of
 from latentprep.prepare.models.files import (
@@ -46,6 +45,7 @@ if TYPE_CHECKING:
     import torch
 
     from latentprep.prepare.models.doors import PromptEncoder
+    from latentprep.prepare.models.token_counter import TokenCounter
 
 
 # Packages by the names that they are imported by -> the names that pip knows them by.
@@ -90,6 +90,16 @@ class TextFiles(TextFacts, ABC):
         Raises UserError if weights are missing, or files do not make a model.
         """
 
+    @abstractmethod
+    def load_tokenizers(self) -> dict[str, Any]:
+        """Encoder -> its tokenizer, of those that are there; no weights are read. Raises UserError."""
+
+    def open_counter(self, options: TextOptions) -> "TokenCounter":
+        """What counts tokens, without the text encoders. Raises UserError."""
+        from latentprep.prepare.models.token_counter import TokenCounter
+
+        return TokenCounter(self, self.load_tokenizers(), options)
+
     def open(self, device: "torch.device", dtype: "torch.dtype", options: TextOptions | None = None) -> "PromptEncoder":
         """The text encoders at work, on their device. Raises UserError like load_pipeline."""
         from latentprep.prepare.models.text_encoder import TextEncoder
@@ -121,6 +131,8 @@ class TextFolder(TextFiles):
 
     def check(self) -> None:
         """Raise UserError for what would fail when it is loaded, as far as headers and configs tell."""
+        from latentprep.prepare.models.token_counter import TokenCounter
+
         for part, kind in self.classes.items():
             folder = self.path / part
             shapes = read_header(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), "--model")
@@ -128,7 +140,10 @@ class TextFolder(TextFiles):
             tokenizer = self.load_tokenizer(part)
             if part == self.family.sequence:
                 with blame(f"{self.path}: its tokenizer does not do for {self.family.pipeline}"):
-                    PromptCounter(self, tokenizer, TextOptions()).count(["a photo"])
+                    TokenCounter(self, {part: tokenizer}, TextOptions()).count(["a photo"])
+
+    def load_tokenizers(self) -> dict[str, Any]:
+        return {part: self.load_tokenizer(part) for part in self.classes}
 
     def load_tokenizer(self, part: str) -> Any:
         """The tokenizer of an encoder. Raises UserError if its files make none."""

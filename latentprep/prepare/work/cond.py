@@ -1,5 +1,7 @@
 """Prompts -> their cond: what is there already is taken over, the rest is encoded and checked for overflow."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
+from latentprep.prepare.devices import OutOfMemoryError, empty_cache, is_out_of_memory
 from latentprep.prepare.work.events import Truncated
 from latentprep.recipe import TextRecipe
 
@@ -29,6 +32,7 @@ class MadeCond:
     max_tokens: int | None = None
     num_encoded: int = 0  # prompts
     truncated: Truncated = field(default_factory=Truncated)
+    batch_limit: str = ""  # how many prompts fit into memory at once; empty: it has always sufficed
 
 
 class CondMaker:
@@ -60,19 +64,38 @@ class CondMaker:
             for name, value in sources[-1].cond.items()
         }
         num_tokens = np.array(tokens, np.int32) if len(tokens) == len(chosen) else None
-        return MadeCond(cond, num_tokens, sources[-1].max_tokens, len(missing), truncated)
+        limit = self.encoder.batch_limit if self.encoder is not None else ""
+        return MadeCond(cond, num_tokens, sources[-1].max_tokens, len(missing), truncated, limit)
 
     def _encode(self, prompts: list[str]) -> Text:
         """Prompts with their cond, as it is stored."""
         assert self.recipe.dtype is not None
         assert self.recipe.store_dtype is not None
-        if self.encoder is None:
-            self.encoder = self.model.open(torch.device(self.device), TORCH_DTYPES[self.recipe.dtype], self.options)
-        encoded = self.encoder.encode(prompts)
+        with told_if_memory_is_full(self.device):
+            if self.encoder is None:
+                empty_cache()  # of what the VAE has left
+                dtype = TORCH_DTYPES[self.recipe.dtype]
+                self.encoder = self.model.open(torch.device(self.device), dtype, self.options)
+            num_tokens = self.encoder.count_tokens(prompts)
+            encoded = self.encoder.encode(prompts)
         cond = store_as(encoded, self.recipe.store_dtype)
         option = "--cond-dtype" if self.options.cond_dtype else "--store-dtype"
         check_finite(prompts, encoded, cond, self.recipe, option)
-        return Text([], prompts, cond, self.encoder.count_tokens(prompts), self.encoder.max_tokens)
+        return Text([], prompts, cond, num_tokens, self.encoder.max_tokens)
+
+
+@contextmanager
+def told_if_memory_is_full(device: str) -> Iterator[None]:
+    """A full memory is an error that ends the run: it would be as full for each text that follows."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(
+            f"--text-device {device}: its memory does not hold the text encoder and one prompt. "
+            "Use --text-device cpu or another GPU, or --dtype bfloat16 if it runs in float32."
+        ) from None
 
 
 def is_of_recipe(old: Text, recipe: TextRecipe) -> bool:

@@ -68,6 +68,7 @@ class TextResult:
     uncond_file: Stamp | None = None
     num_prompts: int = 0  # that the text encoder saw
     truncated: Truncated = field(default_factory=Truncated)
+    batch_limit: str = ""  # how many prompts fit into memory at once; empty: it has always sufficed
     damaged: str = ""  # what is wrong with the old text file, if nothing of it could be taken over
 
 

@@ -121,7 +121,7 @@ class Run:
 
         def write() -> TextResult:
             written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text))
-            return TextResult(shard.id, written, None, made.num_encoded, made.truncated, damaged)
+            return TextResult(shard.id, written, None, made.num_encoded, made.truncated, made.batch_limit, damaged)
 
         return write
 
@@ -171,9 +171,12 @@ class Run:
             return lambda: TextResult("", uncond_file=stamp)
         made = self.cond.make([""])
         metadata = self._metadata(recipe.cond)
-        return lambda: TextResult(
-            "", None, write_uncond(self.storage, uncond, made.cond, metadata), made.num_encoded, made.truncated
-        )
+
+        def write() -> TextResult:
+            stamp = write_uncond(self.storage, uncond, made.cond, metadata)
+            return TextResult("", None, stamp, made.num_encoded, made.truncated, made.batch_limit)
+
+        return write
 
     def _metadata(self, recipe: dict[str, Any]) -> dict[str, Any]:
         return {"recipe": recipe, "libraries": dict(self.worker.libraries)}
