@@ -189,6 +189,7 @@ class EncodeOptions:
     store_dtype: str = "float16"
     device: str = "auto"
     devices: str | None = None  # several of this machine: cuda:0,cuda:1 or all; None: `device` alone
+    text_device: str | None = None  # of the text encoders; None: that of the VAE, or those
     rank: int | None = None  # which share of the units this process takes, counted from 0; None: of torchrun or SLURM
     world_size: int | None = None  # how many processes share the units
     dtype: str = "auto"

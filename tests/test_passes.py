@@ -5,16 +5,24 @@ import json
 import re
 import time
 import weakref
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import latentprep
 from latentprep import LatentDataset
 from latentprep.errors import UserError
+from latentprep.prepare import encode as prepare_encode
+from latentprep.prepare import survey
+from latentprep.prepare.engine import local
+from latentprep.prepare.engine.where import Where
 from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.work import text
 from latentprep.prepare.work.cond import CondMaker
+from latentprep.progress import Silent
 from tests.conftest import SMALL, gradient
 from tests.test_encode import files
 
@@ -174,3 +182,50 @@ def test_the_time_of_the_text_encoder_is_told(run, images, tmp_path, monkeypatch
     monkeypatch.setattr(TextEncoder, "encode", slow)
     out = run("encode", images, "--out", tmp_path / "c", *SMALL).out
     assert float(re.search(r"text ([\d.]+) s", out)[1]) >= 0.6  # the captions, and the empty prompt
+
+
+def test_text_device_is_where_the_second_pass_runs_in_one_process(images, tmp_path, monkeypatch):
+    seen, said = [], []
+
+    def note(worker, tasks, where):
+        seen.append((type(worker).__name__, where.devices))
+        return local.run(worker, tasks, replace(where, devices=where.devices[:1]))
+
+    class Lines(Silent):
+        def say(self, text):
+            said.append(text)
+
+    monkeypatch.setattr(prepare_encode, "run", note)
+    small = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32}
+    options = {**small, "devices": "cpu,cpu", "progress": Lines()}
+    assert latentprep.encode(images, tmp_path / "c", **options, text_device="cpu").ok
+    assert seen == [("LatentsWorker", ("cpu", "cpu")), ("TextWorker", ("cpu",))]
+    assert "         the text encoders on cpu, float32 (asked for)" in said
+    del seen[:], said[:]
+    assert latentprep.encode(images, tmp_path / "other", **options).ok
+    assert seen == [("LatentsWorker", ("cpu", "cpu")), ("TextWorker", ("cpu", "cpu"))]
+    assert not any("the text encoders" in line for line in said)
+    made = (files(tmp_path / name / "shards") for name in ("c", "other"))
+    assert next(made) == next(made)
+
+
+def test_text_device_is_remembered_and_names_itself_in_errors(run, images, tmp_path):
+    command = ("encode", images, "--out", tmp_path / "c", *SMALL, "--text-device")
+    assert run(*command, "cpu").code == 0
+    assert json.loads((tmp_path / "c" / "cache.json").read_text())["made_with"]["again"]["text_device"] == "cpu"
+    (images / "tall0.txt").write_text("another")
+    assert "the text encoders on cpu" in run("encode", "--again", tmp_path / "c").err
+    assert "error: --text-device cuda: torch" in (refused := run(*command, "cuda").err)
+    assert "or use --text-device cpu." in refused
+    assert "error: --text-device cpu,cpu: expected auto, cuda, cuda:N, mps or cpu." in run(*command, "cpu,cpu").err
+
+
+@pytest.mark.parametrize(("asked", "dtype"), [("auto", "float32"), ("bfloat16", "bfloat16")])
+def test_the_number_type_is_that_of_the_text_device(asked, dtype):
+    asks = {"needs_text_encoder": True, "dtype": asked, "rank": None, "world_size": None}
+    on_cuda, said = (Where(("cuda:0", "cuda:1")), "float16"), []
+    chosen = survey.choose_text_where(SimpleNamespace(text_device="cpu", **asks), *on_cuda, said.append)
+    assert chosen == (Where(("cpu",)), dtype)
+    assert said == [f"         the text encoders on cpu, {dtype} (asked for)"]
+    assert survey.choose_text_where(SimpleNamespace(text_device=None, **asks), *on_cuda, said.append) == on_cuda
+    assert len(said) == 1

@@ -17,8 +17,8 @@ T = TypeVar("T")
 P = TypeVar("P", "np.ndarray", "torch.Tensor", "np.ndarray | torch.Tensor")
 
 
-def choose_device(asked: str, local_rank: int | None = None) -> tuple[str, str]:
-    """The device that --device asks for, and why.
+def choose_device(asked: str, local_rank: int | None = None, option: str = "--device") -> tuple[str, str]:
+    """The device that --device, or another option, asks for, and why.
 
     With "auto" each of several runs on one machine has the GPU of its number there, `local_rank`. Raises UserError if
     the device is not there.
@@ -26,7 +26,7 @@ def choose_device(asked: str, local_rank: int | None = None) -> tuple[str, str]:
     import torch
 
     if asked != "auto":
-        check_device(asked, "--device")
+        check_device(asked, option)
         return asked, "asked for"
     if torch.cuda.is_available():
         number = (local_rank or 0) % torch.cuda.device_count()
@@ -65,15 +65,17 @@ def check_device(device: str, option: str) -> None:
     """Raise UserError unless torch has such a device here."""
     import torch
 
-    match = DEVICE.fullmatch(device)
+    match, cpu = DEVICE.fullmatch(device), "--text-device cpu" if option == "--text-device" else "--device cpu"
     if match is None:
         several = " Several are for --devices." if option == "--device" and ("," in device or device == "all") else ""
         raise UserError(f"{option} {device}: expected auto, cuda, cuda:N, mps or cpu.{several}")
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[match["kind"]] and match["kind"] == "cuda":
-        raise UserError(f"{option} {device}: {why_no_cuda()}, or use --device cpu.")
+        raise UserError(f"{option} {device}: {why_no_cuda()}, or use {cpu}.")
     if not there[match["kind"]]:
-        raise UserError(f"{option} {device}: torch {torch.__version__} finds none here. Use --device auto or cpu.")
+        raise UserError(
+            f"{option} {device}: torch {torch.__version__} finds none here. Use {cpu.removesuffix('cpu')}auto or cpu."
+        )
     if match["number"] and int(match["number"][1:]) >= torch.cuda.device_count():
         raise UserError(f"{option} {device}: there are {torch.cuda.device_count()} CUDA devices, counted from 0.")
 

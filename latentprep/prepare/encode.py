@@ -35,7 +35,7 @@ def encode(prepared: Prepared, make_bar: MakeBar) -> Outcome:
     encoded = time.perf_counter()
     check_usable(prepared, latents)
     tasks = list_text_tasks(prepared, latents.latents)
-    texts = collect(run(prepared.text_worker(), tasks, where), make_bar(count_images(tasks), "text"))
+    texts = collect(run(prepared.text_worker(), tasks, prepared.text_where), make_bar(count_images(tasks), "text"))
 
     encode_seconds = encoded - started - latents.waits["load"] / len(where.devices)
     return finish(prepared, latents, texts, time.perf_counter() - started, encode_seconds)

@@ -13,7 +13,7 @@ from latentprep.prepare.plan.plan import RowBytes
 from latentprep.recipe import LatentsRecipe, Recipe, TextRecipe
 
 
-def make_recipe(options: EncodeOptions, models: Models, dtype: str) -> Recipe:
+def make_recipe(options: EncodeOptions, models: Models, dtype: str, text_dtype: str) -> Recipe:
     """Everything that decides the numbers in the cache."""
     vae, text = models.vae, models.text
     is_upcast = models.is_upcast and (options.dtype, dtype) == ("auto", "float16")
@@ -25,7 +25,7 @@ def make_recipe(options: EncodeOptions, models: Models, dtype: str) -> Recipe:
         ),
         TextRecipe.of(
             text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
-            options=options.text, seed=options.seed, dtype=dtype, store_dtype=options.store_dtype,
+            options=options.text, seed=options.seed, dtype=text_dtype, store_dtype=options.store_dtype,
         ),
         versions(),
     )  # fmt: skip

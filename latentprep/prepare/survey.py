@@ -1,7 +1,7 @@
 """What there is to do, before anything is written: source, captions, models and cache -> a plan."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from latentprep.cache.leftovers import find_leftovers, find_missing
 from latentprep.cache.manifest import LatentFacts, Manifest, find_manifest, read_skips
@@ -11,6 +11,7 @@ from latentprep.errors import UserError
 from latentprep.human import counted, human_bytes, printable
 from latentprep.options import EncodeOptions
 from latentprep.prepare.devices import (
+    choose_device,
     choose_devices,
     choose_dtype,
     default_batch_size,
@@ -41,6 +42,7 @@ class Prepared:
     storage: Storage
     models: Models
     where: Where
+    text_where: Where  # of the text encoders
     recipe: Recipe
     facts: LatentFacts
     manifest: Manifest | None
@@ -75,7 +77,7 @@ class Prepared:
         options = self.options
         return TextWorker(
             options.out, self.recipe.text, self.recipe.libraries, options.text, options.seed, self.models.text,
-            self.where.devices[0],
+            self.text_where.devices[0],
         )  # fmt: skip
 
     @property
@@ -105,7 +107,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     images = find_images(options, say)
     models = models or open_models(options, say)
     where, dtype = choose_where(options, models, say)
-    recipe = make_recipe(options, models, dtype)
+    text_where, text_dtype = choose_text_where(options, where, dtype, say)
+    recipe = make_recipe(options, models, dtype, text_dtype)
     say_precision(recipe, dtype, say)
     if (line := describe_square(options.geometry, models.vae.factor * models.patch)) is not None:
         say(line)
@@ -152,7 +155,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     if manifest is None and not plan.units and not plan.kept and not plan.text_tasks:
         raise UserError(nothing_usable(options, plan.skips))
     return Prepared(
-        options, storage, models, where, recipe, make_facts(models, recipe), manifest, tuple(known_skips), images,
+        options, storage, models, where, text_where, recipe, make_facts(models, recipe), manifest, tuple(known_skips),
+        images,
         LoadOptions.from_recipe(images.source, models.vae.factor, images.masks, recipe.latents, options.strict_images),
         conditions, row_bytes, plan, manifest is not None and has_uncond(storage, manifest, models),
     )  # fmt: skip
@@ -176,6 +180,20 @@ def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Wher
                 "--overwrite with several ranks: one would delete what another has made. Delete the cache first."
             )
     return Where(devices, share.rank, share.world_size, share.local_size), dtype
+
+
+def choose_text_where(options: EncodeOptions, where: Where, dtype: str, say: Say) -> tuple[Where, str]:
+    """Where the text encoders run, and their number type; says it if it is not where the VAE does. Raises UserError.
+
+    --text-device names one device, so it is one process: each of several would hold all of the weights.
+    """
+    if options.text_device is None or not options.needs_text_encoder:
+        return where, dtype
+    share = find_share(options.rank, options.world_size)
+    device, reason = choose_device(options.text_device, share.local_rank, "--text-device")
+    dtype = choose_dtype(options.dtype, device)
+    say(f"         the text encoders on {device}, {dtype} ({reason})")
+    return replace(where, devices=(device,)), dtype
 
 
 def say_precision(recipe: Recipe, dtype: str, say: Say) -> None:

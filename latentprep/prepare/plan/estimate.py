@@ -54,7 +54,7 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
     prompts = count_prompts(prepared)
     if prompts and models.text is not None:
         dtype = TORCH_DTYPES[prepared.recipe.text.dtype or "float32"]
-        encoder = models.text.open(torch.device(prepared.where.devices[0]), dtype, prepared.options.text)
+        encoder = models.text.open(torch.device(prepared.text_where.devices[0]), dtype, prepared.options.text)
         texts = [f"a prompt number {n}" for n in range(min(prompts, 32))]
         count, taken = measure(lambda count: encoder.encode(texts[:count]), sorted({1, len(texts)}), int)
         seconds += taken / count * prompts

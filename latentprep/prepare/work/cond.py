@@ -94,7 +94,8 @@ def told_if_memory_is_full(device: str) -> Iterator[None]:
             raise
         raise OutOfMemoryError(
             f"--text-device {device}: its memory does not hold the text encoder and one prompt. "
-            "Use --text-device cpu or another GPU, or --dtype bfloat16 if it runs in float32."
+            f"Use {'a machine with more' if device == 'cpu' else '--text-device cpu or another GPU'}, "
+            "or --dtype bfloat16 if it runs in float32."
         ) from None
 
 
