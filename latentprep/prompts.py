@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,6 +12,8 @@ from latentprep.options import TextOptions
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from latentprep.records import Row
 
 WILDCARD = re.compile(r"\{([^{}]*)\}")  # an innermost pair of braces
 MAX_DEPTH = 100  # of wildcards within wildcards: each level reads the caption once more
@@ -74,6 +76,12 @@ def make_prompts(captions: Sequence[str], key: str, options: TextOptions, seed: 
     """
     captions, options = captions or ("",), options.of(key)
     return [_make_variant(captions[k % len(captions)], key, options, seed, k) for k in range(options.prompts_per_image)]
+
+
+def list_prompts(rows: Iterable["Row"], options: TextOptions, seed: int) -> list[str]:
+    """The prompts of rows, each once: those that the text file of their shard holds."""
+    made = (prompt for row in rows for prompt in make_prompts(row.captions, row.key, options, seed))
+    return list(dict.fromkeys(made))
 
 
 def _make_variant(caption: str, key: str, options: TextOptions, seed: int, k: int) -> str:

@@ -46,7 +46,7 @@ CASES = [
     ("added", lambda i: edit(i / "new.png"), (), 1, 1, 1, 1, ["new new.png"]),
     ("removed", lambda i: (i / "wide1.png").unlink(), (), 0, 0, 0, 0, ["gone wide1.png"]),
     ("touched", lambda i: touch(i / "wide1.png"), (), 0, 0, 0, 1, ["touched wide1.png"]),
-    ("edited", lambda i: edit(i / "tall1.png"), (), 1, 1, 1, 1, ["changed tall1.png"]),
+    ("edited", lambda i: edit(i / "tall1.png"), (), 1, 0, 1, 1, ["changed tall1.png"]),
     ("renamed, caption in a file", rename_with_caption, (), 0, 0, 0, 1, ["renamed portrait.png (was tall0.png)"]),
     ("renamed, caption from the name", lambda i: (i / "wide0.png").rename(i / "z.png"), (), 0, 1, 0, 1,
      ["renamed z.png (was wide0.png)"]),

@@ -366,8 +366,8 @@ def test_the_empty_prompts_cond_of_whoever_was_last(encode, run, tmp_path, monke
     file.unlink()
     make = cond.CondMaker.make
 
-    def other(self, prompts, old=None):
-        made = make(self, prompts, old)
+    def other(self, prompts, *others):
+        made = make(self, prompts, *others)
         if prompts == [""]:
             for value in made.cond.values():
                 value.flatten()[0] += 0.5

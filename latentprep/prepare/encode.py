@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from latentprep.cache.leftovers import clear_cache, clear_temporaries
@@ -10,6 +11,7 @@ from latentprep.prepare.engine import ranks, run
 from latentprep.prepare.finish import check_usable, finish
 from latentprep.prepare.outcome import Outcome, collect
 from latentprep.prepare.plan.plan import TextTask
+from latentprep.prepare.plan.shared import find_homes
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.events import LatentsResult
 from latentprep.prepare.work.text import EmptyPrompt
@@ -53,7 +55,17 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
             made.append(TextTask(result.shard.with_sets(sets), rows, units[result.id].number))
     made.sort(key=lambda task: task.number)
     empty = [EmptyPrompt(prepared.where.rank)] if prepared.models.text is not None else []
-    return [*made, *prepared.plan.text_tasks, *empty]
+    return [*with_homes(prepared, [*made, *prepared.plan.text_tasks]), *empty]
+
+
+def with_homes(prepared: Prepared, tasks: list[TextTask]) -> list[TextTask]:
+    """Tasks that know which of their prompts other shards have too, and where."""
+    texts = [prepared.prompter.plan_text(task.id, task.rows, task.shard.dead) for task in tasks]
+    homes = find_homes(prepared.storage, prepared.plan, prepared.prompter, texts)
+    return [
+        replace(task, homes={prompt: homes[prompt] for prompt in text.prompts if prompt in homes})
+        for task, text in zip(tasks, texts, strict=True)
+    ]
 
 
 def count_images(tasks: Sequence[TextTask | EmptyPrompt]) -> int:

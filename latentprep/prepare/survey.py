@@ -25,6 +25,7 @@ from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.plan.buckets import describe_square, make_place
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
+from latentprep.prepare.plan.shared import Prompter
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
 from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable
 from latentprep.prepare.source.content import hash_images
@@ -79,6 +80,11 @@ class Prepared:
             options.out, self.recipe.text, self.recipe.libraries, options.text, options.seed, self.models.text,
             self.text_where.devices[0],
         )  # fmt: skip
+
+    @property
+    def prompter(self) -> Prompter:
+        """How rows become prompts."""
+        return Prompter(self.recipe.text, self.options.text, self.options.seed)
 
     @property
     def is_done(self) -> bool:

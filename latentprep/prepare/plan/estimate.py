@@ -11,18 +11,16 @@ import numpy as np
 import torch
 
 from latentprep.cache.leftovers import find_leftovers
-from latentprep.cache.names import FOLDER, make_text_id, make_uncond_id, text_name, uncond_name
+from latentprep.cache.names import FOLDER, make_uncond_id, uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
-from latentprep.cache.sets import recipe_of
+from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.open_encoder import open_encoder
-from latentprep.prepare.plan.plan import TextTask, live_rows
+from latentprep.prepare.plan.shared import PlannedText, find_homes
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.cond import list_missing
-from latentprep.prepare.work.text import list_distinct
-from latentprep.prompts import make_prompts
-from latentprep.records import Item, Placement, Row, Size
+from latentprep.records import Item, Placement, Size
 
 SAMPLES = 8  # images decoded for the estimate
 LIMIT = 4.0  # seconds for one measurement: what would take longer is measured on less of it
@@ -132,36 +130,40 @@ def measure_decode(prepared: Prepared, rows: list[tuple[Item, Placement]]) -> fl
 
 
 def count_prompts(prepared: Prepared) -> int:
-    """Prompts that the text encoder will see: distinct ones of each shard, but for those with cond, and the empty one.
+    """Prompts that the text encoder will see: each once but for those with cond, and the empty one.
 
-    Images that turn out to be damaged, and text files with flipped bytes, are not known yet.
+    Images that turn out to be damaged, and text files with flipped bytes, are not known yet. Nor is what several
+    devices or ranks encode at the same moment.
     """
-    plan, storage = prepared.plan, prepared.storage
+    storage, recipe = prepared.storage, prepared.recipe.text
     if prepared.models.text is None:
         return 0
-    recipe, in_json = prepared.recipe.text, prepared.recipe.text.to_json()
     there = set() if prepared.options.overwrite else {*storage.names(), *storage.names(FOLDER)}
+    texts = list_texts(prepared)
+    homes = find_homes(storage, prepared.plan, prepared.prompter, [text for text, _ in texts])
+    count, shared = 0, set()
+    for text, old in texts:
+        if text.name in there:
+            continue
+        missing = list_missing(list(text.prompts), old, recipe)
+        shared |= {prompt for prompt in missing if prompt in homes and homes[prompt].name not in there}
+        count += sum(prompt not in homes for prompt in missing)
+    return count + len(shared) + (uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
+
+
+def list_texts(prepared: Prepared) -> list[tuple[PlannedText, Text | None]]:
+    """The texts that a run makes, in its order, each with the one that its shard has now."""
+    plan, storage, prompter = prepared.plan, prepared.storage, prepared.prompter
     skips = {name: left.skips for name, left in find_leftovers(storage, prepared.manifest).items()}
-    units = []
+    texts: list[tuple[PlannedText, Text | None]] = []
     for unit in plan.units:
         skipped = {skip.key for skip in skips.get(unit.id, ())} if unit.id in plan.leftovers else set()
-        units.append((unit.id, [item.row for item in unit.items if item.key not in skipped], None))
-    tasks = [(task.id, list(task.rows), task) for task in plan.text_tasks]
-    count = 0
-    for name, rows, task in (*units, *tasks):
-        live = list(live_rows(rows, task.shard.dead if task is not None else ()))
-        own = recipe_of(in_json, (row.key for row in live))
-        if text_name(name, make_text_id(name, rows, own)) not in there:
-            count += count_missing(prepared, live, task)
-    return count + (uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
-
-
-def count_missing(prepared: Prepared, rows: list[Row], task: TextTask | None) -> int:
-    """Distinct prompts of a shard's rows that count, of which its text now, if it has one, holds no cond."""
-    options = prepared.options
-    prompts = list_distinct(make_prompts(row.captions, row.key, options.text, options.seed) for row in rows)
-    old = None
-    if task is not None and task.shard.text_id:
-        with suppress(UserError):  # damaged: nothing of it will be taken over
-            old = task.shard.open_text(prepared.storage)
-    return len(list_missing(prompts, old, prepared.recipe.text))
+        rows = [item.row for item in unit.items if item.key not in skipped]
+        texts.append((prompter.plan_text(unit.id, rows), None))
+    for task in plan.text_tasks:
+        old = None
+        if task.shard.text_id:
+            with suppress(UserError):  # damaged: nothing of it will be taken over
+                old = task.shard.open_text(storage)
+        texts.append((prompter.plan_text(task.id, task.rows, task.shard.dead), old))
+    return texts

@@ -1,14 +1,14 @@
 """Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 from latentprep.cache.leftovers import Leftover
-from latentprep.cache.names import make_text_id, make_unit_id
+from latentprep.cache.names import make_text_id, make_unit_id, text_name
 from latentprep.cache.sets import SetFacts, list_runs, recipe_of
 from latentprep.cache.shard import Shard
-from latentprep.cache.storage import Storage
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
 from latentprep.recipe import Recipe, tell_changes
@@ -34,12 +34,26 @@ class RowBytes:
 
 
 @dataclass(frozen=True)
+class Home:
+    """The text file that has the cond of a prompt before others have it."""
+
+    shard: str  # its id
+    text_id: str
+    stamp: Stamp | None = None  # of a file of the cache; None: this run makes it
+
+    @property
+    def name(self) -> str:
+        return text_name(self.shard, self.text_id)
+
+
+@dataclass(frozen=True)
 class TextTask:
     """A shard that gets a text file. What it has of cond in the one it has now is taken over."""
 
     shard: Shard
     rows: tuple[Row, ...]  # what the new file says
     number: int = 0  # in its plan
+    homes: Mapping[str, Home] = field(default_factory=dict)  # of its prompts, those that other shards have too
 
     @property
     def id(self) -> str:

@@ -1,8 +1,9 @@
 """Prompts -> their cond: what is there already is taken over, the rest is encoded and checked for overflow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,10 @@ from latentprep.recipe import TextRecipe
 
 if TYPE_CHECKING:
     from latentprep.prepare.models.doors import PromptEncoder, TextModel
+    from latentprep.prepare.plan.plan import Home
+    from latentprep.prepare.work.stored import StoredCond
+
+NOWHERE: "Mapping[str, Home]" = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,34 +43,51 @@ class MadeCond:
 class CondMaker:
     """The text encoders of a run, loaded when the first prompt asks for them."""
 
-    def __init__(self, recipe: TextRecipe, model: "TextModel", device: str, options: TextOptions) -> None:
-        self.recipe, self.model, self.device, self.options = recipe, model, device, options
+    def __init__(
+        self,
+        recipe: TextRecipe,
+        model: "TextModel",
+        device: str,
+        options: TextOptions,
+        stored: "StoredCond | None" = None,  # what other text files have
+    ) -> None:
+        self.recipe, self.model, self.device, self.options, self.stored = recipe, model, device, options, stored
         self.encoder: PromptEncoder | None = None
 
-    def make(self, prompts: list[str], old: Text | None = None) -> MadeCond:
+    def make(self, prompts: list[str], old: Text | None = None, homes: "Mapping[str, Home]" = NOWHERE) -> MadeCond:
         """Cond of P prompts.
 
-        What `old` holds of them is taken over, if it was made by the same encoder in the same precision. Raises
-        UserError for cond that overflows.
+        What `old` holds of them is taken over, if it was made by the same encoder in the same precision; then what
+        stands at their `homes`. If nothing stands there yet, such a prompt is encoded alone: so its numbers do not
+        depend on which shard comes first. Raises UserError for cond that overflows.
         """
-        sources = [old] if old is not None and is_of_recipe(old, self.recipe) else []
+        place: dict[str, tuple[Text, int]] = {}
+        if old is not None and is_of_recipe(old, self.recipe):
+            place.update((prompt, (old, n)) for n, prompt in enumerate(old.prompt))
         missing = list_missing(prompts, old, self.recipe)
+        for prompt in missing:
+            found = self.stored.find(homes[prompt]) if self.stored is not None and prompt in homes else None
+            if found is not None and prompt in found.index:
+                place[prompt] = (found.text, found.index[prompt])
+        fresh = [prompt for prompt in missing if prompt not in place]
+        batches = [[prompt] for prompt in fresh if prompt in homes]
+        together = [prompt for prompt in fresh if prompt not in homes]
         truncated = Truncated()
-        if missing:
-            fresh = self._encode(missing)
-            sources.append(fresh)
-            if fresh.num_tokens is not None and fresh.max_tokens is not None:
-                truncated = Truncated.of(missing, fresh.num_tokens, fresh.max_tokens)
-        place = {prompt: (source, n) for source in sources for n, prompt in enumerate(source.prompt)}
+        for batch in [*batches, together] if together else batches:
+            text = self._encode(batch)
+            place.update((prompt, (text, n)) for n, prompt in enumerate(batch))
+            if text.num_tokens is not None and text.max_tokens is not None:
+                truncated += Truncated.of(batch, text.num_tokens, text.max_tokens)
         chosen = [place[prompt] for prompt in prompts]
         tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
+        first = chosen[0][0]
         cond = {
             name: stack_rows([source.cond[name][n] for source, n in chosen], isinstance(value, Ragged))
-            for name, value in sources[-1].cond.items()
+            for name, value in first.cond.items()
         }
         num_tokens = np.array(tokens, np.int32) if len(tokens) == len(chosen) else None
         limit = self.encoder.batch_limit if self.encoder is not None else ""
-        return MadeCond(cond, num_tokens, sources[-1].max_tokens, len(missing), truncated, limit)
+        return MadeCond(cond, num_tokens, first.max_tokens, len(fresh), truncated, limit)
 
     def _encode(self, prompts: list[str]) -> Text:
         """Prompts with their cond, as it is stored."""

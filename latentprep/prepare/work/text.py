@@ -20,6 +20,7 @@ from latentprep.options import TextOptions
 from latentprep.prepare.plan.plan import TextTask, live_rows
 from latentprep.prepare.work.cond import CondMaker, MadeCond
 from latentprep.prepare.work.events import Event, Failure, Step, TextResult
+from latentprep.prepare.work.stored import StoredCond
 from latentprep.prepare.work.writing import Writing
 from latentprep.prompts import make_prompts
 from latentprep.recipe import TextRecipe
@@ -69,8 +70,9 @@ class Run:
         self.worker, self.storage = worker, Storage(worker.out)
         self.recipe = worker.recipe.to_json()
         self.cond = None
+        self.stored = StoredCond(self.storage, worker.recipe)
         if worker.text is not None:
-            self.cond = CondMaker(worker.recipe, worker.text, worker.device, worker.options)
+            self.cond = CondMaker(worker.recipe, worker.text, worker.device, worker.options, self.stored)
         self.writing = Writing()
 
     def run(self, tasks: Iterable[TextTask | EmptyPrompt], writer: ThreadPoolExecutor) -> Iterator[Event]:
@@ -115,9 +117,10 @@ class Run:
             there = TextResult(shard.id, shard.with_text(text_id, stamp), damaged=damaged)
             return lambda: there
         prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead))
-        made = self.cond.make(prompts, old) if self.cond is not None else MadeCond()
+        made = self.cond.make(prompts, old, task.homes) if self.cond is not None else MadeCond()
         metadata = self._metadata(recipe)
         text = Text(groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata)
+        self.stored.add(name, text)
 
         def write() -> TextResult:
             written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text))
@@ -148,7 +151,7 @@ class Run:
         prompts_of_row = [
             [] if n in dead else make_prompts(row.captions, row.key, options, seed) for n, row in enumerate(rows)
         ]
-        prompts = list_distinct(prompts_of_row)
+        prompts = list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
         index = {prompt: n for n, prompt in enumerate(prompts)}
         made = [
             make_row(row, [index[prompt] for prompt in own] or [0] * options.prompts_per_image)
@@ -191,11 +194,6 @@ class Run:
         except (UserError, FileNotFoundError):
             return None  # not there, or damaged: it is made anew
         return stamp
-
-
-def list_distinct(prompts_of_row: Iterable[list[str]]) -> list[str]:
-    """The prompts of a shard's rows, each once: those that its text file holds."""
-    return list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
 
 
 def make_row(row: Row, prompt_of: list[int]) -> dict[str, Any]:
