@@ -2,7 +2,9 @@
 
 import gc
 import json
+import os
 import re
+import shutil
 import time
 import weakref
 from dataclasses import replace
@@ -23,7 +25,7 @@ from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.work import text
 from latentprep.prepare.work.cond import CondMaker
 from latentprep.progress import Silent
-from tests.conftest import SMALL, gradient
+from tests.conftest import SMALL, TINY, gradient
 from tests.test_encode import files
 
 
@@ -229,3 +231,42 @@ def test_the_number_type_is_that_of_the_text_device(asked, dtype):
     assert said == [f"         the text encoders on cpu, {dtype} (asked for)"]
     assert survey.choose_text_where(SimpleNamespace(text_device=None, **asks), *on_cuda, said.append) == on_cuda
     assert len(said) == 1
+
+
+def test_latents_on_one_machine_and_text_on_another(run, images, tmp_path, monkeypatch):
+    """Cache, images and model lie elsewhere by then, with other times: the model is known by its content."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    shutil.copytree(TINY, one / "model")
+    images = images.rename(one / "images")
+    small = ("--resolution", "64", "--bucket-step", "32", "--min-side", "32", "--shard-size", "30kB")
+    command = ("encode", images, "--model", one / "model", "--out", one / "cache", *small, "--only")
+    assert run(*command, "latents").code == 0
+    assert run(*command, "text").code == 0
+    whole = LatentDataset(one / "cache")
+    wanted = {whole.key(n): whole[n].cond["prompt_embeds"].clone() for n in range(8)}
+    shutil.rmtree(one / "cache")
+    assert run(*command, "latents").code == 0
+    two.mkdir()
+    for name, other in (("cache", "cache"), ("images", "photos"), ("model", "encoders")):
+        (one / name).rename(two / other)
+    for path in (two / "photos").iterdir():
+        os.utime(path, ns=(1, path.stat().st_size))
+    monkeypatch.setattr(VaeEncoder, "__init__", fails)
+    options = ("--model", two / "encoders", "--out", two / "cache", *small, "--only", "text")
+
+    (two / "captions").mkdir()
+    (two / "captions" / "tall0.txt").write_text("a caption")
+    needs = "--only text needs the images too, beside their captions"
+    result = run("encode", two / "captions", *options)
+    assert f"error: SOURCE {two / 'captions'}: no images (1 other files). " in result.err
+    assert needs in result.err
+    shutil.copy(two / "photos" / "tall0.png", two / "captions")
+    assert needs in run("encode", two / "captions", *options).err
+    assert needs in run("encode", "--again", two / "cache", "--only", "text").err  # the old folder
+
+    result = run("encode", two / "photos", *options)
+    assert (result.code, "encoded  9 prompts in" in result.out) == (0, True), result.err
+    assert "nothing to do" in run("encode", two / "photos", *options).out
+    data = LatentDataset(two / "cache")
+    assert {data.key(n) for n in range(8)} == wanted.keys()
+    assert all(torch.equal(data[n].cond["prompt_embeds"], wanted[data.key(n)]) for n in range(8))

@@ -1,7 +1,8 @@
 """What is refused before anything is written: folders, recipes and sources that a cache does not go with."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from latentprep.cache.leftovers import Leftover
@@ -32,6 +33,20 @@ def check_paths(options: EncodeOptions, say: Say) -> None:
     if out.is_file():
         raise UserError(f"--out {options.out}: is a file, expected a folder for the cache.")
     check_ours(storage)
+
+
+@contextmanager
+def told_what_text_needs(options: EncodeOptions) -> Iterator[None]:
+    """Errors about SOURCE say what --only text needs of it: on another machine there may be captions alone."""
+    try:
+        yield
+    except UserError as error:
+        if options.only != "text" or "SOURCE " not in str(error):
+            raise
+        raise type(error)(
+            f"{error} --only text needs the images too, beside their captions: by their names, sizes and content it "
+            "knows which rows of the cache are theirs. Copy both."
+        ) from None
 
 
 def check_recipe(

@@ -27,7 +27,7 @@ from latentprep.prepare.plan.buckets import describe_square, make_place
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
 from latentprep.prepare.plan.shared import Prompter
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
-from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable
+from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable, told_what_text_needs
 from latentprep.prepare.source.content import hash_images
 from latentprep.prepare.work.latents import LatentsWorker
 from latentprep.prepare.work.text import TextWorker
@@ -110,7 +110,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     """
     limit_pixels(options.max_pixels)
     storage = Storage(options.out)
-    images = find_images(options, say)
+    with told_what_text_needs(options):
+        images = find_images(options, say)
     models = models or open_models(options, say)
     where, dtype = choose_where(options, models, say)
     text_where, text_dtype = choose_text_where(options, where, dtype, say)
@@ -145,7 +146,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
     known = [] if options.retry_skipped else known_skips
     plan = planner.plan(storage, shards, known, leftovers, is_shared=where.world_size > 1)
-    check_source(options, plan, manifest, leftovers)
+    with told_what_text_needs(options):
+        check_source(options, plan, manifest, leftovers)
     if where.world_size > 1 and len(plan.leftovers) < len(leftovers):
         say(
             f"found    {counted(len(leftovers) - len(plan.leftovers), 'shard')} of an unfinished run that planned "
