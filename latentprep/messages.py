@@ -14,10 +14,12 @@ from latentprep.prepare.find_images import describe_sets
 from latentprep.prepare.outcome import Outcome
 from latentprep.prepare.plan.buckets import cropped_away
 from latentprep.prepare.plan.estimate import Estimate
+from latentprep.prepare.plan.tokens import Lengths, TextSizes
 from latentprep.prepare.survey import Prepared
 from latentprep.prompts import make_prompts
 from latentprep.records import CHANGES, NOTES, Change, Size, Skip
 from latentprep.results import Encoded
+from latentprep.size_words import disk_lines, token_lines
 
 if TYPE_CHECKING:
     from latentprep.prepare.work.events import Truncated
@@ -89,9 +91,9 @@ def describe_captions(prepared: Prepared) -> list[str]:
     return lines
 
 
-def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
+def plan_text(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | None, sizes: TextSizes) -> str:
     """What a run would do: the --dry-run page. Each kind of change first, the totals last."""
-    plan, row_bytes = prepared.plan, prepared.row_bytes
+    plan = prepared.plan
     lines = change_lines(plan.changes)
     if lines:
         lines.append("")
@@ -118,13 +120,8 @@ def plan_text(prepared: Prepared, estimate: Estimate | None) -> str:
             lines.append(
                 f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps the pixels)"
             )
-    disk = sum(row_bytes.latents(bucket) * len(losses) for bucket, losses in rows.items())
-    text = (plan.num_unit_items + plan.num_text_items) * row_bytes.per_row
-    if disk or text:
-        lines.append(
-            f"disk: about {human_bytes(disk)} of latents, up to {human_bytes(text)} of text, "
-            f"{counted(len(plan.units), 'new shard')}"
-        )
+    lines += disk_lines(prepared, sizes)
+    lines += token_lines(prepared, lengths, sizes)
     to_encode = f", {estimate.num_prompts:,} to encode" if estimate is not None and estimate.num_prompts else ""
     lines.append(f"prompts: {prepared.options.text.prompts_per_image} per image{to_encode}")
     if estimate is not None:

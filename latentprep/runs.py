@@ -102,11 +102,14 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
     """What there is to do, and how long it would take."""
     from latentprep import messages
     from latentprep.prepare.plan.estimate import estimate_time
+    from latentprep.prepare.plan.tokens import measure_lengths, measure_texts
     from latentprep.prepare.survey import prepare
 
     prepared = prepare(options, progress.say)
     progress.say(messages.source_text(prepared))
     with quiet_logs:
+        lengths = measure_lengths(prepared)
+        sizes = measure_texts(prepared, lengths)
         found = estimate_time(prepared)
     plan = prepared.plan
     return Encoded(
@@ -118,7 +121,7 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
         skips=plan.skips,
         failures=(),
         seconds=found.seconds if found is not None else 0.0,
-        report=messages.plan_text(prepared, found),
+        report=messages.plan_text(prepared, found, lengths, sizes),
         is_dry_run=True,
         num_prompts=found.num_prompts if found is not None else 0,
     )

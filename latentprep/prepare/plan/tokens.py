@@ -1,0 +1,103 @@
+"""How long the prompts of a plan are, and what their cond takes on disk: by the tokenizers alone, without weights."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.prepare.models.family import FIXED
+from latentprep.prepare.models.text_folder import TextFiles
+from latentprep.prepare.plan.plan import live_rows
+from latentprep.prepare.survey import Prepared
+from latentprep.prompts import make_prompts
+from latentprep.records import Row
+
+MOST_COUNTED = 50_000  # prompts, the longest in characters: some seconds (benchmarks/count_tokens.py)
+AT_ONCE = 1000  # prompts that a tokenizer is given
+STEP = 16  # of the --max-tokens that is advised
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """How many tokens the prompts of a plan take."""
+
+    longest: int
+    prompt: str  # that takes so many
+    key: str  # of the first image that has it
+    num_cut: int  # prompts of more than max_tokens
+    max_tokens: int
+    num_counted: int
+    num_prompts: int
+
+
+@dataclass(frozen=True)
+class TextSizes:
+    """What the texts of a plan take on disk, in bytes."""
+
+    text: int
+    is_bound: bool  # whether it is the most that it may be
+    advised: int | None = None  # a --max-tokens that cuts no prompt and stores less; None: there is none
+    with_advised: int = 0  # bytes with it
+
+
+def list_rows(prepared: Prepared) -> Iterator[Row]:
+    """The rows of all texts that are to be made."""
+    for unit in prepared.plan.units:
+        yield from (item.row for item in unit.items)
+    for task in prepared.plan.text_tasks:
+        yield from live_rows(task.rows, task.shard.dead)
+
+
+def measure_lengths(prepared: Prepared) -> Lengths | None:
+    """The lengths of the plan's prompts; None if it has none, or its encoder shows no tokenizer."""
+    options, text = prepared.options, prepared.models.text
+    if not isinstance(text, TextFiles):
+        return None
+    key_of: dict[str, str] = {}
+    for row in list_rows(prepared):
+        for prompt in make_prompts(row.captions, row.key, options.text, options.seed):
+            key_of.setdefault(prompt, row.key)
+    if not key_of:
+        return None
+    counter = text.open_counter(options.text)
+    prompts = sorted(key_of, key=len, reverse=True)[:MOST_COUNTED]
+    counts = np.concatenate([counter.count(prompts[n : n + AT_ONCE]) for n in range(0, len(prompts), AT_ONCE)])
+    first = int(counts.argmax())
+    num_cut = int((counts > counter.max_tokens).sum())
+    return Lengths(
+        int(counts[first]),
+        prompts[first],
+        key_of[prompts[first]],
+        num_cut,
+        counter.max_tokens,
+        len(prompts),
+        len(key_of),
+    )
+
+
+def measure_texts(prepared: Prepared, lengths: Lengths | None) -> TextSizes:
+    """Bytes of the plan's text files, each prompt once a shard; of lengths of their own, all as long as the longest."""
+    texts = list(prepared.prompter.plan_texts(prepared.plan))
+    num_stored = sum(len(text.prompts) for text in texts)
+    rest = 512 * (prepared.plan.num_unit_items + prepared.plan.num_text_items)  # keys, captions and prompts
+    text, options = prepared.models.text, prepared.options.text
+    if text is None:
+        return TextSizes(rest, is_bound=True)
+    itemsize = TORCH_DTYPES[prepared.recipe.text.store_dtype or "float32"].itemsize
+
+    def count_bytes(max_tokens: int | None) -> int:
+        return num_stored * text.num_values(replace(options, max_tokens=max_tokens)) * itemsize + rest
+
+    now = count_bytes(options.max_tokens)
+    if lengths is None or not isinstance(text, TextFiles) or text.family.sequence is None:
+        return TextSizes(now, is_bound=lengths is None)
+    enough = -(-lengths.longest // STEP) * STEP
+    is_less = lengths.num_counted == lengths.num_prompts and enough < text.family.num_tokens(
+        options.max_tokens, text.window
+    )
+    if text.family.length != FIXED:
+        return TextSizes(count_bytes(enough) if is_less else now, is_bound=True)
+    if text.family.sequence in getattr(text, "left_out", ()) or not is_less:
+        return TextSizes(now, is_bound=False)
+    return TextSizes(now, False, enough, count_bytes(enough))
