@@ -1,13 +1,17 @@
 """shared.py, stored.py: a prompt of several shards is encoded once, and its bytes do not depend on which was first."""
 
 import json
+import os
 import shutil
+import signal
+import time
 
 import pytest
 
 import latentprep
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
+from latentprep.cache.text import open_text
 from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.work.stored import StoredCond
 from tests.conftest import SMALL, gradient
@@ -149,3 +153,46 @@ def test_a_prompt_that_is_cut_counts_once(run, classes, tmp_path):
 def test_at_a_url_each_shard_encodes_its_own(classes, encoded):
     encode(classes, "memory://shared/c")
     assert sorted(map(tuple, encoded)) == sorted([CLASSES, CLASSES, CLASSES, (CLASSES[0], "a house"), ("",)])
+
+
+def test_killed_in_the_text_pass_no_finished_shard_is_made_again(images, tmp_path, encoded, monkeypatch):
+    """kill -9 while an encoder as slow as a large one is at its third shard."""
+    child = os.fork()
+    if child == 0:
+        calls = []
+
+        def slow(self, prompts):
+            calls.append(prompts)
+            while len(calls) == 3 or (len(calls) == 2 and not text_files(tmp_path / "c")):
+                time.sleep(0.005)
+            return whole(self, prompts)
+
+        try:
+            whole, TextEncoder.encode = TextEncoder.encode, slow
+            encode(images, tmp_path / "c")
+        finally:
+            os._exit(1)  # it is killed before, and must not go on as a second pytest
+    deadline = time.monotonic() + 60
+    while len(text_files(tmp_path / "c")) < 1 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (tmp_path / "c" / "cache.json").exists()
+    finished = {path: path.stat().st_mtime_ns for path in text_files(tmp_path / "c")}
+    prompts = {prompt for path in finished for prompt in open_prompts(path)}
+    assert prompts
+    assert encode(images, tmp_path / "c").num_encoded == 0
+    done = {prompt for call in encoded for prompt in call}
+    assert not done & prompts
+    assert finished.items() <= {path: path.stat().st_mtime_ns for path in text_files(tmp_path / "c")}.items()
+    encode(images, tmp_path / "whole")
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+def text_files(cache):
+    return sorted(cache.glob("shards/*.text.safetensors"))
+
+
+def open_prompts(path):
+    shard, text_id = path.name.split(".")[:2]
+    return open_text(Storage(path.parent.parent), shard, text_id).prompt
