@@ -60,6 +60,8 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
 
 def with_homes(prepared: Prepared, tasks: list[TextTask]) -> list[TextTask]:
     """Tasks that know which of their prompts other shards have too, and where."""
+    if prepared.models.text is None:
+        return tasks
     texts = [prepared.prompter.plan_text(task.id, task.rows, task.shard.dead) for task in tasks]
     homes = find_homes(prepared.storage, prepared.plan, prepared.prompter, texts)
     return [
