@@ -91,6 +91,8 @@ def test_a_memory_that_holds_not_one_prompt_ends_the_run_with_what_to_do(run, im
 
     with monkeypatch.context() as patch:
         patch.setattr(TextEncoder, where, full)
+        assert "error: --text-device cpu: its memory does not hold" in run(*command, "--dry-run").err
+        del asked[:]
         result = run(*command)
     assert result.code == 1
     assert "error: --text-device cpu: its memory does not hold the text encoder and one prompt. Use " in result.err

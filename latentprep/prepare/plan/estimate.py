@@ -19,7 +19,7 @@ from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.plan.shared import PlannedText, find_homes
 from latentprep.prepare.survey import Prepared
-from latentprep.prepare.work.cond import list_missing
+from latentprep.prepare.work.cond import list_missing, told_if_memory_is_full
 from latentprep.records import Item, Placement, Size
 
 SAMPLES = 8  # images decoded for the estimate
@@ -52,9 +52,11 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
     prompts = count_prompts(prepared)
     if prompts and models.text is not None:
         dtype = TORCH_DTYPES[prepared.recipe.text.dtype or "float32"]
-        encoder = models.text.open(torch.device(prepared.text_where.devices[0]), dtype, prepared.options.text)
+        device = prepared.text_where.devices[0]
         texts = [f"a prompt number {n}" for n in range(min(prompts, 32))]
-        count, taken = measure(lambda count: encoder.encode(texts[:count]), sorted({1, len(texts)}), int)
+        with told_if_memory_is_full(device):
+            encoder = models.text.open(torch.device(device), dtype, prepared.options.text)
+            count, taken = measure(lambda count: encoder.encode(texts[:count]), sorted({1, len(texts)}), int)
         seconds += taken / count * prompts
         measured.append(f"{count / taken:.0f} prompts/s")
     return Estimate(seconds, prompts, ", ".join(measured)) if measured else None
