@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.int8 import nbytes_of
 from latentprep.prepare.models.family import FIXED
 from latentprep.prepare.models.text_folder import TextFiles
 from latentprep.prepare.plan.plan import live_rows
@@ -84,10 +84,10 @@ def measure_texts(prepared: Prepared, lengths: Lengths | None) -> TextSizes:
     text, options = prepared.models.text, prepared.options.text
     if text is None:
         return TextSizes(rest, is_bound=True)
-    itemsize = TORCH_DTYPES[prepared.recipe.text.store_dtype or "float32"].itemsize
 
     def count_bytes(max_tokens: int | None) -> int:
-        return num_stored * text.num_values(replace(options, max_tokens=max_tokens)) * itemsize + rest
+        num_values = num_stored * text.num_values(replace(options, max_tokens=max_tokens))
+        return nbytes_of(num_values, prepared.recipe.text.store_dtype or "float32") + rest
 
     now = count_bytes(options.max_tokens)
     if lengths is None or not isinstance(text, TextFiles) or text.family.sequence is None:
