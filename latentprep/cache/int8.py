@@ -91,7 +91,7 @@ def _multiply(packed: Tensor, scale: Tensor) -> Tensor:
 def unpack_all(stored: Mapping[str, Tensor], dtype: torch.dtype = torch.float32) -> Tensors:
     """Cond as it is stored, name -> [...], of any number of prompts => in a dtype, without the scales.
 
-    Positions are given in float32 whatever the dtype.
+    Positions are given in float32 whatever the dtype, and masks as bool.
     """
     scales, found = scales_in(stored), {}
     for name, value in stored.items():
@@ -100,8 +100,15 @@ def unpack_all(stored: Mapping[str, Tensor], dtype: torch.dtype = torch.float32)
         if value.dtype == torch.int8:
             found[name] = unpack(value, stored[f"{name}{SCALE}"], dtype)
         else:
-            found[name] = value.to(torch.float32 if name.endswith(POSITIONS) else dtype)
+            found[name] = value.to(kept_dtype(name, dtype))
     return found
+
+
+def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a reader gives one tensor of cond in, if embeddings are given in `dtype`."""
+    if name.endswith("_mask"):
+        return torch.bool
+    return torch.float32 if name.endswith(POSITIONS) else dtype
 
 
 def scales_in(conds: Mapping[str, Cond]) -> set[str]:
