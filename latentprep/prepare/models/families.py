@@ -253,9 +253,13 @@ FAMILIES = (
                 {"text_encoder_index": 1, "max_sequence_length": 256},
             ),
         ),
-        stores={"prompt_embeds": Stored(("text_encoder",), tokens=77), "prompt_embeds_2": Stored(("text_encoder_2",))},
-        length=MASK,
-        is_full=True,  # its denoiser has a vector of its own for each place that is padding
+        # its denoiser pools all that T5 gives, padding too (HunyuanDiTAttentionPool), before it heeds the masks
+        stores={
+            "prompt_embeds": Stored(("text_encoder",), tokens=77),
+            "prompt_embeds_mask": Stored(values=1, tokens=77),
+            "prompt_embeds_2": Stored(("text_encoder_2",)),
+            "prompt_embeds_2_mask": Stored(values=1),
+        },
         classes={"text_encoder": ("BertModel",), "text_encoder_2": T5},
         sequence="text_encoder_2",
         default_tokens=256,
