@@ -1,6 +1,7 @@
 """README.md: every command and snippet in it runs, and it speaks of what there is."""
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -108,6 +109,12 @@ def test_every_option_is_named(name):
         if not parameter.option.in_python_only and not parameter.option.is_argument:
             assert re.search(rf"{parameter.flag}(?![\w-])", README), parameter.flag
     assert f"latentprep.{name}" in README or f"latentprep {name}" in README
+
+
+def test_its_table_of_models_is_that_of_the_rows():
+    pytest.importorskip("diffusers", minversion="0.42")  # before, some of the pipelines are not there
+    script = runpy.run_path(str(ROOT / "docs" / "make_table.py"))
+    assert script["find_table"](README) == script["make_table"](), "python docs/make_table.py writes it anew"
 
 
 def test_reasons_that_it_lists_are_those_of_the_code():
