@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import pytest
 import torch
@@ -211,3 +211,21 @@ def make_model(
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("model") / "sd")
+
+
+@pytest.fixture(scope="session")
+def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """Stem of a family -> its whole pipeline, and the folder that it was saved to; each is made once."""
+    from tests.miniatures import make_miniature
+
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def make(stem: str) -> tuple[Any, Path]:
+        if stem not in made:
+            folder = tmp_path_factory.mktemp(stem)
+            pipeline = make_miniature(stem, folder / "work")
+            pipeline.save_pretrained(folder / "model")
+            made[stem] = pipeline, folder / "model"
+        return made[stem]
+
+    return make

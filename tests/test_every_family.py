@@ -15,7 +15,7 @@ from latentprep.prepare.models.encode_prompt import inference_defaults, make_arg
 from latentprep.prepare.models.families import FAMILIES, find_family
 from latentprep.prepare.models.family import FIXED, LIST, MASK
 from latentprep.prepare.models.text_folder import PACKAGES, open_text
-from tests.miniatures import PARTS, make_miniature
+from tests.miniatures import PARTS
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red house, snow", "", 'a sign that says "open" to a cat', "No. 7 of 12: " + "x" * 40]
@@ -29,22 +29,6 @@ def has_pipeline(family):
 
 THERE = [family for family in FAMILIES if has_pipeline(family)]
 every_family = pytest.mark.parametrize("family", THERE, ids=lambda family: family.stem)
-
-
-@pytest.fixture(scope="session")
-def miniature(tmp_path_factory):
-    """Stem of a family -> its whole pipeline, and the folder that it was saved to; each is made once."""
-    made = {}
-
-    def make(stem):
-        if stem not in made:
-            folder = tmp_path_factory.mktemp(stem)
-            pipeline = make_miniature(stem, folder / "work")
-            pipeline.save_pretrained(folder / "model")
-            made[stem] = pipeline, folder / "model"
-        return made[stem]
-
-    return make
 
 
 class Done(BaseException):
