@@ -252,7 +252,7 @@ def test_the_plan_counts_its_bytes():
     for dtype in (None, "float32", "int8"):
         geometry = Geometry.from_options(resolution="64")
         options = EncodeOptions(Path("a"), "b", geometry, TextOptions(cond_dtype=dtype, prompts_per_image=2))
-        found[dtype] = estimate_row_bytes(make_recipe(options, models, "float32"), models, options)
+        found[dtype] = estimate_row_bytes(make_recipe(options, models, "float32", "float32"), models, options)
     sizes = {dtype: row.per_row - 512 for dtype, row in found.items()}
     assert sizes == {None: 2 * 512 * 4096 * 2, "float32": 2 * 512 * 4096 * 4, "int8": 2 * 512 * 4096 * 17 // 16}
     assert len({row.per_latent_pixel for row in found.values()}) == 1
