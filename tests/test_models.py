@@ -19,7 +19,7 @@ from latentprep import LatentDataset
 from latentprep.errors import UserError
 from latentprep.prepare.models.files import class_of
 from latentprep.prepare.models.find import TEXT_FILES, VAE_FILES, commit_of, find_model
-from latentprep.prepare.models.load_text import transformers_class
+from latentprep.prepare.models.load_text import known_class
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import HELD_OUT, SMALL, TINY, find_photo, make_model, scaled_by
@@ -364,8 +364,10 @@ def test_folders_without_a_usable_text_encoder(model, tmp_path):
     ):
         open_text(model / "vae")
     folder = copy(model, tmp_path)
-    (folder / "model_index.json").write_text('{"_class_name": "Flux2Pipeline"}')
-    with pytest.raises(UserError, match=r"a Flux2Pipeline, expected a pipeline of Stable Diffusion 1 and 2, SDXL, "):
+    (folder / "model_index.json").write_text('{"_class_name": "LatentConsistencyModelPipeline"}')
+    with pytest.raises(
+        UserError, match=r"a LatentConsistencyModelPipeline, expected a pipeline of Stable Diffusion 1 and 2, SDXL, "
+    ):
         open_text(folder)
     shutil.copy(model / "model_index.json", folder / "model_index.json")
     shutil.rmtree(folder / "tokenizer")
@@ -433,4 +435,4 @@ def test_two_threads_that_ask_for_a_class_do_so_one_after_the_other():
 
 def test_a_class_that_this_transformers_lacks_is_one_line():
     with pytest.raises(UserError, match=r"^--model: its text encoder needs Qwen9Model, which transformers [\d.]+ does"):
-        transformers_class("Qwen9Model")
+        known_class("Qwen9Model")
