@@ -1,5 +1,6 @@
 """read/rows.py: rows of any open files, gathered by their addresses, are the rows themselves."""
 
+import json
 import shutil
 import sys
 import time
@@ -195,7 +196,9 @@ def test_the_default_device_of_a_training_loop_changes_nothing(cache):
 def test_a_std_of_another_dtype_than_the_mean_is_refused(cache, tmp_path):
     """Rows of 16 bits are of one size, whatever they mean."""
     cache = shutil.copytree(cache, tmp_path / "c")
-    path = sorted((cache / "shards").glob("*.latents.safetensors"))[0]
+    shards = json.loads((cache / "cache.json").read_text())["shards"]
+    living = next(shard["id"] for shard in shards if not shard["dead"])  # one that is read
+    path = cache / "shards" / f"{living}.latents.safetensors"
     with safe_open(path, "pt") as file:
         tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
     changed = {n: t.bfloat16() if n.endswith("latent_std") else t for n, t in tensors.items()}
