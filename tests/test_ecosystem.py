@@ -83,8 +83,10 @@ def train(loader):
     assert sum(losses[-3:]) < sum(losses[:3])
 
 
-@pytest.mark.parametrize("start", ["fork", "spawn"])
-@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize(
+    ("start", "persistent"),
+    [("fork", False), ("fork", True), pytest.param("spawn", False, marks=pytest.mark.long), ("spawn", True)],
+)
 def test_workers_give_the_same_batches(cache, start, persistent):
     wanted = LatentLoader(open_data(cache), 3)
     loader = LatentLoader(

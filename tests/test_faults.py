@@ -182,6 +182,7 @@ def many(images):
     return images
 
 
+@pytest.mark.slow
 def test_sigterm_is_as_good_as_ctrl_c(run, many, tmp_path):
     cache = tmp_path / "c"
     command = ["encode", many, "--out", cache, *SMALL, *SHARDS]

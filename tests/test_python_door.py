@@ -370,6 +370,7 @@ except KeyboardInterrupt as stop:
 """
 
 
+@pytest.mark.slow
 def test_ctrl_c_raises_keyboard_interrupt_and_keeps_what_is_done(images, tmp_path):
     for n in range(50):
         (images / f"copy{n}.png").write_bytes((images / "wide0.png").read_bytes())

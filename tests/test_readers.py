@@ -87,7 +87,18 @@ def model_options(tmp_path):
     return ["--model", tmp_path / "model", "--resolution", 64, "--device", "cpu"]
 
 
-@pytest.mark.parametrize("change", [change_captions, remove_and_compact, overwrite, another_encoder])
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(change_captions, marks=slow),
+        remove_and_compact,
+        overwrite,
+        pytest.param(another_encoder, marks=slow),
+    ],
+)
 def test_what_was_opened_is_read_to_its_end(run, images, tmp_path, change):
     cache = tmp_path / "c"
     options = SMALL

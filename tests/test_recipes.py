@@ -102,6 +102,13 @@ def list_desks():
         yield pytest.param((name, found[0] if found else None), id=f"diffusers-{name}", marks=without)
 
 
+def one_desk(name):
+    """All desks, of which but one is for continuous integration: each takes half a minute."""
+    for own in list_desks():
+        marks = own.marks if own.values[0][0] == name else [*own.marks, pytest.mark.long]
+        yield pytest.param(*own.values, id=own.id, marks=marks)
+
+
 @pytest.fixture(params=list_desks())
 def desk(request, made):
     name, script = request.param
@@ -169,6 +176,7 @@ def test_losses_from_a_cache_are_those_from_images(desk, patched, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("desk", one_desk("text_to_image_lora_sdxl"), indirect=True)
 def test_a_run_that_goes_on_from_a_checkpoint_ends_the_same(desk, patched, tmp_path):
     options = [*desk.options, "--cache", desk.cache, "--train_batch_size", 2, "--max_train_steps", 5]
     options += ["--checkpointing_steps", 1, "--seed", 1]
@@ -182,6 +190,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_ends_the_same(desk, patched, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("desk", one_desk("dreambooth_lora_flux"), indirect=True)
 def test_two_processes_share_an_epoch_and_its_learning_rate(desk, patched, tmp_path):
     if not desk.is_ours:
         pytest.skip("diffusers' scripts do not say what they have seen")
