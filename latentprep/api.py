@@ -81,6 +81,7 @@ def encode(
     strict: Annotated[bool, Option(help="Count it as a failure if any image was skipped: exit code 1.", panel=OUTPUT)] = False,
     model: Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or the built-in miniature.", MODEL)] = DEFAULT_MODEL,
     vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "Another VAE than the model's own.", MODEL, shown="the model's")] = None,
+    text_encoder: Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "Weights of a text encoder from a file or folder of their own; may be given again.", MODEL, shown="the model's")] = None,
     config: Annotated[str | Path | None, Option("DIR", "Diffusers folder with the configs and tokenizers of a checkpoint.", MODEL, shown="what its tensors tell")] = None,
     revision: Annotated[str | None, Option("REV", "Branch, tag or commit of a hub model.", MODEL, shown="main")] = None,
     device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the models run.", MODEL)] = "auto",
@@ -178,9 +179,10 @@ def encode(
         exclude=patterns,
         masks=Path(weights) if images.weights == "masks" and not sets else None,
         text=text or make_text(common), sets=sets, notes=source.notes, remembered=source.remembered,
-        model=str(model), vae=name_or_none(vae), config=name_or_none(config), revision=revision or None, flip=flip,
-        store=store, store_dtype=store_dtype, device=device, devices=devices, text_device=text_device or None,
-        dtype=dtype, rank=rank, world_size=world_size, tiling=tiling, compile=compile, batch_size=batch_size, workers=workers, seed=seed,
+        model=str(model), vae=name_or_none(vae), text_encoders=names_given(text_encoder), config=name_or_none(config),
+        revision=revision or None, flip=flip, store=store, store_dtype=store_dtype, device=device, devices=devices,
+        text_device=text_device or None, dtype=dtype, rank=rank, world_size=world_size, tiling=tiling, compile=compile,
+        batch_size=batch_size, workers=workers, seed=seed,
         shard_bytes=parse_bytes("--shard-size", str(shard_size)) if shard_size not in (None, "") else None,
         max_pixels=count_pixels(max_megapixels), only=only or None, overwrite=overwrite, strict=strict,
         strict_images=strict_images, check_content=check_content, allow_gone=allow_gone, retry_skipped=retry_skipped,
@@ -227,6 +229,7 @@ def verify(
     seed: Annotated[int, Option(help="Which images --re-encode takes.")] = 0,
     model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model of --re-encode.", shown="the cache's own")] = None,
     vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE of --re-encode, if it is not that of --model.", shown="the cache's own")] = None,
+    text_encoder: Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "Weights of text encoders of --re-encode, if they are elsewhere now; may be given again.", shown="the cache's own")] = None,
     no_cond: Annotated[bool, Option(help="Of --re-encode: compare latents alone; needs no text encoder.")] = False,
     device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where --re-encode runs.")] = "auto",
     progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
@@ -245,7 +248,7 @@ def verify(
     return run_verify(
         str(cache), open_progress(progress, keywords_of(verify)), source=where, named=named,
         masks=path_or_none(masks), re_encode=re_encode, seed=seed, model=name_or_none(model), vae=name_or_none(vae),
-        no_cond=no_cond, device=device,
+        text_encoders=names_given(text_encoder), no_cond=no_cond, device=device,
     )  # fmt: skip
 
 
@@ -283,6 +286,10 @@ def merge(
     from latentprep.runs import run_merge
 
     return run_merge(str(cache), incomplete)
+
+
+def names_given(names: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:
+    return tuple(name for name in as_tuple(names) if name)
 
 
 def name_or_none(name: str | Path | None) -> str | None:

@@ -21,10 +21,16 @@ PANELS = INPUT, OUTPUT, MODEL, GEOMETRY, CAPTIONS, PERFORMANCE, MACHINES = (
     "Input", "Output", "Model", "Geometry", "Captions", "Performance", "Several machines",
 )  # fmt: skip
 
+
+class Paths:
+    """Stands for a list of paths among the kinds of an argument."""
+
+
+LISTS = (Sequence, Paths)  # kinds of options that may be given again
 # what an argument may be -> in words
 KINDS = {
     int: "a whole number", float: "a number", bool: "True or False", str: "a text", Path: "a path",
-    Sequence: "a list of texts", type(None): "None",
+    Sequence: "a list of texts", Paths: "a list of paths", type(None): "None",
 }  # fmt: skip
 
 
@@ -99,8 +105,9 @@ def is_kind(value: Any, kind: Any) -> bool:
         return isinstance(value, Real) and not isinstance(value, bool)
     if kind is Path:
         return isinstance(value, os.PathLike)
-    if kind is Sequence:
-        return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+    if kind in LISTS:
+        parts = str if kind is Sequence else (str, os.PathLike)
+        return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, parts) for v in value)
     return isinstance(value, kind)
 
 
@@ -127,7 +134,7 @@ def split_type(annotation: Any) -> tuple[tuple[Any, ...], tuple[str, ...]]:
     if origin is Literal:
         return (str,), get_args(annotation)
     kind = origin or annotation
-    return ((kind,), ())
+    return ((Paths if annotation == Sequence[str | Path] else kind,), ())
 
 
 @cache

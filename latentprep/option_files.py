@@ -12,7 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from latentprep.door import Parameter
+from latentprep.door import LISTS, Parameter
 from latentprep.errors import UserError
 from latentprep.human import printable
 from latentprep.kohya.dataset_toml import OF_FILES, is_kohya, read_dataset_config
@@ -149,7 +149,7 @@ def remember(found: Arguments, parameters: Sequence[Parameter]) -> Arguments:
         value = parameter.check(found[parameter.name])
         if int in parameter.kinds and isinstance(value, str) and value.isdecimal():
             value = int(value)  # as the command line gives it
-        if Sequence in parameter.kinds and isinstance(value, str):
+        if not {*LISTS}.isdisjoint(parameter.kinds) and isinstance(value, str | Path):
             value = [value]
         if value is not None and value != parameter.default:
             kept[parameter.name] = value
@@ -228,11 +228,13 @@ def set_names(parameters: Sequence[Parameter]) -> list[str]:
 
 WORDS = ("alpha", "none", "tiny")  # that are no paths, whatever stands in a folder
 # arguments that may be paths, or other words
-PATHS = ("weights", "template", "captions_file", "model", "vae", "config")
+PATHS = ("weights", "template", "captions_file", "model", "vae", "config", "text_encoder")
 
 
 def beside(folder: Path, name: str, value: Any) -> Any:
     """A value of a file in this folder: if it is a path, it begins there."""
+    if isinstance(value, list):
+        return [beside(folder, name, part) for part in value]
     if not isinstance(value, str) or not is_path(name, value, folder):
         return value
     return str(folder / expand_user(value))

@@ -182,6 +182,7 @@ class EncodeOptions:
     remembered: Mapping[str, Any] = field(default_factory=dict)  # the arguments that ask for all of this once more
     model: str = DEFAULT_MODEL
     vae: str | None = None
+    text_encoders: tuple[str, ...] = ()  # where the weights of text encoders are, if not in the model's folder
     config: str | None = None  # folder of configs for models in a single file
     revision: str | None = None  # branch, tag or commit of a hub model
     flip: bool = False

@@ -169,6 +169,7 @@ def run_verify(
     seed: int,
     model: str | None,
     vae: str | None,
+    text_encoders: tuple[str, ...],
     no_cond: bool,
     device: str,
 ) -> Verified:
@@ -197,7 +198,7 @@ def run_verify(
                 problems += compare_source(storage, manifest, originals, bar.update)
             if re_encode:
                 with quiet_logs:
-                    text = None if no_cond else find_text(manifest, model, vae)
+                    text = None if no_cond else find_text(manifest, model, vae, text_encoders)
                     more, differences["latents"] = reencode(
                         storage, manifest, originals, re_encode, seed=seed, model=model, vae=vae, device=device
                     )

@@ -120,9 +120,9 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
     )  # fmt: skip
 
 
-def as_tuple(texts: str | Iterable[str] | None) -> tuple[str, ...]:
+def as_tuple(texts: str | Path | Iterable[str | Path] | None) -> tuple[str, ...]:
     """One text, several or none, as an option that may be given again takes them."""
-    return (texts,) if isinstance(texts, str) else tuple(texts or ())
+    return (str(texts),) if isinstance(texts, str | Path) else tuple(map(str, texts or ()))
 
 
 def is_tables(value: Any) -> bool:

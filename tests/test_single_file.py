@@ -171,7 +171,7 @@ def opened(model, *, said=None, cond=True, **changes):
     """The models of `latentprep encode --model ...`."""
     options = EncodeOptions(
         source=".", out="", geometry=Geometry.from_options(), text=TextOptions(include_cond=cond), model=str(model),
-        **{name: value if value is None else str(value) for name, value in changes.items()},
+        **{name: value if value is None or isinstance(value, tuple) else str(value) for name, value in changes.items()},
     )  # fmt: skip
     return open_models(options, (said if said is not None else []).append)
 

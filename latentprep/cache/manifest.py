@@ -54,6 +54,7 @@ class MadeWith:
     source: str | None = None  # absolute path
     vae: str | None = None
     config: str | None = None
+    text_encoders: tuple[str, ...] = ()  # where weights of text encoders were, beside those of the model
     revision: str | None = None
     commit: str | None = None  # of a hub model
     exclude: tuple[str, ...] = ()  # patterns of files that were left out

@@ -1,13 +1,13 @@
 """The command line's face of a function: an option for each of its arguments, from the same signature."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
-from latentprep.door import Parameter, in_panels, list_parameters
+from latentprep.door import LISTS, Parameter, in_panels, list_parameters
 
 
 class Command(TyperCommand):
@@ -62,4 +62,4 @@ def option_of(parameter: Parameter) -> inspect.Parameter:
 
 def command_line_kinds(parameter: Parameter) -> set[type]:
     """The kinds of an argument, of which the command line takes one; a list of texts is an option that comes again."""
-    return {list if kind is Sequence else kind for kind in parameter.kinds}
+    return {list if kind in LISTS else kind for kind in parameter.kinds}

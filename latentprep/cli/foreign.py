@@ -20,6 +20,11 @@ HINTS = {
     # models
     "pretrained_model_name_or_path": "it is --model here.",
     "pretrained_vae_model_name_or_path": "it is --vae here.",
+    "clip_l": "it is --text-encoder here.",
+    "clip_g": "it is --text-encoder here.",
+    "t5xxl": "it is --text-encoder here.",
+    "qwen3": "it is --text-encoder here.",
+    "ae": "it is --vae here.",
     "v2": "leave it out, the model tells what it is.",
     "v_parameterization": "it belongs to training, and changes no latents.",
     "sdxl": "leave it out, the model tells what it is.",

@@ -123,6 +123,7 @@ def made_with(prepared: Prepared) -> MadeWith:
         source=str(options.source.resolve()),
         vae=options.vae,
         config=options.config,
+        text_encoders=options.text_encoders,
         revision=options.revision,
         commit=prepared.models.commit,
         exclude=options.exclude,

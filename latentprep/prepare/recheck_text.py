@@ -43,17 +43,19 @@ class Sample:
     cond: Tensors  # name -> [T,D] or [D], as stored
 
 
-def find_text(manifest: Manifest, model: str | None, vae: str | None) -> TextFolder | TextFile | None:
+def find_text(
+    manifest: Manifest, model: str | None, vae: str | None, text_encoders: tuple[str, ...] = ()
+) -> TextFolder | TextFile | None:
     """The text encoders that a cache's cond was made with, by their hash; None if it has no cond. Raises UserError.
 
-    `model` and `vae` are those of the command line. If the cache has a VAE of its own and `vae` is not given, `model`
-    is where that VAE is now (recheck.find_vae), and says nothing of the text encoders.
+    `model`, `vae` and `text_encoders` are those of the command line. If the cache has a VAE of its own and `vae` is not
+    given, `model` is where that VAE is now (recheck.find_vae), and says nothing of the text encoders.
     """
     if manifest.uncond is None:
         return None
     is_for_vae = vae is None and manifest.made_with.vae is not None
     name = manifest.made_with.model if model is None or is_for_vae else model
-    text = open_made_text(manifest.made_with, name)
+    text = open_made_text(manifest.made_with, name, text_encoders)
     wanted = manifest.recipe.text.text_encoder
     if text.digest != wanted:
         raise UserError(

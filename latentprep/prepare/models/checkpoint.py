@@ -114,6 +114,14 @@ def text_names(shapes: Shapes, prefix: str, config: dict[str, Any]) -> dict[str,
     return {short: name for short, name in names.items() if not re.search("|".join(skipped), short)}
 
 
+def read_dtypes(path: Path) -> dict[str, str]:
+    """Types of a file's tensors, by the names that safetensors has for them: F16, F8_E4M3."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118
+
+
 def read_tensors(path: Path, names: Mapping[str, str]) -> "dict[str, torch.Tensor]":
     """The tensors that `names` lists as new name -> name in the file."""
     from safetensors import safe_open

@@ -46,6 +46,7 @@ FAMILIES = (
         },
         classes={"text_encoder": CLIP_PROJECTION, "text_encoder_2": CLIP_PROJECTION, "text_encoder_3": T5},
         optional=("text_encoder_3",),
+        identity_projection=("text_encoder",),  # create_diffusers_clip_model_from_ldm, of clip_l
         sequence="text_encoder_3",
         default_tokens=256,
         most_tokens=512,

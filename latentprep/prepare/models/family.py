@@ -67,6 +67,8 @@ class Family:
     call_defaults: tuple[str, ...] = ()  # arguments whose default is another in __call__ than in encode_prompt
     settings_of_pipeline: tuple[str, ...] = ()  # lists of layers in model_index.json that its cond depends on
     packages: tuple[str, ...] = ()  # without which its pipeline quietly encodes other text, or fails
+    # encoders of which a single file may leave text_projection out: then it is the identity
+    identity_projection: tuple[str, ...] = ()
     takes_clip_skip: bool = False
     heeds_force_upcast: bool = False  # whether its pipelines take the VAE in float32 where its config says so
     patch: int = 1  # latent pixels that the denoiser takes as one, each way

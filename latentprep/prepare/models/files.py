@@ -99,7 +99,8 @@ def find_weights(path: Path, stem: str, option: str, *, index_first: bool) -> li
         others = [printable(p.name) for p in path.glob("*") if p.suffix in (".bin", ".ckpt", ".pt", ".safetensors")]
         raise UserError(
             f"{option} {path}: no {stem}.safetensors (found {', '.join(sorted(others)) or 'no weights'}). "
-            "Save the model again with save_pretrained; pickled weights are not loaded."
+            "Save the model again with save_pretrained; pickled weights are not loaded. Weights in a file of their own "
+            f"are {'--text-encoder' if stem == TEXT_WEIGHTS else '--vae'} FILE."
         )
     for file in found:
         if not file.is_file():

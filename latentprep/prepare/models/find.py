@@ -55,7 +55,21 @@ def find_model(
     return _find_on_hub(name, option, say, revision, with_text)
 
 
-def _check_single_file(path: Path, name: str, option: str) -> None:
+def find_encoder(name: str) -> Path:
+    """The file or folder of --text-encoder. Raises UserError."""
+    path = Path(name).expanduser()
+    expected = "a .safetensors file of weights, or a folder of transformers with config.json, weights and tokenizer"
+    if path.is_file():
+        _check_single_file(path, name, "--text-encoder", expected)
+    elif not path.is_dir():
+        raise UserError(f"--text-encoder {name}: no such file or folder. Give {expected}.")
+    return path
+
+
+CHECKPOINTS = "a .safetensors checkpoint, a folder in diffusers layout, or a hub id such as owner/name"
+
+
+def _check_single_file(path: Path, name: str, option: str, expected: str = CHECKPOINTS) -> None:
     suffix = path.suffix.lower()
     if suffix in PICKLES:
         raise UserError(
@@ -64,10 +78,7 @@ def _check_single_file(path: Path, name: str, option: str) -> None:
             "convert_original_stable_diffusion_to_diffusers.py --to_safetensors."
         )
     if suffix != SINGLE_FILE:
-        raise UserError(
-            f"{option} {name}: a file of another kind, expected a .safetensors checkpoint, a folder in diffusers "
-            "layout, or a hub id such as owner/name."
-        )
+        raise UserError(f"{option} {name}: a file of another kind, expected {expected}.")
 
 
 def commit_of(path: Path) -> str | None:

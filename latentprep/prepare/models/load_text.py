@@ -5,6 +5,7 @@ configs and vocabularies is handed to a library.
 """
 
 import inspect
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -144,20 +145,26 @@ def check_encoder(
     kind: str, config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]], folder: Path, part: str
 ) -> None:
     """Raise UserError, before a weight is read, where a config makes no model or weights have other shapes."""
+    model = build_encoder(kind, config, folder)
+    wanted = {short_name(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    check_shapes(wanted, {short_name(name): shape for name, shape in shapes.items()}, str(folder), part)
+
+
+def build_encoder(kind: str, config: dict[str, Any], folder: Path) -> Any:
+    """A text encoder without weights, on the meta device. Raises UserError for a config that makes none."""
     import torch
 
     with blame(f"{folder}: its config.json makes no {kind}"), torch.device("meta"):
-        model = encoder_class(kind)(make_config(kind, config))
-    wanted = {_short(name): tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    check_shapes(wanted, {_short(name): shape for name, shape in shapes.items()}, str(folder), part)
+        return encoder_class(kind)(make_config(kind, config))
 
 
-def _short(name: str) -> str:
+def short_name(name: str) -> str:
     """A tensor's name without what transformers adds and leaves out as it loads.
 
-    CLIP's begin with text_model. up to transformers 4; Qwen3's with model. where they were saved with a head.
+    CLIP's begin with text_model. up to transformers 4; Qwen3's with model. where they were saved with a head; those of
+    models that see images with model.language_model., language_model.model. or model., by the version.
     """
-    return name.removeprefix("text_model.").removeprefix("model.")
+    return re.sub(r"^((text_model|language_model|model)\.)+", "", name)
 
 
 def make_config(kind: str, config: dict[str, Any]) -> Any:

@@ -1,6 +1,6 @@
 """The models of a run: from folders and files here, from objects in memory in personalized."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +9,9 @@ from latentprep.errors import UserError
 from latentprep.options import EncodeOptions
 from latentprep.prepare.models.checkpoint import TITLES
 from latentprep.prepare.models.doors import TextModel, VaeModel
-from latentprep.prepare.models.find import commit_of, find_model
+from latentprep.prepare.models.find import commit_of, find_encoder, find_model
 from latentprep.prepare.models.single_file import VaeFile, find_configs, open_vae_file
+from latentprep.prepare.models.split_text import Weights
 from latentprep.prepare.models.text_file import TextFile, open_text_file
 from latentprep.prepare.models.text_folder import TextFolder, check_refused, family_of, open_text
 from latentprep.prepare.models.vae_folder import VaeFolder, open_vae
@@ -46,11 +47,14 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     options.check_tiling(vae.factor)
     text: TextFolder | TextFile | None = None
     if options.needs_text_encoder:
-        text = open_text(model) if model.is_dir() else open_text_file(model, "--model", layout)
+        text = open_text_at(model, layout, options.text_encoders)
     if text is not None:
         text.check()
     if isinstance(text, TextFolder) and text.left_out:
         say(f"text     {text.family.name} without its {', '.join(text.left_out)}")
+    if isinstance(text, TextFolder):
+        for line in text.describe_given():
+            say(line)
 
     # FLUX.2's latents are patched as they are normalized, and its denoiser takes each of those as one
     patch = max(family.patch if family is not None else 1, vae.normalization.patch)
@@ -70,17 +74,22 @@ def open_made_vae(made_with: MadeWith, name: str, option: str, beside: str) -> V
     return open_vae_at(find(name), option, find_config(made_with.config), lambda: find(beside))
 
 
-def open_made_text(made_with: MadeWith, name: str) -> TextFolder | TextFile:
-    """The text encoders that a cache was made with, as open_made_vae. Raises UserError."""
+def open_made_text(made_with: MadeWith, name: str, text_encoders: Sequence[str] = ()) -> TextFolder | TextFile:
+    """The text encoders that a cache was made with, as open_made_vae. Raises UserError.
+
+    `text_encoders` are those of --text-encoder; none: those that the cache was made with.
+    """
     model = find_made(made_with, name, "--model", with_text=True)
-    text: TextFolder | TextFile
-    if model.is_dir():
-        text = open_text(model)
-    else:
-        configs = find_config(made_with.config) or find_configs(model, "--model")
-        text = open_text_file(model, "--model", configs)
+    configs = None if model.is_dir() else find_config(made_with.config) or find_configs(model, "--model")
+    text = open_text_at(model, configs, text_encoders or made_with.text_encoders)
     text.check()
     return text
+
+
+def open_text_at(model: Path, configs: Path | None, text_encoders: Sequence[str]) -> TextFolder | TextFile:
+    """The text encoders of a folder, or of a checkpoint with the folder of its configs. Raises UserError."""
+    given = [Weights(find_encoder(name)) for name in text_encoders]
+    return open_text(model, given=given) if model.is_dir() else open_text_file(model, "--model", configs, given)
 
 
 def find_made(made_with: MadeWith, name: str, option: str, with_text: bool) -> Path:

@@ -1,5 +1,6 @@
 """The text encoders of a checkpoint in one .safetensors file: Stable Diffusion 1.x, 2.x and XL."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +31,8 @@ from latentprep.prepare.models.load_text import (
 )
 from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
 from latentprep.prepare.models.single_file import check_loaded, is_built_in, title_of
-from latentprep.prepare.models.text_folder import TextFiles, text_numbers
+from latentprep.prepare.models.split_text import Weights, list_in_checkpoint
+from latentprep.prepare.models.text_folder import TextFiles, TextFolder, open_text, text_numbers
 
 if TYPE_CHECKING:
     import torch
@@ -80,16 +82,35 @@ class TextFile(TextFiles):
         return load_tokenizer_of(folder, kind, text_config(TEXT_CLASSES[0], config, str(self.configs / part)))
 
 
-def open_text_file(path: Path, option: str, configs: Path | None) -> TextFile:
-    """The text encoders of a checkpoint; `configs` is a diffusers folder with tokenizers too. Raises UserError."""
+def open_text_file(
+    path: Path, option: str, configs: Path | None, given: Sequence[Weights] = ()
+) -> TextFile | TextFolder:
+    """The text encoders of a checkpoint; `configs` is a diffusers folder with tokenizers too. Raises UserError.
+
+    Newer checkpoints have them as transformers has, or in files of their own (`given`): then they are a folder's.
+    """
     shapes = read_shapes(path, option)
     kind, parts = recognise(shapes), text_parts(shapes)
+    if given and parts:
+        raise UserError(
+            f"{given[0].option} {given[0]}: is for a model without text encoders, and {option} {path} seems to be "
+            f"{kind.what}, which has its own. Leave it out."
+        )
+    inside = list_in_checkpoint(path, shapes, option)
+    if given or inside:
+        if configs is None or is_built_in(configs):
+            raise UserError(
+                f"{option} {path}: seems to be {kind.what}, and the configs and tokenizers of its text encoders are "
+                "not built in. Give its diffusers folder, which need not have weights, as --config, or --no-cond."
+            )
+        return open_text(configs, "--config", [*inside, *given])
     family = find_family(PIPELINES_OF_PARTS.get(tuple(parts)))
     if family is None:
         lacks = f"of its text encoders only {', '.join(parts)}" if parts else "no text encoder"
+        where = "" if kind.architecture else ", or files of them with --text-encoder"
         raise UserError(
             f"{option} {path}: has {lacks}, it seems to be {kind.what}. "
-            "Give a checkpoint or a pipeline folder that has them, or --no-cond."
+            f"Give a checkpoint or a pipeline folder that has them{where}, or --no-cond."
         )
     if configs is None:
         raise UserError(

@@ -2,7 +2,7 @@
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -15,17 +15,7 @@ from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.models.families import FAMILIES, find_family
 from latentprep.prepare.models.family import Family, Stored, tokenizer_of
-from latentprep.prepare.models.files import (
-    TEXT_WEIGHTS,
-    blame,
-    check_whole,
-    digest_model,
-    find_weights,
-    hash_files,
-    read_header,
-    read_json,
-    read_weights,
-)
+from latentprep.prepare.models.files import blame, check_whole, digest_model, hash_files, read_json, read_weights
 from latentprep.prepare.models.load_text import (
     KINDS,
     MAX_LAYERS,
@@ -38,8 +28,9 @@ from latentprep.prepare.models.load_text import (
     pipeline_default,
     text_config,
 )
-from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
+from latentprep.prepare.models.load_tokenizer import TOKENIZER_CONFIG, check_tokenizer, load_tokenizer_of
 from latentprep.prepare.models.refused import refusal_of
+from latentprep.prepare.models.split_text import Place, Weights, find_places
 
 if TYPE_CHECKING:
     import torch
@@ -109,20 +100,21 @@ class TextFiles(TextFacts, ABC):
 
 @dataclass(frozen=True)
 class TextFolder(TextFiles):
-    """A pipeline folder whose text encoders and tokenizers are to be used."""
+    """A pipeline folder whose text encoders and tokenizers are to be used; some may come from elsewhere."""
 
     path: Path
     left_out: tuple[str, ...]  # encoders that the family has, and this model does without
-    classes: Mapping[str, str]  # encoder -> its class, for those that are there
+    places: Mapping[str, Place]  # encoder -> where it comes from, for those that are there
     tokenizers: Mapping[str, str]  # encoder -> class of its tokenizer
+    given: tuple[str, ...] = ()  # encoders that do not come from the folder
 
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         pipeline_class(self.family)  # first: diffusers brings a class of text encoders along
         parts: dict[str, Any] = dict(self.pipeline_settings)
         for part in self.left_out:
             parts |= {part: None, tokenizer_of(part): None}
-        for part in self.classes:
-            parts |= {part: self._load_encoder(part, dtype), tokenizer_of(part): self.load_tokenizer(part)}
+        for part, place in self.places.items():
+            parts |= {part: load_place(place, part, dtype), tokenizer_of(part): self.load_tokenizer(part)}
         pipeline = make_pipeline(self.family, parts)
         if self.family.sequence in self.left_out:  # encode_prompt asks the transformer how wide zeros for its T5 are
             width = self.widths["prompt_embeds"]
@@ -133,36 +125,43 @@ class TextFolder(TextFiles):
         """Raise UserError for what would fail when it is loaded, as far as headers and configs tell."""
         from latentprep.prepare.models.token_counter import TokenCounter
 
-        for part, kind in self.classes.items():
-            folder = self.path / part
-            shapes = read_header(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), "--model")
-            check_encoder(kind, self._config(part), shapes, folder, part)
+        for part, place in self.places.items():
+            if part not in self.given:  # those have been compared already
+                check_encoder(place.kind, place.read_config(), place.weights.read_shapes(), place.config, part)
             tokenizer = self.load_tokenizer(part)
             if part == self.family.sequence:
                 with blame(f"{self.path}: its tokenizer does not do for {self.family.pipeline}"):
                     TokenCounter(self, {part: tokenizer}, TextOptions()).count(["a photo"])
 
     def load_tokenizers(self) -> dict[str, Any]:
-        return {part: self.load_tokenizer(part) for part in self.classes}
+        return {part: self.load_tokenizer(part) for part in self.places}
 
     def load_tokenizer(self, part: str) -> Any:
         """The tokenizer of an encoder. Raises UserError if its files make none."""
-        config = text_config(self.classes[part], self._config(part), str(self.path / part))
-        return load_tokenizer_of(self.path / tokenizer_of(part), self.tokenizers[part], config)
+        place = self.places[part]
+        config = text_config(place.kind, place.read_config(), str(place.config))
+        return load_tokenizer_of(place.tokenizer, self.tokenizers[part], config)
 
-    def _config(self, part: str) -> dict[str, Any]:
-        return read_json(self.path / part / "config.json", "--model")
+    def describe_given(self) -> list[str]:
+        """A line for each encoder that does not come from the folder."""
+        lines = []
+        for part in self.given:
+            place = self.places[part]
+            note = f", whose {place.eight_bits} weights are cast as they are" if place.eight_bits else ""
+            lines.append(f"text     {part} from {place.weights}{note}")
+        return lines
 
-    def _load_encoder(self, part: str, dtype: "torch.dtype") -> Any:
-        folder, kind = self.path / part, self.classes[part]
-        tensors = read_weights(find_weights(folder, TEXT_WEIGHTS, "--model", index_first=False), ("",), "--model")
-        model, info = load_encoder(kind, self._config(part), tensors, dtype, _no_model(folder, kind))
-        check_whole(folder, "transformers", info["missing_keys"])
-        return model
 
-
-def _no_model(folder: Path, kind: str) -> str:
-    return f"{folder}: the weights and config.json make no {kind}"
+def load_place(place: Place, part: str, dtype: "torch.dtype") -> Any:
+    """A text encoder on the CPU. Raises UserError for weights that are missing or do not fit."""
+    if place.is_file:
+        return place.load(part, dtype)
+    folder = place.weights.path
+    tensors = read_weights(place.weights.list_files(), ("",), place.weights.option)
+    what = f"{folder}: the weights and config.json make no {place.kind}"
+    model, info = load_encoder(place.kind, place.read_config(), tensors, dtype, what)
+    check_whole(folder, "transformers", info["missing_keys"])
+    return model
 
 
 def check_refused(folder: Path, needs_text: bool) -> None:
@@ -183,8 +182,8 @@ def family_of(folder: Path) -> Family | None:
     return find_family(read_json(folder / "model_index.json", "--model").get("_class_name"))
 
 
-def open_text(folder: Path, option: str = "--model") -> TextFolder:
-    """The text encoders of a pipeline folder. Raises UserError."""
+def open_text(folder: Path, option: str = "--model", given: Sequence[Weights] = ()) -> TextFolder:
+    """The text encoders of a pipeline folder, with weights from elsewhere for some. Raises UserError."""
     if not (folder / "model_index.json").is_file():
         raise UserError(
             f"{option} {folder}: has no model_index.json, so no text encoder. Give a pipeline folder, or --no-cond."
@@ -199,27 +198,23 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
         )
     pipeline_class(family)
     check_packages(family)
+    from_elsewhere = find_places(given, folder, family, index, option)
     named = family.encoders(index)
-    left_out = tuple(part for part in named if _is_left_out(folder, part, index, family))
+    left_out = tuple(part for part in named if part not in from_elsewhere and _is_left_out(folder, part, index, family))
     encoders = [part for part in named if part not in left_out]
     if not encoders:
         raise UserError(f"{option} {folder}: its model_index.json names no text_encoder. Complete it, or --no-cond.")
-    for part in encoders:
-        if not (folder / part).is_dir() or not (folder / tokenizer_of(part)).is_dir():
-            raise UserError(
-                f"{option} {folder}: has no {part} and {tokenizer_of(part)} folders. Complete it, or --no-cond."
-            )
-    configs = {part: read_json(folder / part / "config.json", option) for part in encoders}
-    classes, tokenizers = {}, {}
-    for part, config in configs.items():
-        allowed = family.classes[part] if family.classes else tuple(KINDS)
-        libraries = KINDS[allowed[0]].library
-        kind = classes[part] = check_class(index, part, allowed, f"{option} {folder}", libraries)
-        own, wanted = tokenizer_of(part), KINDS[kind].tokenizers
-        tokenizers[part] = check_class(index, own, wanted, f"{option} {folder}", libraries)
-        check_text_config(config, folder / part, option)
-        check_tokenizer(folder / own, kind, tokenizers[part], option)
+    places = {part: from_elsewhere.get(part) or own_place(folder, part, family, index, option) for part in encoders}
+    configs, tokenizers = {}, {}
+    for part, place in places.items():
+        if not place.tokenizer.is_dir():
+            raise UserError(f"{option} {folder}: has no {tokenizer_of(part)} folder. Complete it, or --no-cond.")
+        configs[part] = place.read_config()
+        check_text_config(configs[part], place.config, option)
+        tokenizers[part] = find_tokenizer(place, index, tokenizer_of(part), f"{option} {folder}")
+        check_tokenizer(place.tokenizer, place.kind, tokenizers[part], option)
     settings = pipeline_settings(family, index, f"{option} {folder}")
+    classes = {part: place.kind for part, place in places.items()}
     numbers = text_numbers(family, classes, configs, settings, f"{option} {folder}")
     hashed: list[Any] = [family.pipeline, *configs.values(), *([settings] if settings else [])]
     if family.sequence in left_out:
@@ -227,23 +222,46 @@ def open_text(folder: Path, option: str = "--model") -> TextFolder:
         width = _joint_attention_dim(folder, option)
         numbers["widths"]["prompt_embeds"] = width
         hashed.append(width)
-    weights = [
-        file for part in encoders for file in find_weights(folder / part, TEXT_WEIGHTS, option, index_first=False)
-    ]
-    vocabularies = [
-        file for part in encoders for file in sorted((folder / tokenizer_of(part)).iterdir()) if file.is_file()
-    ]
-    digest = digest_model(hashed, hash_files(weights + vocabularies))
+    weights = [line for part, place in places.items() for line in place.hash_weights(part)]
+    vocabularies = hash_files([file for place in places.values() for file in place.list_vocabulary()])
     return TextFolder(
-        digest,
+        digest_model(hashed, weights + vocabularies),
         family,
         **numbers,
         pipeline_settings=settings,
         path=folder,
         left_out=left_out,
-        classes=classes,
+        places=places,
         tokenizers=tokenizers,
+        given=tuple(part for part in encoders if part in from_elsewhere),
     )
+
+
+def own_place(folder: Path, part: str, family: Family, index: Mapping[str, Any], option: str) -> Place:
+    """The place of an encoder in a pipeline folder itself. Raises UserError."""
+    if not (folder / part).is_dir() or not (folder / tokenizer_of(part)).is_dir():
+        raise UserError(
+            f"{option} {folder}: has no {part} and {tokenizer_of(part)} folders. Complete it, give the encoder's own "
+            "folder with --text-encoder, or --no-cond."
+        )
+    allowed = family.classes[part] if family.classes else tuple(KINDS)
+    kind = check_class(index, part, allowed, f"{option} {folder}", KINDS[allowed[0]].library)
+    return Place(kind, folder / part, folder / tokenizer_of(part), Weights(folder / part, option))
+
+
+def find_tokenizer(place: Place, index: Mapping[str, Any], name: str, where: str) -> str:
+    """The class of a tokenizer: that of model_index.json, or of the folder that it is in. Raises UserError."""
+    kind = KINDS[place.kind]
+    if index.get(name) not in (None, [], [None, None]):
+        return check_class(index, name, kind.tokenizers, where, kind.library)
+    path = place.tokenizer / TOKENIZER_CONFIG
+    own = read_json(path, place.weights.option).get("tokenizer_class") if path.is_file() else kind.tokenizers[0]
+    if own not in kind.tokenizers:
+        raise UserError(
+            f"{place.weights.option}: {path} says that its tokenizer is {shortened(str(own))}, expected "
+            f"{' or '.join(kind.tokenizers)}. Other classes are never loaded."
+        )
+    return str(own)
 
 
 def check_packages(family: Family) -> None:
