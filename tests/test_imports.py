@@ -90,8 +90,9 @@ def test_stages_of_prepare_do_not_call_each_other():
         },
         "models/checkpoint.py": {"models.files"},
         "models/single_file.py": {  # what a folder has in files, a checkpoint has in tensors
-            "models.checkpoint", "models.files", "models.vae_config", "models.vae_folder",
+            "models.checkpoint", "models.files", "models.vae_config", "models.vae_folder", "models.vae_layouts",
         },
+        "models/vae_layouts.py": {"models.files"},
         "models/text_file.py": {
             "models.checkpoint", "models.clip_tokenizer", "models.families", "models.family", "models.files",
             "models.load_text", "models.load_tokenizer", "models.single_file", "models.split_text",

@@ -24,7 +24,13 @@ TITLES = {SD1: "Stable Diffusion 1.x", SD2: "Stable Diffusion 2.x", SDXL: "Stabl
 COND_WIDTHS = {768: SD1, 1024: SD2, 2048: SDXL}
 CROSS_ATTENTION = re.compile(r"^model\.diffusion_model\..*\.attn2\.to_k\.weight$")
 VAE_PREFIXES = ("first_stage_model.", "vae.", "")
-VAE_PARTS = re.compile(r"(encoder|quant_conv)\.")  # the decoder is never run
+# First layers of VAEs, as diffusers calls them, or the original code of Stable Diffusion, Wan and DC-AE.
+FIRST_LAYERS = (
+    "encoder.conv_in.weight", "encoder.conv_in.conv.weight", "encoder.layers.0.weight", "encoder.conv1.weight",
+    "encoder.project_in.conv.weight",
+)  # fmt: skip
+VAE_PARTS = re.compile(r"(encoder|quant_conv|conv1)\.|bn\.running_(mean|var)$")  # the decoder is never run
+TAESD = ("0.weight", "1.conv.0.weight")  # of an encoder alone in a file, whose layers have numbers and no other name
 
 # What the names of a text encoder's tensors begin with -> the part of a pipeline that it becomes.
 TEXT_PREFIXES = {
@@ -82,12 +88,21 @@ def recognise(shapes: Shapes) -> Kind:
 
 
 def vae_prefix(shapes: Shapes) -> str | None:
-    """What the names of an AutoencoderKL's tensors begin with; None where there is none."""
-    return next((prefix for prefix in VAE_PREFIXES if f"{prefix}encoder.conv_in.weight" in shapes), None)
+    """What the names of a VAE's tensors begin with; None where there is none."""
+    if is_taesd(shapes):
+        return ""
+    return next((prefix for prefix in VAE_PREFIXES if any(f"{prefix}{name}" in shapes for name in FIRST_LAYERS)), None)
+
+
+def is_taesd(shapes: Shapes) -> bool:
+    """Whether a file is the encoder of a TAESD in its original layout."""
+    return all(name in shapes for name in TAESD) and shapes[TAESD[0]][1:] == (3, 3, 3)
 
 
 def vae_names(shapes: Shapes) -> dict[str, str]:
     """Name without its prefix -> name in the file, of the VAE's tensors."""
+    if is_taesd(shapes):
+        return {f"encoder.layers.{name}": name for name in shapes}
     prefix = vae_prefix(shapes)
     if prefix is None:
         return {}

@@ -107,7 +107,7 @@ def open_vae_at(
     configs = configs or find_configs(path, option)
     if configs is None and (model := beside()) != path:
         configs = model if model.is_dir() else find_configs(model, "--model")
-    return open_vae_file(path, option, configs)
+    return open_vae_file(path, option, configs, norm_eps)
 
 
 def find_config(name: str | None) -> Path | None:

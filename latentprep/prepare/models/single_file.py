@@ -1,11 +1,12 @@
-"""The VAE of a checkpoint in one .safetensors file, in the original layout (LDM): Stable Diffusion 1.x, 2.x and XL.
+"""The VAE of a checkpoint in one .safetensors file, or alone in a file, under the names of its original code.
 
 A file has weights and no configs: these come from architectures/, which the tensors tell, or from a diffusers folder.
-Only the tensors of the VAE and of the text encoders are ever read: never the UNet's. The conversion is diffusers' own.
+Only the tensors of the VAE and of the text encoders are ever read: never the UNet's.
 """
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -23,16 +24,27 @@ from latentprep.prepare.models.checkpoint import (
     vae_names,
     vae_prefix,
 )
-from latentprep.prepare.models.files import blame, digest_model, rename_attention
+from latentprep.prepare.models.files import blame, check_shapes, digest_model
 from latentprep.prepare.models.vae_config import build_vae, keep_encoder
-from latentprep.prepare.models.vae_folder import VaeFiles, fields_of, fill, read_numbers, read_vae_config
+from latentprep.prepare.models.vae_folder import (
+    STATISTICS,
+    VaeFiles,
+    fields_of,
+    fill,
+    give_statistics,
+    read_numbers,
+    read_vae_config,
+    shapes_of,
+    statistics_of,
+)
+from latentprep.prepare.models.vae_layouts import convert_vae
 
 if TYPE_CHECKING:
     import torch
 
 ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "models" / "architectures"
 EXPECTED = "Expected a Stable Diffusion 1.x, 2.x or XL checkpoint, or a VAE"
-VAE_CLASS = "AutoencoderKL"  # the one that the original code saves
+LDM_CLASS = "AutoencoderKL"  # what the original code of Stable Diffusion saves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,21 +56,20 @@ class VaeFile(VaeFiles):
 
     def load(self, dtype: "torch.dtype") -> Any:
         """The encoder on the CPU. Raises UserError if its tensors are not those that its config asks for."""
-        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-        tensors = read_tensors(self.path, vae_names(read_shapes(self.path, "VAE")))
-        if any(name.startswith("encoder.down.") for name in tensors):
-            with blame(f"{self.path}: the tensors of its VAE are not those of its config"):
-                converted = convert_ldm_vae_checkpoint(tensors, self.config)
-            if len(converted) < len(tensors):
-                refuse_weights(self.path, "VAE", f"{len(tensors) - len(converted)} of no layer that diffusers knows")
-            tensors = converted
-        tensors = {rename_attention(name): tensor for name, tensor in tensors.items()}
-        vae = keep_encoder(build_vae(self.config, str(self.path)))
-        names = vae.state_dict().keys()
-        check_loaded(self.path, "VAE", names - tensors.keys(), tensors.keys() - names)
+        vae = build_vae(self.config, str(self.path))
+        names = vae_names(read_shapes(self.path, "VAE"))
+        tensors = read_tensors(self.path, {new: old for new, old in names.items() if new not in STATISTICS})
+        tensors = convert_vae(self.path, tensors, vae)
+        keep_encoder(vae)
+        check_names(self.path, vae, tensors)
         fill(vae, tensors, dtype, str(self.path))
         return vae
+
+
+def check_names(path: Path, vae: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Raise UserError unless tensors are those of an encoder, by their names."""
+    names = vae.state_dict().keys()
+    check_loaded(path, "VAE", names - tensors.keys(), tensors.keys() - names)
 
 
 def find_configs(path: Path, option: str) -> Path | None:
@@ -71,8 +82,11 @@ def is_built_in(configs: Path) -> bool:
     return configs.parent == ARCHITECTURES
 
 
-def open_vae_file(path: Path, option: str, configs: Path | None) -> VaeFile:
-    """The VAE of a checkpoint, or that is alone in a file; `configs` is a diffusers folder. Raises UserError."""
+def open_vae_file(path: Path, option: str, configs: Path | None, norm_eps: float | None = None) -> VaeFile:
+    """The VAE of a checkpoint, or that is alone in a file; `configs` is a diffusers folder. Raises UserError.
+
+    norm_eps as in vaes.normalization_of.
+    """
     shapes = read_shapes(path, option)
     kind = recognise(shapes)
     if vae_prefix(shapes) is None:
@@ -83,17 +97,38 @@ def open_vae_file(path: Path, option: str, configs: Path | None) -> VaeFile:
             f"{option} {path}: seems to be {kind.what}, whose tensors do not tell its config and scaling_factor. "
             "Give a diffusers folder that has them with --config, or give it as --vae of a --model that has them."
         )
-    where, config = read_vae_config(configs, "--config", (VAE_CLASS,))
+    where, config = read_vae_config(configs, "--config")
     config = add_edm(config, path, shapes, option)
-    numbers = read_numbers(build_vae(config, f"--config {where}"), f"--config {where}")
-    found, expected = describe_vae(shapes), describe_config(config)
-    if found != expected:
-        raise UserError(
-            f"{option} {path}: its VAE has {found}, but {expected} in the config of {title_of(configs)}. "
-            "Give the folder that it goes with as --config."
-        )
-    hashes = [["tensors", hash_tensors(path, vae_names(shapes))]]
+    names = vae_names(shapes)
+    vae = build_vae(config, f"--config {where}")
+    statistics = statistics_of(vae)
+    check_loaded(path, "VAE", statistics.keys() - names.keys(), [])
+    check_shapes(statistics, {new: shapes[name] for new, name in names.items()}, str(path), "VAE")
+    give_statistics(vae, read_tensors(path, {name: names[name] for name in statistics}))
+    numbers = read_numbers(vae, f"--config {where}", norm_eps)
+    if config["_class_name"] == LDM_CLASS:
+        found, expected = describe_vae(shapes), describe_config(config)
+        if found != expected:
+            raise UserError(
+                f"{option} {path}: its VAE has {found}, but {expected} in the config of {title_of(configs)}. "
+                "Give the folder that it goes with as --config."
+            )
+    else:
+        check_header(path, vae, {new: shapes[name] for new, name in names.items() if new not in STATISTICS})
+    hashes = [["tensors", hash_tensors(path, names)]]
     return VaeFile(**fields_of(numbers), digest=digest_model(config, hashes), path=path, config=config)
+
+
+def check_header(path: Path, vae: Any, shapes: Shapes) -> None:
+    """Raise UserError unless tensors of these names and shapes are those of a VAE's encoder; no number is read."""
+    import torch
+
+    with blame(f"{path}: the tensors of its VAE are not those of its config"):
+        tensors = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    tensors = convert_vae(path, tensors, vae)
+    keep_encoder(vae)
+    check_names(path, vae, tensors)
+    check_shapes(shapes_of(vae.state_dict()), shapes_of(tensors), str(path), "VAE")
 
 
 def add_edm(config: dict[str, Any], path: Path, shapes: Shapes, option: str) -> dict[str, Any]:

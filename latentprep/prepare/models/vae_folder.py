@@ -97,14 +97,12 @@ def open_vae(folder: Path, option: str = "--model", norm_eps: float | None = Non
     path, config = read_vae_config(folder, option)
     where = f"{option} {path}"
     vae = build_vae(config, where)
-    statistics = [name for name in STATISTICS if name in vae.state_dict()]
-    wanted = {name: tuple(vae.state_dict()[name].shape) for name in statistics}
+    wanted = statistics_of(vae)
     weights = find_weights(path, VAE_WEIGHTS, option, index_first=True)
     shapes = {rename_attention(name): shape for name, shape in read_header(weights, option).items()}
     check_whole(path, "diffusers", wanted.keys() - shapes.keys())
     check_shapes(wanted, shapes, str(path), "VAE")
-    for name, tensor in read_tensors(weights, wanted.keys(), option).items():
-        setattr(vae.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], tensor)
+    give_statistics(vae, read_tensors(weights, wanted.keys(), option))
     numbers = read_numbers(vae, where, norm_eps)
     needed = shapes_of(keep_encoder(vae).state_dict())
     check_whole(path, "diffusers", needed.keys() - shapes.keys())
@@ -113,17 +111,24 @@ def open_vae(folder: Path, option: str = "--model", norm_eps: float | None = Non
     return VaeFolder(**fields_of(numbers), digest=digest, path=path, config=config, weights=tuple(weights))
 
 
-def read_vae_config(folder: Path, option: str, classes: tuple[str, ...] | None = None) -> tuple[Path, dict[str, Any]]:
-    """Where in a pipeline folder or VAE-only folder the VAE is, and its config. Raises UserError.
+def statistics_of(vae: Any) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of the buffers of a VAE that its normalization is made of."""
+    return {name: shape for name, shape in shapes_of(vae.state_dict()).items() if name in STATISTICS}
 
-    `classes` are those that are taken; None: all of VAES.
-    """
+
+def give_statistics(vae: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
+    """Put the buffers that its normalization is made of into a VAE on the meta device."""
+    for name, tensor in tensors.items():
+        setattr(vae.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], tensor)
+
+
+def read_vae_config(folder: Path, option: str) -> tuple[Path, dict[str, Any]]:
+    """Where in a pipeline folder or VAE-only folder the VAE is, and its config. Raises UserError."""
     path = folder / "vae" if (folder / "vae").is_dir() else folder
     config = read_json(path / "config.json", option)
     kind = config.get("_class_name")
-    allowed = classes if classes is not None else vae_names()
-    if kind not in allowed:
-        raise UserError(f"{option} {path}: its VAE is {shortened(str(kind))}, expected {_one_of(allowed)}.")
+    if kind not in vae_names():
+        raise UserError(f"{option} {path}: its VAE is {shortened(str(kind))}, expected {_one_of(vae_names())}.")
     return path, config
 
 
