@@ -374,8 +374,8 @@ GIVE_AWAY = {
 def test_what_a_file_seems_to_be_is_said(tmp_path, model, name):
     file, kind = tmp_path / "x.safetensors", GIVE_AWAY[name]
     save_file({name: torch.zeros(4, 2048)}, file)
-    expected = "Expected a Stable Diffusion 1.x, 2.x or XL checkpoint, or a VAE."
-    advice = "Give one with --vae." if re.search(r"XL UNet|2\.x|Playground", kind) else expected
+    expected = "Expected a checkpoint of Stable Diffusion or FLUX, or a VAE."
+    advice = "Give one with --vae." if re.search(r"XL UNet|2\.x|Playground|n 3|FLUX", kind) else expected
     assert refusal(file) == f"--model {file}: has no VAE, it seems to be {kind}. {advice}"
     assert refusal(model, vae=file) == f"--vae {file}: has no VAE, it seems to be {kind}. {expected}"
     if "2.x" not in kind:

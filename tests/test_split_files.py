@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 import latentprep
@@ -16,7 +17,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.models.split_text import BESIDE, QUANTIZED
 from latentprep.prepare.models.text_folder import open_text
 from tests.miniatures import make_miniature
-from tests.test_single_file import opened, refusal
+from tests.test_single_file import configs_of, ldm_vae, make_sd1, opened, refusal
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red house, snow", ""]
@@ -94,7 +95,7 @@ def test_files_give_what_the_folder_gives(stem, made, tmp_path):
     assert said == [f"text     {part} from {file}" for part, file in files.items()]
     assert (text.widths, text.window, text.num_layers) == (whole.widths, whole.window, whole.num_layers)
     assert text.digest != whole.digest  # of a folder files are hashed, of a file tensors
-    with pytest.raises(UserError, match=r"Weights in a file of their own are --text-encoder FILE\.$"):
+    with pytest.raises(UserError, match=r"(Weights in a file of their own are|Give them with) --text-encoder"):
         open_text(bare)
 
 
@@ -226,7 +227,7 @@ def test_eight_bit_floats_are_cast_and_said(dtype, made, tmp_path):
     save_file(tensors, tmp_path / "t5.safetensors")
     said = []
     text = text_of(folder, tmp_path / "t5.safetensors", said=said)
-    note = f", whose {str(dtype).removeprefix('torch.')} weights are cast as they are" if dtype.itemsize == 1 else ""
+    note = f", whose 8-bit floats ({str(dtype).removeprefix('torch.')}) are cast" if dtype.itemsize == 1 else ""
     assert said == [f"text     text_encoder_2 from {tmp_path / 't5.safetensors'}{note}"]
     other = without_weights(folder, tmp_path / "other", but=("text_encoder",))
     floats = {name: tensor.float() for name, tensor in tensors.items()}
@@ -402,3 +403,121 @@ def test_a_cache_remembers_the_files(made, images, run, tmp_path, monkeypatch):
     (work / "text_encoder_2.safetensors").rename(moved)
     assert "text_encoder_2.safetensors: no such file or folder" in run(*check).err
     assert run(*check, "--text-encoder", wanted[0], "--text-encoder", moved).code == 0
+
+
+# A checkpoint of a family: what its denoiser is known by, the prefix of its VAE, and that of each text encoder.
+CHECKPOINTS = {
+    "StableDiffusion3": (
+        "model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight", "first_stage_model.",
+        {"text_encoder": "clip_l", "text_encoder_2": "clip_g", "text_encoder_3": "t5xxl"},
+    ),
+    "Flux": (
+        "model.diffusion_model.double_blocks.0.img_attn.qkv.weight", "vae.",
+        {"text_encoder": "clip_l", "text_encoder_2": "t5xxl"},
+    ),
+}  # fmt: skip
+
+
+def make_checkpoint(stem, folder, files, path, but=()):
+    denoiser, vae, names = CHECKPOINTS[stem]
+    tensors = ldm_vae(AutoencoderKL.from_pretrained(folder / "vae"), vae)
+    tensors[denoiser] = torch.zeros(8, 8, dtype=torch.uint8)  # never read, and its number type is no matter
+    for part, name in names.items():
+        if part not in but:
+            prefix = f"text_encoders.{name}.transformer."
+            tensors |= {f"{prefix}{key}": tensor for key, tensor in load_file(files[part]).items()}
+            tensors[f"text_encoders.{name}.logit_scale"] = torch.tensor(4.6)
+    save_file(tensors, path)
+    return path
+
+
+@pytest.fixture
+def checkpoint(made, tmp_path):
+    """Stem -> the folder of a miniature, a folder of its configs alone, and a checkpoint."""
+
+    def make(stem, **options):
+        folder, files = made(stem)
+        configs = configs_of(folder, tmp_path / "configs")
+        return folder, configs, make_checkpoint(stem, folder, files, tmp_path / "model.safetensors", **options)
+
+    return make
+
+
+@pytest.mark.parametrize("stem", CHECKPOINTS)
+def test_a_checkpoint_gives_what_the_folder_gives(stem, checkpoint):
+    folder, configs, file = checkpoint(stem)
+    said = []
+    models, whole = opened(file, config=configs, said=said), opened(folder)
+    names = CHECKPOINTS[stem][2]
+    assert said == [f"text     {part} from {file} (text_encoders.{name}.transformer.*)" for part, name in names.items()]
+    same(conds(models.text), conds(whole.text))
+    assert models.patch == whole.patch == 2
+    assert models.vae.normalization == whole.vae.normalization
+    pixels = torch.randint(0, 256, (1, 32, 48, 3), dtype=torch.uint8).numpy()
+    one, other = (found.vae.open(CPU, torch.float32).encode(pixels) for found in (models, whole))
+    assert torch.equal(one.mean, other.mean)
+    assert torch.equal(one.std, other.std)
+
+
+@pytest.mark.parametrize("stem", CHECKPOINTS)
+def test_a_checkpoint_says_what_it_lacks(stem, checkpoint, made):
+    folder, configs, file = checkpoint(stem)
+    kind = {"Flux": "a FLUX checkpoint", "StableDiffusion3": "a Stable Diffusion 3 checkpoint"}[stem]
+    assert refusal(file) == (
+        f"--model {file}: seems to be {kind}, whose tensors do not tell its config and scaling_factor. Give a "
+        "diffusers folder that has them with --config, or give it as --vae of a --model that has them."
+    )
+    assert refusal(file, vae=folder / "vae") == (
+        f"--model {file}: seems to be {kind}, and the configs and tokenizers of its text encoders are not built in. "
+        "Give its diffusers folder, which need not have weights, as --config, or --no-cond."
+    )
+    assert "fits no text encoder of" in refusal(file, config=made("ZImage")[0])
+    again = made(stem)[1]["text_encoder"]
+    assert f"{again}: is for text_encoder of {configs}, and so is {file}" in refused(file, again, config=configs)
+
+
+def test_the_t5_of_a_checkpoint_without_one_is_given_or_left_out(checkpoint, made):
+    folder, configs, file = checkpoint("StableDiffusion3", but=("text_encoder_3",))
+    t5 = made("StableDiffusion3")[1]["text_encoder_3"]
+    assert refusal(file, config=configs) == (
+        f"--config {configs / 'text_encoder_3'}: has no weights. Give them with --text-encoder, or do without: remove "
+        "that folder."
+    )
+    same(conds(text_of(file, t5, config=configs)), conds(open_text(folder)))
+    shutil.rmtree(configs / "text_encoder_3")
+    said = []
+    text = text_of(file, config=configs, said=said)
+    assert said[0] == "text     Stable Diffusion 3 without its text_encoder_3"
+    assert text.left_out == ("text_encoder_3",)
+    assert not conds(text)["prompt_embeds"][0, 77:].any()
+
+
+def test_a_denoiser_alone_goes_with_files_for_all_else(checkpoint, made, tmp_path):
+    folder, configs, _ = checkpoint("Flux")
+    file = tmp_path / "flux1-dev.safetensors"
+    save_file({"double_blocks.0.img_attn.qkv.weight": torch.zeros(8, 8)}, file)
+    save_file(ldm_vae(AutoencoderKL.from_pretrained(folder / "vae")), tmp_path / "ae.safetensors")
+    text = text_of(file, *made("Flux")[1].values(), vae=tmp_path / "ae.safetensors", config=configs)
+    same(conds(text), conds(open_text(folder)))
+    assert refusal(file, vae=tmp_path / "ae.safetensors", config=configs) == (
+        f"--model {file}: has no text encoder, it seems to be a FLUX checkpoint. Give a checkpoint or a pipeline "
+        "folder that has them, or files of them with --text-encoder, or --no-cond."
+    )
+
+
+def test_a_checkpoint_with_encoders_of_its_own_takes_no_others(made, model, tmp_path):
+    folder, texts = make_sd1(tmp_path, model)
+    file = tmp_path / "sd1.safetensors"
+    save_file(ldm_vae(AutoencoderKL.from_pretrained(folder / "vae"), "first_stage_model.") | texts, file)
+    t5 = made("Flux")[1]["text_encoder_2"]
+    assert refused(file, t5, config=folder) == (
+        f"--text-encoder {t5}: is for a model without text encoders, and --model {file} seems to be a Stable Diffusion "
+        "1.x checkpoint, which has its own. Leave it out."
+    )
+
+
+def test_a_cache_of_a_checkpoint_is_verified(checkpoint, images, run, tmp_path):
+    _, configs, file = checkpoint("Flux")
+    options = ("--model", file, "--config", configs, "--out", tmp_path / "c", *SIZE)
+    assert run("encode", images, *options).code == 0
+    assert run("verify", tmp_path / "c", "--source", images, "--re-encode", 1).code == 0

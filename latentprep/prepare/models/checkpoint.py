@@ -48,6 +48,7 @@ class Kind:
 
     what: str
     architecture: str | None = None
+    needs_config: bool = False  # a checkpoint whose configs are not built in
 
 
 # What a tensor's name gives away; the first row counts that fits any name in the file.
@@ -57,8 +58,8 @@ KINDS = {
     r"^conditioner\.embedders\.0\.model\.": Kind("a refiner of Stable Diffusion XL"),
     r"^cond_stage_model\.model\.": Kind("a Stable Diffusion 2.x checkpoint", SD2),
     r"^cond_stage_model\.transformer\.": Kind("a Stable Diffusion 1.x checkpoint", SD1),
-    r"(^|\.)joint_blocks\.": Kind("a Stable Diffusion 3 checkpoint"),
-    r"(^|\.)double_blocks\.|^single_transformer_blocks\.": Kind("a FLUX checkpoint"),
+    r"(^|\.)joint_blocks\.": Kind("a Stable Diffusion 3 checkpoint", needs_config=True),
+    r"(^|\.)double_blocks\.|^single_transformer_blocks\.": Kind("a FLUX checkpoint", needs_config=True),
     r"(^|[._])lora_|\.(hada|lokr)_w": Kind("a LoRA"),
     r"^control_model\.|^controlnet_|^input_hint_block\.": Kind("a ControlNet"),
     r"^(emb_params|clip_[lg])$|^string_to_param": Kind("a textual inversion"),

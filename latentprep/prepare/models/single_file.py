@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     import torch
 
 ARCHITECTURES = Path(str(files("latentprep"))) / "prepare" / "models" / "architectures"
-EXPECTED = "Expected a Stable Diffusion 1.x, 2.x or XL checkpoint, or a VAE"
+EXPECTED = "Expected a checkpoint of Stable Diffusion or FLUX, or a VAE"
 LDM_CLASS = "AutoencoderKL"  # what the original code of Stable Diffusion saves
 
 
@@ -90,7 +90,8 @@ def open_vae_file(path: Path, option: str, configs: Path | None, norm_eps: float
     shapes = read_shapes(path, option)
     kind = recognise(shapes)
     if vae_prefix(shapes) is None:
-        advice = "Give one with --vae." if kind.architecture and option != "--vae" else f"{EXPECTED}."
+        is_checkpoint = kind.architecture is not None or kind.needs_config
+        advice = "Give one with --vae." if is_checkpoint and option != "--vae" else f"{EXPECTED}."
         raise UserError(f"{option} {path}: has no VAE, it seems to be {kind.what}. {advice}")
     if configs is None:
         raise UserError(

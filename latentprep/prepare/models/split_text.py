@@ -30,6 +30,7 @@ from latentprep.prepare.models.load_text import (
     known_class,
     load_encoder,
     short_name,
+    text_config,
 )
 from latentprep.prepare.models.load_tokenizer import TOKENIZER_CONFIG, TOKENIZER_FILES
 from latentprep.prepare.models.single_file import check_loaded
@@ -51,7 +52,7 @@ QUANTIZED = re.compile(
     r"|\.(SCB|qweight|qzeros|scales|zeros)$"
 )
 FLOATS, EIGHT_BITS = ("F64", "F32", "F16", "BF16"), {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
-IN_CHECKPOINTS = re.compile(r"^text_encoders\.[^.]+\.(transformer|model)\.")  # as diffusers and ComfyUI read them
+IN_CHECKPOINTS = re.compile(r"^text_encoders\.[^.]+\.transformer\.")  # of Stable Diffusion 3, FLUX and newer ones
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,8 @@ class Place:
         check_numbers(tensors, str(path))
         config = self.read_config()
         if PROJECTION in self.identity and PROJECTION not in tensors:
-            tensors[PROJECTION] = torch.eye(config["projection_dim"], config["hidden_size"])
+            made = text_config(self.kind, config, str(self.config))
+            tensors[PROJECTION] = torch.eye(made.projection_dim, made.hidden_size)
         what = f"{path}: the tensors of its {part} are not those of its config"
         model, info = load_encoder(self.kind, config, tensors, dtype, what)
         check_loaded(path, part, set(info["missing_keys"]) - {HEAD}, info["unexpected_keys"])

@@ -1,4 +1,7 @@
-"""The text encoders of a checkpoint in one .safetensors file: Stable Diffusion 1.x, 2.x and XL."""
+"""The text encoders of a checkpoint in one .safetensors file: Stable Diffusion 1.x, 2.x and XL.
+
+Those of newer checkpoints have the names of transformers, and are taken as from files of their own (split_text).
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -107,7 +110,7 @@ def open_text_file(
     family = find_family(PIPELINES_OF_PARTS.get(tuple(parts)))
     if family is None:
         lacks = f"of its text encoders only {', '.join(parts)}" if parts else "no text encoder"
-        where = "" if kind.architecture else ", or files of them with --text-encoder"
+        where = ", or files of them with --text-encoder" if kind.needs_config else ""
         raise UserError(
             f"{option} {path}: has {lacks}, it seems to be {kind.what}. "
             f"Give a checkpoint or a pipeline folder that has them{where}, or --no-cond."

@@ -147,7 +147,7 @@ class TextFolder(TextFiles):
         lines = []
         for part in self.given:
             place = self.places[part]
-            note = f", whose {place.eight_bits} weights are cast as they are" if place.eight_bits else ""
+            note = f", whose 8-bit floats ({place.eight_bits}) are cast" if place.eight_bits else ""
             lines.append(f"text     {part} from {place.weights}{note}")
         return lines
 
@@ -243,6 +243,12 @@ def own_place(folder: Path, part: str, family: Family, index: Mapping[str, Any],
         raise UserError(
             f"{option} {folder}: has no {part} and {tokenizer_of(part)} folders. Complete it, give the encoder's own "
             "folder with --text-encoder, or --no-cond."
+        )
+    may_go = part in family.optional and part == family.sequence
+    if may_go and not [file for file in (folder / part).iterdir() if file.suffix in (".safetensors", ".bin")]:
+        raise UserError(
+            f"{option} {folder / part}: has no weights. Give them with --text-encoder, or do without: remove that "
+            "folder."
         )
     allowed = family.classes[part] if family.classes else tuple(KINDS)
     kind = check_class(index, part, allowed, f"{option} {folder}", KINDS[allowed[0]].library)
