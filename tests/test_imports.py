@@ -87,6 +87,7 @@ def test_stages_of_prepare_do_not_call_each_other():
             "models.doors", "models.files", "models.families", "models.family", "models.load_text",
             "models.load_tokenizer", "models.refused", "models.split_text", "models.text_encoder",
             "models.token_counter",
+            "models.text_places",
         },
         "models/checkpoint.py": {"models.files"},
         "models/single_file.py": {  # what a folder has in files, a checkpoint has in tensors
@@ -96,11 +97,16 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/text_file.py": {
             "models.checkpoint", "models.clip_tokenizer", "models.families", "models.family", "models.files",
             "models.load_text", "models.load_tokenizer", "models.single_file", "models.split_text",
-            "models.text_folder",
+            "models.text_folder", "models.text_places",
         },
-        "models/split_text.py": {  # a part of a folder that is a file
-            "models.checkpoint", "models.family", "models.files", "models.load_text", "models.load_tokenizer",
-            "models.single_file",
+        "models/fit_text.py": {"models.checkpoint", "models.load_text"},
+        "models/text_places.py": {  # a part of a folder may be a file
+            "models.checkpoint", "models.family", "models.files", "models.fit_text", "models.load_text",
+            "models.load_tokenizer", "models.single_file",
+        },
+        "models/split_text.py": {
+            "models.checkpoint", "models.family", "models.files", "models.fit_text", "models.load_text",
+            "models.text_places",
         },
     }  # fmt: skip
     stages = ["plan/buckets.py"]

@@ -14,7 +14,8 @@ import latentprep
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
-from latentprep.prepare.models.split_text import BESIDE, QUANTIZED
+from latentprep.prepare.models.fit_text import BESIDE
+from latentprep.prepare.models.split_text import QUANTIZED
 from latentprep.prepare.models.text_folder import open_text
 from tests.miniatures import make_miniature
 from tests.test_single_file import configs_of, ldm_vae, make_sd1, opened, refusal

@@ -11,9 +11,9 @@ from latentprep.prepare.models.checkpoint import TITLES
 from latentprep.prepare.models.doors import TextModel, VaeModel
 from latentprep.prepare.models.find import commit_of, find_encoder, find_model
 from latentprep.prepare.models.single_file import VaeFile, find_configs, open_vae_file
-from latentprep.prepare.models.split_text import Weights
 from latentprep.prepare.models.text_file import TextFile, open_text_file
 from latentprep.prepare.models.text_folder import TextFolder, check_refused, family_of, open_text
+from latentprep.prepare.models.text_places import Weights
 from latentprep.prepare.models.vae_folder import VaeFolder, open_vae
 
 

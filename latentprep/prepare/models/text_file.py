@@ -34,8 +34,9 @@ from latentprep.prepare.models.load_text import (
 )
 from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
 from latentprep.prepare.models.single_file import check_loaded, is_built_in, title_of
-from latentprep.prepare.models.split_text import Weights, list_in_checkpoint
+from latentprep.prepare.models.split_text import list_in_checkpoint
 from latentprep.prepare.models.text_folder import TextFiles, TextFolder, open_text, text_numbers
+from latentprep.prepare.models.text_places import Weights
 
 if TYPE_CHECKING:
     import torch

@@ -15,22 +15,20 @@ from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.models.families import FAMILIES, find_family
 from latentprep.prepare.models.family import Family, Stored, tokenizer_of
-from latentprep.prepare.models.files import blame, check_whole, digest_model, hash_files, read_json, read_weights
+from latentprep.prepare.models.files import blame, digest_model, hash_files, read_json
 from latentprep.prepare.models.load_text import (
-    KINDS,
     MAX_LAYERS,
-    check_class,
     check_encoder,
     check_text_config,
-    load_encoder,
     make_pipeline,
     pipeline_class,
     pipeline_default,
     text_config,
 )
-from latentprep.prepare.models.load_tokenizer import TOKENIZER_CONFIG, check_tokenizer, load_tokenizer_of
+from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
 from latentprep.prepare.models.refused import refusal_of
-from latentprep.prepare.models.split_text import Place, Weights, find_places
+from latentprep.prepare.models.split_text import find_places
+from latentprep.prepare.models.text_places import Place, Weights, find_tokenizer, own_place
 
 if TYPE_CHECKING:
     import torch
@@ -114,7 +112,7 @@ class TextFolder(TextFiles):
         for part in self.left_out:
             parts |= {part: None, tokenizer_of(part): None}
         for part, place in self.places.items():
-            parts |= {part: load_place(place, part, dtype), tokenizer_of(part): self.load_tokenizer(part)}
+            parts |= {part: place.load(part, dtype), tokenizer_of(part): self.load_tokenizer(part)}
         pipeline = make_pipeline(self.family, parts)
         if self.family.sequence in self.left_out:  # encode_prompt asks the transformer how wide zeros for its T5 are
             width = self.widths["prompt_embeds"]
@@ -150,18 +148,6 @@ class TextFolder(TextFiles):
             note = f", whose 8-bit floats ({place.eight_bits}) are cast" if place.eight_bits else ""
             lines.append(f"text     {part} from {place.weights}{note}")
         return lines
-
-
-def load_place(place: Place, part: str, dtype: "torch.dtype") -> Any:
-    """A text encoder on the CPU. Raises UserError for weights that are missing or do not fit."""
-    if place.is_file:
-        return place.load(part, dtype)
-    folder = place.weights.path
-    tensors = read_weights(place.weights.list_files(), ("",), place.weights.option)
-    what = f"{folder}: the weights and config.json make no {place.kind}"
-    model, info = load_encoder(place.kind, place.read_config(), tensors, dtype, what)
-    check_whole(folder, "transformers", info["missing_keys"])
-    return model
 
 
 def check_refused(folder: Path, needs_text: bool) -> None:
@@ -235,39 +221,6 @@ def open_text(folder: Path, option: str = "--model", given: Sequence[Weights] = 
         tokenizers=tokenizers,
         given=tuple(part for part in encoders if part in from_elsewhere),
     )
-
-
-def own_place(folder: Path, part: str, family: Family, index: Mapping[str, Any], option: str) -> Place:
-    """The place of an encoder in a pipeline folder itself. Raises UserError."""
-    if not (folder / part).is_dir() or not (folder / tokenizer_of(part)).is_dir():
-        raise UserError(
-            f"{option} {folder}: has no {part} and {tokenizer_of(part)} folders. Complete it, give the encoder's own "
-            "folder with --text-encoder, or --no-cond."
-        )
-    may_go = part in family.optional and part == family.sequence
-    if may_go and not [file for file in (folder / part).iterdir() if file.suffix in (".safetensors", ".bin")]:
-        raise UserError(
-            f"{option} {folder / part}: has no weights. Give them with --text-encoder, or do without: remove that "
-            "folder."
-        )
-    allowed = family.classes[part] if family.classes else tuple(KINDS)
-    kind = check_class(index, part, allowed, f"{option} {folder}", KINDS[allowed[0]].library)
-    return Place(kind, folder / part, folder / tokenizer_of(part), Weights(folder / part, option))
-
-
-def find_tokenizer(place: Place, index: Mapping[str, Any], name: str, where: str) -> str:
-    """The class of a tokenizer: that of model_index.json, or of the folder that it is in. Raises UserError."""
-    kind = KINDS[place.kind]
-    if index.get(name) not in (None, [], [None, None]):
-        return check_class(index, name, kind.tokenizers, where, kind.library)
-    path = place.tokenizer / TOKENIZER_CONFIG
-    own = read_json(path, place.weights.option).get("tokenizer_class") if path.is_file() else kind.tokenizers[0]
-    if own not in kind.tokenizers:
-        raise UserError(
-            f"{place.weights.option}: {path} says that its tokenizer is {shortened(str(own))}, expected "
-            f"{' or '.join(kind.tokenizers)}. Other classes are never loaded."
-        )
-    return str(own)
 
 
 def check_packages(family: Family) -> None:
