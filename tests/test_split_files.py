@@ -388,6 +388,8 @@ def test_a_cache_remembers_the_files(made, images, run, tmp_path, monkeypatch):
     made_with = open_manifest(Storage(str(tmp_path / "c"))).made_with
     wanted = [str(work / f"{part}.safetensors") for part in files]
     assert list(made_with.text_encoders) == made_with.again["text_encoder"] == wanted
+    shown = "".join(run("inspect", tmp_path / "c").out.split()).partition("geometry")[0]
+    assert shown.count("textencoder/") == 2
     given = [word for name in wanted for word in ("--text-encoder", name)]
     for more in (("--again", tmp_path / "c"), (images, "--model", bare, *given, *options)):
         result = run("encode", *more)

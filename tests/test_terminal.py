@@ -83,7 +83,9 @@ def test_a_strangers_manifest_is_not_obeyed(run, images, tmp_path):
     run("encode", images, "--out", tmp_path / "c", *SMALL)
     storage = Storage(tmp_path / "c")
     manifest = open_manifest(storage)
-    manifest = replace(manifest, made_with=replace(manifest.made_with, model=EVIL, vae=EVIL, source=EVIL))
+    manifest = replace(
+        manifest, made_with=replace(manifest.made_with, model=EVIL, vae=EVIL, text_encoders=(EVIL,), source=EVIL)
+    )
     manifest.recipe.libraries["torch"] = EVIL
     from latentprep.cache.manifest import commit
 

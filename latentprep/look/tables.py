@@ -45,7 +45,9 @@ def facts_table(summary: dict[str, Any]) -> Table:
         dead = human_bytes(summary["dead_bytes"])
         advice = ": latentprep compact" if summary["can_compact"] else ", too few to compact"
         table.add_row("dead rows", f"{summary['dead_rows']:,} of changed or removed images, about {dead}{advice}")
-    table.add_row("model", _plain(made["model"]) + (f", VAE {_plain(made['vae'])}" if made.get("vae") else ""))
+    vae = f", VAE {_plain(made['vae'])}" if made.get("vae") else ""
+    encoders = "".join(f", text encoder {_plain(name)}" for name in made["text_encoders"])
+    table.add_row("model", f"{_plain(made['model'])}{vae}{encoders}")
     table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
     table.add_row("pixels", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["images"].items()))
     tiles = f" in tiles of {_plain(recipe['tiling'])} pixels" if "tiling" in recipe else ""
