@@ -207,7 +207,7 @@ def test_one_images_lack_of_memory_is_its_own_skip(tmp_path, monkeypatch):
         raise MemoryError
 
     path = save(tmp_path, gradient(64, 64))
-    monkeypatch.setattr("latentprep.prepare.images.load.to_srgb", full)
+    monkeypatch.setattr("latentprep.prepare.images.decode.to_srgb", full)
     assert load(path, resolution="64").reason == "out_of_memory"
 
 

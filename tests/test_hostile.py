@@ -340,6 +340,6 @@ def test_the_size_of_a_mask_is_looked_at_before_it_is_decoded(tmp_path, monkeypa
     masks.mkdir()
     save(tmp_path, gradient(64, 64))
     gradient(300, 300).convert("L").save(masks / "x.jpg")
-    monkeypatch.setattr("latentprep.prepare.images.load.check_jpeg", None)  # which decodes it
+    monkeypatch.setattr("latentprep.prepare.images.decode.check_jpeg", None)  # which decodes it
     found = load(tmp_path / "x.png", resolution="64", masks=masks)
     assert (found.reason, "exceeds limit" in found.detail) == ("bad_mask", True)
