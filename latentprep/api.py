@@ -43,7 +43,7 @@ from latentprep.options import (
 )
 from latentprep.progress import Progress, open_progress
 from latentprep.results import Compacted, Encoded, Merged, Summary, Verified, join_runs
-from latentprep.sets import Origin, as_tuple, join_weights, make_sets, make_text
+from latentprep.sets import Origin, as_folders, as_tuple, check_controls, join_weights, make_sets, make_text
 
 
 def expand_encode(given: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -65,6 +65,7 @@ def encode(
     animated: Annotated[Animated, Option(help="Of an image with several frames: take the first, or leave it out.", panel=INPUT)] = "first",
     background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
     weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT, of_set=True)] = "alpha",
+    control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Control images of edit pairs: a folder with the images' paths and stems; may be given again.", INPUT, of_set=True)] = None,
     no_draft: Annotated[bool, Option(help="Decode large JPEGs in full. Else libjpeg may halve their sides, as long as twice the size needed is left.", panel=INPUT)] = False,
     strict_images: Annotated[bool, Option(help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", panel=INPUT)] = False,
     check_content: Annotated[bool, Option(help="Read and compare every image, also those whose size and time are as they were.", panel=INPUT)] = False,
@@ -166,6 +167,8 @@ def encode(
     sets = make_sets(source.sets, common, list_parameters(encode), patterns) if source.sets else ()
     text = replace(TextOptions(**encoders), sets={own.name: own.text for own in sets}) if sets else None
     weights = join_weights(source.sets, str(weights)) if sets else str(weights)
+    controls = as_folders("--control", control)
+    check_controls(sets, controls)
     images = ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft)
     chosen = EncodeOptions(
         source=source.where,
@@ -177,7 +180,7 @@ def encode(
         ),
         images=images,
         exclude=patterns,
-        masks=Path(weights) if images.weights == "masks" and not sets else None,
+        masks=Path(weights) if images.weights == "masks" and not sets else None, controls=controls,
         text=text or make_text(common), sets=sets, notes=source.notes, remembered=source.remembered,
         model=str(model), vae=name_or_none(vae), text_encoders=names_given(text_encoder), config=name_or_none(config),
         revision=revision or None, flip=flip, store=store, store_dtype=store_dtype, device=device, devices=devices,
@@ -225,6 +228,7 @@ def verify(
     *,
     source: Annotated[str | Path | None, Option("DIR", "Compare with the images too: changed, gone and new ones.")] = None,
     masks: Annotated[str | Path | None, Option("DIR", "Folder of the masks that the weights came from, if it is elsewhere now.")] = None,
+    control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Folder of the control images, if it is elsewhere now; may be given again.")] = None,
     re_encode: Annotated[int, Option("N", "Encode N random images of --source and their prompts again, and compare.", least=0)] = 0,
     seed: Annotated[int, Option(help="Which images --re-encode takes.")] = 0,
     model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model of --re-encode.", shown="the cache's own")] = None,
@@ -247,8 +251,9 @@ def verify(
     where, named = (None, []) if source is None else find_named(Path(source))
     return run_verify(
         str(cache), open_progress(progress, keywords_of(verify)), source=where, named=named,
-        masks=path_or_none(masks), re_encode=re_encode, seed=seed, model=name_or_none(model), vae=name_or_none(vae),
-        text_encoders=names_given(text_encoder), no_cond=no_cond, device=device,
+        masks=path_or_none(masks), controls=as_folders("--control", control), re_encode=re_encode, seed=seed,
+        model=name_or_none(model), vae=name_or_none(vae), text_encoders=names_given(text_encoder), no_cond=no_cond,
+        device=device,
     )  # fmt: skip
 
 

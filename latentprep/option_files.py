@@ -228,11 +228,11 @@ def set_names(parameters: Sequence[Parameter]) -> list[str]:
 
 WORDS = ("alpha", "none", "tiny")  # that are no paths, whatever stands in a folder
 # arguments that may be paths, or other words
-PATHS = ("weights", "template", "captions_file", "model", "vae", "config", "text_encoder")
+PATHS = ("weights", "control", "template", "captions_file", "model", "vae", "config", "text_encoder")
 
 
 def beside(folder: Path, name: str, value: Any) -> Any:
-    """A value of a file in this folder: if it is a path, it begins there."""
+    """A value of a file in this folder: if it is a path, it begins there; so do those of a list."""
     if isinstance(value, list):
         return [beside(folder, name, part) for part in value]
     if not isinstance(value, str) or not is_path(name, value, folder):

@@ -160,10 +160,16 @@ class ImageSet:
     text: TextOptions
     exclude: tuple[str, ...] = ()  # patterns of files and folders that are left out
     masks: Path | None = None  # folder of mask images
+    controls: tuple[Path, ...] = ()  # folders of control images, in the order of control_1, control_2, ...
     repeats: int | None = 1  # how often each image stands in an epoch; None: so that it has as many samples as others
     sample_weight: float = 1.0  # how much the loss of its images counts
     caption_dropout: float = 0.0  # how often a reader leaves captions out
     flip: bool = True  # whether its mirrored views may be taken
+
+    @property
+    def partners(self) -> tuple[Path, ...]:
+        """The folders of images that are none of the source."""
+        return (*([self.masks] if self.masks is not None else []), *self.controls)
 
 
 @dataclass(frozen=True)
@@ -177,7 +183,8 @@ class EncodeOptions:
     images: ImageOptions = ImageOptions()
     exclude: tuple[str, ...] = ()  # patterns of files and folders that are left out
     masks: Path | None = None  # folder of mask images, with images.weights "masks"
-    sets: tuple[ImageSet, ...] = ()  # then exclude and masks are theirs, and text.sets has their captions
+    controls: tuple[Path, ...] = ()  # folders of control images
+    sets: tuple[ImageSet, ...] = ()  # then exclude, masks and controls are theirs, and text.sets has their captions
     notes: tuple[str, ...] = ()  # what a person is to be told before the run
     remembered: Mapping[str, Any] = field(default_factory=dict)  # the arguments that ask for all of this once more
     model: str = DEFAULT_MODEL
@@ -230,7 +237,12 @@ class EncodeOptions:
 
     def list_sets(self) -> tuple[ImageSet, ...]:
         """Where images come from, one or more; a single source is a set without a name."""
-        return self.sets or (ImageSet("", self.source, self.text, self.exclude, self.masks),)
+        return self.sets or (ImageSet("", self.source, self.text, self.exclude, self.masks, self.controls),)
+
+    @property
+    def num_controls(self) -> int:
+        """Control images of each image."""
+        return len(self.list_sets()[0].controls)
 
     @property
     def needs_text_encoder(self) -> bool:

@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from latentprep.geometry import Geometry
 from latentprep.options import ImageOptions, TextOptions
-from latentprep.records import list_views
+from latentprep.records import MAX_CONTROLS, list_views
 
 Dtype = Annotated[str, Meta(pattern="^(float32|float16|bfloat16)$")]  # options.DTYPES
 MAX_TOKENS = 4096  # that a reader pads a prompt to
@@ -39,6 +39,7 @@ class LatentsRecipe(Part):
     store: Store
     store_dtype: Dtype
     tiling: Annotated[int, Meta(ge=4)] | None = None  # side of a tile in pixels; None: images are encoded whole
+    num_controls: Annotated[int, Meta(ge=1, le=MAX_CONTROLS)] | None = None  # control images of each image
 
     @classmethod
     def of(
@@ -52,10 +53,11 @@ class LatentsRecipe(Part):
         store: str,
         store_dtype: str,
         tiling: int | None = None,
+        num_controls: int = 0,
     ) -> Self:
         """The recipe of options, with the views that they ask for."""
         views = tuple(list_views(geometry.crops, flip))
-        return cls(vae, geometry, images, views, dtype, store, store_dtype, tiling)
+        return cls(vae, geometry, images, views, dtype, store, store_dtype, tiling, num_controls or None)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 Size = tuple[int, int]  # (height, width) in pixels
 MAX_REPEATS = 2**20  # of an image in an epoch
+MAX_CONTROLS = 4  # control images of an image
 SET_NAME, MAX_SET_NAME = r"(?!\.\.?$)[^/\\\x00]+", 255  # of a set: it begins keys
 Box = tuple[int, int, int, int]  # top, left, height, width in pixels
 
@@ -24,8 +25,8 @@ class Item:
 
     key: str  # path relative to the source, POSIX style, with its extension; of a member of a tar, that of its tar/name
     size: Size  # after EXIF orientation
-    nbytes: int  # with its mask
-    version: int  # plus that of its mask, where it has one
+    nbytes: int  # with its mask and its control images
+    version: int  # joined with those of its mask and its control images
     captions: tuple[str, ...] = ()  # one or more, once they were looked for; "" where there is nothing to say
     caption_origin: str = ""  # where they came from: txt, caption, json, metadata, filename
 
@@ -83,6 +84,7 @@ REASONS = {
     "animated": ("decoder", "it has several frames, and --animated skip says to leave such out"),
     "bad_caption": ("machine", "its caption file cannot be read, or is not UTF-8 text"),
     "bad_mask": ("decoder", "its mask cannot be read, or has another shape"),
+    "no_control": ("decoder", "a folder of --control has no image of its path and stem"),
     "too_small": ("decoder", "no bucket can be filled without enlarging it, or --min-side says so"),
     "too_large": ("limits", "more pixels than --max-megapixels, or beyond --max-side"),
     "extreme_aspect": ("decoder", "its bucket would keep less than a fiftieth of it"),
@@ -117,6 +119,7 @@ NOTES = {
     "laid_over_background": "with transparency, laid over the background",
     "draft": "decoded at a fraction of the size (--no-draft decodes in full)",
     "mask": "weighted by a mask",
+    "control_fitted": "with a control image of another shape, which is fitted to the bucket by itself",
 }
 NAMED_NOTES = ("damaged",)  # those that call for a look at the images themselves
 
@@ -185,10 +188,11 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pixels:
-    """One decoded image, ready for the VAE."""
+    """One decoded image, ready for the VAE. A control image is one too, without weight, digest and notes."""
 
     pixels: "np.ndarray"  # [K,H,W,3] uint8, sRGB; K crops
     weight: "np.ndarray | None"  # [K,H/f,W/f] float32 in 0..1; None: all of it weighs 1
     crops: tuple[Box, ...]  # K boxes in the resized image
-    digest: bytes  # 16 bytes: content hash of the source file, and its mask
+    digest: bytes = b""  # 16 bytes: content hash of the source file, its mask and its control images
     notes: tuple[str, ...] = ()  # what had to be done to it: some of NOTES
+    controls: "tuple[Pixels, ...]" = ()  # its control images, each with as many crops

@@ -165,6 +165,7 @@ def run_verify(
     source: Path | None,
     named: Sequence[tuple[ImageSet, ...]],
     masks: Path | None,
+    controls: tuple[Path, ...],
     re_encode: int,
     seed: int,
     model: str | None,
@@ -193,7 +194,7 @@ def run_verify(
 
         with Reading(storage), quiet_warnings, named_as_option():
             sets = choose_sets(source, named, manifest) if named else ()
-            originals = find_originals(storage, manifest, source, masks, sets)
+            originals = find_originals(storage, manifest, source, masks, controls, sets)
             with progress.bar(None, "source") as bar:
                 problems += compare_source(storage, manifest, originals, bar.update)
             if re_encode:

@@ -17,7 +17,7 @@ from latentprep.errors import UserError
 from latentprep.human import printable, shortened
 from latentprep.options import ImageSet, TextOptions
 from latentprep.prompts import load_template, read_lines
-from latentprep.records import MAX_REPEATS, MAX_SET_NAME, SET_NAME
+from latentprep.records import MAX_CONTROLS, MAX_REPEATS, MAX_SET_NAME, SET_NAME
 
 # keys of a set that are no options of encode -> what they take
 OWN = {
@@ -95,6 +95,7 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
     check_names(own, [*OWN, *allowed])
     values = {name: allowed[name].check(value) for name, value in own.items() if name in allowed}
     exclude, weights = values.pop("exclude", ()), str(values.pop("weights", "none"))
+    controls = as_folders("control", values.pop("control", ()))
     source = own.get("source")
     if not isinstance(source, str | Path) or not str(source):
         raise UserError(f"source: expected {OWN['source']}.")
@@ -116,6 +117,7 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
         name, Path(source), make_text({**common, **of_files, **values}),
         as_tuple(exclude),
         Path(weights) if weights not in ("alpha", "none") else None,
+        controls,
         None if repeats == "auto" else int(repeats), float(weight), float(dropout), flip,
     )  # fmt: skip
 
@@ -123,6 +125,35 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
 def as_tuple(texts: str | Path | Iterable[str | Path] | None) -> tuple[str, ...]:
     """One text, several or none, as an option that may be given again takes them."""
     return (str(texts),) if isinstance(texts, str | Path) else tuple(map(str, texts or ()))
+
+
+def as_folders(name: str, given: str | Path | Iterable[str | Path] | None) -> tuple[Path, ...]:
+    """The folders of an option that may be given again. Raises UserError for what can be none, or for too many."""
+    found = (given,) if isinstance(given, str | Path) else tuple(given or ())
+    for folder in found:
+        check_path(name, folder)
+        if not str(folder):
+            raise UserError(f"{name}: is empty, expected a folder of images.")
+    if len(found) > MAX_CONTROLS:
+        raise UserError(f"{name}: {len(found)} folders, expected at most {MAX_CONTROLS}.")
+    return tuple(map(Path, found))
+
+
+def check_controls(sets: Sequence[ImageSet], common: Sequence[Path]) -> None:
+    """Raise UserError unless all sets have as many control images of each image, in folders of their own.
+
+    `common` are the folders that were given for all.
+    """
+    if sets and common:
+        raise UserError(
+            f"--control {common[0]}: with several sets each has its own control images. Give the folder to its set."
+        )
+    for own in sets:
+        if len(own.controls) != len(sets[0].controls):
+            one, other = (f"set {printable(part.name)} has {len(part.controls)}" for part in (sets[0], own))
+            raise UserError(
+                f"control: {one}, {other}. A cache has as many of each image: give every set as many folders."
+            )
 
 
 def is_tables(value: Any) -> bool:

@@ -47,7 +47,7 @@ def test_stages_of_prepare_do_not_call_each_other():
     allowed = {
         "source/captions.py": {"source.door", "source.kohya_metadata", "source.listing", "source.metadata"},
         "source/kohya_metadata.py": {"source.listing", "source.metadata"},
-        "source/content.py": {"source.door", "source.masks"},  # an image's content is its mask's, too
+        "source/content.py": {"source.door", "source.partners"},  # an image's content is its mask's, too
         "source/folder.py": {"source.door", "images.pillow"},
         "source/listing.py": {"source.door", "images.pillow"},  # reads headers
         "source/metadata.py": {"source.door", "source.listing"},  # what list_images found
@@ -61,9 +61,12 @@ def test_stages_of_prepare_do_not_call_each_other():
             "images.alpha", "images.cicp", "images.color", "images.jpeg", "images.load", "images.pillow", "images.png",
         },
         "images/load.py": {
-            "source.content", "source.door", "source.masks", "images.crops", "images.decode", "images.pillow",
+            "source.content", "source.door", "source.partners", "images.crops", "images.decode", "images.pillow",
+            "plan.buckets",  # where a control image goes is known as late as this
         },
-        "source/masks.py": {"source.door", "source.listing", "source.sources", "images.pillow"},  # masks are a source
+        "source/partners.py": {"source.door", "source.listing", "source.sources", "images.pillow"},  # they are a source
+        "source/controls.py": {"source.listing", "source.partners"},
+        "source/masks.py": {"source.listing", "source.partners"},
         "images/png.py": {"images.pillow"},
         "models/doors.py": {"models.vae_encoder", "devices"},
         "models/vaes.py": {"models.files"},

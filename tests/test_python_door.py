@@ -415,7 +415,7 @@ def test_every_option_of_a_command_is_a_keyword_with_the_same_default(function):
         assert option.opts == [f"--{name.replace('_', '-')}"]
         assert not option.secondary_opts  # no --no-no-draft
         assert option.default == default or (name, option.default) == ("resolution", "512")
-        assert option.multiple == (name in ("caption_column", "exclude", "text_encoder"))
+        assert option.multiple == (name in ("caption_column", "control", "exclude", "text_encoder"))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)

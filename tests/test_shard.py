@@ -95,7 +95,10 @@ def test_round_trip_of_both_files(tmp_path):
     assert latents.table() == groups
     for field in LATENTS:
         one, other = (getattr(group, field.name) for group in (latents.groups[0], latent_group()))
-        assert torch.equal(one, other) if field.name != "key" else list(one) == other
+        if other is None:
+            assert one is None
+        else:
+            assert torch.equal(one, other) if field.name != "key" else list(one) == other
     assert latents.groups[1].weight is None
     assert latents.groups[1].latent_std is None
     assert list(words.groups[0].key) == KEYS

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from latentprep.cache import schema
-from latentprep.cache.schema import LISTS, SIZES, STRINGS, Field
+from latentprep.cache.schema import CONTROLS, LISTS, SIZES, STRINGS, Field
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
 from latentprep.records import Row
 
@@ -143,12 +143,17 @@ class LatentGroup(Group):
     resized_size: Tensor  # [N,V,2] int32
     crop: Tensor  # [N,V,4] int32: top, left, height, width in the resized image
     flipped: Tensor  # [V] uint8: 1 where the view is mirrored
-    digest: Tensor  # [N,16] uint8: content hash of the image and its mask
+    digest: Tensor  # [N,16] uint8: content hash of the image, its mask and its control images
 
     @property
     def shape(self) -> tuple[int, ...]:
         """[C,h,w] of a latent."""
         return tuple(self.latent_mean.shape[2:])
+
+    @property
+    def controls(self) -> dict[str, Tensor]:
+        """Means of the control images, like latent_mean: control_1, control_2, ..."""
+        return {name: self.columns[name] for name in CONTROLS if self.columns.get(name) is not None}
 
 
 class TextGroup(Group):

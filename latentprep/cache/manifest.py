@@ -59,6 +59,7 @@ class MadeWith:
     commit: str | None = None  # of a hub model
     exclude: tuple[str, ...] = ()  # patterns of files that were left out
     masks: str | None = None
+    control: tuple[str, ...] = ()  # folders of control images; not there if there are none
     device: str | None = None
     batch_size: int | None = None
     compile: bool = False
@@ -146,7 +147,10 @@ def commit(storage: Storage, manifest: Manifest, skips: Iterable[Skip]) -> Manif
 def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """All of it as JSON values."""
     fields = {name: value for name, value in vars(manifest).items() if name != "recipe"}
-    return {"recipe": manifest.recipe.to_json(), **msgspec.to_builtins(fields)}
+    found = {"recipe": manifest.recipe.to_json(), **msgspec.to_builtins(fields)}
+    if not manifest.made_with.control:  # so that caches without have the bytes that they always had
+        found["made_with"].pop("control", None)
+    return found
 
 
 def pack(manifest: Manifest) -> bytes:

@@ -10,6 +10,7 @@ import torch
 from msgspec import Meta
 
 from latentprep.errors import UserError
+from latentprep.records import MAX_CONTROLS
 
 FORMAT = 2
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -47,21 +48,23 @@ class Field:
         return self.shape.startswith("NV")
 
 
+CONTROLS = tuple(f"control_{k}" for k in range(1, MAX_CONTROLS + 1))  # in the order of --control
 INT32, INT64, UINT8 = frozenset({torch.int32}), frozenset({torch.int64}), frozenset({torch.uint8})
 KEY = (
     Field("key", STRINGS),  # path of the image in its source
-    Field("nbytes", INT64),  # of the image and its mask
+    Field("nbytes", INT64),  # of the image, its mask and its control images
     Field("version", INT64),  # what says cheaply that they may have changed
 )
 LATENTS = (
     Field("latent_mean", STORED, "NVChw"),  # unscaled
     Field("latent_std", STORED, "NVChw", is_optional=True),  # none with --store mean
+    *(Field(name, STORED, "NVChw", is_optional=True) for name in CONTROLS),  # means of control images; unscaled
     Field("weight", frozenset({torch.float16}), "NVhw", is_optional=True, fill=1.0),  # 0..1; none: all weigh 1
     Field("original_size", INT32, "N2"),  # height, width after orientation
     Field("resized_size", INT32, "NV2"),
     Field("crop", INT32, "NV4"),  # top, left, height, width in the resized image
     Field("flipped", UINT8, "V"),  # 1 where the view is mirrored
-    Field("digest", UINT8, "ND"),  # content hash of the image and its mask
+    Field("digest", UINT8, "ND"),  # content hash of the image, its mask and its control images
     *KEY,  # as they were when it was encoded
 )
 TEXT = (

@@ -45,7 +45,7 @@ HINTS = {
     "color_aug": "there is none: latents are encoded once, and colours cannot be changed behind that.",
     "alpha_mask": "leave it out, --weights alpha is the default.",
     "masked_loss": "masks are --weights DIR here; LatentDataset(cache, use_weight=True) gives them to training.",
-    "conditioning_data_dir": "masks are --weights DIR here; there are no control images yet.",
+    "conditioning_data_dir": "control images are --control DIR here, masks --weights DIR.",
     # captions
     "caption_extention": "it is --caption-extension here.",
     "instance_prompt": 'words that begin each caption are --trigger "sks dog" here.',

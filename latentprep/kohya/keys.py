@@ -69,7 +69,7 @@ NO_EQUIVALENT = {
     "cache_info": "is not needed: sizes and captions are in the cache",
     "skip_image_resolution": "has no equivalent: --min-side leaves out small images",
     "debug_dataset": "has no equivalent; --dry-run shows what would be done",
-    "conditioning_data_dir": "has no equivalent: control images are not stored",
+    "conditioning_data_dir": "is not read: control images are --control DIR, or control of a set",
 }
 # values of those that change nothing
 IDLE = {"network_multiplier": (1,), "caption_separator": (",",), "token_warmup_min": (1,)}

@@ -1,4 +1,4 @@
-"""The images of a run with their captions and masks: those of its source, or of its sets together."""
+"""The images of a run with captions, masks and control images: those of its source, or of its sets together."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +13,12 @@ from latentprep.errors import UserError
 from latentprep.human import counted, printable
 from latentprep.options import EncodeOptions, ImageSet
 from latentprep.prepare.source.captions import Captioned, add_captions
+from latentprep.prepare.source.controls import add_controls, list_controls
 from latentprep.prepare.source.door import Source
 from latentprep.prepare.source.joined import Joined
 from latentprep.prepare.source.listing import list_images
-from latentprep.prepare.source.masks import Mask, Masks, add_masks, list_masks
+from latentprep.prepare.source.masks import add_masks, list_masks
+from latentprep.prepare.source.partners import Partner, Partners, in_order
 from latentprep.prepare.source.sources import open_source
 from latentprep.records import MAX_REPEATS, Item, Skip, set_of
 
@@ -29,18 +31,23 @@ class Images:
     """What the source of a run holds, or all its sets together."""
 
     source: Source
-    masks: Masks | None
+    masks: Partners | None
+    controls: tuple[Partners, ...]
     captioned: Captioned
-    skips: list[Skip]  # what cannot be listed or used, also for its mask; those of captions are in `captioned`
+    skips: list[Skip]  # what cannot be listed or used, also for its partners; those of captions are in `captioned`
     facts: tuple[SetFacts, ...]  # of the sets; (): there is one source
+
+    @property
+    def partners(self) -> tuple[Partners, ...]:
+        return in_order(self.masks, self.controls)
 
 
 def find_images(options: EncodeOptions, say: Callable[[str], None]) -> Images:
-    """Every image with its captions and masks. Raises UserError."""
+    """Every image with its captions, masks and control images. Raises UserError."""
     sets = options.list_sets()
-    # the cache and the masks may lie in a source, and are no images to encode
+    # the cache, the masks and the control images may lie in a source, and are no images to encode
     own = [] if "://" in options.out else [Path(options.out)]
-    own += [part.masks for part in sets if part.masks is not None]
+    own += [folder for part in sets for folder in part.partners]
     found = {part.name: find_images_of(part, own, say) for part in sets}
     if not options.sets:
         return found[""]
@@ -96,14 +103,33 @@ def describe_without_masks(sets: Sequence[ImageSet]) -> Iterator[str]:
 def find_images_of(part: ImageSet, without: Sequence[Path], say: Callable[[str], None]) -> Images:
     """The images of one set. Raises UserError, which names it."""
     with named(part):
+        check_controls(part)
         listing = list_images(open_source(part.source, without=without), part.exclude)
         masks = list_masks(part.masks) if part.masks is not None else None
+        controls = tuple(map(list_controls, part.controls))
         if masks is not None:
             items, without_mask = add_masks(listing.items, masks)
             listing = replace(listing, items=items, skips=[*listing.skips, *without_mask])
             with_mask = sum(masks.find(item.key) is not None for item in items)
             say(f"masks    {masks.source.where}: {with_mask:,} of {counted(len(items), 'image')} have one")
-        return Images(listing.source, masks, add_captions(listing, part.text), listing.skips, ())
+        if controls:
+            for own in controls:
+                with_own = sum(own.find(item.key) is not None for item in listing.items)
+                say(f"control  {own.source.where}: {with_own:,} of {counted(len(listing.items), 'image')} have one")
+            items, without_control = add_controls(listing.items, controls)
+            listing = replace(listing, items=items, skips=[*listing.skips, *without_control])
+        return Images(listing.source, masks, controls, add_captions(listing, part.text), listing.skips, ())
+
+
+def check_controls(part: ImageSet) -> None:
+    """Raise UserError if control images are the targets themselves, or if the targets lie among them."""
+    source = part.source.resolve()
+    for folder in part.controls:
+        if folder.resolve() in (source, *source.parents):
+            raise UserError(
+                f"--control {folder}: holds SOURCE {part.source} itself. Targets and control images need folders of "
+                "their own."
+            )
 
 
 @contextmanager
@@ -147,25 +173,38 @@ def join(where: str, found: Mapping[str, Images], facts: tuple[SetFacts, ...]) -
 
 
 class HasSource(Protocol):
-    """Where the images of a set come from, and its masks."""
+    """Where the images of a set come from, its masks and its control images."""
 
     @property
     def source(self) -> Source: ...
     @property
-    def masks(self) -> Masks | None: ...
+    def masks(self) -> Partners | None: ...
+    @property
+    def controls(self) -> tuple[Partners, ...]: ...
 
 
-def join_sources(where: str, sets: Mapping[str, HasSource]) -> tuple[Source, Masks | None]:
-    """The sources of several sets as one, and their masks; None: no set has any."""
-    found = {name: own.masks for name, own in sets.items() if own.masks is not None}
-    source = Joined(where, {name: own.source for name, own in sets.items()})
+def join_sources(where: str, sets: Mapping[str, HasSource]) -> tuple[Source, Partners | None, tuple[Partners, ...]]:
+    """The sources of several sets as one, their masks (None: no set has any), and their control images.
+
+    All sets have as many control images.
+    """
+    masks = {name: own.masks for name, own in sets.items() if own.masks is not None}
+    controls = zip(*(own.controls for own in sets.values()), strict=True)
+    return (
+        Joined(where, {name: own.source for name, own in sets.items()}),
+        join_partners(where, masks) if masks else None,
+        tuple(join_partners(where, dict(zip(sets, own, strict=True))) for own in controls),
+    )
+
+
+def join_partners(where: str, sets: Mapping[str, Partners]) -> Partners:
+    """Partners of the images of several sets, by name, as those of one source."""
     by_stem = {
-        f"{name}/{stem}": Mask(f"{name}/{mask.key}", mask.nbytes, mask.version)
-        for name, own in found.items()
-        for stem, mask in own.by_stem.items()
+        f"{name}/{stem}": Partner(f"{name}/{partner.key}", partner.nbytes, partner.version)
+        for name, own in sets.items()
+        for stem, partner in own.by_stem.items()
     }
-    of_masks = Joined(where, {name: own.source for name, own in found.items()})
-    return source, Masks(of_masks, by_stem) if found else None
+    return Partners(Joined(where, {name: own.source for name, own in sets.items()}), by_stem)
 
 
 def join_captioned(found: Mapping[str, Captioned]) -> Captioned:

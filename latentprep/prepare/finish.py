@@ -128,6 +128,7 @@ def made_with(prepared: Prepared) -> MadeWith:
         commit=prepared.models.commit,
         exclude=options.exclude,
         masks=str(options.masks) if options.masks is not None else None,
+        control=tuple(map(str, options.controls)),
         device=", ".join(prepared.where.devices),
         batch_size=prepared.batch_size,
         compile=options.compile,

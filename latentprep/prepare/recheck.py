@@ -38,11 +38,15 @@ def compare_source(
     rows = list(live_rows(storage, manifest))
     problems = []
     listed = frozenset(originals.keys)  # images, and folders that cannot be listed
-    hashes = hash_images(originals.source, originals.masks, ((key, nbytes) for key, nbytes, _ in rows))
+    hashes = hash_images(originals.source, originals.partners, ((key, nbytes) for key, nbytes, _ in rows))
     for (key, _, digest), found in zip(rows, hashes, strict=True):
         progress(1)
         if found is None and not listed.isdisjoint({key, *map(str, PurePosixPath(key).parents)}):
-            problems.append(Problem(key, "unreadable", "in the cache; it, its mask or its folder cannot be read now"))
+            problems.append(
+                Problem(
+                    key, "unreadable", "in the cache; it, its mask, its control image or its folder cannot be read now"
+                )
+            )
         elif found is None:
             problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
         elif found != digest:
@@ -53,7 +57,7 @@ def compare_source(
 
 
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:
-    """key, bytes (with its mask) and content hash of every image in the cache."""
+    """key, bytes (with its mask and control images) and content hash of every image in the cache."""
     for entry in manifest.shards:
         text = entry.open_text(storage)
         latents = entry.open_latents(storage)
@@ -81,7 +85,9 @@ def reencode(
     recipe = manifest.recipe.latents
     chosen, _ = choose_device(device)
     encoder = open_encoder(made_vae, recipe, chosen)
-    options = LoadOptions.from_recipe(originals.source, manifest.latent.factor, originals.masks, recipe)
+    options = LoadOptions.from_recipe(
+        originals.source, manifest.latent.factor, originals.masks, recipe, controls=originals.controls
+    )
     problems, worst = [], 0.0
     for entry, number, row in sample_rows(manifest, count, seed):
         words = entry.open_text(storage).groups[number]
@@ -129,7 +135,7 @@ def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> V
 def encode_row(
     key: str, nbytes: int, group: LatentGroup, row: int, options: LoadOptions, vae: ImageEncoder
 ) -> float | Skip:
-    """How far one image, encoded again, is from its row: the worst of its views, mean and std."""
+    """How far one image, encoded again, is from its row: the worst of its views and control images, mean and std."""
     height, width = group.original_size[row].tolist()
     limit_pixels(max(max_pixels(), height * width))  # whatever --max-megapixels the cache was made with
     resized = tuple(group.resized_size[row, 0].tolist())
@@ -139,15 +145,18 @@ def encode_row(
     if isinstance(pixels, Skip):
         return pixels
     worst = 0.0
-    for view, flipped in enumerate(group.flipped.tolist()):
-        seen = np.ascontiguousarray(pixels.pixels[view, :, ::-1]) if flipped else pixels.pixels[view]
-        posterior = vae.encode(seen[None])
-        spread = float(posterior.mean.std()) or 1.0  # all of one value: then the difference itself counts
-        for fresh, stored in ((posterior.mean, group.latent_mean), (posterior.std, group.latent_std)):
-            if stored is not None and fresh is not None:
-                difference = fresh[0] - stored[row, view].float()
-                found = float(difference.square().mean().sqrt()) / spread
-                worst = larger(worst, found)
+    for number, own in enumerate((pixels, *pixels.controls)):
+        mean = list(group.controls.values())[number - 1] if number else group.latent_mean
+        std = None if number else group.latent_std
+        per_crop = len(boxes) // len(own.pixels)  # a control image of another shape has crops of its own
+        for view, flipped in enumerate(group.flipped.tolist()):
+            shown = own.pixels[view // per_crop]
+            posterior = vae.encode(np.ascontiguousarray(shown[:, ::-1] if flipped else shown)[None])
+            spread = float(posterior.mean.std()) or 1.0  # all of one value: then the difference itself counts
+            for fresh, stored in ((posterior.mean, mean), (posterior.std, std)):
+                if stored is not None and fresh is not None:
+                    difference = fresh[0] - stored[row, view].float()
+                    worst = larger(worst, float(difference.square().mean().sqrt()) / spread)
     return worst
 
 

@@ -21,7 +21,7 @@ def make_recipe(options: EncodeOptions, models: Models, dtype: str, text_dtype: 
         LatentsRecipe.of(
             vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
             dtype="float32" if is_upcast else dtype, store=options.store if vae.has_std else "mean",
-            store_dtype=options.store_dtype, tiling=options.tiling,
+            store_dtype=options.store_dtype, tiling=options.tiling, num_controls=options.num_controls,
         ),
         TextRecipe.of(
             text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
@@ -52,7 +52,8 @@ def estimate_row_bytes(recipe: Recipe, models: Models, options: EncodeOptions) -
     posterior = 2 if recipe.latents.store == "mean+std" else 1
     itemsize = TORCH_DTYPES[options.store_dtype].itemsize
     num_values = options.text.prompts_per_image * models.text.num_values(options.text) if models.text else 0
-    latent = len(recipe.latents.views) * (posterior * models.vae.latent_channels * itemsize + 2)  # + 2: weight
+    per_view = posterior + options.num_controls  # latents of each view: of control images the mean
+    latent = len(recipe.latents.views) * (per_view * models.vae.latent_channels * itemsize + 2)  # + 2: weight
     cond = nbytes_of(num_values, recipe.text.store_dtype) if recipe.text.store_dtype else 0
     return RowBytes(latent, cond + 512, models.vae.factor)  # 512: key, captions and prompts
 

@@ -84,6 +84,8 @@ def check_source(
     what = f"{gone:,} of its {counted(held, 'image')} are not"
     if not gone:
         what = f"{changed:,} of its {counted(held, 'image')} have another content"
+    elif lacking := sum(skip.reason == "no_control" for skip in plan.skips):
+        what = f"{gone:,} of its {counted(held, 'image')} are not, or lack a control image ({lacking:,} do),"
     raise UserError(
         f"{options.out}: {what} in SOURCE {now}"
         + (f"; it was made from {before}" if is_other else "")

@@ -132,7 +132,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
         say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        return list(hash_images(images.source, images.masks, ((item.key, item.nbytes) for item in items)))
+        return list(hash_images(images.source, images.partners, ((item.key, item.nbytes) for item in items)))
 
     skips = [*images.skips, *images.captioned.skips]
     place = make_place(options.geometry, models.vae.factor * models.patch)
@@ -165,7 +165,9 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     return Prepared(
         options, storage, models, where, text_where, recipe, make_facts(models, recipe), manifest, tuple(known_skips),
         images,
-        LoadOptions.from_recipe(images.source, models.vae.factor, images.masks, recipe.latents, options.strict_images),
+        LoadOptions.from_recipe(
+            images.source, models.vae.factor, images.masks, recipe.latents, options.strict_images, images.controls
+        ),
         conditions, row_bytes, plan, manifest is not None and has_uncond(storage, manifest, models),
     )  # fmt: skip
 

@@ -1,24 +1,31 @@
-"""Bytes of an image file -> oriented, colour-managed, resized and cropped uint8 pixels, and the weight map."""
+"""Files of an item -> oriented, colour-managed, resized and cropped uint8 pixels, and the weight map."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from io import BytesIO
+from threading import Lock
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
+from latentprep.cache.schema import CONTROLS
 from latentprep.errors import UserError
 from latentprep.human import human_bytes
 from latentprep.prepare.images.crops import choose_crops
 from latentprep.prepare.images.decode import decode, load_mask
-from latentprep.prepare.images.pillow import DecodeError, describe, max_bytes
+from latentprep.prepare.images.pillow import DecodeError, describe, max_bytes, open_image, oriented_size
+from latentprep.prepare.plan.buckets import place_control
 from latentprep.prepare.source.content import new_hash
 from latentprep.prepare.source.door import NotRegularError, Source
-from latentprep.prepare.source.masks import Masks
+from latentprep.prepare.source.partners import Partners
 from latentprep.recipe import LatentsRecipe
-from latentprep.records import Box, Item, Pixels, Placement, Size, Skip
+from latentprep.records import NAMED_NOTES, Box, Item, Pixels, Placement, Size, Skip
 
 LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
 LARGE_BYTES = 128_000_000  # and so is a larger file, whatever its pixels
+one_large_control = Lock()  # their sizes are known as late as here, so that is_large tells nothing of them
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,7 @@ class LoadOptions:
 
     source: Source
     factor: int  # pixels of a latent pixel, each way
-    masks: Masks | None
+    masks: Partners | None
     filter: Image.Resampling
     crop: str
     crops: int
@@ -37,15 +44,24 @@ class LoadOptions:
     animated: str
     draft: bool
     strict: bool  # damaged JPEGs are skips
+    fit: str
+    upscale: bool
+    controls: tuple[Partners, ...] = ()
 
     @classmethod
     def from_recipe(
-        cls, source: Source, factor: int, masks: Masks | None, recipe: LatentsRecipe, strict: bool = False
+        cls,
+        source: Source,
+        factor: int,
+        masks: Partners | None,
+        recipe: LatentsRecipe,
+        strict: bool = False,
+        controls: tuple[Partners, ...] = (),
     ) -> "LoadOptions":
         """The options that the latents part of a recipe says; `strict` is --strict-images, which decides no numbers."""
         geometry = recipe.geometry
         return cls(
-            source, factor, masks, strict=strict,
+            source, factor, masks, strict=strict, controls=controls, fit=geometry.fit, upscale=geometry.upscale,
             filter=Image.Resampling[geometry.filter.upper()],
             crop=geometry.crop, crops=geometry.crops, seed=geometry.crop_seed or 0,
             **vars(recipe.images),
@@ -61,6 +77,29 @@ class ImageError(Exception):
     """Our own code failed on an image, which is named: a fault of this program, and no skip."""
 
 
+class Part(NamedTuple):
+    """One file of an item: of its image, its mask, or a control image."""
+
+    option: str  # whose source it is of
+    source: Source
+    key: str
+    nbytes: int  # as it was listed
+    where: str  # what begins a message of it; "" of the image itself
+    data: bytes = b""
+
+
+class Files(NamedTuple):
+    """The files of an item, read."""
+
+    image: Part
+    mask: Part | None
+    controls: list[Part]
+
+    @property
+    def parts(self) -> list[Part]:
+        return [self.image, *([self.mask] if self.mask is not None else []), *self.controls]
+
+
 def load_pixels(
     item: Item, placement: Placement, options: LoadOptions, crops: Sequence[Box] | None = None
 ) -> Pixels | Skip:
@@ -69,40 +108,81 @@ def load_pixels(
     `crops` are boxes that are known already: those of a row in a cache. Raises ImageError; UserError if the source is
     not there any more.
     """
-    masks, limit = options.masks, max_bytes()
-    mask = masks.find(item.key) if masks is not None else None
-    mask_where = masks.locate(mask) if masks is not None and mask is not None else ""
-    if mask is not None and mask.nbytes > limit:
-        return item.skip("bad_mask", f"{mask_where}: {human_bytes(mask.nbytes)}, expected at most {human_bytes(limit)}")
+    files = read_files(item, options)
+    if isinstance(files, Skip):
+        return files
+    nbytes = sum(len(part.data) for part in files.parts)
+    if nbytes != item.nbytes:
+        return item.skip("changed", f"was {item.nbytes} bytes when listed, now {nbytes}: run again")
+    where = ""
     try:
-        data = options.source.read(item.key, limit)
-        mask_data = masks.source.read(mask.key, limit) if masks is not None and mask is not None else b""
-    except NotRegularError as error:
-        return item.skip("unreadable", str(error))
-    except OSError as error:
-        check_there(options)
-        return item.skip("io_error", describe(error))
-    except MemoryError as error:
-        return item.skip("out_of_memory", describe(error))
-    if len(data) + len(mask_data) != item.nbytes:
-        return item.skip("changed", f"was {item.nbytes} bytes when listed, now {len(data) + len(mask_data)}: run again")
-    try:
-        return make_pixels(data, mask_data if mask is not None else None, item, placement, options, crops)
+        pixels = make_pixels(files, item, placement, options, crops)
+        controls = []
+        for part in files.controls:
+            where = part.where
+            controls.append(make_control(part.data, item, placement, options, pixels.crops))
     except DecodeError as error:
-        if error.reason == "not_an_image":  # it was one when it was listed
-            return item.skip("unreadable", error.detail)
-        where = f"{mask_where}: " if error.reason == "bad_mask" else ""
-        return item.skip(error.reason, where + error.detail)
+        if error.reason == "bad_mask":
+            where = files.mask.where if files.mask is not None else ""
+        # it was an image when it was listed
+        reason = "unreadable" if error.reason == "not_an_image" else error.reason
+        return item.skip(reason, where + error.detail)
     except MemoryError as error:
-        return item.skip("out_of_memory", describe(error))
+        return item.skip("out_of_memory", where + describe(error))
     except Exception as error:  # whatever it is, it is to say which image it was
-        raise ImageError(f"{item.key}: {describe(error)}") from error
+        raise ImageError(f"{item.key}: {where}{describe(error)}") from error
+    notes = dict.fromkeys((*pixels.notes, *(note for control in controls for note in control.notes)))
+    return replace(pixels, notes=tuple(notes), controls=tuple(controls))
+
+
+def read_files(item: Item, options: LoadOptions) -> Files | Skip:
+    """The bytes of an item, of its mask if it has one, and of its control images. Raises UserError."""
+    limit = max_bytes()
+    parts: list[Part] = []
+    for part in list_parts(item, options):
+        if isinstance(part, Skip):
+            return part
+        if part.where and part.nbytes > limit:
+            reason = "bad_mask" if part.option == "--weights" else "too_large"
+            detail = f"{human_bytes(part.nbytes)}, expected at most {human_bytes(limit)}"
+            return item.skip(reason, part.where + detail)
+        parts.append(part)
+    found: dict[str, list[Part]] = {"SOURCE": [], "--weights": [], "--control": []}
+    for part in parts:
+        where = part.where if part.option == "--control" else ""
+        try:
+            found[part.option].append(part._replace(data=part.source.read(part.key, limit)))
+        except NotRegularError as error:
+            return item.skip("unreadable", f"{where}{error}")
+        except OSError as error:
+            check_there(options)
+            return item.skip("io_error", where + describe(error))
+        except MemoryError as error:
+            return item.skip("out_of_memory", where + describe(error))
+    return Files(found["SOURCE"][0], next(iter(found["--weights"]), None), found["--control"])
+
+
+def list_parts(item: Item, options: LoadOptions) -> Iterator[Part | Skip]:
+    """The files of an item; a Skip if a control image is not there any more."""
+    yield Part("SOURCE", options.source, item.key, item.nbytes, "")
+    mask = options.masks.find(item.key) if options.masks is not None else None
+    if options.masks is not None and mask is not None:
+        where = f"{options.masks.locate(mask)}: "
+        yield Part("--weights", options.masks.source, mask.key, mask.nbytes, where)
+    for name, own in zip(CONTROLS, options.controls, strict=False):
+        control = own.find(item.key)
+        if control is None:
+            yield item.skip("no_control", f"{name}: no image of its path and stem")
+        else:
+            where = f"its control image {own.locate(control)}: "
+            yield Part("--control", own.source, control.key, control.nbytes, where)
 
 
 def check_there(options: LoadOptions) -> None:
-    """Raise UserError if the source, or that of the masks, is not there any more."""
-    sources = {"SOURCE": options.source} | ({"--weights": options.masks.source} if options.masks is not None else {})
-    for option, source in sources.items():
+    """Raise UserError if the source, or that of the masks or control images, is not there any more."""
+    sources = [("SOURCE", options.source), *(("--control", own.source) for own in options.controls)]
+    sources += [("--weights", options.masks.source)] if options.masks is not None else []
+    for option, source in sources:
         if not source.is_there():
             raise UserError(
                 f"{option} {source.where}: vanished while its images were read. What is encoded is kept: mount it "
@@ -111,20 +191,65 @@ def check_there(options: LoadOptions) -> None:
 
 
 def make_pixels(
-    data: bytes,
-    mask_data: bytes | None,
+    files: Files, item: Item, placement: Placement, options: LoadOptions, crops: Sequence[Box] | None
+) -> Pixels:
+    """The pixels of an image file and its mask. Raises DecodeError."""
+    notes: list[str] = []
+    rgb, alpha = decode(files.image.data, item, placement, options, notes)
+    weight = alpha if options.weights == "alpha" else None
+    if files.mask is not None:
+        weight = load_mask(files.mask.data, item.size, options.strict, notes)
+        notes.append("mask")
+    if placement.enlarges(item.size):
+        notes.append("enlarged")
+    placed = place_image(rgb, weight, item, placement, options, crops)
+    digest = new_hash()
+    for part in files.parts:
+        digest.update(part.data)
+    return Pixels(
+        placed.pixels,
+        place_weight(weight, placement.resized_size, placed.part, placed.boxes, options.factor),
+        placed.crops,
+        digest.digest(),
+        tuple(notes),
+    )
+
+
+def make_control(data: bytes, item: Item, placement: Placement, options: LoadOptions, crops: tuple[Box, ...]) -> Pixels:
+    """The pixels of a control image: `item`, `placement` and `crops` are those of its target. Raises DecodeError."""
+    with open_image(BytesIO(data)) as image:
+        size = oriented_size(image)
+    own = place_control(size, item.size, placement, options.fit, options.upscale)
+    if not isinstance(own, Placement):
+        raise DecodeError(*own)
+    control = replace(item, size=size, nbytes=len(data))
+    notes: list[str] = []
+    with one_large_control if is_large(control) else nullcontext():
+        # what is transparent in it has no weight: it is laid over a background
+        rgb, _ = decode(data, control, own, replace(options, weights="none"), notes)
+        placed = place_image(rgb, None, control, own, options, crops if own is placement else None)
+    kept = [note for note in notes if note in NAMED_NOTES] + ([] if own is placement else ["control_fitted"])
+    return Pixels(placed.pixels, None, placed.crops, notes=tuple(kept))
+
+
+class Placed(NamedTuple):
+    """An image in its bucket."""
+
+    pixels: np.ndarray  # [K,H,W,3] uint8
+    crops: tuple[Box, ...]  # K boxes in the resized image
+    part: Box  # of the resized image: what was computed of it
+    boxes: list[Box]  # the crops in that part
+
+
+def place_image(
+    rgb: Image.Image,
+    weight: Image.Image | None,
     item: Item,
     placement: Placement,
     options: LoadOptions,
     crops: Sequence[Box] | None,
-) -> Pixels:
-    """The pixels of an image file and its mask. Raises DecodeError."""
-    notes: list[str] = []
-    rgb, alpha = decode(data, item, placement, options, notes)
-    weight = alpha if options.weights == "alpha" else None
-    if mask_data is not None:
-        weight = load_mask(mask_data, item.size, options.strict, notes)
-        notes.append("mask")
+) -> Placed:
+    """A decoded image resized and cropped; to `crops`, or if that is None to those that --crop chooses."""
     size = placement.resized_size
     part: Box = (0, 0, *size)
     if not placement.enlarges(item.size):
@@ -132,18 +257,11 @@ def make_pixels(
     if crops is None:
         crops = choose_crops(rgb, weight, placement, options.crop, options.crops, options.seed, item.key)
     if placement.enlarges(item.size):  # no more than what is kept: a strip of 30000x1 would be 7,680,000x256
-        notes.append("enlarged")
         part = kept_part(crops, size)
         rgb = resize_part(rgb, size, part, options.filter)
     boxes = [(top - part[0], left - part[1], height, width) for top, left, height, width in crops]
     pixels = np.asarray(rgb)
-    return Pixels(
-        np.stack([cut(pixels, box, mode="edge") for box in boxes]),
-        place_weight(weight, size, part, boxes, options.factor),
-        tuple(crops),
-        new_hash(data + (mask_data or b"")).digest(),
-        tuple(notes),
-    )
+    return Placed(np.stack([cut(pixels, box, mode="edge") for box in boxes]), tuple(crops), part, boxes)
 
 
 def kept_part(crops: Sequence[Box], size: Size) -> Box:

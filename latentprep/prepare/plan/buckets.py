@@ -179,6 +179,22 @@ def _centre(resized: Size, bucket: Size) -> Placement:
     return Placement(bucket, resized, ((resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2, *bucket))
 
 
+def place_control(size: Size, target: Size, placement: Placement, fit: str, upscale: bool) -> Placement | Verdict:
+    """Placement of a control image in the bucket of its target, or (reason, detail) where it has none.
+
+    If both have one shape it is the target's own, so that what lies at one place in both stays at one place. Else the
+    control image is fitted to the bucket by itself.
+    """
+    if has_shape_of(size, target):
+        return placement
+    return _check_kept(size, fit_to(size, placement.bucket, fit, upscale))
+
+
+def has_shape_of(one: Size, other: Size) -> bool:
+    """Whether two images have one aspect ratio, but for one pixel of the smaller: sides of a copy are rounded."""
+    return abs(one[0] * other[1] - other[0] * one[1]) <= max(*one, *other)
+
+
 def cropped_away(placement: Placement) -> float:
     """The part of the image, 0..1, that lies outside the crop."""
     (height, width), (_, _, box_height, box_width) = placement.resized_size, placement.crop

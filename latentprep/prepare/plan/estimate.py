@@ -77,7 +77,7 @@ def measure_vae(prepared: Prepared, buckets: Counter[Size]) -> tuple[float, str]
         vae.encode(random.integers(0, 256, (*probe, 3), np.uint8))
 
     probe, seconds = measure(encode, probes, num_pixels)
-    per_pixel = seconds * len(recipe.views) / num_pixels(probe)
+    per_pixel = seconds * len(recipe.views) * (1 + (recipe.num_controls or 0)) / num_pixels(probe)
     pixels = sum(height * width * count for (height, width), count in buckets.items())
     rate = 1 / (per_pixel * height * width)
     said = f"{rate:.1f} images/s at {width}x{height}" if rate >= 1 else f"{rate:.2g} images/s at {width}x{height}"

@@ -1,13 +1,13 @@
 """The content of images as 16 bytes: what tells, once an image was read, that it is the one that was encoded."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from threading import Lock
 
 from latentprep.prepare.source.door import Source
-from latentprep.prepare.source.masks import Masks
+from latentprep.prepare.source.partners import Partners
 
 HASHERS = 4  # threads that read files; a disk has no use for more
 LARGE_BYTES = (
@@ -15,8 +15,10 @@ LARGE_BYTES = (
 )
 
 
-def hash_images(source: Source, masks: Masks | None, files: Iterable[tuple[str, int]]) -> Iterator[bytes | None]:
-    """The content hash of each image and its mask, by key and bytes of both; None where they cannot be read.
+def hash_images(
+    source: Source, partners: Sequence[Partners], files: Iterable[tuple[str, int]]
+) -> Iterator[bytes | None]:
+    """The content hash of each image and its partners, by key and bytes of all; None where they cannot be read.
 
     A file that has more bytes now is not read to its end: its hash is another in any case.
     """
@@ -24,12 +26,12 @@ def hash_images(source: Source, masks: Masks | None, files: Iterable[tuple[str, 
 
     def hash_image(file: tuple[str, int]) -> bytes | None:
         key, nbytes = file[0], max(0, file[1])
-        mask = masks.find(key) if masks is not None else None
         try:
             with large if nbytes > LARGE_BYTES else nullcontext():
                 made = new_hash(source.read(key, nbytes))
-                if masks is not None and mask is not None:
-                    made.update(masks.source.read(mask.key, nbytes))
+                for own in partners:
+                    if (partner := own.find(key)) is not None:
+                        made.update(own.source.read(partner.key, nbytes))
                 return made.digest()
         except (OSError, MemoryError):
             return None
@@ -39,5 +41,5 @@ def hash_images(source: Source, masks: Masks | None, files: Iterable[tuple[str, 
 
 
 def new_hash(data: bytes = b"") -> "hashlib.blake2b":
-    """BLAKE2b of 16 bytes, of everything in an image file and its mask."""
+    """BLAKE2b of 16 bytes, of everything in an image file, and behind it in its mask and its control images."""
     return hashlib.blake2b(data, digest_size=16)

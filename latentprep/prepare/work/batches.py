@@ -1,7 +1,7 @@
 """Units -> batches: images are decoded in threads ahead of the device, and stacked for it in the order of the unit."""
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -32,6 +32,7 @@ class Batch:
     rows: list[Row]
     inputs: list[Tensor]  # [N,H,W,3] uint8 each: what the VAE is to see, one for each view that differs
     input_of_view: list[int]
+    input_of_control: list[list[int]]  # of each control image: the input of each view
     skips: list[Skip]  # of the items since the batch before
     num_items: int  # since the batch before: its rows and the skips
 
@@ -106,7 +107,7 @@ def make_batches(
     pinned: their pixels lie in page-locked memory. CUDA copies from there while the caller goes on.
     """
     rows: list[Row] = []
-    pixels: list[np.ndarray] = []  # [K,H,W,3] of each row
+    images: list[Pixels] = []  # of each row
     skips: list[Skip] = []  # before the last row
     later: list[Skip] = []  # behind it: they count with the next batch
     for number in range(start, len(unit.items)):
@@ -115,26 +116,34 @@ def make_batches(
             later.append(result)
             continue
         if rows and (len(rows) == batch_size or rows[0].placement.bucket != placement.bucket):
-            yield Batch(unit, rows, *stack(rows, pixels, views, pinned), skips, len(rows) + len(skips))
-            rows, pixels, skips = [], [], []
+            yield make_batch(unit, rows, images, skips, views, pinned)
+            rows, images, skips = [], [], []
         skips, later = skips + later, []
-        rows.append(Row(item, placement, replace(result, pixels=result.pixels[:, :0])))
-        pixels.append(result.pixels)
+        rows.append(Row(item, placement, replace(result, pixels=result.pixels[:, :0], controls=())))
+        images.append(result)
     if rows:
-        yield Batch(unit, rows, *stack(rows, pixels, views, pinned), skips, len(rows) + len(skips))
+        yield make_batch(unit, rows, images, skips, views, pinned)
     yield End(unit, later)
 
 
-def stack(
-    rows: list[Row], pixels: list[np.ndarray], views: tuple[str, ...], pinned: bool
-) -> tuple[list[Tensor], list[int]]:
-    """What the VAE is to see of each view, [N,H,W,3] uint8, and which of these each view is.
-
-    Views that are the same for all rows are there once: images that just fit their bucket have one crop only.
-    """
-    boxes = list(zip(*(row.pixels.crops for row in rows), strict=True))  # of each crop those of all rows
-    mirrors = len(views) // len(boxes)  # views of each crop
+def make_batch(
+    unit: Unit, rows: list[Row], images: list[Pixels], skips: list[Skip], views: tuple[str, ...], pinned: bool
+) -> Batch:
+    """A batch of rows, with what the VAE is to see of them and of their control images."""
     inputs: list[Tensor] = []
+    of_view = stack(images, views, pinned, inputs)
+    controls = zip(*(image.controls for image in images), strict=True)
+    of_control = [stack(own, views, pinned, inputs) for own in controls]
+    return Batch(unit, rows, inputs, of_view, of_control, skips, len(rows) + len(skips))
+
+
+def stack(images: Sequence[Pixels], views: tuple[str, ...], pinned: bool, inputs: list[Tensor]) -> list[int]:
+    """Add to `inputs` what the VAE is to see of each view, [N,H,W,3] uint8; returns which of these each view is.
+
+    Views that are the same for all images are there once: images that just fit their bucket have one crop only.
+    """
+    boxes = list(zip(*(image.crops for image in images), strict=True))  # of each crop those of all images
+    mirrors = len(views) // len(boxes)  # views of each crop
     known: dict[tuple[object, bool], int] = {}
     input_of_view = []
     for n, view in enumerate(views):
@@ -142,8 +151,9 @@ def stack(
         same = boxes[crop], flipped
         if same not in known:
             known[same] = len(inputs)
-            images = torch.empty(len(pixels), *pixels[0].shape[1:], dtype=torch.uint8, pin_memory=pinned)
-            np.stack([own[crop][:, ::-1] if flipped else own[crop] for own in pixels], out=images.numpy())
-            inputs.append(images)
+            stacked = torch.empty(len(images), *images[0].pixels.shape[1:], dtype=torch.uint8, pin_memory=pinned)
+            pixels = [image.pixels[crop] for image in images]
+            np.stack([own[:, ::-1] if flipped else own for own in pixels], out=stacked.numpy())
+            inputs.append(stacked)
         input_of_view.append(known[same])
-    return inputs, input_of_view
+    return input_of_view

@@ -1,6 +1,6 @@
 """What comes behind the device: latents are fetched, checked and gathered into shards, and these are written."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from queue import Queue, SimpleQueue
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from latentprep.cache.latents import Latents, write_latents
-from latentprep.cache.schema import TORCH_DTYPES
+from latentprep.cache.schema import CONTROLS, TORCH_DTYPES
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
@@ -120,27 +120,30 @@ class Finisher:
     def _keep(self, encoded: Encoded, rows: UnitRows) -> list[Skip]:
         """Add the rows of a batch that are finite; the others are skips."""
         batch, recipe = encoded.batch, self.recipe
-        mean, std, too_large = self._fetch(encoded)
+        mean, std, controls, too_large = self._fetch(encoded)
         what = f"the VAE gives no finite latents in float32, or none that {recipe.store_dtype} holds"
         reason = ("out_of_memory", too_large) if too_large else ("non_finite", what)
         # after the cast: a mean of 70,000 is finite in float32 and not in a float16 cache
-        is_finite = mean.isfinite().flatten(1).all(1)
-        if std is not None:
-            is_finite &= std.isfinite().flatten(1).all(1)
+        fields = {"latent_mean": mean} | ({"latent_std": std} if std is not None else {})
+        is_finite = finite_rows(fields.values())
+        is_control_finite = finite_rows(controls.values()) if controls else is_finite
+        if recipe.store == "mean":
+            fields.pop("latent_std", None)
         skips = []
-        for n, (row, is_good) in enumerate(zip(batch.rows, is_finite.tolist(), strict=True)):
-            if is_good:
-                latents = {"latent_mean": mean[n], "latent_std": std[n] if std is not None else None}
-                if recipe.store == "mean":
-                    latents["latent_std"] = None
+        for n, row in enumerate(batch.rows):
+            if is_finite[n] and is_control_finite[n]:
+                latents = {name: values[n] for name, values in (fields | controls).items()}
                 rows.groups.setdefault(row.placement.bucket, []).append({**latents, **make_row(row, recipe.views)})
                 self.num_encoded += 1
             else:
-                skips.append(row.item.skip(*reason))
+                skips.append(row.item.skip(reason[0], "a control image: " * bool(is_finite[n]) + reason[1]))
         return skips
 
-    def _fetch(self, encoded: Encoded) -> tuple[Tensor, Tensor | None, str]:
-        """Mean and std of all views, [N,V,C,h,w] each in the store dtype, on the CPU; and Posterior.too_large."""
+    def _fetch(self, encoded: Encoded) -> tuple[Tensor, Tensor | None, dict[str, Tensor], str]:
+        """Mean and std of all views, and the mean of all views of the control images by field; Posterior.too_large.
+
+        Each [N,V,C,h,w] in the store dtype, on the CPU.
+        """
         assert self.encoder is not None
         assert isinstance(encoded.posteriors, list)
         batch, dtype = encoded.batch, TORCH_DTYPES[self.recipe.store_dtype]
@@ -148,8 +151,12 @@ class Finisher:
         views = [made[n] for n in batch.input_of_view]
         mean = torch.stack([posterior.mean for posterior in views], dim=1).to(dtype)
         stds = [posterior.std for posterior in views if posterior.std is not None]
-        too_large = next((posterior.too_large for posterior in views if posterior.too_large), "")
-        return mean, torch.stack(stds, dim=1).to(dtype) if stds else None, too_large
+        controls = {
+            name: torch.stack([made[n].mean for n in own], dim=1).to(dtype)
+            for name, own in zip(CONTROLS, batch.input_of_control, strict=False)
+        }
+        too_large = next((posterior.too_large for posterior in made if posterior.too_large), "")
+        return mean, torch.stack(stds, dim=1).to(dtype) if stds else None, controls, too_large
 
     def _end(self, end: End, writer: ThreadPoolExecutor, results: "SimpleQueue[Any]") -> None:
         """A unit is done: hand its shard to the writer, once the one before is written."""
@@ -187,6 +194,11 @@ class Finisher:
         if self.written is not None:
             self.written.result()
             self.written = None
+
+
+def finite_rows(fields: Iterable[Tensor]) -> Tensor:
+    """[N] bool: whether all numbers of a row are finite in all of the fields, [N,...] each."""
+    return torch.stack([values.isfinite().flatten(1).all(1) for values in fields]).all(0)
 
 
 def make_row(row: Row, views: tuple[str, ...]) -> dict[str, Any]:
