@@ -50,13 +50,14 @@ class LatentBatch(Generic[CondT, WeightT]):
     crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
     flipped: Tensor  # [B] bool
     cond_lengths: dict[str, Tensor] = field(default_factory=dict)  # name -> [B] int64: tokens before the padding
+    stored_control: dict[str, Tensor] = field(default_factory=dict)  # of each control image: like latent_mean
     fields: dict[str, Tensor] = field(default_factory=dict)  # name -> [B,...]: what else the cache holds of each sample
     loss_weight: float | Tensor = 1.0  # of all samples, or of each: [B] float32
     set_numbers: np.ndarray | None = None  # [B]: of the samples' sets; None: the cache has no sets
     set_names: tuple[str, ...] = ()
     member: int = 0  # of a LatentMix: the number of the dataset that the samples are from
     cond_model: CondModel | None = None  # makes cond of cond_text, if the dataset makes prompts of its own
-    dtype: torch.dtype | None = None  # of latent_sample, weight and cond, as `to` was told; None: float32
+    dtype: torch.dtype | None = None  # of latent_sample, control, weight and cond, as `to` was told; None: float32
     _drawn: Tensor | None = None
     _made_cond: dict[str, Tensor] | None = None
 
@@ -67,6 +68,8 @@ class LatentBatch(Generic[CondT, WeightT]):
         mean = self.latent_mean
         stored = "mean" if self.latent_std is None else "mean and std"
         parts = [f"{counted(len(self), 'sample')} of {show_shape(mean.shape[1:])} {show_dtype(mean.dtype)}, {stored}"]
+        if self.stored_control:
+            parts.append(counted(len(self.stored_control), "control image"))
         if self.stored_cond is not None:
             parts.append(f"cond {show_tensors(self.stored_cond)}")
         elif self.cond_model is not None:
@@ -112,6 +115,17 @@ class LatentBatch(Generic[CondT, WeightT]):
                 sample = draw_sample(self.latent_mean, self.latent_std, self.noise_seed)
                 self._drawn = self.normalization.apply(sample, in_place=True)
         return self._drawn.to(self.dtype or torch.float32)
+
+    @property
+    def control(self) -> list[Tensor] | None:
+        """Latents of each sample's control images, one or more: [B,C,h,w] each, like latent_sample; None without.
+
+        In the order of --control. There is no draw: they are the posterior's mean, as editing pipelines take it.
+        """
+        if not self.stored_control:
+            return None
+        means = (mean.float() for mean in self.stored_control.values())
+        return [self.normalization.apply(mean).to(self.dtype or torch.float32) for mean in means]
 
     @property
     def weight(self) -> WeightT:
@@ -188,7 +202,7 @@ class LatentBatch(Generic[CondT, WeightT]):
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> "LatentBatch[CondT, WeightT]":
-        """The batch on another device; with a dtype, latent_sample, weight and cond are given in it.
+        """The batch on another device; with a dtype, latent_sample, control, weight and cond are given in it.
 
         They are computed in float32 all the same. time_ids, sizes and masks keep their types.
         `batch.to(torch.bfloat16)` changes the dtype alone.

@@ -221,6 +221,11 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         return self._index.num_images
 
     @property
+    def num_controls(self) -> int:
+        """Control images of each image: batch.control has their latents."""
+        return self._reader.num_controls
+
+    @property
     def buckets(self) -> list[Shape]:
         """[C,h,w] of the latents of each bucket."""
         return self._index.buckets
@@ -236,6 +241,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
             *([f"{counted(len(self.sets), 'set')} {' '.join(shown)}"] if self.sets else []),
             f"{counted(len(self.buckets), 'bucket')} {' '.join(sizes)}",
             counted(self._reader.num_views, "view"),
+            *([counted(self.num_controls, "control image")] if self.num_controls else []),
             self.latent_sampling_method,
         ]
         return f"LatentDataset({shortened(self.storage.root, 200)}: {', '.join(parts)}, {self._describe_cond()})"

@@ -198,6 +198,11 @@ def check_datasets(datasets: Any) -> None:
     for number, data in enumerate(datasets):
         if not isinstance(data, LatentDataset):
             raise UserError(f"LatentMix: [{number}] is a {type(data).__name__}, expected a LatentDataset.")
+        if data.num_controls != datasets[0].num_controls:
+            raise UserError(
+                f"LatentMix: [{number}] has {counted(data.num_controls, 'control image')} of each image, [0] has "
+                f"{datasets[0].num_controls}. Give datasets that have as many."
+            )
 
 
 def check_proportions(proportions: Any, count: int) -> tuple[float, ...] | None:

@@ -19,7 +19,7 @@ from latentprep.read.order import Batches
 from latentprep.read.prompts import Prompts
 from latentprep.read.rows import OpenRows
 from latentprep.read.sets import SetTable
-from latentprep.read.shards import OpenShards
+from latentprep.read.shards import OpenShards, promised_by
 from latentprep.read.weight import take_weight
 from latentprep.records import is_flipped
 
@@ -40,6 +40,7 @@ class SampleReader:
     def __init__(self, manifest: Manifest, shards: OpenShards, prompts: Prompts, sampling: Sampling) -> None:
         self.shards, self.prompts, self.sampling = shards, prompts, sampling
         self.sets = SetTable(manifest.sets)
+        self._controls = promised_by(manifest).controls
         self._normalization = manifest.latent.normalization
         self._is_mirrored = np.array([is_flipped(view) for view in manifest.latent.views], bool)  # [V]
         self._num_mirrors = 2 if self._is_mirrored.any() else 1  # views of each crop
@@ -47,6 +48,11 @@ class SampleReader:
     @property
     def num_views(self) -> int:
         return len(self._is_mirrored)
+
+    @property
+    def num_controls(self) -> int:
+        """Control images of each image."""
+        return len(self._controls)
 
     @property
     def has_mirrored(self) -> bool:
@@ -120,6 +126,7 @@ class SampleReader:
             latent_mean=rows.take("latent_mean"),
             latent_std=rows.take_if_there("latent_std") if noise_seed is not None else None,
             noise_seed=noise_seed,
+            stored_control={name: rows.take(name) for name in self._controls},
             normalization=self._normalization,
             stored_cond=text.cond,
             cond_lengths=text.lengths,

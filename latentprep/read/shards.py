@@ -11,6 +11,7 @@ from torch import Tensor
 from latentprep.cache.group import LatentGroup, TextGroup
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.ragged import Conds, row_shape
+from latentprep.cache.schema import CONTROLS
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.read.describe import show_dtype
@@ -20,7 +21,7 @@ MAX_OPEN = 16_000  # groups, of two memory maps each: Linux allows a process 65,
 # fields that do not go into batch.fields
 KNOWN = frozenset({
     "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped", "digest",
-    "prompt_of", "nbytes", "version",
+    "prompt_of", "nbytes", "version", *CONTROLS,
 })  # fmt: skip
 
 
@@ -50,6 +51,7 @@ class OpenGroup:
                 self.of_image[name] = value
         self.others = [name for name in (*self.of_view, *self.of_image) if name not in KNOWN]
         self.mean, self.std = self.of_view["latent_mean"], self.of_view.get("latent_std")
+        self.controls = group.controls
         if "weight" not in self.of_view:  # all of the group weighs 1
             ones = torch.ones((), dtype=torch.float16)
             self.of_view["weight"] = ones.expand(count * self.num_views, *self.shape[1:])
@@ -141,7 +143,7 @@ class OpenShards:
         if not is_promised or cond != self.cond:
             raise UserError(
                 f"{where}: this shard and its text do not fit the others, or cache.json "
-                "(views, dtype, std or cond). Run latentprep verify."
+                "(views, dtype, std, control images or cond). Run latentprep verify."
             )
 
 
@@ -151,14 +153,16 @@ class Promise(NamedTuple):
     num_views: int
     dtype: str
     has_std: bool
+    controls: tuple[str, ...]  # fields
 
 
 def promised_by(manifest: Manifest) -> Promise:
     recipe = manifest.recipe.latents
-    return Promise(len(manifest.latent.views), recipe.store_dtype, recipe.store != "mean")
+    controls = CONTROLS[: recipe.num_controls or 0]
+    return Promise(len(manifest.latent.views), recipe.store_dtype, recipe.store != "mean", controls)
 
 
 def kept_by(group: OpenGroup) -> Promise:
-    dtypes = {value.dtype for value in (group.mean, group.std) if value is not None}
+    dtypes = {value.dtype for value in (group.mean, group.std, *group.controls.values()) if value is not None}
     dtype = show_dtype(group.mean.dtype) if len(dtypes) == 1 else "several"
-    return Promise(group.num_views, dtype, group.std is not None)
+    return Promise(group.num_views, dtype, group.std is not None, tuple(group.controls))
