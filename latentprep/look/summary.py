@@ -41,6 +41,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "cache": storage.root,
         "images": manifest.num_images,
         "views": list(manifest.latent.views),
+        "control_images": manifest.recipe.latents.num_controls or 0,
         "shards": len(manifest.shards),
         "bytes": {
             "latents": sum(shard.latents_file.nbytes for shard in manifest.shards),
@@ -199,6 +200,7 @@ def describe_latents(group: LatentGroup, row: int) -> dict[str, Any]:
     """Geometry and statistics of one row; of the views the first."""
     mean, std, weight = group.latent_mean[row, 0].float(), group.latent_std, group.weight
     plane = weight[row, 0].float() if weight is not None else None
+    controls = [(name, values[row, 0].float()) for name, values in group.controls.items()]
     return {
         "original_size": _list(group.original_size[row]),
         "resized_size": _list(group.resized_size[row, 0]),
@@ -206,6 +208,7 @@ def describe_latents(group: LatentGroup, row: int) -> dict[str, Any]:
         "latent_shape": list(mean.shape),
         "latent_mean": {"mean": _rounded(mean.mean((1, 2))), "std": _rounded(mean.std((1, 2)))},
         "posterior_std": _rounded(std[row, 0].float().mean((1, 2))) if std is not None else None,
+        **{name: {"mean": _rounded(own.mean((1, 2))), "std": _rounded(own.std((1, 2)))} for name, own in controls},
         "weight": {name: round(float(getattr(plane, name)()), 4) for name in ("min", "mean", "max")}
         if plane is not None
         else None,

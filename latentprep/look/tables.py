@@ -35,6 +35,8 @@ def facts_table(summary: dict[str, Any]) -> Table:
     total = sum(sizes.values())
     table = _table()
     table.add_row("images", f"{images:,}" + (f" x {len(views)} views ({', '.join(views)})" if len(views) > 1 else ""))
+    if summary["control_images"]:
+        table.add_row("control images", f"{summary['control_images']} of each image")
     table.add_row("shards", f"{summary['shards']:,}")
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in sizes.items())
     table.add_row(

@@ -14,6 +14,7 @@ from latentprep.cache.manifest import Manifest, open_manifest, read_skips
 from latentprep.cache.names import MANIFEST, SKIPPED, uncond_name
 from latentprep.cache.ragged import Conds, finite_rows, values_of
 from latentprep.cache.readers import Reading, list_waiting
+from latentprep.cache.schema import CONTROLS
 from latentprep.cache.sets import list_runs, recipe_of, take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
@@ -130,7 +131,13 @@ def check_latents(manifest: Manifest, latents: Latents, file: str) -> list[Probl
             wrong("views", f"{group.label}: flipped {group.flipped.tolist()}, expected {facts['views']}")
         if (group.latent_std is not None) != (recipe.store != "mean"):
             wrong("std", f"{group.label}: latent_std does not fit --store {recipe.store}")
-        for name in ("latent_mean", "latent_std", "weight"):
+        controls = CONTROLS[: recipe.num_controls or 0]
+        if tuple(group.controls) != controls:
+            wrong("control", f"{group.label}: has {[*group.controls]}, expected {[*controls]}")
+        for name, values in group.controls.items():
+            if values.dtype != group.latent_mean.dtype:
+                wrong("dtype", f"{group.label}/{name}: {values.dtype}, expected {recipe.store_dtype}")
+        for name in ("latent_mean", "latent_std", "weight", *group.controls):
             bad = _not_finite(getattr(group, name))
             if bad:
                 wrong("non_finite", f"{group.label}/{name}: {bad} rows")
