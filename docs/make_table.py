@@ -13,6 +13,8 @@ from latentprep.prepare.models.text_file import PIPELINES_OF_PARTS
 README = Path(__file__).parent.parent / "README.md"
 HEAD = "| model | pipeline | VAE | one file | stored of a prompt | tokens |\n|---|---|---|---|---|---|\n"
 CLIP_WINDOW = 77
+# Checkpoints in one file whose configs and tokenizers a diffusers folder gives: tests/test_split_files.py has those.
+WITH_CONFIG = dict.fromkeys(("StableDiffusion3", "Flux"), "with `--config`")
 
 
 def main() -> None:
@@ -32,7 +34,7 @@ def make_table() -> str:
 
 def make_row(family: Family) -> list[str]:
     stored = ", ".join(f"`{name}` [{','.join(shape_of(family, name))}]" for name in family.names)
-    one_file = "yes" if family.pipeline in PIPELINES_OF_PARTS.values() else "no"
+    one_file = "yes" if family.pipeline in PIPELINES_OF_PARTS.values() else WITH_CONFIG.get(family.stem, "no")
     return [family.name, f"`{family.stem}`", " or ".join(list_vaes(family)), one_file, stored, count_tokens(family)]
 
 

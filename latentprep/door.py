@@ -111,10 +111,6 @@ def is_kind(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def is_path(value: Any) -> bool:
-    return isinstance(value, str | os.PathLike)
-
-
 @cache
 def list_parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     """The arguments of a door, in their order."""
