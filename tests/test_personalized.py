@@ -106,7 +106,7 @@ def test_batches_are_what_the_ancestor_stacked(images, vae):
     )  # fmt: skip
     loader = PersonalizedDataLoader(data, latent_sampling_method="random", batch_size=3, pin_memory=False)
     orders, draws = [], []
-    for _ in range(3):
+    for _ in range(4):
         orders.append([])
         for batch in loader:
             count = len(batch.cond_text)
@@ -117,7 +117,7 @@ def test_batches_are_what_the_ancestor_stacked(images, vae):
         draws.append(data[0].latent_sample)
     captions = ["picture number 0", "picture number 1", "picture number 2", "picture number 3"]
     assert all(sorted(order) == sorted([*captions, "wide0", "wide1", "wide2", "wide3"]) for order in orders)
-    assert orders[0] != orders[1]
+    assert len({tuple(order) for order in orders}) > 1  # two of them may be equal by chance
     assert not torch.equal(draws[0], draws[1])
     plain = PersonalizedBase(images, varsize=True, model=vae)
     (batch,) = list(PersonalizedDataLoader(plain, batch_size=4))[:1]
