@@ -42,14 +42,15 @@ def token_lines(prepared: Prepared, lengths: Lengths | None, sizes: TextSizes) -
         hint = f" (--max-tokens {more} keeps more)" if more else ""
         lines.append(f"        {counted(lengths.num_cut, 'prompt')} will be cut{hint}")
     if family.length != FIXED:
-        lines.append(
-            f"        {family.name} stores each prompt at its own length: a smaller --max-tokens saves nothing"
-        )
-    elif sizes.advised is not None:
+        saves = ": a smaller --max-tokens saves nothing" if family.tokens_argument is not None else ""
+        lines.append(f"        {family.name} stores each prompt at its own length{saves}")
+    elif family.sequence is not None:
         kept = family.num_tokens(prepared.options.text.max_tokens, text.window)
+        lines.append(f"        {family.name} stores {kept:,} tokens of each prompt, padding too")
+    if family.length == FIXED and sizes.advised is not None:
         lines += [
-            f"        {family.name} stores {kept:,} tokens of each prompt, padding too. --max-tokens {sizes.advised} "
-            f"cuts none, and stores {human_bytes(sizes.with_advised)} of text.",
-            f"        But padding counts: to see the same, inference needs max_sequence_length={sizes.advised} too",
+            f"        --max-tokens {sizes.advised} cuts none, and stores {human_bytes(sizes.with_advised)} of text. "
+            "But padding counts:",
+            f"        to see the same, inference needs max_sequence_length={sizes.advised} too",
         ]
     return lines

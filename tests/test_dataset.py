@@ -174,7 +174,7 @@ def test_what_a_cache_lacks_is_said_with_the_way_to_get_it(run, images, tmp_path
     assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--store", "mean").code == 0
     with pytest.raises(UserError, match=r"holds no mirrored views. Encode with --flip."):
         LatentDataset(str(tmp_path / "c"), latent_sampling_method="deterministic", flip_p=0.5)
-    with pytest.raises(UserError, match=r"holds means only. Use 'deterministic', or encode with --store mean\+std."):
+    with pytest.raises(UserError, match=r"holds means only. Use 'deterministic'; or encode with --store mean\+std, if"):
         LatentDataset(str(tmp_path / "c"), latent_sampling_method="random")
     assert LatentDataset(str(tmp_path / "c"), latent_sampling_method="deterministic")[0].latent_std is None
     with pytest.raises(UserError, match=r"not a latent cache"):

@@ -52,12 +52,12 @@ def test_advice_where_padding_counts_is_what_following_it_gives(run, images, tmp
     )
     assert longest
     found = re.search(
-        r"stores 512 tokens of each prompt, padding too. --max-tokens (\d+) cuts none, and stores ([\d.]+) (\wB)",
+        r"stores 512 tokens of each prompt, padding too\n +--max-tokens (\d+) cuts none, and stores ([\d.]+) (\wB)",
         page,
     )
     assert found
     assert int(longest[1]) <= int(found[1]) < int(longest[1]) + 16
-    assert f"But padding counts: to see the same, inference needs max_sequence_length={found[1]} too" in page
+    assert f"But padding counts:\n        to see the same, inference needs max_sequence_length={found[1]} too" in page
     said = re.search(r"disk: about .* of latents, about ([\d.]+) (\wB) of text, 1 new shard", page)
     each = re.search(r"for each image .* of latents and ([\d.]+) (\wB) of text", page)
     assert in_bytes(*each.groups()) * 8 == pytest.approx(in_bytes(*said.groups()), rel=0.02)

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from latentprep.cache.int8 import POSITIONS, SCALE_DTYPE, dtype_of, scales_in
+from latentprep.cache.int8 import LARGEST, POSITIONS, SCALE_DTYPE, dtype_of, scales_in
 from latentprep.cache.latents import Latents
 from latentprep.cache.leftovers import list_orphans
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
@@ -171,8 +171,9 @@ def check_cond(file: str, conds: Conds, store_dtype: str | None) -> list[Problem
         bad = int((~finite_rows(value)).sum())
         if bad:
             problems.append(Problem(file, "non_finite", f"cond/{name}: {bad} prompts"))
-        if name in scales and bool((values_of(value) < 0).any()):
-            problems.append(Problem(file, "range", f"cond/{name}: below 0"))
+        least = 0 if name in scales else -LARGEST
+        if (name in scales or value.dtype == torch.int8) and bool((values_of(value) < least).any()):
+            problems.append(Problem(file, "range", f"cond/{name}: below {least}"))
     return problems
 
 

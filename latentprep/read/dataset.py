@@ -188,7 +188,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         if method != "deterministic" and not promised_by(self.manifest).has_std:
             raise UserError(
                 f"latent_sampling_method={method!r}: {root} holds means only. "
-                "Use 'deterministic', or encode with --store mean+std."
+                "Use 'deterministic'; or encode with --store mean+std, if its VAE gives a std."
             )
         if self.flip_p and not self._reader.has_mirrored:
             raise UserError(f"flip_p={self.flip_p}: {root} holds no mirrored views. Encode with --flip.")

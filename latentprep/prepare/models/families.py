@@ -313,7 +313,9 @@ FAMILIES = (
         },
         sequence="text_encoder_3",
         default_tokens=128,
+        least_tokens=2,  # its CLIPs end a prompt with a token of their own
         most_tokens=128,
+        without_pad=("text_encoder_4",),  # its pipeline gives it one
         patch=2,
     ),
     Family(
@@ -339,6 +341,7 @@ FAMILIES = (
         default_tokens=2048,
         most_tokens=2048,
         tokens_argument=None,  # its tokenizer cuts where its own config says
+        without_pad=("text_encoder",),
         one_by_one=True,
         norm_eps=1e-5,  # the config of its VAE says another (pipeline_ernie_image.py, __call__)
     ),

@@ -54,7 +54,8 @@ class Family:
     # the encoder whose tokens are counted and cut; None: they are CLIPs, which take windows
     sequence: str | None = None
     default_tokens: int = 0  # tokens kept of a prompt, unless asked for otherwise: as in the pipeline's __call__
-    most_tokens: int = 0  # what its pipeline takes at most
+    least_tokens: int = 1  # what its pipeline takes at least
+    most_tokens: int = 0  # and at most
     tokens_argument: str | None = "max_sequence_length"  # of encode_prompt; None: it takes no number of tokens
     # tokens around a prompt that are not stored; None: as many as the tokenizer is told beyond those that are kept
     hidden_tokens: int | None = None
@@ -63,6 +64,7 @@ class Family:
     pads_to_longest: bool = False
     # whether the pipeline puts prompts into a template of special tokens: then those in a caption count as such too
     has_special_tokens: bool = False
+    without_pad: tuple[str, ...] = ()  # encoders whose tokenizer needs to name no pad token
     one_by_one: bool = False  # whether what a prompt is encoded with would change its numbers
     call_defaults: tuple[str, ...] = ()  # arguments whose default is another in __call__ than in encode_prompt
     settings_of_pipeline: tuple[str, ...] = ()  # lists of layers in model_index.json that its cond depends on
@@ -101,10 +103,11 @@ class Family:
                 return self.default_tokens
             if self.tokens_argument is None:
                 raise UserError(f"--max-tokens {asked}: its pipeline takes none for {self.name}. Leave it out.")
-            if 1 <= asked <= self.most_tokens:
+            least, most = self.least_tokens, self.most_tokens
+            if least <= asked <= most:
                 return asked
-            near = min(max(asked, 1), self.most_tokens)
-            raise UserError(f"--max-tokens {asked}: {self.name} takes 1 to {self.most_tokens}. Try {near}.")
+            near = min(max(asked, least), most)
+            raise UserError(f"--max-tokens {asked}: {self.name} takes {least} to {most}. Try {near}.")
         room = window - 2
         if asked is None or asked == window:
             return room
@@ -156,7 +159,8 @@ class Family:
         if self.sequence is None:
             return max_tokens + window - 4
         # window: the T5 is left out, and CLIP has cut
-        return None if max_tokens in (window, self.most_tokens) else self.most_tokens
+        is_most = self.tokens_argument is None or max_tokens in (window, self.most_tokens)
+        return None if is_most else self.most_tokens
 
 
 def _is_there(named: object) -> bool:

@@ -97,13 +97,14 @@ class Listening:
         if not options.get("truncation"):
             return
         whole = {name: value for name, value in options.items() if name not in CUTTING}
-        self.counts.extend(lengths(tokenize(text, truncation=False, padding=False, **whole)["input_ids"]))
+        ids = tokenize(text, truncation=False, padding=False, **whole)["input_ids"]
+        self.counts.extend([len(ids)] if isinstance(text, str) else lengths(ids))
         self.__dict__["told"] = options.get("max_length")
         if len(self.counts) >= self.expected:
             raise AllHeard
 
 
-class AllHeard(Exception):  # noqa: N818
+class AllHeard(BaseException):
     """Ends the call of encode_prompt."""
 
 

@@ -18,6 +18,9 @@ from latentprep.prepare.models.load_text import KINDS, UNUSED, known_class
 TOKENIZER_CONFIG = "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"  # transformers runs it in a sandbox: it reaches no file and no code
 MAX_TEMPLATE = 2**16  # bytes; Qwen3's has 4,000
+MAX_CHAT = 2**20  # characters that it makes of one prompt, of which a caption may have 65,536
+# arguments of apply_chat_template that are for tokens, and not for the text
+OF_TOKENS = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE,
@@ -42,11 +45,11 @@ def check_tokenizer(folder: Path, kind: str, own: str, option: str) -> None:
         raise UserError(f"{option}: {folder / CHAT_TEMPLATE} has over {MAX_TEMPLATE:,} bytes, which no template has.")
 
 
-def load_tokenizer_of(folder: Path, kind: str, config: Any) -> Any:
+def load_tokenizer_of(folder: Path, kind: str, config: Any, is_padded: bool = True) -> Any:
     """A tokenizer by its class, from its known files alone, for the text encoder of this config. Raises UserError.
 
-    config: what load_text.text_config gives. The tokenizer sees a copy of its files, since from_pretrained would also
-    look at a config.json and the auto_map in it.
+    config: what load_text.text_config gives. is_padded: whether it has to name a pad token. The tokenizer sees a copy
+    of its files, since from_pretrained would also look at a config.json and the auto_map in it.
     """
     own: dict[str, Any] = {}
     vocab_size = getattr(config, "vocab_size", getattr(config, "padded_vocab_size", None))
@@ -63,11 +66,12 @@ def load_tokenizer_of(folder: Path, kind: str, config: Any) -> Any:
         with blame(f"{folder}: its files make no {kind}"):
             loaded_as = known_class(LOADED_AS.get(kind, kind), MODULES.get(kind, "transformers"))
             tokenizer = loaded_as.from_pretrained(copy, local_files_only=True)
-            tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
             size = len(tokenizer)
-    tokenizer.apply_chat_template = blamed(
-        tokenizer.apply_chat_template, f"{folder}: its files make no chat of a prompt"
-    )
+            if tokenizer.pad_token is not None:
+                tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
+    if is_padded and tokenizer.pad_token is None:
+        raise UserError(f"{folder}: names no pad_token. Set it in its tokenizer_config.json.")
+    tokenizer.apply_chat_template = bounded_chat(tokenizer.apply_chat_template, folder)
     if vocab_size is not None and size > vocab_size:
         raise UserError(f"{folder}: has {size:,} tokens, but its text encoder knows {vocab_size:,}. Download it again.")
     return tokenizer
@@ -88,12 +92,18 @@ def clip_length(folder: Path, tokenizer: Mapping[str, Any], window: int) -> int:
     return window
 
 
-def blamed(call: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A call of a library into what a model brings along, such as its chat template, with its errors as one line."""
+def bounded_chat(call: Callable[..., Any], folder: Path) -> Callable[..., Any]:
+    """apply_chat_template with the errors of a model's own template as one line, and an end to what it may write."""
+    what = f"{folder}: its files make no chat of a prompt"
 
-    def checked(*arguments: Any, **options: Any) -> Any:
+    def checked(conversation: Any, **options: Any) -> Any:
         with blame(what):
-            return call(*arguments, **options)
+            plain = {name: value for name, value in options.items() if name not in OF_TOKENS}
+            text = call(conversation, **plain, tokenize=False)
+            longest = max(map(len, [text] if isinstance(text, str) else text), default=0)
+            if longest > MAX_CHAT:
+                raise UserError(f"{what} ({longest:,} characters of one prompt, expected up to {MAX_CHAT:,}).")
+            return call(conversation, **options) if options.get("tokenize", True) else text
 
     return checked
 

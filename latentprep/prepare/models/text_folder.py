@@ -59,7 +59,10 @@ class TextFacts:
 
     def num_values(self, options: TextOptions) -> int:
         """Numbers that are stored of one prompt, all tensors together; the most, if lengths differ."""
-        num_tokens = self.family.num_tokens(options.max_tokens, self.window)
+        return self.values_of(self.family.num_tokens(options.max_tokens, self.window))
+
+    def values_of(self, num_tokens: int) -> int:
+        """The same of a prompt that has so many tokens."""
         in_sequence = self.family.stored_tokens(num_tokens, self.window)
         stores = self.family.stores
         return sum(width * (stores[name].tokens or in_sequence) for name, width in self.widths.items())
@@ -129,7 +132,12 @@ class TextFolder(TextFiles):
             tokenizer = self.load_tokenizer(part)
             if part == self.family.sequence:
                 with blame(f"{self.path}: its tokenizer does not do for {self.family.pipeline}"):
-                    TokenCounter(self, {part: tokenizer}, TextOptions()).count(["a photo"])
+                    short, long = TokenCounter(self, {part: tokenizer}, TextOptions()).count(["a", "a photo of a cat"])
+                if short >= long:
+                    raise UserError(
+                        f"{self.path}: {tokenizer_of(part)} makes no more tokens of a longer prompt, so prompts do not "
+                        "reach the text encoder. Is its chat_template.jinja whole? Download it again."
+                    )
 
     def load_tokenizers(self) -> dict[str, Any]:
         return {part: self.load_tokenizer(part) for part in self.places}
@@ -138,7 +146,8 @@ class TextFolder(TextFiles):
         """The tokenizer of an encoder. Raises UserError if its files make none."""
         place = self.places[part]
         config = text_config(place.kind, place.read_config(), str(place.config))
-        return load_tokenizer_of(place.tokenizer, self.tokenizers[part], config)
+        is_padded = part not in self.family.without_pad
+        return load_tokenizer_of(place.tokenizer, self.tokenizers[part], config, is_padded=is_padded)
 
     def describe_given(self) -> list[str]:
         """A line for each encoder that does not come from the folder."""
@@ -276,7 +285,13 @@ def width_of(
     if isinstance(stored.layers, int):
         layers = stored.layers
     elif stored.layers in family.settings_of_pipeline:
-        layers = len(settings.get(stored.layers) or pipeline_default(family, stored.layers))
+        chosen = settings.get(stored.layers) or pipeline_default(family, stored.layers)
+        if max(chosen) > there[0].num_hidden_layers:
+            raise UserError(
+                f"{where}: its pipeline takes layer {max(chosen)} of a text encoder of {there[0].num_hidden_layers}. "
+                f"Complete {stored.layers} in its model_index.json, or download it again."
+            )
+        layers = len(chosen)
     else:
         layers = getattr(there[0], stored.layers)
     widths = [width for config in there if type(width := getattr(config, stored.width, None)) is int]

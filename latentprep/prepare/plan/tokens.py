@@ -86,8 +86,10 @@ def measure_texts(prepared: Prepared, lengths: Lengths | None) -> TextSizes:
         return TextSizes(rest, is_bound=True)
 
     def count_bytes(max_tokens: int | None) -> int:
-        num_values = num_stored * text.num_values(replace(options, max_tokens=max_tokens))
-        return nbytes_of(num_values, prepared.recipe.text.store_dtype or "float32") + rest
+        return bytes_of(text.num_values(replace(options, max_tokens=max_tokens)))
+
+    def bytes_of(num_values: int) -> int:
+        return nbytes_of(num_stored * num_values, prepared.recipe.text.store_dtype or "float32") + rest
 
     now = count_bytes(options.max_tokens)
     if lengths is None or not isinstance(text, TextFiles) or text.family.sequence is None:
@@ -97,7 +99,8 @@ def measure_texts(prepared: Prepared, lengths: Lengths | None) -> TextSizes:
         options.max_tokens, text.window
     )
     if text.family.length != FIXED:
-        return TextSizes(count_bytes(enough) if is_less else now, is_bound=True)
-    if text.family.sequence in getattr(text, "left_out", ()) or not is_less:
+        return TextSizes(bytes_of(text.values_of(enough)) if is_less else now, is_bound=True)
+    cannot_ask = text.family.tokens_argument is None or enough < text.family.least_tokens
+    if text.family.sequence in getattr(text, "left_out", ()) or not is_less or cannot_ask:
         return TextSizes(now, is_bound=False)
     return TextSizes(now, False, enough, count_bytes(enough))

@@ -1,0 +1,90 @@
+"""Models of the newer families that are broken or hostile: one line that says what, and nothing that hangs."""
+
+import json
+import shutil
+
+import diffusers
+import pytest
+import torch
+
+from latentprep.errors import UserError
+from latentprep.options import TextOptions
+from latentprep.prepare.models.text_folder import open_text
+
+CPU = torch.device("cpu")
+SIZE = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
+pytestmark = pytest.mark.skipif(not hasattr(diffusers, "ErnieImagePipeline"), reason="a newer diffusers")
+
+
+@pytest.fixture
+def copy(miniature, tmp_path):
+    """Stem -> a copy of its miniature's folder."""
+    return lambda stem: shutil.copytree(miniature(stem)[1], tmp_path / stem)
+
+
+def edit(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.mark.parametrize("stem", ["ErnieImage", "HunyuanDiT", "HunyuanImage"])
+def test_a_dry_run_tries_no_number_of_tokens_where_a_family_takes_none(stem, miniature, images, tmp_path, run):
+    (images / "tall0.txt").write_text("w" * 210)
+    result = run("encode", images, "--model", miniature(stem)[1], "--out", tmp_path / "c", *SIZE, "--dry-run")
+    assert result.code == 0, result.err
+    assert "--max-tokens" not in result.out
+    result = run("encode", images, "--model", miniature(stem)[1], "--out", tmp_path / "c", *SIZE, "--max-tokens", 64)
+    assert "--max-tokens 64: its pipeline takes none for" in result.err
+
+
+def test_hidreams_llama_needs_no_pad_token_and_its_clips_two_tokens(copy):
+    folder = copy("HiDreamImage")
+    edit(folder / "tokenizer_4" / "tokenizer_config.json", pad_token=None)
+    text = open_text(folder)
+    text.check()
+    found = text.open(CPU, torch.float32, TextOptions(max_tokens=2)).encode(["a"])
+    assert found["prompt_embeds_llama3"].shape[2] == 2
+    with pytest.raises(UserError, match=r"--max-tokens 1: HiDream-I1 takes 2 to 128\. Try 2\."):
+        text.settings(TextOptions(max_tokens=1))
+
+
+def test_a_tokenizer_that_cannot_pad_is_refused(copy):
+    folder = copy("QwenImage")
+    edit(folder / "tokenizer" / "tokenizer_config.json", pad_token=None)
+    with pytest.raises(UserError, match=r"tokenizer: names no pad_token. Set it in its tokenizer_config.json.$"):
+        open_text(folder).check()
+
+
+@pytest.mark.parametrize("layers", [None, [1, 99]])
+def test_layers_that_an_encoder_does_not_have(copy, layers):
+    folder = copy("Krea2")
+    edit(folder / "model_index.json", text_encoder_select_layers=layers)
+    with pytest.raises(UserError, match=r"takes layer \d\d of a text encoder of 6. Complete text_encoder_select"):
+        open_text(folder)
+
+
+@pytest.mark.parametrize("stem", ["ZImage", "Flux2"])
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("fixed text", "prompts do not reach the text encoder. Is its chat_template.jinja whole?"),
+        ("{{ messages }}{{ 'x' * 2000000 }}", "characters of one prompt, expected up to 1,048,576"),
+    ],
+)
+def test_templates_that_ignore_prompts_or_have_no_end(copy, stem, template, message):
+    folder = copy(stem)
+    (folder / "tokenizer" / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError) as error:
+        open_text(folder).check()
+    assert message in str(error.value)
+
+
+def test_what_a_library_raises_over_a_model_is_one_line(copy, images, tmp_path, run):
+    folder = copy("CogView4")
+    tokenizer = json.loads((folder / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({**tokenizer, "post_processor": None}))
+    (images / "tall0.txt").write_text("")
+    result = run("encode", images, "--model", folder, "--out", tmp_path / "c", *SIZE)
+    assert result.code == 1
+    (line,) = [line for line in result.err.splitlines() if line.startswith("error:")]
+    assert "CogView4Pipeline cannot encode ''" in line
+    assert "Traceback" not in result.err + result.out
