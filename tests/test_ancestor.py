@@ -143,6 +143,7 @@ def test_a_vae_in_half_precision_gives_what_it_gave_under_autocast(images, vae, 
     assert all(torch.equal(before[name], after[name]) and after[name].dtype == dtype for name in before)
 
 
+@pytest.mark.slow
 def test_what_overflows_in_half_precision_is_encoded_in_float32(images, vae):
     class Overflows(HalfModel):
         def encode_first_stage(self, images):

@@ -346,6 +346,7 @@ def test_template_errors(tmp_path, content, message):
         load_template(str(path))
 
 
+@pytest.mark.slow
 def test_captions_and_expressions_without_measure(folder):
     (folder / "b.txt").write_text("cat " * 2_500_000)
     found = add_captions(list_images(open_source(folder)), TextOptions())
@@ -436,6 +437,7 @@ def test_tags_are_shuffled_behind_the_trigger(run, folder, tmp_path):
     assert "new text for 6 images; latents left alone" in changed.out
 
 
+@pytest.mark.slow
 def test_what_the_prompts_will_be_is_said_before_anything_is_encoded(run, folder):
     (folder / "empty.png").write_bytes((folder / "b.png").read_bytes())
     (folder / "empty.txt").write_text(" ")

@@ -124,6 +124,7 @@ def test_skips_of_a_killed_run_are_not_forgotten(run, images, tmp_path):
     assert files(tmp_path / "c") == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_what_is_finished_and_says_how_to_go_on(run, images, tmp_path):
     for n in range(120):
         shutil.copy(images / "wide0.png", images / f"copy{n}.png")

@@ -33,6 +33,8 @@ from latentprep.records import Placement
 from tests.conftest import SMALL, TINY, gradient, read_item
 from tests.test_encode import files, reference, rows
 
+pytestmark = pytest.mark.slow
+
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 MANY = ("--flip", "--crop", "random", "--crops", "2")
 

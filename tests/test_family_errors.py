@@ -26,6 +26,7 @@ def edit(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stem", ["ErnieImage", "HunyuanDiT", "HunyuanImage"])
 def test_a_dry_run_tries_no_number_of_tokens_where_a_family_takes_none(stem, miniature, images, tmp_path, run):
     (images / "tall0.txt").write_text("w" * 210)

@@ -253,6 +253,7 @@ def test_broken_metadata_is_one_line(folders, text):
         latentprep.encode("k.toml", **SMALL)
 
 
+@pytest.mark.slow
 def test_several_datasets_are_a_cache_each(run, folders):
     second = '\n[[datasets]]\nresolution = [96, 64]\n  [[datasets.subsets]]\n  image_dir = "reg"\n'
     (folders / "dataset.toml").write_text(TOML + second + second, encoding="utf-8")

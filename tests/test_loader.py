@@ -152,6 +152,7 @@ def test_a_state_is_of_the_ranks_that_the_loop_had(data, monkeypatch):
     assert other.state_dict() == state
 
 
+@pytest.mark.slow
 def test_a_cond_model_behind_workers_is_an_error_that_names_the_loader(data):
     def cond_model(prompts):
         return torch.zeros(len(prompts), 1, 1)

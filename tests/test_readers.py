@@ -95,7 +95,7 @@ slow = pytest.mark.slow
     [
         pytest.param(change_captions, marks=slow),
         remove_and_compact,
-        overwrite,
+        pytest.param(overwrite, marks=slow),
         pytest.param(another_encoder, marks=slow),
     ],
 )
@@ -194,6 +194,7 @@ def test_a_reader_may_not_be_allowed_to_write(run, images, tmp_path, monkeypatch
     assert readers.free(Storage(cache), ["shards/x.latents.safetensors"]) != []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["verify", "inspect"])
 def test_verify_and_inspect_are_readers_too(run, images, tmp_path, monkeypatch, command):
     """A compact that begins once they know the manifest frees nothing before they are done."""

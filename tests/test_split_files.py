@@ -20,6 +20,8 @@ from latentprep.prepare.models.text_folder import open_text
 from tests.miniatures import make_miniature
 from tests.test_single_file import configs_of, ldm_vae, make_sd1, opened, refusal
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 PROMPTS = ["a red house, snow", ""]
 STEMS = ("Flux", "ZImage", "QwenImage", "HiDreamImage", "StableDiffusion3")

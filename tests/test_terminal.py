@@ -110,6 +110,7 @@ def test_a_run_goes_on_if_nobody_listens(images, tmp_path, kind):
     assert open_manifest(Storage(tmp_path / "c")).num_images == 8
 
 
+@pytest.mark.slow
 def test_inspect_into_head_ends_quietly(run, images, tmp_path):
     run("encode", images, "--out", tmp_path / "c", *SMALL)
     line = f"{sys.executable} -m latentprep inspect {tmp_path / 'c'} --json | head -1"

@@ -36,6 +36,7 @@ def test_nothing_wrong(run, cache):
     assert result.out == f"{cache}: 8 images in 2 shards, nothing wrong\n"
 
 
+@pytest.mark.slow
 def test_every_flipped_byte_is_found(cache):
     random = np.random.default_rng(0)
     num_flips = 0
