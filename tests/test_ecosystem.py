@@ -85,7 +85,12 @@ def train(loader):
 
 @pytest.mark.parametrize(
     ("start", "persistent"),
-    [("fork", False), ("fork", True), pytest.param("spawn", False, marks=pytest.mark.long), ("spawn", True)],
+    [
+        ("fork", False),
+        ("fork", True),
+        pytest.param("spawn", False, marks=pytest.mark.long),
+        pytest.param("spawn", True, marks=pytest.mark.long),
+    ],
 )
 def test_workers_give_the_same_batches(cache, start, persistent):
     wanted = LatentLoader(open_data(cache), 3)

@@ -46,6 +46,7 @@ def two():
         forked.process.communicate()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["first", "incremental"])
 def test_two_ranks_killed_at_random_moments_end_as_one_run_that_is_not(two, images, tmp_path, phase):
@@ -88,6 +89,7 @@ def test_two_ranks_killed_at_random_moments_end_as_one_run_that_is_not(two, imag
         ends += 1
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_processes_of_two_devices_killed_at_random_moments(run, many, tmp_path):  # noqa: F811
     assert run(*Run(many, tmp_path / "whole").arguments).code == 0

@@ -163,6 +163,7 @@ def test_a_patched_script_compiles_and_defines_what_it_uses(desk, patched):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("desk", one_desk("text_to_image_lora"), indirect=True)
 def test_losses_from_a_cache_are_those_from_images(desk, patched, tmp_path):
     options = [*desk.options, "--train_batch_size", 3, "--max_train_steps", 4]
     options += ["--validation_prompt", "a house"] if desk.is_ours else []
@@ -204,6 +205,7 @@ def test_two_processes_share_an_epoch_and_its_learning_rate(desk, patched, tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_class_images_count_as_prior_loss_weight_says(desk, patched, tmp_path):
     if desk.name.startswith("text") or not desk.is_ours:
         pytest.skip("a matter of DreamBooth")
