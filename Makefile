@@ -13,7 +13,7 @@ test: $(VENV)/.installed-test
 
 # the tests that take longest: the wheel, kills and signals, true architectures, compilers
 slow: $(VENV)/.installed-test
-	$(PYTHON) -m pytest -n 2 -m "$(or $(MARK),slow)"
+	$(PYTHON) -m pytest -n 2 -m "$(or $(MARK),slow)" $(TESTS)
 
 lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .
