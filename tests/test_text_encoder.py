@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from latentprep import LatentDataset
 from latentprep.options import TextOptions
@@ -100,6 +101,18 @@ def test_a_memory_that_holds_not_one_prompt_ends_the_run_with_what_to_do(run, im
     assert run(*command).code == 0
     assert run("encode", images, "--out", tmp_path / "whole", *SMALL, "--shard-size", "30kB").code == 0
     assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["forward", "from_pretrained"])
+def test_a_memory_that_a_library_finds_full_is_no_fault_of_the_model(run, images, tmp_path, monkeypatch, name):
+    def full(*_arguments, **_options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: not enough memory")
+
+    monkeypatch.setattr(transformers.CLIPTextModel, name, full)
+    result = run("encode", images, "--out", tmp_path / "c", *SMALL)
+    assert result.code == 1
+    assert "error: --text-device cpu: its memory does not hold the text encoder and one prompt. Use " in result.err
+    assert "Download the model again" not in result.err
 
 
 def test_prompts_of_like_length_are_batched_where_padding_is_to_the_longest(flux, monkeypatch):

@@ -13,7 +13,6 @@ from torch import Tensor
 from latentprep.cache.ragged import Cond, Conds, Ragged, join_conds
 from latentprep.errors import UserError
 from latentprep.human import shortened
-from latentprep.prepare.devices import is_out_of_memory
 from latentprep.prepare.models.family import FIXED, LIST, MASK, Call, Family
 from latentprep.prepare.models.files import blame
 
@@ -74,18 +73,11 @@ def call_pipeline(pipeline: Any, family: Family, arguments: list[dict[str, Any]]
 def run(pipeline: Any, arguments: dict[str, Any], prompts: list[str]) -> Any:
     """What encode_prompt returns for P prompts.
 
-    Raises UserError for what a library raises: text encoders and tokenizers are a stranger's. Only a full memory is the
-    caller's to know.
+    Raises UserError for what a library raises: text encoders and tokenizers are a stranger's.
     """
     own = {"batch_size": len(prompts)} if "batch_size" in inspect.signature(pipeline.encode_prompt).parameters else {}
     with blame(f"--model: {type(pipeline).__name__} cannot encode {shortened(prompts[0])!r}"):
-        try:
-            return pipeline.encode_prompt(prompt=list(prompts), **arguments, **own)  # a copy: Z-Image's overwrites it
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            full = error
-    raise full
+        return pipeline.encode_prompt(prompt=list(prompts), **arguments, **own)  # a copy: Z-Image's overwrites it
 
 
 def find_mask(name: str, named: dict[str, Any]) -> Tensor | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
 from latentprep.human import printable, shortened
+from latentprep.prepare.devices import is_out_of_memory
 from latentprep.recipe import digest_of
 
 if TYPE_CHECKING:
@@ -69,12 +70,15 @@ def blame(what: str) -> Iterator[None]:
     """Turn what a library raises about a stranger's model into one line: `what`, and the library's reason.
 
     Only a call into the library stands within it. Libraries raise anything here, down to bare Exceptions of Rust code.
+    A full memory is not the model's fault, and the caller's to know.
     """
     try:
         yield
     except (UserError, MemoryError):
         raise
     except Exception as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         raise UserError(
             f"{what} ({type(error).__name__}: {_one_line(error)}). Download the model again, or save it again."
         ) from error
