@@ -18,6 +18,7 @@ import latentprep
 from latentprep.cache.normalization import Normalization
 from latentprep.cli import commands as cli
 from latentprep.prepare.devices import quiet_libraries
+from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.source import listing
 from latentprep.prepare.source.folder import Folder, file_at
 from latentprep.records import Item, Skip
@@ -229,3 +230,17 @@ def miniature(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple
         return made[stem]
 
     return make
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """The prompts that text encoders are asked for, call by call."""
+    calls: list[list[str]] = []
+    encode = TextEncoder.encode
+
+    def note(self: TextEncoder, prompts: list[str]) -> Any:
+        calls.append(list(prompts))
+        return encode(self, prompts)
+
+    monkeypatch.setattr(TextEncoder, "encode", note)
+    return calls

@@ -288,6 +288,7 @@ SCALES = "cond/prompt_embeds_scale"
     [
         (SCALES, lambda t: t.fill_(torch.nan), "non_finite", "prompts"),
         (SCALES, lambda t: -t, "range", "below 0"),
+        ("cond/prompt_embeds", lambda t: t.fill_(-128), "range", "below -127"),
         (SCALES, lambda t: None, "structure", "is not there, expected torch.float16"),
         (SCALES, lambda t: t[..., :1], "structure", "77, 1], expected torch.float16"),
         (SCALES, lambda t: t.float(), "structure", "is torch.float32"),

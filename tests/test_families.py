@@ -282,7 +282,7 @@ def test_batches_are_as_large_as_their_tokens_allow(minis):
     for name in NAMES:
         for asked in (None, 150):
             encoder = TextEncoder(open_text(minis[name].folder), CPU, torch.float32, TextOptions(max_tokens=asked))
-            sizes[name, asked] = encoder.batch_size
+            sizes[name, asked] = encoder.tokens_at_once // encoder.stored_tokens
     assert sizes["sd2", None] == sizes["sdxl", None] == 32
     assert sizes["sdxl", 150] == 16  # of two windows each
     assert sizes["flux", None] == 4

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 
 import diffusers
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
+from latentprep.prepare.models import text_folder
 from latentprep.prepare.models.text_folder import open_text
 
 CPU = torch.device("cpu")
@@ -61,6 +63,20 @@ def test_layers_that_an_encoder_does_not_have(copy, layers):
     edit(folder / "model_index.json", text_encoder_select_layers=layers)
     with pytest.raises(UserError, match=r"takes layer \d\d of a text encoder of 6. Complete text_encoder_select"):
         open_text(folder)
+
+
+@pytest.mark.parametrize("layers", ["all", [], [-1], [10**9], [True], [1] * 100_000, {"a": 1}])
+def test_layers_that_are_no_list_of_layers(copy, layers):
+    folder = copy("Krea2")
+    edit(folder / "model_index.json", text_encoder_select_layers=layers)
+    with pytest.raises(UserError, match=r"text_encoder_select_layers is .*, expected a list of layers"):
+        open_text(folder)
+
+
+def test_a_package_that_a_pipeline_does_without_in_silence_has_to_be_there(miniature, monkeypatch):
+    monkeypatch.setattr(text_folder, "find_spec", lambda name: None if name == "bs4" else find_spec(name))
+    with pytest.raises(UserError, match=r"PixArt-Sigma needs beautifulsoup4 to encode prompts\. pip install beau"):
+        open_text(miniature("PixArtSigma")[1])
 
 
 @pytest.mark.parametrize("stem", ["ZImage", "Flux2"])

@@ -183,20 +183,6 @@ def captioned(images):
     return images
 
 
-@pytest.fixture
-def encoded(monkeypatch):
-    """The prompts that the text encoder is asked for, call by call."""
-    calls = []
-    encode = TextEncoder.encode
-
-    def note(self, prompts):
-        calls.append(list(prompts))
-        return encode(self, prompts)
-
-    monkeypatch.setattr(TextEncoder, "encode", note)
-    return calls
-
-
 def texts_of(cache):
     storage = Storage(cache)
     return [e.open_text(storage) for e in open_manifest(storage).shards]

@@ -22,20 +22,6 @@ CLASSES = ("a photo of a dog", "a photo of a cat")
 
 
 @pytest.fixture
-def encoded(monkeypatch):
-    """The prompts that the text encoder is asked for, call by call."""
-    calls = []
-    encode = TextEncoder.encode
-
-    def note(self, prompts):
-        calls.append(list(prompts))
-        return encode(self, prompts)
-
-    monkeypatch.setattr(TextEncoder, "encode", note)
-    return calls
-
-
-@pytest.fixture
 def classes(images):
     """Eight images, which become four shards of two: all but one have one of two captions."""
     for n, path in enumerate(sorted(images.glob("*.png"))):

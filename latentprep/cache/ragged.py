@@ -58,7 +58,7 @@ def stack_rows(rows: Sequence[Tensor], is_ragged: bool) -> Cond:
 
 
 def finite_rows(cond: Cond) -> Tensor:
-    """[P] bool: whether all numbers of each prompt's cond are finite."""
+    """[P] bool: whether all numbers of each row are finite, of cond or of any tensor [P,...]."""
     if isinstance(cond, Ragged):
         return torch.tensor([bool(cond[n].isfinite().all()) for n in range(len(cond))], dtype=torch.bool)
     return cond.isfinite().flatten(1).all(1)

@@ -91,7 +91,7 @@ class Family:
         """text_encoder, text_encoder_2, ...; each has a tokenizer of the same number. `index` is model_index.json."""
         if self.classes:
             return sorted(self.classes)
-        return sorted(part for part in index if re.fullmatch(r"text_encoder(_\d)?", part) and _is_there(index[part]))
+        return sorted(part for part in index if re.fullmatch(r"text_encoder(_\d)?", part) and is_there(index[part]))
 
     def num_tokens(self, asked: int | None, window: int) -> int:
         """Tokens kept of a prompt: max_sequence_length, or K windows of CLIP without their starts and ends.
@@ -163,7 +163,7 @@ class Family:
         return None if is_most else self.most_tokens
 
 
-def _is_there(named: object) -> bool:
+def is_there(named: object) -> bool:
     """Whether model_index.json names a class for a part, or says that the model does without it."""
     return named not in (None, [], [None, None])
 

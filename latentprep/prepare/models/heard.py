@@ -15,7 +15,6 @@ from latentprep.prepare.models.encode_prompt import make_arguments, run
 from latentprep.prepare.models.family import Family, tokenizer_of
 from latentprep.prepare.models.load_text import make_pipeline
 
-AT_ONCE = 1024  # prompts
 NO_LIMIT = 2**20  # tokens; a tokenizer that cuts nothing says 10**30
 CUTTING = ("padding", "truncation", "max_length", "return_tensors", "return_length", "return_overflowing_tokens")
 
@@ -55,9 +54,9 @@ class HeardPrompts:
 
     def count(self, prompts: list[str]) -> np.ndarray:
         """Tokens of each whole prompt [P] int32; those that are never stored, such as a template's, do not count."""
-        at_once = 1 if self.family.one_by_one else AT_ONCE
-        batches = [self._hear(prompts[n : n + at_once])[0] for n in range(0, len(prompts), at_once)]
-        return np.array([count - self.hidden for found in batches for count in found], np.int32)
+        batches = [[prompt] for prompt in prompts] if self.family.one_by_one else [prompts]
+        counts = [count - self.hidden for batch in batches for count in self._hear(batch)[0]]
+        return np.array(counts, np.int32)
 
     def _hear(self, prompts: list[str]) -> tuple[list[int], int | None]:
         """Tokens of what the tokenizer is handed for each prompt, whole; and where it is told to cut."""

@@ -9,11 +9,11 @@ from typing import Any
 from latentprep.errors import UserError
 from latentprep.human import printable
 from latentprep.prepare.models.checkpoint import Shapes, read_dtypes, recognise
-from latentprep.prepare.models.family import Family, tokenizer_of
+from latentprep.prepare.models.family import Family, is_there, tokenizer_of
 from latentprep.prepare.models.files import read_json
 from latentprep.prepare.models.fit_text import BESIDE, PROJECTION, fit
-from latentprep.prepare.models.load_text import KINDS, check_class, check_text_config, known_class
-from latentprep.prepare.models.text_places import Place, Weights
+from latentprep.prepare.models.load_text import KINDS, check_text_config, known_class
+from latentprep.prepare.models.text_places import Place, Weights, kinds_of, named_kind
 
 QUANTIZED = re.compile(
     r"scaled_fp8|scale_weight|scale_input|comfy_quant|weight_scale|input_scale|quant_state|quant_map|absmax"
@@ -94,18 +94,18 @@ def find_place(
 
     Config and tokenizer are those of the model's folder. If it has none, they are those beside the weights.
     """
-    allowed = family.classes[part] if family.classes else tuple(KINDS)
     config, tokenizer = folder / part, folder / tokenizer_of(part)
     if not (config / "config.json").is_file():
         if not weights.path.is_dir():
             return f"{config} has no config.json"
         config, tokenizer = weights.path, tokenizer if tokenizer.is_dir() else weights.path
-    if index.get(part) in (None, [], [None, None]) or config == weights.path:
+    if not is_there(index.get(part)) or config == weights.path:
+        allowed = kinds_of(part, family)
         kind = find_kind(allowed, read_json(config / "config.json", weights.option))
         if kind is None:
             return f"is no {' or '.join(allowed)}"
     else:
-        kind = check_class(index, part, allowed, f"{option} {folder}", KINDS[allowed[0]].library)
+        kind = named_kind(part, family, index, f"{option} {folder}")
     check_text_config(read_json(config / "config.json", option), config, option)
     return Place(kind, config, tokenizer, weights, identity=(PROJECTION,) * (part in family.identity_projection))
 

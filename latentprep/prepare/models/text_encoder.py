@@ -1,6 +1,5 @@
 """The text encoders of a model at work: prompts -> cond, batch by batch."""
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,7 +9,8 @@ from latentprep.cache.ragged import Conds, join_conds, take_conds
 from latentprep.options import TextOptions
 from latentprep.prepare.devices import empty_cache, is_out_of_memory
 from latentprep.prepare.models.encode_prompt import call_pipeline, make_arguments
-from latentprep.prepare.models.family import Family, tokenizer_of
+from latentprep.prepare.models.family import tokenizer_of
+from latentprep.prepare.models.heard import CountedModel
 from latentprep.prepare.models.token_counter import TokenCounter
 from latentprep.prepare.models.windows import join
 
@@ -20,15 +20,9 @@ from latentprep.prepare.models.windows import join
 TOKENS_AT_ONCE = 32 * 77
 
 
-class TextSource(Protocol):
-    """What knows a model's family and loads its base pipeline, such as models.TextFolder."""
+class TextSource(CountedModel, Protocol):
+    """What also loads the base pipeline of its family, such as models.TextFolder."""
 
-    @property
-    def family(self) -> Family: ...
-    @property
-    def window(self) -> int: ...
-    @property
-    def pipeline_settings(self) -> Mapping[str, Any]: ...
     def load_pipeline(self, dtype: torch.dtype) -> Any: ...
 
 
@@ -62,11 +56,6 @@ class TextEncoder:
         self.windows = self.counter.windows
         self.max_tokens: int | None = self.counter.max_tokens
         self.counted: tuple[list[str], np.ndarray] = ([], np.zeros(0, np.int32))  # what was counted last
-
-    @property
-    def batch_size(self) -> int:
-        """Prompts of a batch, if each is padded to the most that it may have."""
-        return max(1, self.tokens_at_once // self.stored_tokens)
 
     @torch.inference_mode()
     def encode(self, prompts: list[str]) -> Conds:

@@ -14,7 +14,7 @@ from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.models.families import FAMILIES, find_family
-from latentprep.prepare.models.family import Family, Stored, tokenizer_of
+from latentprep.prepare.models.family import Family, Stored, is_there, tokenizer_of
 from latentprep.prepare.models.files import blame, digest_model, hash_files, read_json
 from latentprep.prepare.models.load_text import (
     MAX_LAYERS,
@@ -129,15 +129,16 @@ class TextFolder(TextFiles):
         for part, place in self.places.items():
             if part not in self.given:  # those have been compared already
                 check_encoder(place.kind, place.read_config(), place.weights.read_shapes(), place.config, part)
-            tokenizer = self.load_tokenizer(part)
-            if part == self.family.sequence:
-                with blame(f"{self.path}: its tokenizer does not do for {self.family.pipeline}"):
-                    short, long = TokenCounter(self, {part: tokenizer}, TextOptions()).count(["a", "a photo of a cat"])
-                if short >= long:
-                    raise UserError(
-                        f"{self.path}: {tokenizer_of(part)} makes no more tokens of a longer prompt, so prompts do not "
-                        "reach the text encoder. Is its chat_template.jinja whole? Download it again."
-                    )
+        tokenizers, sequence = self.load_tokenizers(), self.family.sequence
+        if sequence is None or sequence not in tokenizers:
+            return
+        with blame(f"{self.path}: its tokenizer does not do for {self.family.pipeline}"):
+            short, long = TokenCounter(self, tokenizers, TextOptions()).count(["a", "a photo of a cat"])
+        if short >= long:
+            raise UserError(
+                f"{self.path}: {tokenizer_of(sequence)} makes no more tokens of a longer prompt, so prompts do not "
+                "reach the text encoder. Is its chat_template.jinja whole? Download it again."
+            )
 
     def load_tokenizers(self) -> dict[str, Any]:
         return {part: self.load_tokenizer(part) for part in self.places}
@@ -304,8 +305,7 @@ def _is_left_out(folder: Path, part: str, index: dict[str, Any], family: Family)
     """Whether a model does without an encoder: it says so, or nobody has downloaded its T5, the largest part of all."""
     if part not in family.optional:
         return False
-    says_so = index.get(part) in (None, [], [None, None])
-    return says_so or (part == family.sequence and not (folder / part).is_dir())
+    return not is_there(index.get(part)) or (part == family.sequence and not (folder / part).is_dir())
 
 
 def _check_zeros(where: str, family: Family) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.prepare.models.checkpoint import hash_tensors, read_tensors
-from latentprep.prepare.models.family import Family, tokenizer_of
+from latentprep.prepare.models.family import Family, is_there, tokenizer_of
 from latentprep.prepare.models.files import (
     TEXT_WEIGHTS,
     check_numbers,
@@ -130,15 +130,25 @@ def own_place(folder: Path, part: str, family: Family, index: Mapping[str, Any],
             f"{option} {folder / part}: has no weights. Give them with --text-encoder, or do without: remove that "
             "folder."
         )
-    allowed = family.classes[part] if family.classes else tuple(KINDS)
-    kind = check_class(index, part, allowed, f"{option} {folder}", KINDS[allowed[0]].library)
+    kind = named_kind(part, family, index, f"{option} {folder}")
     return Place(kind, folder / part, folder / tokenizer_of(part), Weights(folder / part, option))
+
+
+def kinds_of(part: str, family: Family) -> tuple[str, ...]:
+    """The classes that an encoder may be of."""
+    return family.classes[part] if family.classes else tuple(KINDS)
+
+
+def named_kind(part: str, family: Family, index: Mapping[str, Any], where: str) -> str:
+    """The class that model_index.json names for an encoder. Raises UserError for one that it may not be of."""
+    allowed = kinds_of(part, family)
+    return check_class(index, part, allowed, where, KINDS[allowed[0]].library)
 
 
 def find_tokenizer(place: Place, index: Mapping[str, Any], name: str, where: str) -> str:
     """The class of a tokenizer: that of model_index.json, or of the folder that it is in. Raises UserError."""
     kind = KINDS[place.kind]
-    if index.get(name) not in (None, [], [None, None]):
+    if is_there(index.get(name)):
         return check_class(index, name, kind.tokenizers, where, kind.library)
     path = place.tokenizer / TOKENIZER_CONFIG
     own = read_json(path, place.weights.option).get("tokenizer_class") if path.is_file() else kind.tokenizers[0]

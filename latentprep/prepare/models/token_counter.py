@@ -10,6 +10,8 @@ from latentprep.prepare.models.clip_windows import ClipWindows
 from latentprep.prepare.models.heard import CountedModel, HeardPrompts, lengths
 from latentprep.prepare.models.load_tokenizer import read_special_tokens_as_text
 
+AT_ONCE = 1000  # prompts that a tokenizer is given
+
 
 class TokenCounter:
     """Counts tokens as the encoder of a family does that cuts prompts."""
@@ -47,6 +49,10 @@ class TokenCounter:
 
         Tokens that are never stored, such as those of a template, do not count.
         """
+        parts = [self._count(prompts[n : n + AT_ONCE]) for n in range(0, len(prompts), AT_ONCE)]
+        return np.concatenate(parts) if parts else np.zeros(0, np.int32)
+
+    def _count(self, prompts: list[str]) -> np.ndarray:
         if self.windows is not None:
             return self.windows.count_tokens(prompts)
         if self.heard is not None:

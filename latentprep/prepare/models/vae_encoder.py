@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.cache.ragged import finite_rows
 from latentprep.errors import UserError
 from latentprep.prepare.devices import BatchLimit, OutOfMemoryError, empty_cache, is_out_of_memory
 from latentprep.prepare.models.tiles import set_tiling
@@ -131,9 +132,9 @@ class VaeEncoder:
             started.wait()
             mean = fetch(started.mean)
             std = fetch(started.std) if started.std is not None else None
-            again = ~_is_finite(mean)
+            again = ~finite_rows(mean)
             if std is not None:
-                again |= ~_is_finite(std)
+                again |= ~finite_rows(std)
             if self.dtype == torch.float32:
                 return Posterior(mean, std)
             self.num_retried += int(again.sum())
@@ -249,8 +250,3 @@ class CompiledEncoder(torch.nn.Module):
                 f"--compile: torch.compile fails here ({reason}). It needs a C++ compiler such as g++, on CUDA Triton "
                 "too. Install what is missing, or leave --compile out."
             ) from error
-
-
-def _is_finite(values: Tensor) -> Tensor:
-    """[N] bool: whether all numbers of each row are finite."""
-    return values.isfinite().flatten(1).all(dim=1)

@@ -3,8 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from latentprep.cache.int8 import nbytes_of
 from latentprep.prepare.models.family import FIXED
 from latentprep.prepare.models.text_folder import TextFiles
@@ -14,7 +12,6 @@ from latentprep.prompts import make_prompts
 from latentprep.records import Row
 
 MOST_COUNTED = 50_000  # prompts, the longest in characters: some seconds (benchmarks/count_tokens.py)
-AT_ONCE = 1000  # prompts that a tokenizer is given
 STEP = 16  # of the --max-tokens that is advised
 
 
@@ -62,7 +59,7 @@ def measure_lengths(prepared: Prepared) -> Lengths | None:
         return None
     counter = text.open_counter(options.text)
     prompts = sorted(key_of, key=len, reverse=True)[:MOST_COUNTED]
-    counts = np.concatenate([counter.count(prompts[n : n + AT_ONCE]) for n in range(0, len(prompts), AT_ONCE)])
+    counts = counter.count(prompts)
     first = int(counts.argmax())
     num_cut = int((counts > counter.max_tokens).sum())
     return Lengths(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from latentprep.cache.latents import Latents, write_latents
+from latentprep.cache.ragged import finite_rows
 from latentprep.cache.schema import CONTROLS, TORCH_DTYPES
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
@@ -125,8 +126,8 @@ class Finisher:
         reason = ("out_of_memory", too_large) if too_large else ("non_finite", what)
         # after the cast: a mean of 70,000 is finite in float32 and not in a float16 cache
         fields = {"latent_mean": mean} | ({"latent_std": std} if std is not None else {})
-        is_finite = finite_rows(fields.values())
-        is_control_finite = finite_rows(controls.values()) if controls else is_finite
+        is_finite = finite_in_all(fields.values())
+        is_control_finite = finite_in_all(controls.values()) if controls else is_finite
         if recipe.store == "mean":
             fields.pop("latent_std", None)
         skips = []
@@ -196,9 +197,9 @@ class Finisher:
             self.written = None
 
 
-def finite_rows(fields: Iterable[Tensor]) -> Tensor:
+def finite_in_all(fields: Iterable[Tensor]) -> Tensor:
     """[N] bool: whether all numbers of a row are finite in all of the fields, [N,...] each."""
-    return torch.stack([values.isfinite().flatten(1).all(1) for values in fields]).all(0)
+    return torch.stack([finite_rows(values) for values in fields]).all(0)
 
 
 def make_row(row: Row, views: tuple[str, ...]) -> dict[str, Any]:
