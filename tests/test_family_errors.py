@@ -5,6 +5,7 @@ import shutil
 from importlib.util import find_spec
 
 import diffusers
+import msgspec
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from latentprep.errors import UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.models import text_folder
 from latentprep.prepare.models.text_folder import open_text
+from latentprep.recipe import TextRecipe
 
 CPU = torch.device("cpu")
 SIZE = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
@@ -71,6 +73,34 @@ def test_layers_that_are_no_list_of_layers(copy, layers):
     edit(folder / "model_index.json", text_encoder_select_layers=layers)
     with pytest.raises(UserError, match=r"text_encoder_select_layers is .*, expected a list of layers"):
         open_text(folder)
+
+
+@pytest.mark.parametrize(
+    ("half", "name", "message"),
+    [
+        ("vision_config", "depth", "its config's depth is 1000000"),
+        ("text_config", "num_hidden_layers", "its config's num_hidden_layers is 1000000"),
+        ("text_config", "hidden_size", "hidden_size is 10000000000"),
+    ],
+)
+def test_sizes_that_no_half_of_an_encoder_has(copy, half, name, message):
+    folder = copy("QwenImage")
+    path = folder / "text_encoder" / "config.json"
+    absurd = 10**10 if name == "hidden_size" else 10**6
+    edit(path, **{half: {**json.loads(path.read_text())[half], name: absurd}})
+    with pytest.raises(UserError, match=message):
+        open_text(folder)
+
+
+@pytest.mark.parametrize("tokens", [10**9, 0, -1, "7"])
+def test_a_cache_that_asks_for_absurd_padding_is_refused(tokens):
+    text = {
+        "placeholder": "", "shuffle_tags": False, "tag_drop_out": 0.0, "keep_tags": 0, "wildcards": False,
+        "prompts_per_image": 1,
+    }  # fmt: skip
+    assert msgspec.convert({**text, "pad_to": {"prompt_embeds": 256}}, TextRecipe).pad_to == {"prompt_embeds": 256}
+    with pytest.raises(msgspec.ValidationError, match="pad_to"):
+        msgspec.convert({**text, "pad_to": {"prompt_embeds": tokens}}, TextRecipe)
 
 
 def test_a_package_that_a_pipeline_does_without_in_silence_has_to_be_there(miniature, monkeypatch):
