@@ -233,5 +233,6 @@ def test_warnings_name_the_line_that_made_the_sampler_and_come_once(data):
         for _ in range(3):
             list(sampler)
             repr(sampler)
-    assert "drop_last=True leaves out" in str(said[0].message)
-    assert [Path(warning.filename).name for warning in said] == [Path(__file__).name]
+    # other libraries' threads may warn meanwhile
+    ours = [warning for warning in said if "drop_last=True leaves out" in str(warning.message)]
+    assert [Path(warning.filename).name for warning in ours] == [Path(__file__).name]
