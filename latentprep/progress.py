@@ -2,6 +2,7 @@
 
 import sys
 import time
+from functools import cache
 from typing import Any, Protocol, Self
 
 from latentprep.errors import UserError
@@ -57,6 +58,18 @@ def make_bar(kind: Any, total: int | None, stage: str, unit: str, disable: bool)
     if kind is None:
         from tqdm import tqdm as kind
 
+    bar = bar_class(kind)(
+        total=total, desc=stage, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, smoothing=0.1,
+        file=sys.stderr, disable=disable,
+    )  # fmt: skip
+    bar.initial = 0  # a bar that is not shown has none
+    return bar
+
+
+@cache
+def bar_class(kind: Any) -> Any:
+    """A class of bars for one of tqdm's. It is made once: tqdm starts a thread for each class, which never ends."""
+
     class Bar(kind):  # type: ignore[misc,valid-type]
         """Says what the run waits for only if there is room beside the bar."""
 
@@ -69,12 +82,7 @@ def make_bar(kind: Any, total: int | None, stage: str, unit: str, disable: bool)
                 said = said if len(whole) <= columns else said.partition("waited")[0]
             return {**found, "postfix": said.rstrip("; ").replace("; ", ", ") or None}
 
-    bar = Bar(
-        total=total, desc=stage, unit=unit, unit_scale=unit == "B", dynamic_ncols=True, smoothing=0.1,
-        file=sys.stderr, disable=disable,
-    )  # fmt: skip
-    bar.initial = 0  # a bar that is not shown has none
-    return bar
+    return Bar
 
 
 class Lines:

@@ -8,10 +8,12 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
 from contextlib import contextmanager
 
 import pytest
 
+import latentprep
 from latentprep import progress
 from latentprep.cli.terminal import Terminal
 from latentprep.prepare.outcome import collect
@@ -136,3 +138,12 @@ def test_a_run_in_a_terminal_shows_whole_lines(images, tmp_path, columns):
     assert len(bars) > 3
     assert all(len(line) < columns and line.endswith("]") for line in bars)
     assert "1 skipped" in [line for line in bars if line.startswith("latents")][-1]
+
+
+def test_runs_leave_no_threads_behind(images, tmp_path):
+    """tqdm starts one for each class of bars."""
+    options = {"model": "tiny", "resolution": 64, "progress": False}
+    latentprep.encode(images, tmp_path / "first", **options)
+    before = threading.active_count()
+    latentprep.encode(images, tmp_path / "second", **options)
+    assert threading.active_count() == before
