@@ -190,10 +190,10 @@ def test_a_text_that_fails_leaves_its_latents_to_the_next_run(encode, tmp_path, 
     wanted = whole(encode, tmp_path)
     compose = text.Run._compose
 
-    def fails(self, rows, groups, dead):
+    def fails(self, rows, *others):
         if any(row.key == "tall0.png" for row in rows):
             raise ZeroDivisionError("a fault")
-        return compose(self, rows, groups, dead)
+        return compose(self, rows, *others)
 
     monkeypatch.setattr(text.Run, "_compose", fails)
     results = [encode(rank, 2, code=None) for rank in range(2)]
@@ -217,18 +217,20 @@ def test_two_ranks_that_end_at_the_same_moment(images, tmp_path, monkeypatch):
     found = []
 
     def one(rank):
-        found.append(
-            latentprep.encode(
-                images, tmp_path / "c", model="tiny", resolution=64, shard_size="15kB", rank=rank, world_size=3,
-                progress=False,
-            )
-        )  # fmt: skip
+        options = {"model": "tiny", "resolution": 64, "shard_size": "15kB", "rank": rank, "world_size": 3}
+        try:
+            found.append(latentprep.encode(images, tmp_path / "c", progress=False, **options))
+        except BaseException as error:
+            barrier.abort()  # the others would wait for ever
+            found.append(error)
+            raise
 
     threads = [threading.Thread(target=one, args=(rank,)) for rank in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
+    assert [type(result).__name__ for result in found] == ["Encoded"] * 3, found
     assert [(result.absent, result.num_cached, result.ok) for result in found] == [((), 8, True)] * 3
     assert latentprep.verify(tmp_path / "c", progress=False).ok
 
