@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
 from latentprep import LatentDataset, LatentLoader
+from latentprep.cache.cond import open_uncond, write_uncond
 from latentprep.cache.int8 import dtype_of, nbytes_of, pack, store_as, unpack
 from latentprep.cache.manifest import Uncond, commit, open_manifest
 from latentprep.cache.ragged import values_of
 from latentprep.cache.storage import Storage
-from latentprep.cache.text import open_uncond, write_text, write_uncond
+from latentprep.cache.text import write_text
 from latentprep.prepare.devices import quiet_libraries
 
 ORDINARY = 5  # times the median channel: what is above is an outlier

@@ -23,13 +23,14 @@ import torch
 import typer
 
 from latentprep import LatentDataset, LatentLoader
+from latentprep.cache.cond import write_uncond
 from latentprep.cache.group import LatentGroup, TextGroup
 from latentprep.cache.latents import Latents, write_latents
 from latentprep.cache.manifest import LatentFacts, MadeWith, Manifest, Uncond, commit
 from latentprep.cache.normalization import Normalization
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
-from latentprep.cache.text import Text, write_text, write_uncond
+from latentprep.cache.text import Text, write_text
 from latentprep.geometry import Geometry
 from latentprep.options import ImageOptions, TextOptions
 from latentprep.recipe import LatentsRecipe, Recipe, TextRecipe

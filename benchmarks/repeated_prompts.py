@@ -2,8 +2,8 @@
 
     python benchmarks/repeated_prompts.py                      # 100,000 images, FLUX.1 at 1024
 
-For each way that captions may be: prompts that are stored (each once a shard) and their bytes, against once a cache;
-prompts that are encoded if each shard encodes its own, against those that a run encodes (plan/shared.py).
+For each way that captions may be: prompts that are encoded and stored if each shard has its own, and their bytes;
+against those of a run, where each prompt of several shards is in one cond file (plan/shared.py).
 """
 
 import random
@@ -57,14 +57,14 @@ def main(
         "one class prompt": lambda n: 0,
         "1,000 class captions": lambda n: draw.randrange(1000),
     }
-    print(f"{'':24}{'distinct':>10}{'stored':>10}{'stored GB':>11}{'once GB':>9}{'encoded a shard':>17}{'encoded':>9}")
+    print(f"{'':24}{'a shard its own':>16}{'GB':>8}{'a run':>10}{'GB':>8}")
     for name, caption_of in captions.items():
         caption = [caption_of(n) for n in range(count)]
         of_shard = [{caption[n] for n in shard} for shard in shards]
         stored = Counter(prompt for prompts in of_shard for prompt in prompts)
         print(
-            f"{name:24}{len(stored):>10,}{stored.total():>10,}{stored.total() * nbytes / 1e9:>11,.1f}"
-            f"{len(stored) * nbytes / 1e9:>9,.1f}{stored.total():>17,}{len(stored):>9,}"
+            f"{name:24}{stored.total():>16,}{stored.total() * nbytes / 1e9:>8,.1f}"
+            f"{len(stored):>10,}{len(stored) * nbytes / 1e9:>8,.1f}"
         )
 
 

@@ -8,10 +8,11 @@ import torch
 from torch.utils.data import DataLoader
 
 from latentprep import BucketBatchSampler, LatentDataset
+from latentprep.cache.cond import write_uncond
 from latentprep.cache.manifest import Uncond, commit, open_manifest
 from latentprep.cache.ragged import Ragged, pad
 from latentprep.cache.storage import Storage
-from latentprep.cache.text import write_text, write_uncond
+from latentprep.cache.text import write_text
 from latentprep.errors import UserError
 from latentprep.read.cond import finish_cond
 from tests.conftest import SMALL

@@ -11,10 +11,10 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentprep import LatentDataset
+from latentprep.cache.cond import open_uncond
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.schema import LATENTS
 from latentprep.cache.storage import Storage
-from latentprep.cache.text import open_uncond
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import SMALL, TINY, gradient, make_model

@@ -11,9 +11,10 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from latentprep import LatentDataset
+from latentprep.cache.cond import open_uncond, write_uncond
 from latentprep.cache.manifest import Uncond, commit, open_manifest, read_skips
 from latentprep.cache.storage import Storage
-from latentprep.cache.text import open_uncond, write_text, write_uncond
+from latentprep.cache.text import write_text
 from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.text_encoder import TextEncoder

@@ -50,7 +50,7 @@ def compact(storage: Storage, min_share: float) -> Compacted:
                 damaged.append(str(error))
         shards.append(made)
     kept = [shard for shard in shards if shard is not None]
-    result = replace(manifest, shards=kept)
+    result = manifest.having(kept)
     if kept != manifest.shards:
         commit(storage, result, skips)
     superseded = manifest.files().keys() - result.files().keys()
@@ -58,10 +58,9 @@ def compact(storage: Storage, min_share: float) -> Compacted:
     if not storage.is_local:
         free(storage, superseded, result.files())
     kept_files = [name for name in superseded if storage.exists(name)]
-    before, after = sum(shard.nbytes for shard in manifest.shards), sum(shard.nbytes for shard in kept)
     num_changed = sum(old is not new for old, new in zip(manifest.shards, shards, strict=True))
     removed = manifest.num_dead - result.num_dead
-    return Compacted(num_changed, removed, result.num_dead, before - after, len(kept_files), damaged)
+    return Compacted(num_changed, removed, result.num_dead, manifest.nbytes - result.nbytes, len(kept_files), damaged)
 
 
 def would_rewrite(shard: Shard, min_share: float = MIN_SHARE) -> bool:
@@ -82,4 +81,4 @@ def _rewrite(storage: Storage, shard: Shard) -> Shard | None:
     text_id = make_text_id(new, rows, recipe)
     sets = take_runs(shard.sets, shard.live_numbers())
     made = Shard(new, latents.table(), write_latents(storage, new, latents), sets=sets)
-    return made.with_text(text_id, write_text(storage, new, text_id, text))
+    return made.with_text(text_id, write_text(storage, new, text_id, text), text.cond_files)

@@ -113,7 +113,12 @@ def kept_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 
 def scales_in(conds: Mapping[str, Cond]) -> set[str]:
     """The names that are scales of others."""
-    return {f"{name}{SCALE}" for name, cond in conds.items() if cond.dtype == torch.int8}
+    return scales_of({name: cond.dtype for name, cond in conds.items()})
+
+
+def scales_of(dtypes: Mapping[str, torch.dtype]) -> set[str]:
+    """The names that are scales of others, by the number types of cond."""
+    return {f"{name}{SCALE}" for name, dtype in dtypes.items() if dtype == torch.int8}
 
 
 def check_scales(conds: Conds) -> None:

@@ -1,18 +1,29 @@
 """What runs that did not finish left behind: latents files to take up, and scraps to clear away."""
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from latentprep.cache.latents import open_latents
 from latentprep.cache.manifest import Manifest, skips_from_json
-from latentprep.cache.names import FOLDER, MANIFEST, SHARD_NAME, SKIPPED, is_ours, is_temporary, latents_name, text_name
+from latentprep.cache.names import (
+    FOLDER,
+    MANIFEST,
+    SHARD_NAME,
+    SKIPPED,
+    cond_name,
+    is_ours,
+    is_temporary,
+    latents_name,
+    text_name,
+)
 from latentprep.cache.readers import free
 from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_seal
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
+from latentprep.cache.text import open_text
 from latentprep.errors import UnreadableError, UserError
 from latentprep.records import Skip
 
@@ -32,10 +43,10 @@ class Leftover:
     def num_rows(self) -> int:
         return sum(rows for _, rows, _ in self.groups)
 
-    def check(self, storage: Storage) -> Shard | None:
+    def check(self, storage: Storage, cond_files: Collection[str] = ()) -> Shard | None:
         """The shard, if its latents are as they were written; with a text, if there is a whole one.
 
-        Raises UnreadableError.
+        `cond_files`: ids of those that are there, from which a text may borrow. Raises UnreadableError.
         """
         latents_file = _find(storage, latents_name(self.id))
         if latents_file is None:
@@ -43,9 +54,21 @@ class Leftover:
         shard = Shard(self.id, self.groups, latents_file)
         for text_id in self.text_ids:
             text_file = _find(storage, text_name(self.id, text_id))
-            if text_file is not None:
-                return shard.with_text(text_id, text_file)
+            if text_file is None:
+                continue
+            lenders = self._lenders(storage, text_id)
+            if lenders is not None and set(lenders) <= set(cond_files):
+                return shard.with_text(text_id, text_file, lenders)
         return shard
+
+    def _lenders(self, storage: Storage, text_id: str) -> tuple[str, ...] | None:
+        """Ids of the cond files that a text borrows from; None if it is not that of these latents."""
+        try:
+            return open_text(storage, self.id, text_id, self.groups).cond_files
+        except UnreadableError:
+            raise
+        except UserError:
+            return None
 
 
 def _find(storage: Storage, name: str) -> Stamp | None:
@@ -126,14 +149,18 @@ def clear_cache(storage: Storage) -> None:
     free(storage, [name for name in (*storage.names(), *storage.names(FOLDER)) if is_ours(name)])
 
 
-def find_missing(storage: Storage, shards: list[Shard]) -> dict[str, str]:
-    """id -> what is wrong, of every shard whose files are missing or have another size; no file is opened."""
+def find_missing(
+    storage: Storage, shards: list[Shard], cond_files: Mapping[str, Stamp] | None = None
+) -> dict[str, str]:
+    """id -> what is wrong, of every shard and cond file that is missing or has another size; no file is opened."""
     sizes = storage.sizes(FOLDER)
     missing = {}
-    for shard in shards:
-        for name, stamp in shard.files().items():
+    files = {shard.id: shard.files() for shard in shards}
+    files |= {name: {cond_name(name): stamp} for name, stamp in (cond_files or {}).items()}
+    for owner, own in files.items():
+        for name, stamp in own.items():
             if name not in sizes:
-                missing[shard.id] = f"{name} is missing"
+                missing[owner] = f"{name} is missing"
             elif sizes[name] != stamp.nbytes:
-                missing[shard.id] = f"{name} has {sizes[name]:,} bytes, expected {stamp.nbytes:,}"
+                missing[owner] = f"{name} has {sizes[name]:,} bytes, expected {stamp.nbytes:,}"
     return missing

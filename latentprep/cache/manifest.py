@@ -1,7 +1,7 @@
 """cache.json: what a cache consists of. Written last and atomically: what it does not name does not count."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import msgspec
 from msgspec import Meta
 
-from latentprep.cache.names import FOLDER, SHARD_NAME, SKIPPED, uncond_name
+from latentprep.cache.names import COND_ID, FOLDER, SHARD_NAME, SKIPPED, cond_name, uncond_name
 from latentprep.cache.names import MANIFEST as NAME
 from latentprep.cache.normalization import Normalization, check_channels
 from latentprep.cache.schema import FORMAT, check_format
@@ -21,6 +21,7 @@ from latentprep.human import shortened
 from latentprep.recipe import Recipe, to_json
 from latentprep.records import Skip, list_views
 
+CondId = Annotated[str, Meta(pattern=f"^{COND_ID.pattern}$")]
 MAX_DEPTH = 4  # of the arguments of a run: sets are dicts in a list, and may have lists
 
 
@@ -94,6 +95,7 @@ class Manifest:
     skipped_file: Stamp | None = None
     num_skipped: Annotated[int, Meta(ge=0)] = 0
     uncond: Uncond | None = None  # None: there is no cond
+    cond_files: dict[CondId, Stamp] = field(default_factory=dict)  # id -> those from which texts borrow cond
     sets: tuple[SetFacts, ...] = ()  # none: all images are of one source, and keys have no name of a set
 
     def __post_init__(self) -> None:
@@ -121,13 +123,25 @@ class Manifest:
         return sum(shard.num_images for shard in self.shards)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of all shards, and of the cond that they share."""
+        return sum(shard.nbytes for shard in self.shards) + sum(stamp.nbytes for stamp in self.cond_files.values())
+
+    @property
     def num_dead(self) -> int:
         return sum(len(shard.dead) for shard in self.shards)
 
     def root_files(self) -> dict[str, Stamp]:
         """The files that belong to the cache and to no shard, but cache.json."""
         files = {SKIPPED: self.skipped_file} if self.skipped_file is not None else {}
+        files |= {cond_name(name): stamp for name, stamp in self.cond_files.items()}
         return files | ({uncond_name(self.uncond.id): self.uncond.file} if self.uncond is not None else {})
+
+    def having(self, shards: list[Shard], cond_files: Mapping[str, Stamp] | None = None) -> "Manifest":
+        """With other shards, and of the cond files (its own, or others) those that they need."""
+        there = self.cond_files if cond_files is None else cond_files
+        needed = sorted({name for shard in shards for name in shard.cond_files} & there.keys())
+        return replace(self, shards=shards, cond_files={name: there[name] for name in needed})
 
     def files(self) -> dict[str, Stamp]:
         """Every file that belongs to the cache, but cache.json."""
@@ -150,6 +164,8 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     found = {"recipe": manifest.recipe.to_json(), **msgspec.to_builtins(fields)}
     if not manifest.made_with.control:  # so that caches without have the bytes that they always had
         found["made_with"].pop("control", None)
+    if not manifest.cond_files:
+        found.pop("cond_files", None)
     return found
 
 
@@ -157,9 +173,16 @@ def pack(manifest: Manifest) -> bytes:
     """The bytes of cache.json: one shard a line, and a seal at the end."""
     head = {"format": FORMAT, **manifest_to_json(replace(manifest, shards=[]))}
     del head["shards"]
-    shards = ",\n".join("  " + msgspec.json.encode(shard).decode() for shard in manifest.shards)
+    shards = ",\n".join("  " + _pack_shard(shard) for shard in manifest.shards)
     body = json.dumps(head, indent=1)[:-2] + f',\n "shards": [\n{shards}\n ],\n'
     return f"{body}{_seal(body)}".encode()
+
+
+def _pack_shard(shard: Shard) -> str:
+    fields = msgspec.to_builtins(shard)
+    if not shard.cond_files:
+        fields.pop("cond_files", None)
+    return msgspec.json.encode(fields).decode()
 
 
 def _seal(body: str) -> str:
@@ -204,9 +227,12 @@ def open_manifest(storage: Storage) -> Manifest:
     if not mark or text != body + _seal(body):
         raise UserError(f"{where}: changed since latentprep wrote it, its hash does not fit. {_remedy(storage)}")
     try:
-        return msgspec.convert(head, Manifest)
+        manifest = msgspec.convert(head, Manifest)
+        if manifest.cond_files.keys() != {name for shard in manifest.shards for name in shard.cond_files}:
+            raise ValueError("its cond_files are not those of its shards")
     except (ValueError, RecursionError) as error:  # msgspec's own is a ValueError
         raise UserError(f"{where}: not a complete manifest ({error}).") from None
+    return manifest
 
 
 def list_caches(storage: Storage) -> list[str]:

@@ -10,6 +10,8 @@ from latentprep.records import Row
 
 MANIFEST, SKIPPED = "cache.json", "skipped.jsonl"
 FOLDER = "shards"
+COND_ID = re.compile("[0-9a-f]{32}")
+COND_NAME = re.compile(rf"{FOLDER}/({COND_ID.pattern})\.cond\.safetensors")
 UNCOND_NAME = re.compile(r"uncond\.([0-9a-f]{16})\.safetensors")
 PARTIAL_NAME = re.compile(rf"{FOLDER}/(\w+)\.partial\.safetensors")
 SHARD_NAME = re.compile(rf"{FOLDER}/(\w+)\.(?:latents|(\w+)\.text)\.safetensors")
@@ -30,6 +32,10 @@ def partial_name(unit: str) -> str:
     return f"{FOLDER}/{unit}.partial.safetensors"
 
 
+def cond_name(cond_file: str) -> str:
+    return f"{FOLDER}/{cond_file}.cond.safetensors"
+
+
 def uncond_name(uncond: str) -> str:
     return f"uncond.{uncond}.safetensors"
 
@@ -44,9 +50,9 @@ def is_temporary(name: str) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a name is one that latentprep gives: of a shard's file, the empty prompt's, or one being written."""
+    """Whether a name is one that latentprep gives: to files of shards, of cond and of ranks, or while it writes."""
     return is_temporary(name) or any(
-        pattern.fullmatch(name) for pattern in (SHARD_NAME, PARTIAL_NAME, UNCOND_NAME, PART_NAME)
+        pattern.fullmatch(name) for pattern in (SHARD_NAME, COND_NAME, PARTIAL_NAME, UNCOND_NAME, PART_NAME)
     )
 
 
@@ -62,6 +68,11 @@ def make_unit_id(rows: Iterable[Row], recipe: LatentsRecipe, contents: Sequence[
 def make_text_id(shard: str, rows: Iterable[Row], recipe: Mapping[str, Any]) -> str:
     """Digest of what goes into a text file: the text recipe in JSON, and all that its rows say."""
     return digest_of([shard, recipe, [[*row.fingerprint, row.captions] for row in rows]])[:16]
+
+
+def make_cond_id(prompts: Sequence[str], recipe: TextRecipe) -> str:
+    """Digest of what goes into a cond file: its prompts, and what their cond is made by."""
+    return digest_of([FORMAT, recipe.cond, list(prompts)])
 
 
 def make_uncond_id(recipe: TextRecipe) -> str:

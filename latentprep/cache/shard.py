@@ -1,6 +1,6 @@
 """A shard: rows that are stored together, in a latents file and a text file; from its birth to its end one object."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated
 
@@ -8,7 +8,7 @@ import numpy as np
 from msgspec import Meta
 
 from latentprep.cache.latents import Latents, open_latents
-from latentprep.cache.names import latents_name, text_name
+from latentprep.cache.names import COND_ID, latents_name, text_name
 from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_stamp
 from latentprep.cache.sets import Runs
@@ -28,6 +28,7 @@ class Shard:
     text_id: Annotated[str, Meta(pattern="^[0-9A-Za-z]*$")] = ""  # "": it has no text yet
     text_file: Stamp | None = None
     dead: tuple[int, ...] = ()  # rows that count no longer, numbered through all groups, rising
+    cond_files: tuple[Annotated[str, Meta(pattern=f"^{COND_ID.pattern}$")], ...] = ()  # that its text borrows from
     sets: Runs = ()  # in a cache of several sets: the number of the set of each row, through all groups
 
     def __post_init__(self) -> None:
@@ -82,8 +83,8 @@ class Shard:
         is_live[list(self.dead)] = False
         return is_live
 
-    def with_text(self, text_id: str, text_file: Stamp) -> "Shard":
-        return replace(self, text_id=text_id, text_file=text_file)
+    def with_text(self, text_id: str, text_file: Stamp, cond_files: Sequence[str] = ()) -> "Shard":
+        return replace(self, text_id=text_id, text_file=text_file, cond_files=tuple(cond_files))
 
     def with_dead(self, dead: Iterable[int]) -> "Shard":
         return replace(self, dead=tuple(dead))

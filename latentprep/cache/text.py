@@ -1,4 +1,4 @@
-"""The text file of a shard, and the one of the empty prompt: captions, prompts and cond; written, opened, checked."""
+"""The text file of a shard: captions, prompts, and their cond or where it is; written, opened, checked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -7,27 +7,43 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentprep.cache.cond import put_prompt_cond, take_prompt_cond
 from latentprep.cache.files import check_groups, damaged, open_file, pack
 from latentprep.cache.group import TextGroup, rows_of
-from latentprep.cache.int8 import check_scales
-from latentprep.cache.names import text_name, uncond_name
-from latentprep.cache.ragged import Conds, Ragged, put_cond, stack_rows, take_cond
-from latentprep.cache.schema import COND_STORED, Groups
+from latentprep.cache.names import COND_ID, text_name
+from latentprep.cache.ragged import Conds, take_conds
+from latentprep.cache.schema import Groups
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.strings import Strings, Tensors, put_strings
 from latentprep.records import Row
 
+NOTHING = np.zeros((0, 2), np.int32)
+
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What a text file holds: its groups, and the distinct prompts of the shard with their cond."""
+    """What a text file holds: its groups, and the P distinct prompts of the shard: first Q with cond of their own.
+
+    The others borrow their cond: it stands in cond files, since other shards have these prompts too.
+    """
 
     groups: list[TextGroup]
     prompt: Sequence[str]
-    cond: Conds = field(default_factory=dict)  # name -> [P,...], a row per prompt; empty: no conditioning
-    num_tokens: np.ndarray | None = None  # [P] int32: tokens of the whole prompt, start and end included
+    cond: Conds = field(default_factory=dict)  # name -> [Q,...], a row per prompt
+    num_tokens: np.ndarray | None = None  # [Q] int32: tokens of the whole prompt, start and end included
     max_tokens: int | None = None  # the text encoder's window: longer prompts were cut
     metadata: dict[str, Any] = field(default_factory=dict)
+    cond_files: tuple[str, ...] = ()  # ids of those that it borrows from
+    borrowed: np.ndarray = field(default_factory=NOTHING.copy)  # [P-Q,2] int32: number of a cond file, row in it
+
+    @property
+    def num_own(self) -> int:
+        """Prompts whose cond is not borrowed: Q."""
+        return len(self.prompt) - len(self.borrowed)
+
+    @property
+    def has_cond(self) -> bool:
+        return bool(self.cond or self.cond_files)
 
     def rows(self) -> list[Row]:
         """What it says of every row, through all groups."""
@@ -37,16 +53,17 @@ class Text:
         """Some rows of every group, and of the prompts only those that they use; groups without rows are left out."""
         used = np.unique(np.concatenate([g.prompt_of[rows] for g, rows in zip(self.groups, live, strict=True)]))
         taken = [group.take(rows) for group, rows in zip(self.groups, live, strict=True) if len(rows)]
+        own, borrowed = used[used < self.num_own], self.borrowed[used[used >= self.num_own] - self.num_own]
+        files, numbers = np.unique(borrowed[:, 0], return_inverse=True)
         return Text(
             [group.having(prompt_of=np.searchsorted(used, group.prompt_of).astype(np.int32)) for group in taken],
             prompt=[self.prompt[n] for n in used],
-            cond={
-                name: stack_rows([value[n] for n in used.tolist()], isinstance(value, Ragged))
-                for name, value in self.cond.items()
-            },
-            num_tokens=self.num_tokens[used] if self.num_tokens is not None else None,
+            cond=take_conds(self.cond, own) if len(own) else {},
+            num_tokens=self.num_tokens[own] if self.num_tokens is not None else None,
             max_tokens=self.max_tokens,
             metadata=self.metadata,
+            cond_files=tuple(self.cond_files[n] for n in files),
+            borrowed=np.stack([numbers.astype(np.int32), borrowed[:, 1]], axis=1),
         )
 
     def pack(self) -> bytes:
@@ -55,23 +72,17 @@ class Text:
         for group in self.groups:
             group.put(tensors)
         put_strings(tensors, "prompt", self.prompt)
-        if self.num_tokens is not None:
-            tensors["num_tokens"] = torch.from_numpy(self.num_tokens)
-        put_cond(tensors, self.cond)
+        put_prompt_cond(tensors, self.cond, self.num_tokens)
+        if self.cond_files:
+            tensors["borrowed"] = torch.from_numpy(np.ascontiguousarray(self.borrowed))
+        metadata = {**self.metadata, **({"cond_files": self.cond_files} if self.cond_files else {})}
         table = [[group.label, len(group)] for group in self.groups]
-        return pack("text", tensors, {**self.metadata, "groups": table, "max_tokens": self.max_tokens})
+        return pack("text", tensors, {**metadata, "groups": table, "max_tokens": self.max_tokens})
 
 
 def write_text(storage: Storage, shard: str, text_id: str, text: Text) -> Stamp:
     """Write a text file. Raises UserError, and what a remote raises."""
     return storage.write_atomic(text_name(shard, text_id), text.pack())
-
-
-def write_uncond(storage: Storage, uncond: str, cond: Conds, metadata: dict[str, Any]) -> Stamp:
-    """Write the cond of the empty prompt, name -> [1,...]; `uncond` is the digest of what it is made by."""
-    tensors: Tensors = {}
-    put_cond(tensors, cond)
-    return storage.write_atomic(uncond_name(uncond), pack("uncond", tensors, metadata))
 
 
 def open_text(storage: Storage, shard: str, text_id: str, groups: Groups | None = None) -> Text:
@@ -87,16 +98,6 @@ def open_text(storage: Storage, shard: str, text_id: str, groups: Groups | None 
     return found
 
 
-def open_uncond(storage: Storage, uncond: str) -> tuple[dict[str, Any], Conds]:
-    """Metadata, and cond of the empty prompt, name -> [1,...]. Raises UserError like open_latents."""
-    name = uncond_name(uncond)
-    metadata, tensors = open_file(storage, name, "uncond")
-    try:
-        return metadata, _cond_of(tensors, 1)
-    except ValueError as error:
-        raise damaged(storage, name, error) from None
-
-
 def _text_of(tensors: Tensors, metadata: dict[str, Any]) -> Text:
     """The text of a file's tensors. Raises KeyError, ValueError."""
     prompt = Strings(tensors, "prompt")
@@ -104,17 +105,25 @@ def _text_of(tensors: Tensors, metadata: dict[str, Any]) -> Text:
     for group in groups:
         if group.prompt_of.size == 0 or group.prompt_of.min() < 0 or group.prompt_of.max() >= len(prompt):
             raise ValueError(f"{group.label}/prompt_of points outside the {len(prompt)} prompts")
-    num_tokens, max_tokens = tensors.get("num_tokens"), metadata.get("max_tokens")
-    if num_tokens is not None and (num_tokens.dtype != torch.int32 or list(num_tokens.shape) != [len(prompt)]):
-        raise ValueError(f"num_tokens is {num_tokens.dtype} {list(num_tokens.shape)}, expected int32 [{len(prompt)}]")
-    if (num_tokens is not None or max_tokens is not None) and not isinstance(max_tokens, int):
-        raise ValueError(f"max_tokens is {max_tokens!r}")
-    cond = _cond_of(tensors, len(prompt))
-    return Text(groups, prompt, cond, num_tokens.numpy() if num_tokens is not None else None, max_tokens, metadata)
+    cond_files, borrowed = _borrowed_of(tensors, metadata, len(prompt))
+    cond, num_tokens = take_prompt_cond(tensors, len(prompt) - len(borrowed), metadata)
+    if cond_files and len(borrowed) < len(prompt) and not cond:
+        raise ValueError("some of its prompts borrow cond, and others have none")
+    return Text(groups, prompt, cond, num_tokens, metadata.get("max_tokens"), metadata, cond_files, borrowed)
 
 
-def _cond_of(tensors: Tensors, num_prompts: int) -> Conds:
-    """The cond of a file's tensors. Raises ValueError."""
-    cond = take_cond(tensors, num_prompts, COND_STORED)
-    check_scales(cond)
-    return cond
+def _borrowed_of(tensors: Tensors, metadata: dict[str, Any], num_prompts: int) -> tuple[tuple[str, ...], np.ndarray]:
+    """The ids of the cond files that a text borrows from, and [P-Q,2] int32 where in them. Raises ValueError."""
+    files, borrowed = metadata.get("cond_files", []), tensors.get("borrowed")
+    if not isinstance(files, list) or not all(isinstance(name, str) and COND_ID.fullmatch(name) for name in files):
+        raise ValueError("its cond_files are none")
+    if borrowed is None and not files:
+        return (), NOTHING.copy()
+    if borrowed is None or borrowed.dtype != torch.int32 or borrowed.ndim != 2 or borrowed.shape[1] != 2:
+        raise ValueError("borrowed is not int32 [P,2]")
+    if not 0 < len(borrowed) <= num_prompts or len(set(files)) < len(files):
+        raise ValueError(f"borrowed has {len(borrowed)} rows for {num_prompts} prompts, of {len(files)} cond files")
+    rows = np.require(borrowed.numpy(), requirements=["C", "A"])
+    if rows.min() < 0 or rows[:, 0].max() >= len(files):
+        raise ValueError(f"borrowed points outside its {len(files)} cond files")
+    return tuple(files), rows

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from latentprep.cache.borrowed import CondFiles
 from latentprep.cache.compact import would_rewrite
 from latentprep.cache.group import LatentGroup
-from latentprep.cache.int8 import scales_in
+from latentprep.cache.int8 import scales_of
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
-from latentprep.cache.ragged import row_shape
 from latentprep.cache.sets import take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
@@ -45,7 +45,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "shards": len(manifest.shards),
         "bytes": {
             "latents": sum(shard.latents_file.nbytes for shard in manifest.shards),
-            "text": sum(shard.nbytes - shard.latents_file.nbytes for shard in manifest.shards),
+            "text": manifest.nbytes - sum(shard.latents_file.nbytes for shard in manifest.shards),
         },
         "dead_rows": manifest.num_dead,
         "dead_bytes": sum(map(dead_bytes, manifest.shards)),
@@ -131,6 +131,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     max_tokens = None
     longest: list[tuple[int, str]] = []  # of the prompts that were cut
     example = ""
+    cond_files, seen = CondFiles(storage), set[tuple[str, int]]()  # borrowed prompts that were counted
     for shard in manifest.shards:
         if not shard.num_images:
             continue
@@ -140,15 +141,19 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
             captions += len(found)
             empty += found.count("")
         example = example or text.prompt[0]
-        prompts += len(text.prompt)
-        scales = scales_in(text.cond)
-        cond = cond or {name: list(row_shape(value)) for name, value in text.cond.items() if name not in scales}
-        if text.num_tokens is not None and text.max_tokens is not None:
-            max_tokens = text.max_tokens
-            lengths.append(text.num_tokens)
-            too_long = np.flatnonzero(text.num_tokens > max_tokens).tolist()
+        of_text = cond_files.of(text)
+        new = [n for n, place in enumerate(of_text.places()) if place not in seen]
+        seen.update(place for place in of_text.places() if place is not None)
+        prompts += len(new)
+        scales = scales_of({name: dtype for name, (dtype, _) in of_text.kinds.items()})
+        cond = cond or {name: list(shape) for name, (_, shape) in of_text.kinds.items() if name not in scales}
+        num_tokens = of_text.num_tokens
+        if num_tokens is not None and of_text.max_tokens is not None:
+            max_tokens = of_text.max_tokens
+            lengths.append(num_tokens[new])
+            too_long = [n for n in new if num_tokens[n] > max_tokens]
             cut += len(too_long)
-            longest = nlargest(5, {*longest, *((int(text.num_tokens[n]), text.prompt[n]) for n in too_long)})
+            longest = nlargest(5, {*longest, *((int(num_tokens[n]), text.prompt[n]) for n in too_long)})
     tokens_all = np.concatenate(lengths) if lengths else None
     return {
         "captions": captions,
@@ -177,6 +182,7 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
                 continue
             group = shard.open_latents(storage).groups[number]
             chosen = words.prompt_of[row].tolist()
+            num_tokens = CondFiles(storage).of(text).num_tokens
             return {
                 "key": key,
                 "shard": shard.latents_name,
@@ -186,7 +192,7 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
                 **describe_latents(group, row),
                 "caption": words.caption[row],
                 "prompt": [text.prompt[n] for n in chosen],
-                "tokens": text.num_tokens[chosen].tolist() if text.num_tokens is not None else None,
+                "tokens": num_tokens[chosen].tolist() if num_tokens is not None else None,
             }
     for skip in read_skips(storage):
         if skip.key == key:

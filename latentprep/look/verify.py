@@ -7,19 +7,22 @@ from functools import partial
 
 import torch
 
+from latentprep.cache.borrowed import CondFiles
+from latentprep.cache.cond import open_cond, open_uncond
 from latentprep.cache.int8 import LARGEST, POSITIONS, SCALE_DTYPE, dtype_of, scales_in
 from latentprep.cache.latents import Latents
 from latentprep.cache.leftovers import list_orphans
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
-from latentprep.cache.names import MANIFEST, SKIPPED, uncond_name
+from latentprep.cache.names import MANIFEST, SKIPPED, cond_name, uncond_name
 from latentprep.cache.ragged import Conds, finite_rows, values_of
 from latentprep.cache.readers import Reading, list_waiting
 from latentprep.cache.schema import CONTROLS
 from latentprep.cache.sets import list_runs, recipe_of, take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
-from latentprep.cache.text import Text, open_uncond
+from latentprep.cache.text import Text
 from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.records import Problem, is_flipped, set_of
 
 THREADS = 4  # hashing one file a thread; more gain nothing on a disk
@@ -47,16 +50,16 @@ def check_cache(storage: Storage, manifest: Manifest, progress: Callable[[int], 
         problem for name, stamp in manifest.root_files().items() for problem in check_file(storage, name, stamp)
     ]
     keys: Counter[str] = Counter()
+    check = partial(check_shard, storage, manifest, CondFiles(storage))
     with ThreadPoolExecutor(THREADS) as pool:
-        for entry, (found, own) in zip(
-            manifest.shards, pool.map(partial(check_shard, storage, manifest), manifest.shards), strict=True
-        ):
+        for entry, (found, own) in zip(manifest.shards, pool.map(check, manifest.shards), strict=True):
             problems += found
             keys.update(own)
             progress(entry.nbytes)
     problems += [Problem("", "duplicate", f"{key} stands in {n} rows") for key, n in keys.items() if n > 1]
     problems += check_skips(storage, manifest, keys)
     problems += check_uncond(storage, manifest)
+    problems += [problem for cond_file in manifest.cond_files for problem in check_shared(storage, manifest, cond_file)]
     return problems
 
 
@@ -83,7 +86,9 @@ def check_file(storage: Storage, name: str, stamp: Stamp) -> list[Problem]:
     return []
 
 
-def check_shard(storage: Storage, manifest: Manifest, entry: Shard) -> tuple[list[Problem], list[str]]:
+def check_shard(
+    storage: Storage, manifest: Manifest, cond_files: CondFiles, entry: Shard
+) -> tuple[list[Problem], list[str]]:
     """What is wrong with a shard, and the keys of its rows that count."""
     problems: list[Problem] = []
     for name, stamp in entry.files().items():
@@ -98,6 +103,7 @@ def check_shard(storage: Storage, manifest: Manifest, entry: Shard) -> tuple[lis
         text = entry.open_text(storage)
         if entry.num_images:
             problems += check_text(manifest, entry, text)
+            problems += check_borrowed(cond_files, entry.text_name, text)
         for group, live in zip(text.groups, entry.live_rows(), strict=True):
             keys += [group.key[row] for row in live.tolist()]
         is_known = {facts.name for facts in manifest.sets}.issuperset(map(set_of, keys)) or not manifest.sets
@@ -155,9 +161,45 @@ def check_text(manifest: Manifest, entry: Shard, text: Text) -> list[Problem]:
     recipe = recipe_of(manifest.recipe.text.to_json(), (rows[number].key for number in entry.live_numbers()))
     if text.metadata.get("recipe") != recipe:
         problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
-    if bool(text.cond) != (manifest.uncond is not None):
+    if text.has_cond != (manifest.uncond is not None):
         problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
+    if {*text.cond_files} != {*entry.cond_files}:
+        problems.append(Problem(name, "cond", "borrows from other cond files than cache.json says"))
     return problems + check_cond(name, text.cond, manifest.recipe.text.store_dtype)
+
+
+def check_borrowed(cond_files: CondFiles, name: str, text: Text) -> list[Problem]:
+    """Whether the prompts that a text borrows are those of the cond files. Of damaged ones check_shared tells."""
+    try:
+        lenders = [cond_files[cond_file] for cond_file in text.cond_files]
+    except UserError:
+        return []
+    try:
+        cond_files.of(text)
+    except UserError as error:
+        return [Problem(name, "cond", str(error))]
+    wrong = [
+        prompt
+        for prompt, (number, row) in zip(text.prompt[text.num_own :], text.borrowed.tolist(), strict=True)
+        if lenders[number].prompt[row] != prompt
+    ]
+    if not wrong:
+        return []
+    shown = f"{len(wrong)} of its prompts borrow the cond of others, such as {shortened(wrong[0])!r}"
+    return [Problem(name, "cond", shown)]
+
+
+def check_shared(storage: Storage, manifest: Manifest, cond_file: str) -> list[Problem]:
+    """Whether cond that texts share is of the recipe, and finite. What is wrong with the file is known already."""
+    name = cond_name(cond_file)
+    try:
+        cond = open_cond(storage, cond_file)
+    except UserError as error:
+        return [Problem(name, "structure", str(error))]
+    problems = check_cond(name, cond.cond, manifest.recipe.text.store_dtype)
+    if cond.metadata.get("recipe") != manifest.recipe.text.cond:
+        problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
+    return problems
 
 
 def check_cond(file: str, conds: Conds, store_dtype: str | None) -> list[Problem]:

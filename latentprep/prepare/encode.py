@@ -10,8 +10,8 @@ from latentprep.cache.sets import list_runs
 from latentprep.prepare.engine import ranks, run
 from latentprep.prepare.finish import check_usable, finish
 from latentprep.prepare.outcome import Outcome, collect
-from latentprep.prepare.plan.plan import TextTask
-from latentprep.prepare.plan.shared import find_homes
+from latentprep.prepare.plan.shared import Prompter, Sharing
+from latentprep.prepare.plan.tasks import CondTask, TextTask
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.events import LatentsResult
 from latentprep.prepare.work.text import EmptyPrompt
@@ -43,8 +43,10 @@ def encode(prepared: Prepared, make_bar: MakeBar) -> Outcome:
     return finish(prepared, latents, texts, time.perf_counter() - started, encode_seconds)
 
 
-def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> list[TextTask | EmptyPrompt]:
-    """The texts to make: of shards that are new, of those that are to say something else, and the empty prompt's."""
+def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> list[CondTask | TextTask | EmptyPrompt]:
+    """What the text encoders are to do: cond that texts share, the texts of shards that are new or are to say something
+    else, and the empty prompt.
+    """
     units = {unit.id: unit for unit in prepared.plan.units}
     made: list[TextTask] = []
     for result in results:
@@ -54,21 +56,23 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
             sets = list_runs((row.key for row in rows), prepared.images.facts)
             made.append(TextTask(result.shard.with_sets(sets), rows, units[result.id].number))
     made.sort(key=lambda task: task.number)
-    empty = [EmptyPrompt(prepared.where.rank)] if prepared.models.text is not None else []
-    return [*with_homes(prepared, [*made, *prepared.plan.text_tasks]), *empty]
-
-
-def with_homes(prepared: Prepared, tasks: list[TextTask]) -> list[TextTask]:
-    """Tasks that know which of their prompts other shards have too, and where."""
+    tasks = [*made, *prepared.plan.text_tasks]
     if prepared.models.text is None:
-        return tasks
-    texts = [prepared.prompter.plan_text(task.id, task.rows, task.shard.dead) for task in tasks]
-    homes = find_homes(prepared.storage, prepared.plan, prepared.prompter, texts)
-    return [
-        replace(task, homes={prompt: homes[prompt] for prompt in text.prompts if prompt in homes})
-        for task, text in zip(tasks, texts, strict=True)
-    ]
+        return [*tasks]
+    sharing = prepared.share_prompts()
+    texts = [with_sharing(task, prepared.prompter, sharing) for task in tasks]
+    return [*sharing.tasks, *texts, EmptyPrompt(prepared.where.rank)]
 
 
-def count_images(tasks: Sequence[TextTask | EmptyPrompt]) -> int:
+def with_sharing(task: TextTask, prompter: Prompter, sharing: Sharing) -> TextTask:
+    """A task that knows where the cond of its prompts is, if it is elsewhere."""
+    prompts = prompter.plan_text(task.id, task.rows, task.shard.dead).prompts
+    return replace(
+        task,
+        homes={prompt: sharing.homes[prompt] for prompt in prompts if prompt in sharing.homes},
+        borrowed={prompt: sharing.borrowed[prompt] for prompt in prompts if prompt in sharing.borrowed},
+    )
+
+
+def count_images(tasks: Sequence[CondTask | TextTask | EmptyPrompt]) -> int:
     return sum(task.shard.num_images for task in tasks if isinstance(task, TextTask))

@@ -10,9 +10,11 @@ from latentprep.cache.manifest import MadeWith, Manifest, Uncond, commit
 from latentprep.cache.names import make_uncond_id
 from latentprep.cache.readers import free, invite_readers
 from latentprep.cache.shard import Shard
+from latentprep.cache.storage import Stamp
 from latentprep.errors import UserError
 from latentprep.prepare.engine import ranks
 from latentprep.prepare.outcome import STAGES, Outcome, Tally
+from latentprep.prepare.plan.plan import Plan
 from latentprep.prepare.refusals import nothing_usable
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.events import Truncated
@@ -34,12 +36,16 @@ def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, enc
     failures = {**latents.failures, **texts.failures}
     skips = [*plan.skips, *latents.skips]
     before = {task.shard.id: task.shard for task in plan.text_tasks if task.shard.text_id}
-    made = {name: shard for name, shard in texts.shards.items() if shard.text_id}
-    # if making a new text failed, the shard stays with what it has
+    # if making a new text failed, or cond that it borrows, the shard stays with what it has
+    made = {
+        name: shard
+        for name, shard in texts.shards.items()
+        if shard.text_id and not texts.failures.keys() & {*shard.cond_files}
+    }
     shards = sorted(
         {shard.id: shard for shard in (*plan.kept, *before.values(), *made.values())}.values(), key=Shard.order
     )
-    vanished = find_missing(storage, shards) if storage.is_local else {}  # only a local disk can vanish
+    vanished = find_missing(storage, shards, texts.cond_files) if storage.is_local else {}  # only a local disk can
     if vanished:
         raise UserError(
             f"{prepared.options.out}: vanished in part while it was written ({next(iter(vanished.values()))}). "
@@ -49,7 +55,7 @@ def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, enc
     cleared: tuple[int, int] = (0, 0)
     absent: tuple[int, ...] = ()
     if prepared.where.world_size > 1:
-        manifest, absent = hand_in(prepared, manifest, before, skips, len(failures))
+        manifest, absent = hand_in(prepared, manifest, texts.cond_files, before, skips, len(failures))
     else:
         manifest = commit(storage, manifest, skips)
         invite_readers(storage)
@@ -67,10 +73,10 @@ def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, enc
         num_cached=manifest.num_images,
         can_compact=any(map(would_rewrite, manifest.shards)),
         num_dead=manifest.num_dead,
-        num_bytes=sum(shard.nbytes for shard in manifest.shards),
+        num_bytes=manifest.nbytes,
         skips=skips,
         notes=sum((result.notes for result in latents.latents), Counter()),
-        failures=name_failures(latents, texts),
+        failures=name_failures(plan, latents, texts),
         num_retried=sum(result.num_retried for result in latents.latents),
         batch_limits=list_limits(latents, texts),
         cleared=cleared,
@@ -89,12 +95,17 @@ def list_limits(latents: Tally, texts: Tally) -> list[str]:
     return [first for found in limits for first in found[:1]]
 
 
-def name_failures(latents: Tally, texts: Tally) -> list[str]:
+def name_failures(plan: Plan, latents: Tally, texts: Tally) -> list[str]:
     """What failed, and why."""
     units = [f"unit {name}: {error}" for name, error in latents.failures.items()]
-    return units + [
-        f"text of {name}: {error}" if name else f"empty prompt: {error}" for name, error in texts.failures.items()
-    ]
+    shards = {*(unit.id for unit in plan.units), *(task.id for task in plan.text_tasks)}
+
+    def name_task(task: str) -> str:
+        if not task:
+            return "empty prompt"
+        return f"text of {task}" if task in shards else f"cond of several shards, {task}"
+
+    return units + [f"{name_task(task)}: {error}" for task, error in texts.failures.items()]
 
 
 def join(parts: Iterable[Mapping[str, tuple[str, ...]]]) -> dict[str, list[str]]:
@@ -112,7 +123,9 @@ def make_manifest(prepared: Prepared, shards: list[Shard], texts: Tally) -> Mani
     uncond = Uncond(make_uncond_id(recipe.text), file) if file is not None else None
     if before is not None and prepared.options.only == "latents":  # its shards may have cond
         recipe, uncond = replace(recipe, text=before.recipe.text), before.uncond
-    return Manifest(recipe, prepared.facts, made_with(prepared), shards, uncond=uncond, sets=prepared.images.facts)
+    manifest = Manifest(recipe, prepared.facts, made_with(prepared), uncond=uncond, sets=prepared.images.facts)
+    named = before.cond_files if before is not None else {}
+    return manifest.having(shards, {**named, **prepared.cond_files, **texts.cond_files})
 
 
 def made_with(prepared: Prepared) -> MadeWith:
@@ -137,9 +150,17 @@ def made_with(prepared: Prepared) -> MadeWith:
 
 
 def hand_in(
-    prepared: Prepared, manifest: Manifest, before: Mapping[str, Shard], skips: list[Skip], num_failures: int
+    prepared: Prepared,
+    manifest: Manifest,
+    cond_files: Mapping[str, Stamp],
+    before: Mapping[str, Shard],
+    skips: list[Skip],
+    num_failures: int,
 ) -> tuple[Manifest, tuple[int, ...]]:
-    """Leave this rank's part, and commit if it is the last; the manifest, and the ranks that are absent."""
+    """Leave this rank's part, and commit if it is the last; the manifest, and the ranks that are absent.
+
+    `cond_files`: those that this rank has made, for its own shards or for others'.
+    """
     where = prepared.where
     own = [shard for shard in manifest.shards if shard != before.get(shard.id)]
     part = ranks.Part(
@@ -147,7 +168,7 @@ def hand_in(
         plan=plan_digest(prepared),
         rank=where.rank,
         world_size=where.world_size,
-        manifest=replace(manifest, shards=own),
+        manifest=replace(manifest, shards=own, cond_files={**manifest.cond_files, **cond_files}),
         fallback=tuple(before.values()),
         skips=tuple(skips),
         num_failures=num_failures,

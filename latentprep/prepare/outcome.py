@@ -31,6 +31,11 @@ class Tally:
         return {shard.id: shard for shard in made if shard is not None}
 
     @property
+    def cond_files(self) -> dict[str, Stamp]:
+        """id -> file, of the cond that texts share."""
+        return {text.id: text.cond_file for text in self.texts if text.cond_file is not None}
+
+    @property
     def uncond_file(self) -> Stamp | None:
         return next((text.uncond_file for text in self.texts if text.uncond_file is not None), None)
 

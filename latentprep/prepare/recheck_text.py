@@ -7,13 +7,14 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from latentprep.cache.borrowed import CondFiles
+from latentprep.cache.cond import open_uncond
 from latentprep.cache.int8 import SCALE, pack, scales_in, unpack
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.storage import Storage
 from latentprep.cache.strings import Tensors
-from latentprep.cache.text import open_uncond
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
@@ -113,9 +114,11 @@ def list_samples(
     """The empty prompt, then those of `count` random images, each once for a shard; a Problem for a wrong prompt."""
     assert manifest.uncond is not None  # find_text says so
     _, uncond = open_uncond(storage, manifest.uncond.id)
+    cond_files = CondFiles(storage)
     yield Sample(uncond_name(manifest.uncond.id), "", {name: value[0] for name, value in uncond.items()})
     for entry, rows in groupby(sample_rows(manifest, count, seed), key=lambda sample: sample[0]):
         text = entry.open_text(storage)
+        cond = cond_files.of(text)
         seen: set[int] = set()
         for _, number, row in rows:
             group = text.groups[number]
@@ -128,7 +131,7 @@ def list_samples(
                 held = ", ".join(repr(shortened(prompt)) for prompt in stored)
                 yield Problem(key, "prompt", f"{held}, but its caption and the recipe give {wanted}")
             for n in sorted(set(chosen) - seen):
-                yield Sample(key, text.prompt[n], {name: value[n] for name, value in text.cond.items()})
+                yield Sample(key, text.prompt[n], cond.rows(n))
             seen.update(chosen)
 
 

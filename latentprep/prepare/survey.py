@@ -3,10 +3,11 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from latentprep.cache.borrowed import find_cond_files
 from latentprep.cache.leftovers import find_leftovers, find_missing
 from latentprep.cache.manifest import LatentFacts, Manifest, find_manifest, read_skips
 from latentprep.cache.names import uncond_name
-from latentprep.cache.storage import Storage
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
 from latentprep.human import counted, human_bytes, printable
 from latentprep.options import EncodeOptions
@@ -25,7 +26,7 @@ from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.plan.buckets import describe_square, make_place
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
-from latentprep.prepare.plan.shared import Prompter
+from latentprep.prepare.plan.shared import Prompter, Sharing, share_prompts
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
 from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable, told_what_text_needs
 from latentprep.prepare.source.content import hash_images
@@ -53,6 +54,7 @@ class Prepared:
     conditions: Mapping[str, str]  # of this run, that skips depend on
     row_bytes: RowBytes
     plan: Plan
+    cond_files: Mapping[str, Stamp]  # id -> those that are there, from which texts may borrow cond
     has_uncond: bool  # whether the cond of the empty prompt is there, or none is asked for
 
     @property
@@ -85,6 +87,13 @@ class Prepared:
     def prompter(self) -> Prompter:
         """How rows become prompts."""
         return Prompter(self.recipe.text, self.options.text, self.options.seed)
+
+    def share_prompts(self) -> Sharing:
+        """Which prompts of the plan several shards have, and where their cond is or will be."""
+        of_prompt = self.row_bytes.per_row // self.options.text.prompts_per_image
+        shard_bytes = self.options.shard_bytes or default_shard_bytes(self.where.devices[0])
+        prompts_per_file = max(1, shard_bytes // of_prompt)
+        return share_prompts(self.storage, self.plan, self.prompter, self.cond_files, prompts_per_file)
 
     @property
     def is_done(self) -> bool:
@@ -136,11 +145,14 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
 
     skips = [*images.skips, *images.captioned.skips]
     place = make_place(options.geometry, models.vae.factor * models.patch)
+    named = manifest.cond_files if manifest is not None else {}
+    # with several ranks, what the others have done by now must not matter
+    cond_files = {} if options.overwrite else find_cond_files(storage, named, others=where.world_size == 1)
     planner = Planner(
         images.captioned.items, skips, place, row_bytes, recipe,
         options.shard_bytes or default_shard_bytes(where.devices[0]), conditions, hash_items,
         unread={skip.key for skip in skips if REASONS[skip.reason][0] == "machine"},
-        check_content=options.check_content, only=options.only, sets=images.facts,
+        check_content=options.check_content, only=options.only, sets=images.facts, cond_files=cond_files,
     )  # fmt: skip
     missing = find_missing(storage, manifest.shards) if manifest is not None else {}
     shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
@@ -168,7 +180,7 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
         LoadOptions.from_recipe(
             images.source, models.vae.factor, images.masks, recipe.latents, options.strict_images, images.controls
         ),
-        conditions, row_bytes, plan, manifest is not None and has_uncond(storage, manifest, models),
+        conditions, row_bytes, plan, cond_files, manifest is not None and has_uncond(storage, manifest, models),
     )  # fmt: skip
 
 

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.cache.int8 import POSITIONS, SCALE, scales_in, unpack_all
+from latentprep.cache.borrowed import Kind
+from latentprep.cache.cond import open_uncond
+from latentprep.cache.int8 import POSITIONS, SCALE, scales_of, unpack_all
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
-from latentprep.cache.ragged import REPEAT, Cond, Conds, mask_of, pad, row_shape
+from latentprep.cache.ragged import REPEAT, Conds, mask_of, pad, row_shape
 from latentprep.cache.storage import Storage
-from latentprep.cache.text import open_uncond
 from latentprep.errors import UserError
 from latentprep.read.rows import OpenRows
 
@@ -56,11 +57,12 @@ class StoredCond:
         """
         cond: dict[str, Tensor] = {}
         lengths: dict[str, Tensor] = {}
-        scales = scales_in(rows.one.cond)
-        for name, first in rows.one.cond.items():
-            own = take_cond(rows, name, prompts)
+        kinds = rows.one.cond.kinds if rows.one.cond is not None else {}
+        scales = scales_of({name: dtype for name, (dtype, _) in kinds.items()})
+        for name, kind in kinds.items():
+            own = rows.list_cond(name, prompts) if None in kind[1] else rows.take_cond(name, prompts)
             if is_dropped is not None:
-                put_empty(own, is_dropped, self._empty_row(name, first))
+                put_empty(own, is_dropped, self._empty_row(name, kind))
             if isinstance(own, Tensor):
                 cond[name] = own
             else:
@@ -68,23 +70,16 @@ class StoredCond:
                 cond[name], lengths[name] = pad(own, self.fill, least)
         return cond, {name: own for name, own in lengths.items() if name not in scales}
 
-    def _empty_row(self, name: str, like: Cond) -> Tensor:
+    def _empty_row(self, name: str, kind: Kind) -> Tensor:
         """[T,...] of the empty prompt. Raises UserError if that is of another kind than the prompts' own."""
-        empty = self.empty().get(name)
-        is_packed = torch.int8 in (like.dtype, None if empty is None else empty.dtype)
-        if empty is None or row_shape(empty) != row_shape(like) or (is_packed and empty.dtype != like.dtype):
+        empty, (dtype, shape) = self.empty().get(name), kind
+        is_packed = torch.int8 in (dtype, None if empty is None else empty.dtype)
+        if empty is None or row_shape(empty) != shape or (is_packed and empty.dtype != dtype):
             raise UserError(
                 f"{self.storage.locate(uncond_name(self._name))}: its {name} does not fit that of the "
                 "shards. Run latentprep verify."
             )
         return empty[0]
-
-
-def take_cond(rows: OpenRows, name: str, prompts: np.ndarray) -> Rows:
-    """Cond of each sample. All groups have the same kind, dense or ragged: OpenShards checks that."""
-    if isinstance(rows.one.cond[name], Tensor):
-        return rows.take_cond(name, prompts)
-    return [run.group.cond[name][row] for run in rows.runs for row in prompts[run.span].tolist()]
 
 
 def put_empty(rows: Rows, is_dropped: np.ndarray, empty: Tensor) -> None:

@@ -146,7 +146,7 @@ class Prompts:
         if seeds is not None:
             return TextOfBatch(drop(self._made(rows, seeds), is_dropped), None, {})
         prompts = StoredPrompts(rows, numbers, is_dropped)
-        if not self.include_cond or not rows.one.cond:
+        if not self.include_cond or rows.one.cond is None or not rows.one.cond.kinds:
             return TextOfBatch(prompts, None, {})
         return TextOfBatch(prompts, *self.stored.take(rows, numbers, is_dropped))
 

@@ -139,8 +139,12 @@ class OpenRows:
         known = self.addresses.get(f"cond/{name}")
         if known is not None and (found := known.read(prompts, self.span)) is not None:
             return found
-        conds = [(run.group.cond[name], prompts[run.span]) for run in self.runs]
-        return gather([(cond, own) for cond, own in conds if isinstance(cond, Tensor)])
+        return torch.stack(self.list_cond(name, prompts))
+
+    def list_cond(self, name: str, prompts: np.ndarray) -> list[Tensor]:
+        """n tensors [...]: cond of each sample's prompt, wherever it stands."""
+        conds = [(run.group.cond, prompts[run.span].tolist()) for run in self.runs]
+        return [cond.row(name, prompt) for cond, own in conds if cond is not None for prompt in own]
 
 
 def gather(parts: list[tuple[Tensor, np.ndarray]]) -> Tensor:

@@ -1,18 +1,19 @@
 """Open files: OpenGroups, memory-mapped on first touch and checked against what the manifest promises; their rows."""
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from latentprep.cache.borrowed import CondFiles, Kind, TextCond
 from latentprep.cache.group import LatentGroup, TextGroup
 from latentprep.cache.manifest import Manifest
-from latentprep.cache.ragged import Conds, row_shape
 from latentprep.cache.schema import CONTROLS
 from latentprep.cache.storage import Storage
+from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.read.describe import show_dtype
 from latentprep.read.rows import Addresses, OpenRows
@@ -37,7 +38,8 @@ def list_columns(group: LatentGroup, words: TextGroup) -> Iterator[tuple[str, st
 class OpenGroup:
     """One group of a shard, memory-mapped: N images in V views. Of image n, view v stands in row n * V + v."""
 
-    def __init__(self, group: LatentGroup, words: TextGroup, prompt: Sequence[str], cond: Conds) -> None:
+    def __init__(self, group: LatentGroup, words: TextGroup, text: Text, cond: TextCond | None) -> None:
+        """cond: of all prompts; None: it is not needed."""
         count, self.num_views = group.latent_mean.shape[:2]
         self.shape = tuple(group.latent_mean.shape[2:])
         self.of_view: dict[str, Tensor] = {}  # field -> [N*V,...]
@@ -57,7 +59,8 @@ class OpenGroup:
             self.of_view["weight"] = ones.expand(count * self.num_views, *self.shape[1:])
         self.digest = group.digest.numpy().view(np.uint64)[:, 0]  # [N]: half of each image's content hash
         self.key, self.caption, self.prompt_of = words.key, words.caption, words.prompt_of
-        self.prompt, self.cond = prompt, cond
+        self.prompt, self.cond = text.prompt, cond
+        self.own_cond = text.cond if cond is not None and not cond.is_borrowed else {}  # if all stands in one file
 
 
 class OpenShards:
@@ -66,12 +69,13 @@ class OpenShards:
     def __init__(self, storage: Storage, manifest: Manifest, groups: list[tuple[int, int]], needs_cond: bool) -> None:
         """`groups`: shard, and group in it, by number. Without needs_cond it does not matter what cond there is."""
         self.storage, self.manifest, self.groups, self.needs_cond = storage, manifest, groups, needs_cond
+        self.cond_files = CondFiles(storage)
         self.opened: dict[int, OpenGroup] = {}
         self.addresses: dict[str, Addresses] = {}  # of the fields of open groups
         self.is_open = np.zeros(len(groups), bool)
         self._lock = threading.RLock()  # several threads may read
         # name -> dtype and shape of a row, as the first shard has it and all others must; None: none was opened
-        self.cond: dict[str, tuple[torch.dtype, tuple[int | None, ...]]] | None = None
+        self.cond: dict[str, Kind] | None = None
 
     def __getitem__(self, number: int) -> OpenGroup:
         """Raises UserError for files that are missing, damaged, or not what the manifest promises."""
@@ -93,7 +97,7 @@ class OpenShards:
 
     def _note_addresses(self, number: int, group: OpenGroup) -> None:
         fields = {**group.of_view, **group.of_image}
-        fields |= {f"cond/{name}": cond for name, cond in group.cond.items() if isinstance(cond, Tensor)}
+        fields |= {f"cond/{name}": cond for name, cond in group.own_cond.items() if isinstance(cond, Tensor)}
         for name, tensor in fields.items():
             if name not in self.addresses:
                 self.addresses[name] = Addresses(len(self.groups))
@@ -122,16 +126,17 @@ class OpenShards:
         entry = self.manifest.shards[shard]
         latents = entry.open_latents(self.storage)
         text = entry.open_text(self.storage)
-        group = OpenGroup(latents.groups[own], text.groups[own], text.prompt, text.cond)
+        cond = self.cond_files.of(text) if self.needs_cond else None
+        group = OpenGroup(latents.groups[own], text.groups[own], text, cond)
         self._check(group, self.storage.locate(entry.latents_name))
         return group
 
     def _check(self, group: OpenGroup, where: str) -> None:
         """Raise UserError if a shard is not what the manifest, and the shards read before, promise of it."""
         is_promised = kept_by(group) == promised_by(self.manifest)
-        cond = {name: (value.dtype, row_shape(value)) for name, value in group.cond.items()}
+        cond = dict(group.cond.kinds) if group.cond is not None else {}
         if not self.needs_cond:
-            cond = self.cond = {}
+            self.cond = {}
         has_cond = self.manifest.uncond is not None
         if self.cond is None and bool(cond) == has_cond:
             self.cond = cond

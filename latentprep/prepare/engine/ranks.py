@@ -187,9 +187,13 @@ def choose_parts(storage: Storage, parts: Sequence[Part]) -> Sequence[Part]:
 
 def join(storage: Storage, parts: Sequence[Part]) -> Manifest:
     """One manifest of all parts. A shard whose new text nobody has made stays as it was."""
+    cond_files = {name: stamp for part in parts for name, stamp in part.manifest.cond_files.items()}
+    made = [shard for part in parts for shard in part.manifest.shards]
     shards = {shard.id: shard for part in parts for shard in part.fallback}
-    shards |= {shard.id: shard for part in parts for shard in part.manifest.shards}
+    # a text that borrows cond which nobody has made does not count yet
+    shards |= {shard.id: shard for shard in made if cond_files.keys() >= {*shard.cond_files}}
     uncond = next((part.manifest.uncond for part in parts if part.manifest.uncond is not None), None)
     if uncond is not None:  # each has made it, and on other devices the last digits may differ: the last one's is there
         uncond = Uncond(uncond.id, check_seal(storage, uncond_name(uncond.id)))
-    return replace(parts[0].manifest, shards=sorted(shards.values(), key=Shard.order), uncond=uncond)
+    manifest = replace(parts[0].manifest, uncond=uncond)
+    return manifest.having(sorted(shards.values(), key=Shard.order), cond_files)

@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from latentprep.cache.leftovers import find_leftovers
-from latentprep.cache.names import FOLDER, make_uncond_id, uncond_name
+from latentprep.cache.names import FOLDER, cond_name, make_uncond_id, uncond_name
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.open_encoder import open_encoder
-from latentprep.prepare.plan.shared import PlannedText, find_homes
+from latentprep.prepare.plan.shared import PlannedText
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.cond import list_missing, told_if_memory_is_full
 from latentprep.records import Item, Placement, Size
@@ -141,16 +141,16 @@ def count_prompts(prepared: Prepared) -> int:
     if prepared.models.text is None:
         return 0
     there = set() if prepared.options.overwrite else {*storage.names(), *storage.names(FOLDER)}
-    texts = list_texts(prepared)
-    homes = find_homes(storage, prepared.plan, prepared.prompter, [text for text, _ in texts])
-    count, shared = 0, set()
-    for text, old in texts:
-        if text.name in there:
-            continue
-        missing = list_missing(list(text.prompts), old, recipe)
-        shared |= {prompt for prompt in missing if prompt in homes and homes[prompt].name not in there}
-        count += sum(prompt not in homes for prompt in missing)
-    return count + len(shared) + (uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
+    sharing = prepared.share_prompts()
+    count = int(uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
+    for task in sharing.tasks:
+        if cond_name(task.id) not in there:
+            count += sum(prompt not in task.homes for prompt in task.prompts)
+    for text, old in list_texts(prepared):
+        if text.name not in there:
+            own = [prompt for prompt in text.prompts if prompt not in sharing.borrowed]
+            count += sum(prompt not in sharing.homes for prompt in list_missing(own, old, recipe))
+    return count
 
 
 def list_texts(prepared: Prepared) -> list[tuple[PlannedText, Text | None]]:

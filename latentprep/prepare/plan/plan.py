@@ -1,16 +1,17 @@
 """Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from latentprep.cache.leftovers import Leftover
-from latentprep.cache.names import make_text_id, make_unit_id, text_name
+from latentprep.cache.names import make_text_id, make_unit_id
 from latentprep.cache.sets import SetFacts, list_runs, recipe_of
 from latentprep.cache.shard import Shard
-from latentprep.cache.storage import Stamp, Storage
+from latentprep.cache.storage import Storage
 from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
+from latentprep.prepare.plan.tasks import TextTask
 from latentprep.recipe import Recipe, tell_changes
 from latentprep.recipe_words import name_options
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit, set_of
@@ -31,33 +32,6 @@ class RowBytes:
 
     def largest(self, bucket: Size) -> int:
         return max(self.latents(bucket), self.per_row)
-
-
-@dataclass(frozen=True)
-class Home:
-    """The text file that has the cond of a prompt before others have it."""
-
-    shard: str  # its id
-    text_id: str
-    stamp: Stamp | None = None  # of a file of the cache; None: this run makes it
-
-    @property
-    def name(self) -> str:
-        return text_name(self.shard, self.text_id)
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """A shard that gets a text file. What it has of cond in the one it has now is taken over."""
-
-    shard: Shard
-    rows: tuple[Row, ...]  # what the new file says
-    number: int = 0  # in its plan
-    homes: Mapping[str, Home] = field(default_factory=dict)  # of its prompts, those that other shards have too
-
-    @property
-    def id(self) -> str:
-        return self.shard.id
 
 
 @dataclass(frozen=True)
@@ -106,6 +80,7 @@ class Planner:
     check_content: bool = False
     only: str | None = None  # latents, text; None: both
     sets: tuple[SetFacts, ...] = ()
+    cond_files: Collection[str] = ()  # ids of those that are there
 
     def plan(
         self,
@@ -133,7 +108,8 @@ class Planner:
             is_current(skip, self.conditions) for skip in left_skips
         ):
             return self._narrow(replace(plan, leftovers=frozenset(leftovers)))
-        taken = [shard for leftover in leftovers.values() if (shard := leftover.check(storage)) is not None]
+        checked = (leftover.check(storage, self.cond_files) for leftover in leftovers.values())
+        taken = [shard for shard in checked if shard is not None]
         return self._narrow(self._plan(storage, [*shards, *taken], [*known_skips, *left_skips], leftovers.keys()))
 
     def _plan(
@@ -151,7 +127,8 @@ class Planner:
             if not shard.num_images and shard.id in of_leftovers:
                 continue  # of no use, and in no manifest
             own = recipe_of(recipe, (row.key for row in live_rows(rows, dead)))
-            if make_text_id(shard.id, rows, own) == shard.text_id or not shard.num_images:
+            is_whole = set(shard.cond_files) <= set(self.cond_files)
+            if (make_text_id(shard.id, rows, own) == shard.text_id and is_whole) or not shard.num_images:
                 kept.append(shard)  # what nobody reads needs no new text
             else:
                 tasks.append(TextTask(shard, tuple(rows), len(tasks)))

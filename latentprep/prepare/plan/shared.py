@@ -1,20 +1,22 @@
-"""Prompts that several shards have, and which text file has their cond first: so each of them is encoded once.
+"""Prompts that several shards have: each is encoded once, and its cond is stored once, in a cond file.
 
-The last bits of a prompt's cond depend on what it is batched with. So such a prompt is encoded alone, wherever that
-happens: who does not find its home's file there yet makes the same bytes, on another device or after a kill.
+Which they are is known before anything is encoded. So no text waits for another, on this device or on others.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-from latentprep.cache.names import make_text_id, text_name
+from latentprep.cache.cond import open_cond
+from latentprep.cache.names import cond_name, make_cond_id, make_text_id, text_name
+from latentprep.cache.seal import check_stamp
 from latentprep.cache.sets import recipe_of
 from latentprep.cache.shard import Shard
-from latentprep.cache.storage import Storage
+from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
-from latentprep.prepare.plan.plan import Home, Plan, live_rows
+from latentprep.prepare.plan.plan import Plan, live_rows
+from latentprep.prepare.plan.tasks import Borrowed, CondTask, Home, Homes
 from latentprep.prepare.work.cond import is_of_recipe
 from latentprep.prompts import list_prompts
 from latentprep.recipe import TextRecipe
@@ -57,37 +59,74 @@ class Prompter:
             yield self.plan_text(task.id, task.rows, task.shard.dead)
 
 
-def find_homes(storage: Storage, plan: Plan, prompter: Prompter, texts: Iterable[PlannedText]) -> dict[str, Home]:
-    """Prompt -> the text file that has its cond before others, for all prompts of a plan that have more than one.
+@dataclass(frozen=True)
+class Sharing:
+    """Where the cond of a plan's prompts comes from, but for those that their own text encodes."""
 
-    That is one of the cache, of the same recipe; else the first of `texts`, which are in the order of a run. At a URL
-    there are none: a file would be read as a whole, again and again, for a few of its prompts.
+    tasks: tuple[CondTask, ...]  # the cond files to make
+    borrowed: Borrowed
+    homes: Homes
+
+
+def share_prompts(
+    storage: Storage,
+    plan: Plan,
+    prompter: Prompter,
+    cond_files: Mapping[str, Stamp],
+    prompts_per_file: int,
+) -> Sharing:
+    """Which prompts of a plan are borrowed: those of the cond files that are there, and those of several of its texts.
+
+    Cond that a text file of the cache has is taken from there; not at a URL, where a file would be read as a whole,
+    again and again, for a few of its prompts.
     """
-    if prompter.recipe.text_encoder is None or not storage.is_local:
-        return {}
-    seen: set[str] = set()
-    shared: set[str] = set()
+    if prompter.recipe.text_encoder is None:
+        return Sharing((), {}, {})
+    counts: dict[str, int] = {}
     for text in prompter.plan_texts(plan):
-        shared.update(prompt for prompt in text.prompts if prompt in seen)
-        seen.update(text.prompts)
-    homes = find_stored(storage, [*plan.kept, *(task.shard for task in plan.text_tasks)], prompter.recipe, seen)
-    for text in texts:
         for prompt in text.prompts:
-            if prompt in shared and prompt not in homes:
-                homes[prompt] = Home(text.shard, text.text_id)
-    return homes
+            counts[prompt] = counts.get(prompt, 0) + 1
+    borrowed = find_borrowed(storage, cond_files, prompter.recipe, counts)
+    stored = [*plan.kept, *(task.shard for task in plan.text_tasks)] if storage.is_local else []
+    homes = find_homes(storage, stored, prompter.recipe, counts.keys() - borrowed.keys())
+    shared = [prompt for prompt, count in counts.items() if count > 1 and prompt not in borrowed]
+    tasks: list[CondTask] = []
+    for start in range(0, len(shared), prompts_per_file):
+        prompts = tuple(shared[start : start + prompts_per_file])
+        cond_file = make_cond_id(prompts, prompter.recipe)
+        own = {prompt: homes[prompt] for prompt in prompts if prompt in homes}
+        tasks.append(CondTask(cond_file, prompts, len(tasks), own))
+        borrowed |= {prompt: (cond_file, row) for row, prompt in enumerate(prompts)}
+    return Sharing(tuple(tasks), borrowed, homes)
 
 
-def find_stored(storage: Storage, shards: Iterable[Shard], recipe: TextRecipe, wanted: set[str]) -> dict[str, Home]:
-    """Of the prompts that are wanted those whose cond the cache has: prompt -> the first file that has it."""
-    homes: dict[str, Home] = {}
+def find_borrowed(
+    storage: Storage, cond_files: Mapping[str, Stamp], recipe: TextRecipe, wanted: Iterable[str]
+) -> dict[str, tuple[str, int]]:
+    """Of the prompts that are wanted those that cond files have: prompt -> which, and the row in it."""
+    wanted, found = frozenset(wanted), dict[str, tuple[str, int]]()
+    for cond_file in sorted(cond_files if wanted else ()):
+        with suppress(UserError):  # damaged: nothing is taken from it
+            cond = open_cond(storage, cond_file)
+            if not is_of_recipe(cond, recipe):
+                continue
+            own = {prompt: (cond_file, row) for row, prompt in enumerate(cond.prompt) if prompt in wanted}
+            if own.keys() - found.keys():
+                check_stamp(storage, cond_name(cond_file), cond_files[cond_file])
+                found = {**own, **found}
+    return found
+
+
+def find_homes(storage: Storage, shards: Iterable[Shard], recipe: TextRecipe, wanted: Iterable[str]) -> dict[str, Home]:
+    """Of the prompts that are wanted those whose cond text files have: prompt -> the first of them."""
+    wanted, homes = frozenset(wanted), dict[str, Home]()
     for shard in shards if wanted else ():
         if shard.text_file is None:
             continue
         with suppress(UserError):  # damaged: nothing will be taken from it
             text = shard.open_text(storage)
             if text.cond and is_of_recipe(text, recipe):
-                for prompt in text.prompt:
+                for prompt in text.prompt[: text.num_own]:
                     if prompt in wanted and prompt not in homes:
                         homes[prompt] = Home(shard.id, shard.text_id, shard.text_file)
     return homes

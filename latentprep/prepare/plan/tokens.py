@@ -74,9 +74,11 @@ def measure_lengths(prepared: Prepared) -> Lengths | None:
 
 
 def measure_texts(prepared: Prepared, lengths: Lengths | None) -> TextSizes:
-    """Bytes of the plan's text files, each prompt once a shard; of lengths of their own, all as long as the longest."""
-    texts = list(prepared.prompter.plan_texts(prepared.plan))
-    num_stored = sum(len(text.prompts) for text in texts)
+    """Bytes of a plan's texts, and of cond that they share; of lengths of their own, all as long as the longest."""
+    sharing = prepared.share_prompts()
+    texts = prepared.prompter.plan_texts(prepared.plan)
+    num_stored = sum(prompt not in sharing.borrowed for text in texts for prompt in text.prompts)
+    num_stored += sum(len(task.prompts) for task in sharing.tasks)
     rest = 512 * (prepared.plan.num_unit_items + prepared.plan.num_text_items)  # keys, captions and prompts
     text, options = prepared.models.text, prepared.options.text
     if text is None:

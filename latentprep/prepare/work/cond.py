@@ -1,6 +1,6 @@
 """Prompts -> their cond: what is there already is taken over, the rest is encoded and checked for overflow."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from latentprep.cache.cond import CondFile
 from latentprep.cache.int8 import SCALE, store_as
 from latentprep.cache.ragged import Conds, Ragged, finite_rows, stack_rows
 from latentprep.cache.schema import TORCH_DTYPES
@@ -22,10 +23,10 @@ from latentprep.recipe import TextRecipe
 
 if TYPE_CHECKING:
     from latentprep.prepare.models.doors import PromptEncoder, TextModel
-    from latentprep.prepare.plan.plan import Home
+    from latentprep.prepare.plan.tasks import Homes
     from latentprep.prepare.work.stored import StoredCond
 
-NOWHERE: "Mapping[str, Home]" = MappingProxyType({})
+NOWHERE: "Homes" = MappingProxyType({})
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,30 +55,29 @@ class CondMaker:
         self.recipe, self.model, self.device, self.options, self.stored = recipe, model, device, options, stored
         self.encoder: PromptEncoder | None = None
 
-    def make(self, prompts: list[str], old: Text | None = None, homes: "Mapping[str, Home]" = NOWHERE) -> MadeCond:
-        """Cond of P prompts.
+    def make(self, prompts: list[str], old: Text | None = None, homes: "Homes" = NOWHERE) -> MadeCond:
+        """Cond of P prompts; nothing for none.
 
         What `old` holds of them is taken over, if it was made by the same encoder in the same precision; then what
-        stands at their `homes`. If nothing stands there yet, such a prompt is encoded alone: so its numbers do not
-        depend on which shard comes first. Raises UserError for cond that overflows.
+        stands at their `homes`. Raises UserError for cond that overflows.
         """
+        if not prompts:
+            return MadeCond()
         place: dict[str, tuple[Text, int]] = {}
         if old is not None and is_of_recipe(old, self.recipe):
-            place.update((prompt, (old, n)) for n, prompt in enumerate(old.prompt))
-        missing = list_missing(prompts, old, self.recipe)
+            place.update((prompt, (old, n)) for n, prompt in enumerate(old.prompt[: old.num_own]))
+        missing = [prompt for prompt in prompts if prompt not in place]
         for prompt in missing:
             found = self.stored.find(homes[prompt]) if self.stored is not None and prompt in homes else None
             if found is not None and prompt in found.index:
                 place[prompt] = (found.text, found.index[prompt])
         fresh = [prompt for prompt in missing if prompt not in place]
-        batches = [[prompt] for prompt in fresh if prompt in homes]
-        together = [prompt for prompt in fresh if prompt not in homes]
         truncated = Truncated()
-        for batch in [*batches, together] if together else batches:
-            text = self._encode(batch)
-            place.update((prompt, (text, n)) for n, prompt in enumerate(batch))
+        if fresh:
+            text = self._encode(fresh)
+            place.update((prompt, (text, n)) for n, prompt in enumerate(fresh))
             if text.num_tokens is not None and text.max_tokens is not None:
-                truncated += Truncated.of(batch, text.num_tokens, text.max_tokens)
+                truncated = Truncated.of(fresh, text.num_tokens, text.max_tokens)
         chosen = [place[prompt] for prompt in prompts]
         tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
         first = chosen[0][0]
@@ -121,14 +121,14 @@ def told_if_memory_is_full(device: str) -> Iterator[None]:
         ) from None
 
 
-def is_of_recipe(old: Text, recipe: TextRecipe) -> bool:
-    """Whether a text's cond was made by the recipe's encoder, in its precision."""
+def is_of_recipe(old: Text | CondFile, recipe: TextRecipe) -> bool:
+    """Whether the cond of a file was made by the recipe's encoder, in its precision."""
     return TextRecipe.cond_of(old.metadata.get("recipe", {})) == recipe.cond
 
 
 def list_missing(prompts: list[str], old: Text | None, recipe: TextRecipe) -> list[str]:
-    """Those of some prompts for which `old` has no cond that can be taken over."""
-    known = set(old.prompt) if old is not None and is_of_recipe(old, recipe) else set()
+    """Those of some prompts for which `old` has no cond of its own that can be taken over."""
+    known = set(old.prompt[: old.num_own]) if old is not None and is_of_recipe(old, recipe) else set()
     return [prompt for prompt in prompts if prompt not in known]
 
 

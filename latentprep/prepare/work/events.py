@@ -61,15 +61,16 @@ class Truncated:
 
 @dataclass(frozen=True)
 class TextResult:
-    """What became of a text: of a shard, or the empty prompt's."""
+    """What became of a text, of cond that texts share, or of the empty prompt's."""
 
-    id: str  # of the shard; "": the empty prompt
+    id: str  # of the shard, or of the cond file; "": the empty prompt
     shard: Shard | None = None  # with its text
     uncond_file: Stamp | None = None
     num_prompts: int = 0  # that the text encoder saw
     truncated: Truncated = field(default_factory=Truncated)
     batch_limit: str = ""  # how many prompts fit into memory at once; empty: it has always sufficed
     damaged: str = ""  # what is wrong with the old text file, if nothing of it could be taken over
+    cond_file: Stamp | None = None
 
 
 @dataclass(frozen=True)

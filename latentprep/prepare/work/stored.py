@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
-from latentprep.cache.seal import check_seal, check_stamp
+from latentprep.cache.seal import check_stamp
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import Text, open_text
 from latentprep.errors import UserError
-from latentprep.prepare.plan.plan import Home
+from latentprep.prepare.plan.tasks import Home
 from latentprep.prepare.work.cond import is_of_recipe
 from latentprep.recipe import TextRecipe
 
@@ -25,7 +25,7 @@ class Indexed:
 
     @classmethod
     def of(cls, text: Text) -> Self:
-        return cls(text, {prompt: n for n, prompt in enumerate(text.prompt)})
+        return cls(text, {prompt: n for n, prompt in enumerate(text.prompt[: text.num_own])})
 
 
 class StoredCond:
@@ -33,17 +33,10 @@ class StoredCond:
 
     def __init__(self, storage: Storage, recipe: TextRecipe) -> None:
         self.storage, self.recipe = storage, recipe
-        self.last: tuple[str, Indexed] | None = None  # made a moment ago: its file is still being written
         self.opened: OrderedDict[str, Indexed] = OrderedDict()
 
-    def add(self, name: str, text: Text) -> None:
-        """Remember a text that was made just now, in the place of the one before."""
-        self.last = (name, Indexed.of(text))
-
     def find(self, home: Home) -> Indexed | None:
-        """The text at a prompt's home; None if it is not there yet, or its bytes have changed since."""
-        if self.last is not None and self.last[0] == home.name:
-            return self.last[1]
+        """The text at a prompt's home; None if its bytes have changed since it was written."""
         if home.name not in self.opened:
             text = self._open(home)
             if text is None:
@@ -56,10 +49,7 @@ class StoredCond:
 
     def _open(self, home: Home) -> Text | None:
         try:
-            if home.stamp is not None:
-                check_stamp(self.storage, home.name, home.stamp)
-            else:
-                check_seal(self.storage, home.name)
+            check_stamp(self.storage, home.name, home.stamp)
             text = open_text(self.storage, home.shard, home.text_id)
         except (UserError, FileNotFoundError):
             return None

@@ -1,23 +1,25 @@
 """The worker that makes texts: shards, and what their rows are to say, become text files; with cond, or without."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 
+from latentprep.cache.cond import CondFile, open_cond, open_uncond, write_cond, write_uncond
 from latentprep.cache.group import TextGroup
-from latentprep.cache.names import make_text_id, make_uncond_id, text_name, uncond_name
+from latentprep.cache.names import cond_name, make_text_id, make_uncond_id, text_name, uncond_name
 from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_seal, check_stamp
 from latentprep.cache.sets import recipe_of
 from latentprep.cache.storage import Stamp, Storage
-from latentprep.cache.text import Text, open_text, open_uncond, write_text, write_uncond
+from latentprep.cache.text import Text, open_text, write_text
 from latentprep.errors import UnreadableError, UserError
 from latentprep.options import TextOptions
-from latentprep.prepare.plan.plan import TextTask, live_rows
+from latentprep.prepare.plan.plan import live_rows
+from latentprep.prepare.plan.tasks import Borrowed, CondTask, TextTask
 from latentprep.prepare.work.cond import CondMaker, MadeCond
 from latentprep.prepare.work.events import Event, Failure, Step, TextResult
 from latentprep.prepare.work.stored import StoredCond
@@ -38,6 +40,9 @@ class EmptyPrompt:
     id: ClassVar = ""
 
 
+Task = CondTask | TextTask | EmptyPrompt
+
+
 @dataclass(frozen=True)
 class TextWorker:
     """All that is needed to make texts; it may be sent to another process, and opens its models there."""
@@ -50,8 +55,8 @@ class TextWorker:
     text: "TextModel | None"  # None: no conditioning
     device: str
 
-    def run(self, tasks: Iterable[TextTask | EmptyPrompt]) -> Iterator[Event]:
-        """Make the texts in their order; a result is given once its file is on disk.
+    def run(self, tasks: Iterable[Task]) -> Iterator[Event]:
+        """Do the tasks in their order; a result is given once its file is on disk.
 
         A task that fails is a Failure, the others go on. Raises UserError for cond that cannot be stored, and if
         nothing can be written.
@@ -60,6 +65,7 @@ class TextWorker:
             yield from Run(self).run(tasks, writer)
 
 
+Opened = TypeVar("Opened")
 Write = Callable[[], TextResult]  # writes a file that is made
 
 
@@ -70,18 +76,18 @@ class Run:
         self.worker, self.storage = worker, Storage(worker.out)
         self.recipe = worker.recipe.to_json()
         self.cond = None
-        self.stored = StoredCond(self.storage, worker.recipe)
+        stored = StoredCond(self.storage, worker.recipe)
         if worker.text is not None:
-            self.cond = CondMaker(worker.recipe, worker.text, worker.device, worker.options, self.stored)
+            self.cond = CondMaker(worker.recipe, worker.text, worker.device, worker.options, stored)
         self.writing = Writing()
 
-    def run(self, tasks: Iterable[TextTask | EmptyPrompt], writer: ThreadPoolExecutor) -> Iterator[Event]:
-        """See TextWorker.run. While one text is written, the next is made."""
+    def run(self, tasks: Iterable[Task], writer: ThreadPoolExecutor) -> Iterator[Event]:
+        """See TextWorker.run. While one file is written, the next is made."""
         writing: Future[TextResult | Failure] | None = None
         for task in tasks:
             begun = time.perf_counter()
             try:
-                write = self._make_uncond() if isinstance(task, EmptyPrompt) else self._make_text(task)
+                write = self._make(task)
             except UserError:
                 raise
             except Exception as error:  # of a library, or ours
@@ -106,24 +112,31 @@ class Run:
         except Exception as error:
             return self.writing.failed(task_id, error)
 
+    def _make(self, task: Task) -> Write:
+        if isinstance(task, TextTask):
+            return self._make_text(task)
+        return self._make_cond(task) if isinstance(task, CondTask) else self._make_uncond()
+
     def _make_text(self, task: TextTask) -> Write:
         """The text of a shard, unless it is there from a run that was stopped."""
         shard, (rows, old, damaged) = task.shard, self._open_old(task)
         recipe = recipe_of(self.recipe, (row.key for row in live_rows(rows, shard.dead)))
         text_id = make_text_id(shard.id, rows, recipe)
         name = text_name(shard.id, text_id)
-        stamp = self._find(name, lambda: open_text(self.storage, shard.id, text_id, shard.groups))
-        if stamp is not None:
-            there = TextResult(shard.id, shard.with_text(text_id, stamp), damaged=damaged)
+        lenders = {cond_file for cond_file, _ in task.borrowed.values()}
+        found = self._find(name, lambda: open_text(self.storage, shard.id, text_id, shard.groups))
+        if found is not None and lenders.issuperset(found[1].cond_files):
+            there = TextResult(shard.id, shard.with_text(text_id, found[0], found[1].cond_files), damaged=damaged)
             return lambda: there
-        prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead))
-        made = self.cond.make(prompts, old, task.homes) if self.cond is not None else MadeCond()
+        prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead), task.borrowed)
+        own = [prompt for prompt in prompts if prompt not in task.borrowed]
+        made = self.cond.make(own, old, task.homes) if self.cond is not None else MadeCond()
+        cond_files, borrowed = place_borrowed(prompts[len(own) :], task.borrowed)
         metadata = self._metadata(recipe)
-        text = Text(groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata)
-        self.stored.add(name, text)
+        text = Text(groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata, cond_files, borrowed)
 
         def write() -> TextResult:
-            written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text))
+            written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text), cond_files)
             return TextResult(shard.id, written, None, made.num_encoded, made.truncated, made.batch_limit, damaged)
 
         return write
@@ -144,14 +157,18 @@ class Run:
             return tuple(known), None, str(error)
 
     def _compose(
-        self, rows: tuple[Row, ...], groups: Groups, dead: frozenset[int]
+        self, rows: tuple[Row, ...], groups: Groups, dead: frozenset[int], borrowed: Borrowed
     ) -> tuple[list[str], list[TextGroup]]:
-        """The distinct prompts of rows, and their groups. Dead rows have no prompts: they point to the first."""
+        """The distinct prompts of rows, those that are borrowed last, and their groups.
+
+        Dead rows have no prompts: they point to the first.
+        """
         options, seed = self.worker.options, self.worker.seed
         prompts_of_row = [
             [] if n in dead else make_prompts(row.captions, row.key, options, seed) for n, row in enumerate(rows)
         ]
-        prompts = list(dict.fromkeys(prompt for own in prompts_of_row for prompt in own))
+        distinct = dict.fromkeys(prompt for own in prompts_of_row for prompt in own)
+        prompts = sorted(distinct, key=lambda prompt: prompt in borrowed)
         index = {prompt: n for n, prompt in enumerate(prompts)}
         made = [
             make_row(row, [index[prompt] for prompt in own] or [0] * options.prompts_per_image)
@@ -164,14 +181,32 @@ class Run:
         ]
         return prompts, stacked
 
+    def _make_cond(self, task: CondTask) -> Write:
+        """The cond that several texts borrow, unless it is there."""
+        assert self.cond is not None
+        found = self._find(cond_name(task.id), lambda: open_cond(self.storage, task.id))
+        if found is not None:
+            there = TextResult(task.id, cond_file=found[0])
+            return lambda: there
+        made = self.cond.make([*task.prompts], homes=task.homes)
+        metadata = self._metadata(self.worker.recipe.cond)
+        cond = CondFile(task.prompts, made.cond, made.num_tokens, made.max_tokens, metadata)
+
+        def write() -> TextResult:
+            stamp = write_cond(self.storage, task.id, cond)
+            return TextResult(task.id, None, None, made.num_encoded, made.truncated, made.batch_limit, cond_file=stamp)
+
+        return write
+
     def _make_uncond(self) -> Write:
         """The cond of the empty prompt, unless it is there."""
         assert self.cond is not None
         recipe = self.worker.recipe
         uncond = make_uncond_id(recipe)
-        stamp = self._find(uncond_name(uncond), lambda: open_uncond(self.storage, uncond))
-        if stamp is not None:
-            return lambda: TextResult("", uncond_file=stamp)
+        found = self._find(uncond_name(uncond), lambda: open_uncond(self.storage, uncond))
+        if found is not None:
+            there = TextResult("", uncond_file=found[0])
+            return lambda: there
         made = self.cond.make([""])
         metadata = self._metadata(recipe.cond)
 
@@ -184,16 +219,23 @@ class Run:
     def _metadata(self, recipe: dict[str, Any]) -> dict[str, Any]:
         return {"recipe": recipe, "libraries": dict(self.worker.libraries)}
 
-    def _find(self, name: str, check: Callable[[], object]) -> Stamp | None:
+    def _find(self, name: str, open_it: Callable[[], Opened]) -> tuple[Stamp, Opened] | None:
         """A file that is there already, as it was written."""
         try:
-            stamp = check_seal(self.storage, name)
-            check()
+            return check_seal(self.storage, name), open_it()
         except UnreadableError:
             raise
         except (UserError, FileNotFoundError):
             return None  # not there, or damaged: it is made anew
-        return stamp
+
+
+def place_borrowed(prompts: Sequence[str], borrowed: Borrowed) -> tuple[tuple[str, ...], np.ndarray]:
+    """The cond files of some prompts by their ids, and [P,2] int32: for each prompt the number of one, and the row."""
+    places = [borrowed[prompt] for prompt in prompts]
+    cond_files = sorted({cond_file for cond_file, _ in places})
+    numbers = {cond_file: number for number, cond_file in enumerate(cond_files)}
+    rows = [(numbers[cond_file], row) for cond_file, row in places]
+    return tuple(cond_files), np.array(rows, np.int32).reshape(-1, 2)
 
 
 def make_row(row: Row, prompt_of: list[int]) -> dict[str, Any]:
