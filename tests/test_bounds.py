@@ -21,6 +21,7 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.geometry import Geometry
 from latentprep.look import verify as verifying
+from latentprep.look import verify_cond
 from latentprep.options import ImageOptions
 from latentprep.prepare.images.load import LoadOptions, load_pixels, place_weight
 from latentprep.prepare.models.vae_encoder import Posterior, VaeEncoder
@@ -211,7 +212,7 @@ def test_one_sample_left_for_each_rank_makes_a_step_of_its_own():
 def test_verify_finds_a_key_that_stands_in_two_shards(run, images, tmp_path, monkeypatch):
     assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--shard-size", "60kB").code == 0
     assert len(open_manifest(Storage(tmp_path / "c")).shards) == 2
-    monkeypatch.setattr(verifying, "check_shard", lambda storage, manifest, entry: ([], ["same.png"]))
+    monkeypatch.setattr(verifying, "check_shard", lambda *arguments: verifying.Checked([], ["same.png"]))
     assert "duplicate  : same.png stands in 2 rows" in run("verify", tmp_path / "c").out
 
 
@@ -241,7 +242,7 @@ def test_verify_finds_an_image_that_is_cached_and_skipped(run, cache):
 
 
 def test_verify_looks_into_the_cond_of_the_empty_prompt(run, cache, monkeypatch):
-    monkeypatch.setattr(verifying, "open_uncond", lambda storage, name: ({}, {"a": torch.full((1, 2, 3), torch.nan)}))
+    monkeypatch.setattr(verify_cond, "open_uncond", lambda storage, name: ({}, {"a": torch.full((1, 2, 3), torch.nan)}))
     assert re.search(r"non_finite +uncond.*: cond/a: 1 prompts\n", run("verify", cache).out)
 
 

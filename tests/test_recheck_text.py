@@ -285,18 +285,25 @@ def test_families(run, photos, tmp_path, check, name):
 
 
 def test_a_tensor_that_is_missing_or_of_another_shape_is_found(run, photos, tmp_path, check):
+    """In all files alike: else verify finds it without a model."""
     model, cache = make_mini("sdxl", tmp_path).folder, tmp_path / "c"
     assert run("encode", photos, "--out", cache, "--model", model, *SIZE).code == 0
-    rewrite(cache, changed("prompt_embeds", lambda cond: cond.transpose(1, 2)))
+
+    def change_all(change):
+        rewrite(cache, lambda text: replace(text, cond=change(text.cond)), change)
+
+    def turn(conds):
+        return {**conds, "prompt_embeds": conds["prompt_embeds"].transpose(1, 2).contiguous()}
+
+    def join(conds):  # as many numbers, in one tensor
+        return {"prompt_embeds": torch.cat([value.flatten(1) for value in conds.values()], 1)}
+
+    change_all(turn)
     assert "prompt_embeds is [80, 77], expected [77, 80]" in check()[1]
-
-    def join(text):  # as many numbers, in one tensor
-        return replace(text, cond={"prompt_embeds": torch.cat([v.flatten(1) for v in text.cond.values()], 1)})
-
-    rewrite(cache, changed("prompt_embeds", lambda cond: cond.transpose(1, 2)))
-    rewrite(cache, join)
+    change_all(turn)
+    change_all(join)
     assert "prompt_embeds are stored, expected prompt_embeds, pooled_prompt_embeds" in check()[1]
-    rewrite(cache, changed("prompt_embeds", lambda cond: cond[:, 1:]))
+    change_all(lambda conds: {"prompt_embeds": conds["prompt_embeds"][:, 1:].contiguous()})
     assert "6,207 numbers for a prompt, expected 6,208" in check()[1]
 
 

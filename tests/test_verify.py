@@ -83,21 +83,42 @@ def test_a_problem_is_a_line_and_the_exit_code_is_1(run, cache):
     assert [problem["problem"] for problem in found["problems"]] == ["hash"]
 
 
-def rewrite(cache, kind, change):
+def rewrite(cache, kind, change, number=0):
     """A shard file that someone changed, and whose manifest they mended: its hashes are right."""
-    path = sorted((cache / "shards").glob(f"*.{kind}.safetensors"))[0]
+    path = sorted((cache / "shards").glob(f"*.{kind}.safetensors"))[number]
+    stamp = rewrite_file(path, change)
+    data = json.loads((cache / "cache.json").read_text())
+    (shard,) = [shard for shard in data["shards"] if path.name.startswith(shard["id"])]
+    shard[f"{kind}_file"] = stamp
+    seal(cache, data)
+    return path.name
+
+
+def rewrite_uncond(cache, change):
+    """The same of the cond of the empty prompt."""
+    (path,) = cache.glob("uncond.*")
+    stamp = rewrite_file(path, change)
+    data = json.loads((cache / "cache.json").read_text())
+    data["uncond"]["file"] = stamp
+    seal(cache, data)
+    return path.name
+
+
+def rewrite_file(path, change):
+    """Change a file's tensors and metadata; its new stamp."""
     tensors = load_file(path)
     header = json.loads(path.read_bytes()[8 : 8 + int.from_bytes(path.read_bytes()[:8], "little")])
     metadata = json.loads(header["__metadata__"][METADATA_KEY])
     change(tensors, metadata)
     save_file(tensors, path, {METADATA_KEY: json.dumps(metadata)})
-    data = json.loads((cache / "cache.json").read_text())
-    (shard,) = [shard for shard in data["shards"] if path.name.startswith(shard["id"])]
-    shard[f"{kind}_file"] = asdict(Stamp.of(path.read_bytes()))
-    del data["blake2b"]
+    return asdict(Stamp.of(path.read_bytes()))
+
+
+def seal(cache, data):
+    """Write cache.json anew, with a hash that fits."""
+    data.pop("blake2b")
     body = json.dumps(data)[:-1] + ",\n"
     (cache / "cache.json").write_text(body + manifests._seal(body))
-    return path.name
 
 
 def put(name, value):
@@ -154,7 +175,9 @@ def first_row(tensor, value):
         ("text", put("key", lambda t: t.float()), "structure"),
         ("text", put("key", lambda t: t * 0 + ord("a")), "duplicate"),
         ("text", put("num_tokens", lambda t: t[:-1]), "structure"),
+        ("text", put("num_tokens", lambda t: -t), "range"),
         ("text", meta("max_tokens", "many"), "structure"),
+        ("text", meta("max_tokens", -75), "range"),
         ("text", meta("recipe", []), "recipe"),
     ],
 )
@@ -169,6 +192,59 @@ def test_crafted_shards_are_found_and_no_reader_follows_them(run, images, tmp_pa
             result = run(*command)
             assert result.code == 1
             assert name in result.err
+
+
+def make_ragged(tensors, metadata):
+    """Cond as of prompts that have lengths of their own."""
+    value = tensors["cond/prompt_embeds"]
+    tensors["cond/prompt_embeds"] = value.flatten(0, 1).contiguous()
+    tensors["cond/prompt_embeds_offsets"] = torch.arange(len(value) + 1) * value.shape[1]
+
+
+def add_cond(tensors, metadata):
+    tensors["cond/pooled"] = tensors["cond/prompt_embeds"][:, 0].clone()
+
+
+OTHER_CONDS = {
+    "another name": (add_cond, "pooled [64] and prompt_embeds [77, 64]"),
+    "fewer tokens": (put("prompt_embeds", lambda t: t[:, :76]), "prompt_embeds [76, 64]"),
+    "another width": (put("prompt_embeds", lambda t: t[..., :32]), "prompt_embeds [77, 32]"),
+    "another kind": (make_ragged, "prompt_embeds [T, 64]"),
+}
+
+
+@pytest.mark.parametrize(("change", "found"), OTHER_CONDS.values(), ids=OTHER_CONDS)
+def test_an_uncond_that_is_not_like_the_cond_of_the_shards_is_named(cache, change, found):
+    name = rewrite_uncond(cache, change)
+    one, other = sorted(path.name for path in (cache / "shards").glob("*.text.*"))
+    (problem,) = verify(Storage(cache), lambda count: None)[1]
+    assert (problem.name, problem.problem) == (name, "cond")
+    assert problem.detail in {f"{found}, expected prompt_embeds [77, 64] as in shards/{path}" for path in (one, other)}
+
+
+def test_an_uncond_of_nothing_is_named(cache):
+    name = rewrite_uncond(cache, put("prompt_embeds", lambda t: None))
+    ((file, detail),) = [(problem.name, problem.detail) for problem in verify(Storage(cache), lambda count: None)[1]]
+    assert file == name
+    assert detail.startswith("no cond, expected prompt_embeds [77, 64]")
+
+
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize(("change", "found"), OTHER_CONDS.values(), ids=OTHER_CONDS)
+def test_a_shard_whose_cond_is_not_like_that_of_the_others_is_named(cache, change, found, number):
+    name = rewrite(cache, "text", change, number)
+    (problem,) = verify(Storage(cache), lambda count: None)[1]
+    assert (problem.name, problem.problem) == (f"shards/{name}", "cond")
+    assert problem.detail.startswith(f"{found}, expected prompt_embeds [77, 64] as in ")
+
+
+def test_names_of_pad_to_that_no_cond_has_are_named(cache):
+    data = json.loads((cache / "cache.json").read_text())
+    data["recipe"]["text"]["pad_to"] = {"prompt_embeds": 77, "prompt_embed": 77}
+    seal(cache, data)
+    found = verify(Storage(cache), lambda count: None)[1]
+    details = [problem.detail for problem in found if (problem.name, problem.problem) == ("cache.json", "cond")]
+    assert details == ["pad_to names prompt_embed, which no cond has"]
 
 
 @pytest.mark.parametrize("key", ["../../../etc/passwd", "/etc/passwd", "a/../../b", "nul\0l", ""])
@@ -235,9 +311,7 @@ def test_reencode_with_another_model_is_refused(run, cache, images, tmp_path):
 def test_a_recipe_of_other_types_is_no_manifest(cache, images_part):
     data = json.loads((cache / "cache.json").read_text())
     data["recipe"]["latents"]["images"] = images_part
-    del data["blake2b"]
-    body = json.dumps(data)[:-1] + ",\n"
-    (cache / "cache.json").write_text(body + manifests._seal(body))
+    seal(cache, data)
     with pytest.raises(UserError, match=r"not a complete manifest \(.*images"):
         manifests.open_manifest(Storage(cache))
 

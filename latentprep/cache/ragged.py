@@ -48,6 +48,11 @@ def row_shape(cond: Cond) -> tuple[int | None, ...]:
     return (None, *cond.values.shape[1:]) if isinstance(cond, Ragged) else tuple(cond.shape[1:])
 
 
+def show_shape(shape: Sequence[int | None]) -> str:
+    """A row_shape for people; T stands for a length of its own."""
+    return "[" + ", ".join("T" if size is None else str(size) for size in shape) + "]"
+
+
 def values_of(cond: Cond) -> Tensor:
     """All numbers of cond, in one tensor."""
     return cond.values if isinstance(cond, Ragged) else cond

@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Group
 from rich.table import Table
 
+from latentprep.cache.ragged import show_shape
 from latentprep.human import counted, human_bytes, printable, shortened
 from latentprep.records import NOTES
 
@@ -208,8 +209,3 @@ def _read(summary: dict[str, Any]) -> str:
     """Says so where not all rows were read for a statistic."""
     read, images = summary["latents"]["rows_read"], summary["images"]
     return f" ({read:,} of {images:,} images read)" if read < images else ""
-
-
-def show_shape(shape: list[int | None]) -> str:
-    """The shape of a prompt's cond; T stands for a number of tokens of its own."""
-    return "[" + ", ".join("T" if size is None else str(size) for size in shape) + "]"

@@ -3,30 +3,45 @@
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 
 from latentprep.cache.borrowed import CondFiles
-from latentprep.cache.cond import open_cond, open_uncond
-from latentprep.cache.int8 import LARGEST, POSITIONS, SCALE_DTYPE, dtype_of, scales_in
 from latentprep.cache.latents import Latents
 from latentprep.cache.leftovers import list_orphans
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
-from latentprep.cache.names import MANIFEST, SKIPPED, cond_name, uncond_name
-from latentprep.cache.ragged import Conds, finite_rows, values_of
+from latentprep.cache.names import MANIFEST, SKIPPED
 from latentprep.cache.readers import Reading, list_waiting
 from latentprep.cache.schema import CONTROLS
-from latentprep.cache.sets import list_runs, recipe_of, take_runs
+from latentprep.cache.sets import list_runs, take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Stamp, Storage
-from latentprep.cache.text import Text
 from latentprep.errors import UserError
-from latentprep.human import shortened
+from latentprep.look.verify_cond import (
+    CondShapes,
+    check_alike,
+    check_borrowed,
+    check_pad_to,
+    check_shared,
+    check_text,
+    check_uncond,
+    cond_shapes,
+)
 from latentprep.records import Problem, is_flipped, set_of
 
 THREADS = 4  # hashing one file a thread; more gain nothing on a disk
 HEADER_PARTS = ("normalization", "factor", "channels", "pixel_range", "views")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a shard is found to be."""
+
+    problems: list[Problem]
+    keys: list[str] = field(default_factory=list)  # of its rows that count
+    cond: CondShapes | None = None  # None: it has no rows that count, or cannot be opened
 
 
 def verify(storage: Storage, progress: Callable[[int], object]) -> tuple[Manifest | None, list[Problem]]:
@@ -50,17 +65,21 @@ def check_cache(storage: Storage, manifest: Manifest, progress: Callable[[int], 
         problem for name, stamp in manifest.root_files().items() for problem in check_file(storage, name, stamp)
     ]
     keys: Counter[str] = Counter()
+    shapes: dict[str, CondShapes] = {}  # text file -> of its cond
     check = partial(check_shard, storage, manifest, CondFiles(storage))
     with ThreadPoolExecutor(THREADS) as pool:
-        for entry, (found, own) in zip(manifest.shards, pool.map(check, manifest.shards), strict=True):
-            problems += found
-            keys.update(own)
+        for entry, found in zip(manifest.shards, pool.map(check, manifest.shards), strict=True):
+            problems += found.problems
+            keys.update(found.keys)
+            if found.cond:
+                shapes[entry.text_name] = found.cond
             progress(entry.nbytes)
     problems += [Problem("", "duplicate", f"{key} stands in {n} rows") for key, n in keys.items() if n > 1]
     problems += check_skips(storage, manifest, keys)
-    problems += check_uncond(storage, manifest)
-    problems += [problem for cond_file in manifest.cond_files for problem in check_shared(storage, manifest, cond_file)]
-    return problems
+    for found, own in (check_uncond(storage, manifest), check_shared(storage, manifest)):
+        problems += found
+        shapes |= own
+    return problems + check_alike(shapes) + check_pad_to(manifest, shapes)
 
 
 def list_scraps(storage: Storage, manifest: Manifest) -> list[Problem]:
@@ -86,10 +105,8 @@ def check_file(storage: Storage, name: str, stamp: Stamp) -> list[Problem]:
     return []
 
 
-def check_shard(
-    storage: Storage, manifest: Manifest, cond_files: CondFiles, entry: Shard
-) -> tuple[list[Problem], list[str]]:
-    """What is wrong with a shard, and the keys of its rows that count."""
+def check_shard(storage: Storage, manifest: Manifest, cond_files: CondFiles, entry: Shard) -> Checked:
+    """What is wrong with a shard, and what it holds."""
     problems: list[Problem] = []
     for name, stamp in entry.files().items():
         problems += check_file(storage, name, stamp)
@@ -99,11 +116,13 @@ def check_shard(
     except UserError as error:
         problems.append(Problem(entry.latents_name, "structure", str(error)))
     keys: list[str] = []
+    cond: CondShapes | None = None
     try:
         text = entry.open_text(storage)
         if entry.num_images:
             problems += check_text(manifest, entry, text)
             problems += check_borrowed(cond_files, entry.text_name, text)
+            cond = cond_shapes(text.cond)
         for group, live in zip(text.groups, entry.live_rows(), strict=True):
             keys += [group.key[row] for row in live.tolist()]
         is_known = {facts.name for facts in manifest.sets}.issuperset(map(set_of, keys)) or not manifest.sets
@@ -113,7 +132,7 @@ def check_shard(
             )
     except UserError as error:
         problems.append(Problem(entry.text_name, "structure", str(error)))
-    return problems, keys
+    return Checked(problems, keys, cond)
 
 
 def check_latents(manifest: Manifest, latents: Latents, file: str) -> list[Problem]:
@@ -154,71 +173,6 @@ def check_latents(manifest: Manifest, latents: Latents, file: str) -> list[Probl
     return problems
 
 
-def check_text(manifest: Manifest, entry: Shard, text: Text) -> list[Problem]:
-    """Recipe, cond and finiteness of a text file."""
-    name, rows = entry.text_name, text.rows()
-    problems = []
-    recipe = recipe_of(manifest.recipe.text.to_json(), (rows[number].key for number in entry.live_numbers()))
-    if text.metadata.get("recipe") != recipe:
-        problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
-    if text.has_cond != (manifest.uncond is not None):
-        problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
-    if {*text.cond_files} != {*entry.cond_files}:
-        problems.append(Problem(name, "cond", "borrows from other cond files than cache.json says"))
-    return problems + check_cond(name, text.cond, manifest.recipe.text.store_dtype)
-
-
-def check_borrowed(cond_files: CondFiles, name: str, text: Text) -> list[Problem]:
-    """Whether the prompts that a text borrows are those of the cond files. Of damaged ones check_shared tells."""
-    try:
-        lenders = [cond_files[cond_file] for cond_file in text.cond_files]
-    except UserError:
-        return []
-    try:
-        cond_files.of(text)
-    except UserError as error:
-        return [Problem(name, "cond", str(error))]
-    wrong = [
-        prompt
-        for prompt, (number, row) in zip(text.prompt[text.num_own :], text.borrowed.tolist(), strict=True)
-        if lenders[number].prompt[row] != prompt
-    ]
-    if not wrong:
-        return []
-    shown = f"{len(wrong)} of its prompts borrow the cond of others, such as {shortened(wrong[0])!r}"
-    return [Problem(name, "cond", shown)]
-
-
-def check_shared(storage: Storage, manifest: Manifest, cond_file: str) -> list[Problem]:
-    """Whether cond that texts share is of the recipe, and finite. What is wrong with the file is known already."""
-    name = cond_name(cond_file)
-    try:
-        cond = open_cond(storage, cond_file)
-    except UserError as error:
-        return [Problem(name, "structure", str(error))]
-    problems = check_cond(name, cond.cond, manifest.recipe.text.store_dtype)
-    if cond.metadata.get("recipe") != manifest.recipe.text.cond:
-        problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
-    return problems
-
-
-def check_cond(file: str, conds: Conds, store_dtype: str | None) -> list[Problem]:
-    """Number types and finiteness of cond, and the sign of its scales."""
-    problems, scales = [], scales_in(conds)
-    for name, value in conds.items():
-        expected = SCALE_DTYPE if name in scales else dtype_of(name, value, store_dtype or "float32")
-        if value.dtype != expected and not name.endswith(POSITIONS):  # older caches have these in bfloat16
-            shown = str(expected).removeprefix("torch.")
-            problems.append(Problem(file, "dtype", f"cond/{name}: {value.dtype}, expected {shown}"))
-        bad = int((~finite_rows(value)).sum())
-        if bad:
-            problems.append(Problem(file, "non_finite", f"cond/{name}: {bad} prompts"))
-        least = 0 if name in scales else -LARGEST
-        if (name in scales or value.dtype == torch.int8) and bool((values_of(value) < least).any()):
-            problems.append(Problem(file, "range", f"cond/{name}: below {least}"))
-    return problems
-
-
 def check_skips(storage: Storage, manifest: Manifest, keys: Counter[str]) -> list[Problem]:
     """Whether the skipped and the cached are two different sets."""
     try:
@@ -233,18 +187,6 @@ def check_skips(storage: Storage, manifest: Manifest, keys: Counter[str]) -> lis
     if len(skips) != manifest.num_skipped:
         problems.append(Problem(SKIPPED, "count", f"{len(skips)} lines, expected {manifest.num_skipped}"))
     return problems
-
-
-def check_uncond(storage: Storage, manifest: Manifest) -> list[Problem]:
-    """Whether the cond of the empty prompt can be opened, and is finite."""
-    if manifest.uncond is None:
-        return []
-    name = uncond_name(manifest.uncond.id)
-    try:
-        _, cond = open_uncond(storage, manifest.uncond.id)
-    except UserError as error:
-        return [Problem(name, "structure", str(error))]
-    return check_cond(name, cond, manifest.recipe.text.store_dtype)
 
 
 def _not_finite(values: torch.Tensor | None) -> int:
