@@ -104,3 +104,14 @@ def test_a_crop_says_what_its_numbers_are(run, images, tmp_path):
     boxes = dict.fromkeys(map(tuple, crops))  # those of mirrored views are said once
     shown = "; ".join(f"{width}x{height} at left {left}, top {top}" for top, left, height, width in boxes)
     assert re.search(f"^crop +{shown} *$", run("inspect", tmp_path / "c", "--key", "wide0.png").out, re.MULTILINE)
+
+
+def test_an_example_prompt_says_something(run, images, tmp_path):
+    for path in images.glob("*.txt"):
+        path.unlink()
+    (images / "wide3.txt").write_text("a wide picture")
+    options = ("--out", tmp_path / "c", *SMALL, "--shard-size", "30kB", "--caption-from", "file")
+    assert run("encode", images, *options).code == 0
+    found = latentprep.inspect(tmp_path / "c")["text"]
+    assert found["empty_captions"] > 0
+    assert found["example_prompt"] == "a wide picture"

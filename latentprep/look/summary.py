@@ -140,7 +140,7 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
             found = [caption for row in live for caption in group.caption[row]]
             captions += len(found)
             empty += found.count("")
-        example = example or text.prompt[0]
+        example = example or next(filter(str.strip, text.prompt), "")
         of_text = cond_files.of(text)
         new = [n for n, place in enumerate(of_text.places()) if place not in seen]
         seen.update(place for place in of_text.places() if place is not None)

@@ -132,7 +132,8 @@ def text_table(text: dict[str, Any]) -> Table:
     table = _table("Text")
     empty = f", {text['empty_captions']:,} empty" if text["empty_captions"] else ""
     table.add_row("captions", f"{text['captions']:,}{empty}")
-    table.add_row("prompts", f"{text['distinct_prompts']:,}, such as {shortened(text['example_prompt'])}")
+    example = f", such as {shortened(text['example_prompt'])}" if text["example_prompt"] else ""
+    table.add_row("prompts", f"{text['distinct_prompts']:,}{example}")
     shapes = ", ".join(f"{name} {show_shape(shape)}" for name, shape in text["cond"].items())
     table.add_row("cond", f"{shapes}, stored as {text['cond_dtype']}" if shapes else "none")
     if text["tokens"] is not None:

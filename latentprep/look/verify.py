@@ -76,8 +76,8 @@ def check_cache(storage: Storage, manifest: Manifest, progress: Callable[[int], 
             progress(entry.nbytes)
     problems += [Problem("", "duplicate", f"{key} stands in {n} rows") for key, n in keys.items() if n > 1]
     problems += check_skips(storage, manifest, keys)
-    for found, own in (check_uncond(storage, manifest), check_shared(storage, manifest)):
-        problems += found
+    for more, own in (check_uncond(storage, manifest), check_shared(storage, manifest)):
+        problems += more
         shapes |= own
     return problems + check_alike(shapes) + check_pad_to(manifest, shapes)
 
