@@ -217,7 +217,7 @@ def zimage(folder: Path) -> dict[str, Any]:
 
 
 def flux2(folder: Path) -> dict[str, Any]:
-    tokenizer = make_bytes_tokenizer(extra_special_tokens=["<|im_start|>", "<|im_end|>"])
+    tokenizer = make_bytes_tokenizer(extra_special_tokens=["<|im_start|>", "<|im_end|>"], padding_side="left")
     tokenizer.chat_template = CHAT
     encoder = make_mistral("Mistral3ForConditionalGeneration", 31)
     return {"text_encoder": encoder, "tokenizer": tokenizer, "vae": make_flux2_vae()}

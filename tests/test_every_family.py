@@ -1,6 +1,9 @@
 """Every row of FAMILIES against its own pipeline: arguments, defaults, cond, masks, lengths, counts and sizes."""
 
 import inspect
+import json
+import re
+import shutil
 from types import SimpleNamespace
 
 import diffusers
@@ -9,7 +12,8 @@ import pytest
 import torch
 
 from latentprep import LatentDataset
-from latentprep.cache.ragged import Ragged
+from latentprep.cache.ragged import Ragged, values_of
+from latentprep.errors import UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.models.encode_prompt import inference_defaults, make_arguments
 from latentprep.prepare.models.families import FAMILIES, find_family
@@ -130,6 +134,26 @@ def compare(found, rows, wanted, mask, family, name):
             value = value[: len(found[n])]
         assert found[n].dtype == torch.float32
         assert torch.equal(found[n], value.float()), (name, n)
+
+
+@every_family
+def test_a_tokenizer_that_pads_on_the_other_side_is_refused_or_gives_the_same(family, miniature, tmp_path):
+    folder = shutil.copytree(miniature(family.stem)[1], tmp_path / "model")
+    wanted = open_text(folder).open(CPU, torch.float32).encode(PROMPTS)
+    for path in sorted(folder.glob("tokenizer*")):
+        config = path / "tokenizer_config.json"
+        own = json.loads(config.read_text())
+        for side in ("left", "right"):
+            config.write_text(json.dumps({**own, "padding_side": side}))
+            if family.padding_side in (None, side):
+                found = open_text(folder).open(CPU, torch.float32).encode(PROMPTS)
+                for name, value in wanted.items():
+                    assert torch.allclose(values_of(found[name]), values_of(value), atol=1e-5), (path.name, side)
+                continue
+            line = f"{path}: its tokenizer pads prompts on the {side}, expected the {family.padding_side}. "
+            with pytest.raises(UserError, match=re.escape(line + f'Set "padding_side": "{family.padding_side}"')):
+                open_text(folder).check()
+        config.write_text(json.dumps(own))
 
 
 @pytest.mark.skipif(not hasattr(diffusers, "ErnieImagePipeline"), reason="a newer diffusers")

@@ -238,6 +238,16 @@ def test_merged_checkpoints_may_leave_text_model_out(tmp_path, model):
     assert digests[0] == digests[1]
 
 
+def test_a_tokenizer_that_pads_on_the_left_is_refused(checkpoint):
+    file, _, configs = checkpoint
+    path = configs / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "padding_side": "left"}))
+    assert refusal(file, config=configs) == (
+        f"{path.parent}: its tokenizer pads prompts on the left, expected the right. "
+        'Set "padding_side": "right" in its tokenizer_config.json.'
+    )
+
+
 def test_half_precision_files_are_read_as_what_they_are(checkpoint, tmp_path):
     file, _, configs = checkpoint
     small = tmp_path / "small.safetensors"

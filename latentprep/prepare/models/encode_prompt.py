@@ -4,6 +4,7 @@ The result is what inference uses: where encode_prompt and __call__ have other d
 """
 
 import inspect
+from importlib.metadata import version
 from typing import Any
 
 import numpy as np
@@ -102,17 +103,20 @@ def take_rows(name: str, family: Family, value: Any, mask: Tensor | None, num_pr
         return Ragged.of(list(value))
     masks = mask.cpu().bool().reshape(*value.shape[:2], -1)[..., 0]  # AuraFlow's has the shape of the embeddings
     if not family.has_gaps:
-        check_first(name, masks)
+        check_first(name, masks, family)
     return Ragged.of([row[counts] for row, counts in zip(value, masks, strict=True)])
 
 
-def check_first(name: str, masks: Tensor) -> None:
-    """Raise UserError unless the tokens that count [P,T] are the first ones: then their number tells which they are."""
+def check_first(name: str, masks: Tensor, family: Family) -> None:
+    """Raise UserError unless the tokens that count [P,T] are the first ones: then their number tells which they are.
+
+    All tokenizers pad on the right here (Family.padding_side), so another diffusers would be the cause.
+    """
     is_first = torch.arange(masks.shape[1])[None] < masks.sum(1)[:, None]
     if not torch.equal(is_first, masks):
         raise UserError(
-            f"--model: the mask of its {name} counts tokens that are not the first ones, so its tokenizer pads on the "
-            'left. Set "padding_side": "right" in its tokenizer_config.json.'
+            f"--model: {family.pipeline} of diffusers {version('diffusers')} gives a mask of {name} that counts tokens "
+            "which are not the first ones, and this is not supported. Use another diffusers, or --no-cond."
         )
 
 

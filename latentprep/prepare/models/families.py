@@ -81,6 +81,7 @@ FAMILIES = (
         most_tokens=512,
         has_special_tokens=True,
         patch=2,
+        padding_side=None,  # it takes the tokens that count
     ),
     Family(
         "FLUX.2",  # dev
@@ -92,6 +93,7 @@ FAMILIES = (
         default_tokens=512,
         most_tokens=512,
         has_special_tokens=True,
+        padding_side="left",  # as its denoiser was trained: Mistral3Tokenizer of ComfyUI (text_encoders/flux.py)
     ),
     Family(
         "FLUX.2 klein",
@@ -119,6 +121,7 @@ FAMILIES = (
         has_special_tokens=True,
         call_defaults=("max_sequence_length",),
         patch=2,
+        padding_side=None,  # it takes the tokens that count
     ),
     Family(
         "Krea 2",
@@ -159,6 +162,7 @@ FAMILIES = (
         default_tokens=300,
         most_tokens=300,
         call_defaults=("complex_human_instruction",),
+        padding_side=None,  # encode_prompt sets it
     ),
     Family(
         "SANA-Sprint",
@@ -171,6 +175,7 @@ FAMILIES = (
         default_tokens=300,
         most_tokens=300,
         call_defaults=("complex_human_instruction",),
+        padding_side=None,  # encode_prompt sets it
     ),
     Family(
         "Lumina 2",
@@ -183,6 +188,7 @@ FAMILIES = (
         default_tokens=256,
         most_tokens=512,
         patch=2,
+        padding_side=None,  # its pipeline sets it
     ),
     Family(
         "PixArt-Alpha",
@@ -226,6 +232,7 @@ FAMILIES = (
         tokens_argument="tokenizer_max_length",
         packages=("ftfy",),
         patch=2,
+        padding_side=None,
     ),
     Family(
         "AuraFlow",
@@ -240,6 +247,8 @@ FAMILIES = (
         most_tokens=256,
         heeds_force_upcast=True,
         patch=2,
+        has_gaps=True,  # its denoiser gives text no positions
+        padding_side=None,
     ),
     Family(
         "HunyuanDiT",
@@ -294,6 +303,7 @@ FAMILIES = (
         default_tokens=1024,
         most_tokens=1024,
         patch=2,
+        padding_side=None,  # of one prompt there is nothing to pad
     ),
     Family(
         "HiDream-I1",
@@ -329,6 +339,7 @@ FAMILIES = (
         most_tokens=256,
         packages=("sentencepiece",),
         heeds_force_upcast=True,
+        padding_side="left",  # its tokenizer knows no other
     ),
     Family(
         "ERNIE-Image",
@@ -344,6 +355,7 @@ FAMILIES = (
         without_pad=("text_encoder",),
         one_by_one=True,
         norm_eps=1e-5,  # the config of its VAE says another (pipeline_ernie_image.py, __call__)
+        padding_side=None,  # of one prompt there is nothing to pad
     ),
 )
 

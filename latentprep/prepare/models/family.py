@@ -64,6 +64,8 @@ class Family:
     pads_to_longest: bool = False
     # whether the pipeline puts prompts into a template of special tokens: then those in a caption count as such too
     has_special_tokens: bool = False
+    # the side that its tokenizers have to pad on; None: its pipeline sees to that itself, or either side gives the same
+    padding_side: str | None = "right"
     without_pad: tuple[str, ...] = ()  # encoders whose tokenizer needs to name no pad token
     one_by_one: bool = False  # whether what a prompt is encoded with would change its numbers
     call_defaults: tuple[str, ...] = ()  # arguments whose default is another in __call__ than in encode_prompt

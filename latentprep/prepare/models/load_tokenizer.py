@@ -45,11 +45,12 @@ def check_tokenizer(folder: Path, kind: str, own: str, option: str) -> None:
         raise UserError(f"{option}: {folder / CHAT_TEMPLATE} has over {MAX_TEMPLATE:,} bytes, which no template has.")
 
 
-def load_tokenizer_of(folder: Path, kind: str, config: Any, is_padded: bool = True) -> Any:
+def load_tokenizer_of(folder: Path, kind: str, config: Any, padding_side: str | None, is_padded: bool = True) -> Any:
     """A tokenizer by its class, from its known files alone, for the text encoder of this config. Raises UserError.
 
-    config: what load_text.text_config gives. is_padded: whether it has to name a pad token. The tokenizer sees a copy
-    of its files, since from_pretrained would also look at a config.json and the auto_map in it.
+    config: what load_text.text_config gives. padding_side: Family.padding_side. is_padded: whether it has to name a pad
+    token. The tokenizer sees a copy of its files, since from_pretrained would also look at a config.json and the
+    auto_map in it.
     """
     own: dict[str, Any] = {}
     vocab_size = getattr(config, "vocab_size", getattr(config, "padded_vocab_size", None))
@@ -66,6 +67,7 @@ def load_tokenizer_of(folder: Path, kind: str, config: Any, is_padded: bool = Tr
         with blame(f"{folder}: its files make no {kind}"):
             loaded_as = known_class(LOADED_AS.get(kind, kind), MODULES.get(kind, "transformers"))
             tokenizer = loaded_as.from_pretrained(copy, local_files_only=True)
+            check_padding(tokenizer.padding_side, padding_side, folder)  # ChatGLM's fails at its first word otherwise
             size = len(tokenizer)
             if tokenizer.pad_token is not None:
                 tokenizer(["a photo"], padding="max_length", max_length=8, truncation=True)
@@ -75,6 +77,15 @@ def load_tokenizer_of(folder: Path, kind: str, config: Any, is_padded: bool = Tr
     if vocab_size is not None and size > vocab_size:
         raise UserError(f"{folder}: has {size:,} tokens, but its text encoder knows {vocab_size:,}. Download it again.")
     return tokenizer
+
+
+def check_padding(found: str, wanted: str | None, folder: Path) -> None:
+    """Raise UserError where a tokenizer pads on another side than its family: encode_prompt would say nothing."""
+    if wanted not in (None, found):
+        raise UserError(
+            f"{folder}: its tokenizer pads prompts on the {found}, expected the {wanted}. "
+            f'Set "padding_side": "{wanted}" in its tokenizer_config.json.'
+        )
 
 
 def clip_length(folder: Path, tokenizer: Mapping[str, Any], window: int) -> int:

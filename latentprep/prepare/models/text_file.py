@@ -82,8 +82,8 @@ class TextFile(TextFiles):
         index = read_json(self.configs / "model_index.json", "--config")
         kind = check_class(index, folder.name, KINDS[TEXT_CLASSES[0]].tokenizers, f"--config {self.configs}")
         check_tokenizer(folder, TEXT_CLASSES[0], kind, "--config")
-        config = read_text_config(self.configs / part)
-        return load_tokenizer_of(folder, kind, text_config(TEXT_CLASSES[0], config, str(self.configs / part)))
+        config = text_config(TEXT_CLASSES[0], read_text_config(self.configs / part), str(self.configs / part))
+        return load_tokenizer_of(folder, kind, config, self.family.padding_side)
 
 
 def open_text_file(

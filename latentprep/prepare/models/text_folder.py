@@ -147,8 +147,8 @@ class TextFolder(TextFiles):
         """The tokenizer of an encoder. Raises UserError if its files make none."""
         place = self.places[part]
         config = text_config(place.kind, place.read_config(), str(place.config))
-        is_padded = part not in self.family.without_pad
-        return load_tokenizer_of(place.tokenizer, self.tokenizers[part], config, is_padded=is_padded)
+        side, is_padded = self.family.padding_side, part not in self.family.without_pad
+        return load_tokenizer_of(place.tokenizer, self.tokenizers[part], config, side, is_padded)
 
     def describe_given(self) -> list[str]:
         """A line for each encoder that does not come from the folder."""
