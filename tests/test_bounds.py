@@ -109,13 +109,19 @@ def test_cond_that_is_not_finite_stops_the_run():
     bad[1, 2, 3] = torch.inf
     for encoded, stored, dtype, message in (
         (good, bad, "float32", r"^--store-dtype float16: cannot hold the a of 'two'"),
-        (bad, bad, "float32", r"^--model: its text encoder gives no finite numbers for 'two', even in float32"),
-        (bad, bad, "float16", r"^--dtype float16: the text encoder overflows for 'two'"),
+        (bad, bad, "float32", r"^--model: the text encoder in a/b gives no finite numbers for 'two', even in float32"),
+        (bad, bad, "float16", r"^--dtype float16: the text encoder in a/b overflows for 'two'.* bfloat16 or float32.$"),
+        (
+            bad,
+            bad,
+            "bfloat16",
+            r"^--dtype bfloat16: the text encoder in a/b overflows for 'two'\. Use --dtype float32\.$",
+        ),
     ):
         recipe = SimpleNamespace(store_dtype="float16", dtype=dtype)
         with pytest.raises(UserError, match=message):
-            check_finite(["one", "two"], {"a": encoded}, {"a": stored}, recipe)
-    check_finite(["one", "two"], {"a": good}, {"a": good}, recipe)
+            check_finite(["one", "two"], {"a": encoded}, {"a": stored}, recipe, "a/b")
+    check_finite(["one", "two"], {"a": good}, {"a": good}, recipe, "a/b")
 
 
 def test_what_is_gone_has_no_prompt_in_a_new_text_file(run, images, tmp_path):

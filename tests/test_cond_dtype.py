@@ -152,13 +152,13 @@ def test_what_eight_bits_cannot_hold_is_refused():
     with pytest.raises(
         UserError, match=r"^--cond-dtype int8: cannot hold the embeds of 'two'\. Use --cond-dtype bfloat"
     ):
-        check_finite(["one", "two"], {"embeds": cond}, store_as({"embeds": cond}, "int8"), recipe, "--cond-dtype")
+        check_finite(["one", "two"], {"embeds": cond}, store_as({"embeds": cond}, "int8"), recipe, "", "--cond-dtype")
     for value in (torch.inf, torch.nan):
         cond[1, 2, 3] = value
         with pytest.raises(UserError, match="no finite numbers for 'two'"):
-            check_finite(["one", "two"], {"embeds": cond}, store_as({"embeds": cond}, "int8"), recipe)
+            check_finite(["one", "two"], {"embeds": cond}, store_as({"embeds": cond}, "int8"), recipe, "")
     cond[1, 2, 3] = 8e6
-    check_finite(["one", "two"], {"embeds": cond}, store_as({"embeds": cond}, "int8"), recipe)
+    check_finite(["one", "two"], {"embeds": cond}, store_as({"embeds": cond}, "int8"), recipe, "")
 
 
 def test_a_batch_has_the_numbers_of_the_text_encoder(made):

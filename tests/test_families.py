@@ -358,7 +358,7 @@ def overflowing(mini, tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--dtype", "float16"), "--dtype float16: the text encoder overflows for 'wide0'. "
+        (("--dtype", "float16"), "--dtype float16: the text encoder in {} overflows for 'wide0'. "
                                  "Use --dtype bfloat16 or float32."),
         ((), "--store-dtype float16: cannot hold the prompt_embeds of 'wide0'. "
              "Use --store-dtype bfloat16 or float32."),
@@ -369,7 +369,7 @@ def test_cond_that_overflows_is_never_written(minis, images, tmp_path, run, opti
     size = ("--resolution", 64, "--bucket-step", 32, "--min-side", 32)
     result = run("encode", images, "--model", folder, "--out", tmp_path / "cache", *size, *options)
     assert result.code == 1
-    assert f"error: {message}" in result.err
+    assert f"error: {message.format(folder / 'text_encoder')}" in result.err
     for path in (tmp_path / "cache").rglob("*.text.safetensors"):  # of the first pass
         with safe_open(path, framework="pt") as file:
             assert not [name for name in file.keys() if name.startswith("cond/")]  # noqa: SIM118

@@ -21,7 +21,7 @@ from latentprep.prepare.models.vae_config import bounded, build_vae
 from latentprep.prepare.models.vae_encoder import LEVELS, to_levels
 from latentprep.prepare.models.vae_folder import open_vae
 from tests.conftest import gradient
-from tests.test_hostile_models import check_refused, config, set_value, weights
+from tests.test_hostile_models import both, check_refused, config, set_value, weights
 
 diffusers = pytest.importorskip("diffusers", minversion="0.36")
 CPU = torch.device("cpu")
@@ -137,8 +137,18 @@ def test_a_vae_in_memory_is_known_by_its_statistics(flux2):
         (config("vae", block_out_channels=[10**9] * 4), "block_out_channels is"),
         (config("vae", act_fn="x" * 10**5), "act_fn is"),
         (config("vae", sample_size=10**12), "sample_size is"),
-        (weights("vae/" + FILE, set_value("bn.running_mean", float("nan"))), "shift is nan"),
-        (weights("vae/" + FILE, set_value("bn.running_var", -5.0)), "bn.running_var has numbers that are no variance"),
+        (
+            weights("vae/" + FILE, set_value("bn.running_mean", float("nan"))),
+            "copy/vae: its weight bn.running_mean holds NaN or infinite numbers",
+        ),
+        (
+            weights("vae/" + FILE, set_value("bn.running_var", -5.0)),
+            "copy/vae: its weight bn.running_var has numbers below",
+        ),
+        (
+            both(config("vae", batch_norm_eps=0), weights("vae/" + FILE, set_value("bn.running_var", 0.0))),
+            "batch_norm_eps is 0, and with it bn.running_var has numbers that are not above 0",
+        ),
         (weights("vae/" + FILE, lambda t: t.pop("bn.running_var")), "1 of its weights were not found, such as bn."),
         (weights("vae/" + FILE, lambda t: t.update({"bn.running_var": torch.ones(3)})), "bn.running_var: [3]"),
     ],

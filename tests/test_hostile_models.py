@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
+from latentprep.prepare.models.files import is_finite
 from tests.test_single_file import configs_of, ldm_vae, make_sd1
 
 VAE, TEXT = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -214,6 +215,35 @@ def check_refused(run, images, cache, model, message, *options):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_a_text_encoder_whose_weights_are_no_numbers_is_named(run, images, model, tmp_path, value):
+    folder = shutil.copytree(model, tmp_path / "copy")
+    tensors = load_file(folder / TEXT)
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    tensors[name][-1, -1] = value  # of a token that no prompt has
+    tensors["text_model.embeddings.position_ids"] = torch.arange(77)[None]  # as of older transformers; not used
+    save_file(tensors, folder / TEXT, {"format": "pt"})
+    result = run("encode", images, "--out", tmp_path / "cache", "--model", folder, *SIZE)
+    assert result.code == 1
+    assert result.err.splitlines()[-1] == (
+        f"error: {folder / 'text_encoder'}: its weight {name} holds NaN or infinite numbers. Download the model again."
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+def test_a_number_that_is_none_is_found_wherever_it_stands(dtype):
+    assert is_finite(torch.zeros(0, 3, dtype=dtype))
+    for size in (1, 2, 33, 257):
+        numbers = torch.randn(size).to(dtype)
+        assert is_finite(numbers)
+        for place in range(size):
+            damaged = numbers.clone()
+            damaged[place] = float("nan")
+            assert not is_finite(damaged), (size, place)
+            damaged[place] = float("inf")  # the largest, or NaN, in 8 bits
+            assert is_finite(damaged) == bool(damaged.float().isfinite().all())
+
+
 @pytest.mark.parametrize("name", DAMAGES)
 def test_damaged_folders_are_refused_in_one_line(run, images, model, tmp_path, name):
     folder = tmp_path / "copy"
@@ -228,8 +258,11 @@ def test_damaged_folders_are_refused_in_one_line(run, images, model, tmp_path, n
     [
         (lambda t: t.update(edm_mean=torch.zeros(4)), "has edm_mean alone"),
         (lambda t: t.update(edm_mean=torch.zeros(3), edm_std=torch.ones(4)), "its edm_mean is [3], expected one"),
-        (lambda t: t.update(edm_mean=torch.zeros(4), edm_std=torch.zeros(4)), "latents_std has 0.0"),
-        (lambda t: t.update(edm_mean=torch.zeros(4) / 0, edm_std=torch.ones(4)), "latents_mean is nan"),
+        (
+            lambda t: t.update(edm_mean=torch.zeros(4), edm_std=torch.zeros(4)),
+            "its edm_std has numbers that are",
+        ),
+        (lambda t: t.update(edm_mean=torch.zeros(4) / 0, edm_std=torch.ones(4)), "its weight edm_mean holds NaN"),
         (set_value(f"first_stage_model.{CONV}", float("nan")), "holds NaN or infinite numbers"),
     ],
 )

@@ -238,6 +238,17 @@ def test_merged_checkpoints_may_leave_text_model_out(tmp_path, model):
     assert digests[0] == digests[1]
 
 
+def test_a_text_encoder_whose_weights_are_no_numbers_is_named(checkpoint):
+    file, _, configs = checkpoint
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.startswith("cond") and "token_emb" in name)
+    tensors[name][-1, -1] = float("nan")
+    save_file(tensors, file)
+    text = opened(file, config=configs).text
+    with pytest.raises(UserError, match=rf"^{re.escape(str(file))}: its weight .*token_emb.* holds NaN or infinite"):
+        text.load_pipeline(torch.float32)
+
+
 def test_a_tokenizer_that_pads_on_the_left_is_refused(checkpoint):
     file, _, configs = checkpoint
     path = configs / "tokenizer" / "tokenizer_config.json"

@@ -217,7 +217,8 @@ def test_statistics_that_are_none_are_refused(made, tmp_path):
     for value, message in (
         (None, "are not those of its config (1 missing, such as bn.running_var)"),
         (torch.ones(3), "1 of another shape, such as bn.running_var: [3], expected [16]"),
-        (torch.full((16,), float("nan")), "bn.running_var has numbers that are no variance"),
+        (torch.full((16,), float("nan")), f"{tmp_path / 'x.safetensors'}: its weight bn.running_var holds NaN"),
+        (torch.full((16,), -1.0), f"{tmp_path / 'x.safetensors'}: its weight bn.running_var has numbers below 0"),
     ):
         changed = {name: tensor for name, tensor in tensors.items() if name != "bn.running_var"}
         save_file(changed | ({"bn.running_var": value} if value is not None else {}), other)

@@ -211,6 +211,7 @@ class LiveTextModel(TextFacts):
     """A doors.TextModel that is open already."""
 
     live: LiveText
+    where: str = "cond_model"
 
     def open(self, device: torch.device, dtype: torch.dtype, options: TextOptions | None = None) -> LiveText:
         """The encoder where and as it is, whatever device and dtype are asked for."""

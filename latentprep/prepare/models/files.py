@@ -185,10 +185,17 @@ def check_shapes(
 def check_numbers(tensors: "Mapping[str, torch.Tensor]", where: str) -> None:
     """Raise UserError where a weight is NaN or infinite, or no floating point number at all."""
     for name, tensor in tensors.items():
-        # isfinite knows no 8-bit floats
-        if not tensor.is_floating_point() or not bool(tensor.float().isfinite().all()):
+        if not tensor.is_floating_point() or not is_finite(tensor):
             problem = "holds NaN or infinite numbers" if tensor.is_floating_point() else f"is {tensor.dtype}"
             raise UserError(f"{where}: its weight {printable(name)} {problem}. Download the model again.")
+
+
+def is_finite(tensor: "torch.Tensor") -> bool:
+    """Whether all numbers of a weight are finite. aminmax gives NaN if there is one, 50 times as fast as isfinite."""
+    if not tensor.numel():
+        return True
+    values = tensor if tensor.itemsize > 1 else tensor.float()  # aminmax knows no 8-bit floats
+    return all(bool(value.isfinite()) for value in values.aminmax())
 
 
 def check_whole(path: Path, library: str, missing: Collection[str]) -> None:

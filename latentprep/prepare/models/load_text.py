@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.prepare.models.family import Family
-from latentprep.prepare.models.files import blame, check_shapes, check_sizes, class_of
+from latentprep.prepare.models.files import blame, check_numbers, check_shapes, check_sizes, class_of
 
 if TYPE_CHECKING:
     import torch
@@ -181,11 +181,17 @@ def text_config(kind: str, config: dict[str, Any], where: str) -> Any:
 
 
 def load_encoder(
-    kind: str, config: dict[str, Any], tensors: "Mapping[str, torch.Tensor]", dtype: "torch.dtype", what: str
+    kind: str,
+    config: dict[str, Any],
+    tensors: "Mapping[str, torch.Tensor]",
+    dtype: "torch.dtype",
+    where: str,
+    what: str,
 ) -> tuple[Any, dict[str, Any]]:
     """A text encoder on the CPU, and what transformers says of names it did not find.
 
-    Raises UserError, which begins with `what`, for weights that do not fit.
+    Raises UserError for weights that do not fit, which begins with `what`, and for those that are no finite numbers,
+    which begins with `where`.
 
     The weights are given in `dtype`, and not cast later: so transformers keeps the layers in float32 that overflow in
     float16 (T5's wo).
@@ -195,6 +201,8 @@ def load_encoder(
         model, info = encoder_class(kind).from_pretrained(
             None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
         )
+    own = {short_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
+    check_numbers({name: tensor for name, tensor in tensors.items() if short_name(name) in own}, where)
     return model, info
 
 

@@ -24,7 +24,7 @@ from latentprep.prepare.models.checkpoint import (
     vae_names,
     vae_prefix,
 )
-from latentprep.prepare.models.files import blame, check_shapes, digest_model
+from latentprep.prepare.models.files import blame, check_numbers, check_shapes, digest_model
 from latentprep.prepare.models.vae_config import build_vae, keep_encoder
 from latentprep.prepare.models.vae_folder import (
     STATISTICS,
@@ -105,7 +105,7 @@ def open_vae_file(path: Path, option: str, configs: Path | None, norm_eps: float
     statistics = statistics_of(vae)
     check_loaded(path, "VAE", statistics.keys() - names.keys(), [])
     check_shapes(statistics, {new: shapes[name] for new, name in names.items()}, str(path), "VAE")
-    give_statistics(vae, read_tensors(path, {name: names[name] for name in statistics}))
+    give_statistics(vae, read_tensors(path, {name: names[name] for name in statistics}), str(path))
     numbers = read_numbers(vae, f"--config {where}", norm_eps)
     if config["_class_name"] == LDM_CLASS:
         found, expected = describe_vae(shapes), describe_config(config)
@@ -149,6 +149,9 @@ def add_edm(config: dict[str, Any], path: Path, shapes: Shapes, option: str) -> 
                 f"{shortened(str(config.get('latent_channels')))} latent channels. Download it again."
             )
     tensors = read_tensors(path, {name: name for name in there})
+    check_numbers(tensors, str(path))
+    if not bool((tensors["edm_std"] > 0).all()):
+        raise UserError(f"{option} {path}: its edm_std has numbers that are not above 0. Download it again.")
     mean, std = (tensors[name].double().flatten().tolist() for name in there)
     return {**config, "latents_mean": mean, "latents_std": std, "scaling_factor": 0.5}
 

@@ -56,6 +56,10 @@ class TextFile(TextFiles):
     path: Path
     configs: Path
 
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         """A pipeline on the CPU of which there is what encode_prompt needs. Raises UserError like VaeFile.load."""
         shapes = read_shapes(self.path, "text encoder")
@@ -176,12 +180,11 @@ def load_text_encoder(path: Path, shapes: Shapes, prefix: str, configs: Path, dt
     config = read_text_config(configs)
     tensors = read_tensors(path, text_names(shapes, prefix, config))
     (kind,) = config["architectures"]
-    with blame(f"{path}: the tensors of its {configs.name} are not those of its config"):
+    what = f"{path}: the tensors of its {configs.name} are not those of its config"
+    with blame(what):
         if prefix.endswith("model."):  # OpenCLIP's names; of the first argument only config.hidden_size is read
             sizes = SimpleNamespace(config=SimpleNamespace(hidden_size=config["hidden_size"]))
             tensors = convert_open_clip_checkpoint(sizes, tensors, prefix="")
-    model, info = load_encoder(
-        kind, config, tensors, dtype, f"{path}: the tensors of its {configs.name} are not those of its config"
-    )
+    model, info = load_encoder(kind, config, tensors, dtype, str(path), what)
     check_loaded(path, configs.name, info["missing_keys"], info["unexpected_keys"])
     return model

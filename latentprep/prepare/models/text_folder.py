@@ -109,6 +109,10 @@ class TextFolder(TextFiles):
     tokenizers: Mapping[str, str]  # encoder -> class of its tokenizer
     given: tuple[str, ...] = ()  # encoders that do not come from the folder
 
+    @property
+    def where(self) -> str:
+        return " and ".join(str(place.weights) for place in self.places.values())
+
     def load_pipeline(self, dtype: "torch.dtype") -> Any:
         pipeline_class(self.family)  # first: diffusers brings a class of text encoders along
         parts: dict[str, Any] = dict(self.pipeline_settings)

@@ -11,7 +11,6 @@ from latentprep.prepare.models.checkpoint import hash_tensors, read_tensors
 from latentprep.prepare.models.family import Family, is_there, tokenizer_of
 from latentprep.prepare.models.files import (
     TEXT_WEIGHTS,
-    check_numbers,
     check_whole,
     find_weights,
     hash_files,
@@ -97,7 +96,7 @@ class Place:
         folder = self.weights.path
         tensors = read_weights(self.weights.list_files(), ("",), self.weights.option)
         what = f"{folder}: the weights and config.json make no {self.kind}"
-        model, info = load_encoder(self.kind, self.read_config(), tensors, dtype, what)
+        model, info = load_encoder(self.kind, self.read_config(), tensors, dtype, str(folder), what)
         check_whole(folder, "transformers", info["missing_keys"])
         return model
 
@@ -106,13 +105,12 @@ class Place:
 
         path = self.weights.path
         tensors = read_tensors(path, self.names_in_file())
-        check_numbers(tensors, str(path))
         config = self.read_config()
         if PROJECTION in self.identity and PROJECTION not in tensors:
             made = text_config(self.kind, config, str(self.config))
             tensors[PROJECTION] = torch.eye(made.projection_dim, made.hidden_size)
         what = f"{path}: the tensors of its {part} are not those of its config"
-        model, info = load_encoder(self.kind, config, tensors, dtype, what)
+        model, info = load_encoder(self.kind, config, tensors, dtype, str(path), what)
         check_loaded(path, part, set(info["missing_keys"]) - {HEAD}, info["unexpected_keys"])
         return model
 

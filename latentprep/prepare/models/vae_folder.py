@@ -102,7 +102,7 @@ def open_vae(folder: Path, option: str = "--model", norm_eps: float | None = Non
     shapes = {rename_attention(name): shape for name, shape in read_header(weights, option).items()}
     check_whole(path, "diffusers", wanted.keys() - shapes.keys())
     check_shapes(wanted, shapes, str(path), "VAE")
-    give_statistics(vae, read_tensors(weights, wanted.keys(), option))
+    give_statistics(vae, read_tensors(weights, wanted.keys(), option), str(path))
     numbers = read_numbers(vae, where, norm_eps)
     needed = shapes_of(keep_encoder(vae).state_dict())
     check_whole(path, "diffusers", needed.keys() - shapes.keys())
@@ -116,8 +116,15 @@ def statistics_of(vae: Any) -> dict[str, tuple[int, ...]]:
     return {name: shape for name, shape in shapes_of(vae.state_dict()).items() if name in STATISTICS}
 
 
-def give_statistics(vae: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
-    """Put the buffers that its normalization is made of into a VAE on the meta device."""
+def give_statistics(vae: Any, tensors: "Mapping[str, torch.Tensor]", where: str) -> None:
+    """Put the buffers that its normalization is made of into a VAE on the meta device.
+
+    Raises UserError for numbers that are none, and for a variance below 0: the config is not at fault for these.
+    """
+    check_numbers(tensors, where)
+    for name, tensor in tensors.items():
+        if name.endswith("running_var") and bool((tensor < 0).any()):
+            raise UserError(f"{where}: its weight {name} has numbers below 0, and is a variance. Download it again.")
     for name, tensor in tensors.items():
         setattr(vae.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], tensor)
 

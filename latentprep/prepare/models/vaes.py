@@ -141,7 +141,7 @@ def normalization_of(vae: Any, channels: int, norm_eps: float | None = None) -> 
     mean, variance = norm.running_mean.detach().float().cpu(), norm.running_var.detach().float().cpu()
     std = torch.sqrt(variance + eps)  # in float32, as the pipeline computes it
     if not bool((std > 0).all()):
-        raise ValueError("bn.running_var has numbers that are no variance, expected numbers above 0")
+        raise ValueError(f"batch_norm_eps is {eps}, and with it bn.running_var has numbers that are not above 0")
     return Normalization(tuple(mean.tolist()), tuple(1 / value for value in std.tolist()), patch[0])
 
 

@@ -102,7 +102,7 @@ class CondMaker:
             encoded = self.encoder.encode(prompts)
         cond = store_as(encoded, self.recipe.store_dtype)
         option = "--cond-dtype" if self.options.cond_dtype else "--store-dtype"
-        check_finite(prompts, encoded, cond, self.recipe, option)
+        check_finite(prompts, encoded, cond, self.recipe, self.model.where, option)
         return Text([], prompts, cond, num_tokens, self.encoder.max_tokens)
 
 
@@ -133,11 +133,11 @@ def list_missing(prompts: list[str], old: Text | None, recipe: TextRecipe) -> li
 
 
 def check_finite(
-    prompts: list[str], encoded: Conds, stored: Conds, recipe: TextRecipe, option: str = "--store-dtype"
+    prompts: list[str], encoded: Conds, stored: Conds, recipe: TextRecipe, where: str, option: str = "--store-dtype"
 ) -> None:
     """Raise UserError for cond that overflows in the encoder, or in the store dtype: training would not show it.
 
-    `option` is what says the store dtype.
+    `where` is TextModel.where, `option` what says the store dtype.
     """
     for kept, value in stored.items():
         name = kept if kept in encoded else kept.removesuffix(SCALE)
@@ -152,7 +152,11 @@ def check_finite(
                 f"Use {option} bfloat16 or float32."
             )
         if recipe.dtype == "float32":
-            raise UserError(f"--model: its text encoder gives no finite numbers for {prompt!r}, even in float32.")
+            raise UserError(
+                f"--model: the text encoder in {where} gives no finite numbers for {prompt!r}, even in float32. "
+                "Download it again, or use another model."
+            )
+        wider = "float32" if recipe.dtype == "bfloat16" else "bfloat16 or float32"
         raise UserError(
-            f"--dtype {recipe.dtype}: the text encoder overflows for {prompt!r}. Use --dtype bfloat16 or float32."
+            f"--dtype {recipe.dtype}: the text encoder in {where} overflows for {prompt!r}. Use --dtype {wider}."
         )
