@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from latentprep.prepare.models.files import is_finite
+from latentprep.prepare.models.vae_folder import open_vae
 from tests.test_single_file import configs_of, ldm_vae, make_sd1
 
 VAE, TEXT = "vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"
@@ -197,6 +198,13 @@ DAMAGES = {
     "tokenizer_config is a list": (text("tokenizer/tokenizer_config.json", "[]"), "is not a JSON object"),
     "index is no JSON": (text("model_index.json", "{"), "model_index.json cannot be read"),
     "index of another pipeline": (index(_class_name=["x", "\x1b[2J"]), "expected a pipeline of"),
+    "index names another VAE": (
+        index(vae=["diffusers", "AutoencoderTiny"]),
+        "its model_index.json says that vae is ['diffusers', 'AutoencoderTiny'], and vae/config.json that it is Auto",
+    ),
+    "index names an unknown VAE": (index(vae=["diffusers", "AsymmetricAutoencoderKL"]), "AsymmetricAutoencoderKL'], "),
+    "index names a VAE unnamed": (index(vae=["diffusers", "\x1b[2J"]), "says that vae is ['diffusers', '\\x1b[2J'], "),
+    "VAE of another class": (config("vae", _class_name="AutoencoderTiny"), "'AutoencoderKL'], and vae/config.json "),
     "index names another encoder": (index(text_encoder=["evil", "Evil"]), "Other classes are never loaded"),
     "index names text": (index(text_encoder="evil"), "Other classes are never loaded"),
     "index names a number": (index(text_encoder=5), "Other classes are never loaded"),
@@ -213,6 +221,15 @@ def check_refused(run, images, cache, model, message, *options):
     assert message in lines[0]
     assert lines[0].isprintable()
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    "damage", [index(vae=None), index(vae=[None, None]), index(vae=["own", "Vae"]), gone("model_index.json")]
+)
+def test_a_vae_of_which_no_index_says_a_class_of_diffusers_is_that_of_its_config(model, tmp_path, damage):
+    folder = shutil.copytree(model, tmp_path / "copy")
+    damage(folder)
+    assert open_vae(folder).digest == open_vae(model).digest
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])

@@ -136,7 +136,24 @@ def read_vae_config(folder: Path, option: str) -> tuple[Path, dict[str, Any]]:
     kind = config.get("_class_name")
     if kind not in vae_names():
         raise UserError(f"{option} {path}: its VAE is {shortened(str(kind))}, expected {_one_of(vae_names())}.")
+    if path != folder:
+        check_index(folder, str(kind), option)
     return path, config
+
+
+def check_index(folder: Path, kind: str, option: str) -> None:
+    """Raise UserError if model_index.json names another class of diffusers for the VAE than vae/config.json.
+
+    A pipeline loads the one that model_index.json names, with the fields of config.json (diffusers,
+    DiffusionPipeline.from_pretrained). Classes of other libraries are nothing here: they are code of the folder's own.
+    """
+    file = folder / "model_index.json"
+    named = read_json(file, option).get("vae") if file.is_file() else None
+    if isinstance(named, list) and named[:1] == ["diffusers"] and named[1:] != [kind]:
+        raise UserError(
+            f"{option} {folder}: its model_index.json says that vae is {shortened(str(named))}, and vae/config.json "
+            f"that it is {kind}. Mend the one that is wrong, or download the model again."
+        )
 
 
 def _one_of(names: tuple[str, ...]) -> str:
