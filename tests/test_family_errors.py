@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import diffusers
 import msgspec
@@ -11,7 +13,8 @@ import torch
 
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
-from latentprep.prepare.models import text_folder
+from latentprep.prepare.models import chat_template, text_folder
+from latentprep.prepare.models.chat_template import AS_IT_IS, bounded_chat
 from latentprep.prepare.models.text_folder import open_text
 from latentprep.recipe import TextRecipe
 
@@ -123,6 +126,67 @@ def test_templates_that_ignore_prompts_or_have_no_end(copy, stem, template, mess
     with pytest.raises(UserError) as error:
         open_text(folder).check()
     assert message in str(error.value)
+
+
+TAKES_LONG = {
+    "loops": "{% for a in range(3000) %}{% for b in range(3000) %}{% endfor %}{% endfor %}",
+    "calls": "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(17) }}",
+    "filters": "{{ range(90000)|map('string')|map('upper')|map('lower')|map('title')|list|length }}" * 4,
+}
+
+
+@pytest.mark.parametrize("stem", ["ZImage", "Flux2", "Flux2Klein"])
+@pytest.mark.parametrize("template", TAKES_LONG.values(), ids=TAKES_LONG)
+def test_a_template_has_an_end(copy, stem, template, monkeypatch):
+    monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.1)
+    folder = copy(stem)
+    path = folder / "tokenizer" / "chat_template.jinja"
+    path.write_text(template + path.read_text())
+    traced = sys.gettrace()
+    with pytest.raises(UserError) as error:
+        open_text(folder).check()
+    assert str(error.value) == (
+        f"{folder / 'tokenizer'}: its files make no chat of a prompt (its chat_template takes over 0.1 seconds for one "
+        "prompt). Use another model."
+    )
+    assert sys.gettrace() is traced
+
+
+def test_a_template_in_the_config_is_no_larger_than_one_in_a_file(copy):
+    folder = copy("ZImage")
+    (folder / "tokenizer" / "chat_template.jinja").unlink()
+    for template in ("x" * 10**5, [{"name": "default", "template": "x" * 10**5}]):
+        edit(folder / "tokenizer" / "tokenizer_config.json", chat_template=template)
+        with pytest.raises(UserError, match=r"tokenizer_config.json has a chat_template of over 65,536 characters"):
+            open_text(folder).check()
+
+
+def test_a_template_runs_once_for_each_prompt():
+    """If it ran again for the tokens, chance or the clock could give another text than the one that was looked at."""
+    chats, ran = [[{"role": "user", "content": text}] for text in ("a", "b")], []
+
+    def call(chat, tokenize, chat_template=None, **options):
+        if not tokenize:
+            ran.append((chat, options))
+            return f"chat {len(ran)}"
+        assert (chat_template, options) == (AS_IT_IS, {"padding": True})
+        return chat
+
+    checked = bounded_chat(call, Path("x"))
+    found = checked(chats, tokenize=True, padding=True, enable_thinking=False)
+    assert ran == [(chat, {"enable_thinking": False}) for chat in chats]
+    assert [chat[0]["content"] for chat in found] == ["chat 1", "chat 2"]
+    assert checked(chats[0], tokenize=True, padding=True)[0]["content"] == "chat 3"
+
+
+def test_tokens_are_those_of_what_a_template_wrote(copy):
+    tokenizer = open_text(copy("Flux2")).load_tokenizer("text_encoder")
+    for prompt in ("{{ 1 }} two\n", " {% if %} <|im_end|>"):
+        chat = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(chat, tokenize=False)
+        assert prompt in text
+        found = tokenizer.apply_chat_template([chat], tokenize=True, return_dict=True)["input_ids"]
+        assert found == [tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
 def test_what_a_library_raises_over_a_model_is_one_line(copy, images, tmp_path, run):

@@ -89,7 +89,8 @@ def test_stages_of_prepare_do_not_call_each_other():
             "models.doors", "models.files", "models.tiles", "models.vae_config", "models.vae_encoder", "models.vaes",
         },
         "models/load_text.py": {"models.family", "models.files"},
-        "models/load_tokenizer.py": {"models.files", "models.load_text"},
+        "models/chat_template.py": {"models.files"},
+        "models/load_tokenizer.py": {"models.chat_template", "models.files", "models.load_text"},
         "models/text_folder.py": {  # opens itself
             "models.doors", "models.files", "models.families", "models.family", "models.load_text",
             "models.load_tokenizer", "models.refused", "models.split_text", "models.text_encoder",

@@ -3,7 +3,7 @@
 import json
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,15 +12,12 @@ import regex
 from tokenizers import Regex, pre_tokenizers
 
 from latentprep.errors import UserError
+from latentprep.prepare.models.chat_template import MAX_TEMPLATE, bounded_chat
 from latentprep.prepare.models.files import blame, read_json
 from latentprep.prepare.models.load_text import KINDS, UNUSED, known_class
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"  # transformers runs it in a sandbox: it reaches no file and no code
-MAX_TEMPLATE = 2**16  # bytes; Qwen3's has 4,000
-MAX_CHAT = 2**20  # characters that it makes of one prompt, of which a caption may have 65,536
-# arguments of apply_chat_template that are for tokens, and not for the text
-OF_TOKENS = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")
+CHAT_TEMPLATE = "chat_template.jinja"
 TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE,
@@ -61,6 +58,11 @@ def load_tokenizer_of(folder: Path, kind: str, config: Any, padding_side: str | 
         if (folder / TOKENIZER_CONFIG).exists():
             found = read_json(folder / TOKENIZER_CONFIG, "--model")
             own = {key: value for key, value in found.items() if key not in UNUSED and not key.endswith("_file")}
+        if len(str(own.get("chat_template", ""))) > MAX_TEMPLATE:  # a text, or several with names
+            raise UserError(
+                f"{folder / TOKENIZER_CONFIG} has a chat_template of over {MAX_TEMPLATE:,} characters, which none has. "
+                "Download it again."
+            )
         if kind in KINDS["CLIPTextModel"].tokenizers:
             own["model_max_length"] = clip_length(folder, own, config.max_position_embeddings)
         (Path(copy) / TOKENIZER_CONFIG).write_text(json.dumps(own), encoding="utf-8")
@@ -101,22 +103,6 @@ def clip_length(folder: Path, tokenizer: Mapping[str, Any], window: int) -> int:
             f"tokens. Set it to {window}."
         )
     return window
-
-
-def bounded_chat(call: Callable[..., Any], folder: Path) -> Callable[..., Any]:
-    """apply_chat_template with the errors of a model's own template as one line, and an end to what it may write."""
-    what = f"{folder}: its files make no chat of a prompt"
-
-    def checked(conversation: Any, **options: Any) -> Any:
-        with blame(what):
-            plain = {name: value for name, value in options.items() if name not in OF_TOKENS}
-            text = call(conversation, **plain, tokenize=False)
-            longest = max(map(len, [text] if isinstance(text, str) else text), default=0)
-            if longest > MAX_CHAT:
-                raise UserError(f"{what} ({longest:,} characters of one prompt, expected up to {MAX_CHAT:,}).")
-            return call(conversation, **options) if options.get("tokenize", True) else text
-
-    return checked
 
 
 def read_special_tokens_as_text(tokenizer: Any) -> None:
