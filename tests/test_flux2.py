@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import threading
 from types import SimpleNamespace
 
 import msgspec
@@ -11,6 +12,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.nn.modules import module as hooks
 
 from latentprep import LatentDataset
 from latentprep.cache.manifest import LatentFacts, Manifest
@@ -169,6 +171,26 @@ def test_what_is_built_is_bounded_wherever_it_comes_from(monkeypatch):
     with pytest.raises(UserError, match="more than 20,000 modules"), bounded("x"):
         torch.nn.Sequential(*(torch.nn.Identity() for _ in range(20_001)))
     assert len(torch.nn.Sequential(*(torch.nn.Identity() for _ in range(20_001)))) == 20_001
+
+
+def test_other_threads_build_what_they_like_meanwhile():
+    """torch's tables of hooks are those of the whole process: who changes them stops threads that read them."""
+    with bounded("x"):
+        pass
+    tables = [hooks._global_module_registration_hooks, hooks._global_parameter_registration_hooks]
+    before, made = [dict(table) for table in tables], []
+
+    def build():
+        made.append(len(torch.nn.Sequential(*(torch.nn.Identity() for _ in range(20_001)))))
+
+    with bounded("x"):
+        assert [dict(table) for table in tables] == before
+        thread = threading.Thread(target=build)
+        thread.start()
+        thread.join()
+        torch.nn.Sequential(*(torch.nn.Identity() for _ in range(19_999)))
+    assert made == [20_001]
+    assert [dict(table) for table in tables] == before
 
 
 def test_patches_are_flux2s():

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
@@ -81,6 +82,7 @@ SIZES = (
     "depth", "out_hidden_size", "ffn_hidden_size", "kv_channels",
 )  # fmt: skip
 MAX_LAYERS = 1000
+LOADING = Lock()  # transformers changes torch's default dtype and its initializers while it loads, for all threads
 # Of a config, what would have transformers fetch or run something, or says what the caller decides.
 UNUSED = ("auto_map", "torch_dtype", "dtype", "attn_implementation", "experts_implementation")
 
@@ -198,9 +200,10 @@ def load_encoder(
     """
     with blame(what):
         made = make_config(kind, config)
-        model, info = encoder_class(kind).from_pretrained(
-            None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
-        )
+        with LOADING:
+            model, info = encoder_class(kind).from_pretrained(
+                None, config=made, state_dict=dict(tensors), torch_dtype=dtype, output_loading_info=True
+            )
     own = {short_name(name) for name, _ in model.named_parameters(remove_duplicate=False)}
     check_numbers({name: tensor for name, tensor in tensors.items() if short_name(name) in own}, where)
     return model, info

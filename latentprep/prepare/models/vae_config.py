@@ -5,6 +5,10 @@ classes: sizes that are believed, and an end to what is built.
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from latentprep.errors import UserError
@@ -137,33 +141,59 @@ def _is_small(value: Any, depth: int = 0) -> bool:
     return value is None or isinstance(value, (bool, float))
 
 
+@dataclass(eq=False)
+class Made:
+    """How much has been made inside a block."""
+
+    where: str
+    modules: int = 0
+    numbers: int = 0
+
+    def count(self, modules: int = 0, numbers: int = 0) -> None:
+        """Raise UserError for more than a VAE has."""
+        self.modules += modules
+        self.numbers += numbers
+        for what, most in (("modules", MAX_MODULES), ("numbers", MAX_NUMBERS)):
+            if getattr(self, what) > most:
+                raise UserError(
+                    f"{self.where}: its config.json asks for more than {most:,} {what}, which no VAE has. {ADVICE}"
+                )
+
+
+MADE: ContextVar[Made | None] = ContextVar("made", default=None)  # each thread has its own
+WATCHING = Lock()
+
+
 @contextmanager
 def bounded(where: str) -> Iterator[None]:
     """Raise UserError as soon as more modules or numbers are made inside the block than a VAE can have.
 
     Sizes multiply: a config may be modest in every field and still ask for more than any memory or patience holds.
     """
-    from torch.nn.modules import module as hooks
-
-    counts = {"modules": 0, "numbers": 0}
-
-    def count(what: str, more: int, most: int) -> None:
-        counts[what] += more
-        if counts[what] > most:
-            raise UserError(f"{where}: its config.json asks for more than {most:,} {what}, which no VAE has. {ADVICE}")
-
-    def add_module(parent: Any, name: str, part: Any) -> None:
-        count("modules", part is not None, MAX_MODULES)
-
-    def add_parameter(parent: Any, name: str, parameter: "torch.Tensor | None") -> None:
-        count("numbers", parameter.numel() if parameter is not None else 0, MAX_NUMBERS)
-
-    registered = [
-        hooks.register_module_module_registration_hook(add_module),
-        hooks.register_module_parameter_registration_hook(add_parameter),
-    ]
+    with WATCHING:
+        watch_modules()
+    token = MADE.set(Made(where))
     try:
         yield
     finally:
-        for hook in registered:
-            hook.remove()
+        MADE.reset(token)
+
+
+@cache
+def watch_modules() -> None:
+    """Have torch tell of all modules and parameters that are made, for good.
+
+    Its tables of hooks are those of the whole process: one that changed them would stop threads that build modules.
+    """
+    from torch.nn.modules import module as hooks
+
+    def add_module(parent: Any, name: str, part: Any) -> None:
+        if (made := MADE.get()) is not None and part is not None:
+            made.count(modules=1)
+
+    def add_parameter(parent: Any, name: str, parameter: "torch.Tensor | None") -> None:
+        if (made := MADE.get()) is not None and parameter is not None:
+            made.count(numbers=parameter.numel())
+
+    hooks.register_module_module_registration_hook(add_module)
+    hooks.register_module_parameter_registration_hook(add_parameter)
