@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from latentprep import LatentDataset
+from latentprep.cache.borrowed import CondFiles
 from latentprep.cache.cond import open_uncond
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.schema import LATENTS
@@ -28,11 +29,12 @@ def rows(cache):
     for entry in open_manifest(storage).shards:
         latents = entry.open_latents(storage)
         text = entry.open_text(storage)
+        all_cond = CondFiles(storage).of(text)
         for group, words, live in zip(latents.groups, text.groups, entry.live_rows(), strict=True):
             for row in live:
                 own = {name: getattr(group, name)[row] for name in fields if getattr(group, name) is not None}
                 prompt = words.prompt_of[row, 0]
-                cond = {f"cond/{name}": value[prompt] for name, value in text.cond.items()}
+                cond = {f"cond/{name}": value for name, value in all_cond.rows(int(prompt)).items()}
                 assert words.key[row] not in found
                 found[words.key[row]] = {**own, **cond, "prompt": text.prompt[prompt]}
     return found
