@@ -1,6 +1,7 @@
-"""Bytes, times, counts and names as people write them."""
+"""Bytes, times, counts, names and paths as people write them."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 from latentprep.errors import UserError
 
@@ -41,6 +42,14 @@ def human_seconds(seconds: float) -> str:
     if seconds < 5400:
         return f"{round(seconds / 60)} min"
     return f"{seconds / 3600:.1f} h"
+
+
+def expand_user(path: str | Path) -> Path:
+    """A path with the home folder in place of ~, if there is one of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def printable(text: str) -> str:

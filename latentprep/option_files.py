@@ -14,10 +14,10 @@ from typing import Any
 
 from latentprep.door import LISTS, Parameter
 from latentprep.errors import UserError
-from latentprep.human import printable
+from latentprep.human import expand_user, printable
 from latentprep.kohya.dataset_toml import OF_FILES, is_kohya, read_dataset_config
 from latentprep.kohya.folders import list_folders
-from latentprep.sets import OWN, Origin, check_names, check_path, exists, expand_user, is_tables
+from latentprep.sets import OWN, Origin, check_names, check_path, exists, is_tables
 
 MAX_BYTES = 2**24
 SUFFIX = ".toml"

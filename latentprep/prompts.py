@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentprep.errors import UserError
+from latentprep.human import expand_user
 from latentprep.options import TextOptions
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def read_template(path: Path) -> list[str]:
 def load_template(name: str) -> tuple[str, ...]:
     """Lines of a template, by the name of a shipped one or by the path of a file. Raises UserError."""
     shipped = template_folder() / f"{name}.txt"
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if not path.is_file() and Path(name).name == name and shipped.is_file():
         path = shipped
     if not path.is_file():

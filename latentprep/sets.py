@@ -14,7 +14,7 @@ from typing import Any
 
 from latentprep.door import Parameter
 from latentprep.errors import UserError
-from latentprep.human import printable, shortened
+from latentprep.human import expand_user, printable, shortened
 from latentprep.options import ImageSet, TextOptions
 from latentprep.prompts import load_template, read_lines
 from latentprep.records import MAX_CONTROLS, MAX_REPEATS, MAX_SET_NAME, SET_NAME
@@ -192,14 +192,6 @@ def is_number(value: Any, kind: type = float) -> bool:
         return isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(float(value))
     except OverflowError:  # an int of 400 bits or more
         return False
-
-
-def expand_user(path: str | Path) -> Path:
-    """A path with the home folder in place of ~, if there is one of that name."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def exists(path: Path) -> bool:

@@ -217,6 +217,15 @@ def test_a_cache_of_another_recipe_is_refused_with_the_fields_that_differ(run, i
             "--bucket-step 20: not a multiple of 8, this model's factor. Try 24.",
         ),
         (("images", "--model", "nowhere/at all"), "--model nowhere/at all: no such folder or file."),
+        (("images", "--model", "~nobody.here/x y"), "--model ~nobody.here/x y: no such folder or file."),
+        (
+            ("images", "--model", "tiny", "--text-encoder", "~nobody.here/x"),
+            "--text-encoder ~nobody.here/x: no such file or folder.",
+        ),
+        (
+            ("images", "--model", "tiny", "--template", "~nobody.here/x"),
+            "--template ~nobody.here/x: neither a file nor a shipped template.",
+        ),
         (("images", "--device", "cuda:x"), "--device cuda:x: expected auto, cuda, cuda:N, mps or cpu."),
         (("images", "--device", "cuda"), "--device cuda: torch"),
         (("images", "--dtype", "int8"), "--dtype int8: expected one of auto, float32, float16, bfloat16."),

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from latentprep.errors import UserError
-from latentprep.human import printable
+from latentprep.human import expand_user, printable
 from latentprep.kohya.folders import has_images
-from latentprep.sets import exists, expand_user, has_controls
+from latentprep.sets import exists, has_controls
 
 
 def choose_subsets(path: Path, subsets: Sequence[Mapping[str, Any]]) -> tuple[list[Mapping[str, Any]], list[str]]:

@@ -6,6 +6,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from latentprep.errors import UserError
+from latentprep.human import expand_user
 from latentprep.prepare.models.files import TEXT_WEIGHTS, VAE_WEIGHTS, read_json
 
 TINY = "tiny"
@@ -39,7 +40,7 @@ def find_model(
     Downloads of a hub id what is not here yet, and says so; `revision` is its branch, tag or commit. Without text
     encoders, which may be 10 GB, where only a VAE is wanted.
     """
-    path = Path(str(files("latentprep"))) / "tiny" if name == TINY else Path(name).expanduser()
+    path = Path(str(files("latentprep"))) / "tiny" if name == TINY else expand_user(name)
     if revision is not None and path.exists():
         raise UserError(f"--revision {revision}: is for models of the hub, and {option} {name} is on this machine.")
     if path.is_dir():
@@ -57,7 +58,7 @@ def find_model(
 
 def find_encoder(name: str) -> Path:
     """The file or folder of --text-encoder. Raises UserError."""
-    path = Path(name).expanduser()
+    path = expand_user(name)
     expected = "a .safetensors file of weights, or a folder of transformers with config.json, weights and tokenizer"
     if path.is_file():
         _check_single_file(path, name, "--text-encoder", expected)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latentprep.cache.manifest import MadeWith
 from latentprep.errors import UserError
+from latentprep.human import expand_user
 from latentprep.options import EncodeOptions
 from latentprep.prepare.models.checkpoint import TITLES
 from latentprep.prepare.models.doors import TextModel, VaeModel
@@ -114,7 +115,7 @@ def find_config(name: str | None) -> Path | None:
     """The folder of --config. Raises UserError."""
     if name is None:
         return None
-    path = Path(name).expanduser()
+    path = expand_user(name)
     if not path.is_dir():
         raise UserError(
             f"--config {name}: no such folder. Give a diffusers folder; its configs and tokenizers are read."
