@@ -73,6 +73,7 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/vae_config.py": {"models.files", "models.vaes"},
         "models/tiles.py": {"models.vaes"},
         "models/vae_encoder.py": {"models.tiles", "models.vaes", "devices"},  # halves its batches
+        "models/vae_decoder.py": {"models.files", "models.vae_config", "models.vae_folder", "models.vaes", "devices"},
         "models/clip_windows.py": {"models.windows"},
         "models/families.py": {"models.family"},
         "models/encode_prompt.py": {"models.family", "models.files"},

@@ -29,7 +29,8 @@ FIRST_LAYERS = (
     "encoder.conv_in.weight", "encoder.conv_in.conv.weight", "encoder.layers.0.weight", "encoder.conv1.weight",
     "encoder.project_in.conv.weight",
 )  # fmt: skip
-VAE_PARTS = re.compile(r"(encoder|quant_conv|conv1)\.|bn\.running_(mean|var)$")  # the decoder is never run
+VAE_PARTS = re.compile(r"(encoder|quant_conv|conv1)\.|bn\.running_(mean|var)$")  # what encodes, and is hashed
+DECODER_PARTS = re.compile(r"(decoder|post_quant_conv|conv2)\.")  # what a preview decodes with
 TAESD = ("0.weight", "1.conv.0.weight")  # of an encoder alone in a file, whose layers have numbers and no other name
 
 # What the names of a text encoder's tensors begin with -> the part of a pipeline that it becomes.
@@ -100,15 +101,15 @@ def is_taesd(shapes: Shapes) -> bool:
     return all(name in shapes for name in TAESD) and shapes[TAESD[0]][1:] == (3, 3, 3)
 
 
-def vae_names(shapes: Shapes) -> dict[str, str]:
-    """Name without its prefix -> name in the file, of the VAE's tensors."""
+def vae_names(shapes: Shapes, parts: re.Pattern[str] = VAE_PARTS) -> dict[str, str]:
+    """Name without its prefix -> name in the file, of the VAE's tensors: of its encoder, or other parts."""
     if is_taesd(shapes):
         return {f"encoder.layers.{name}": name for name in shapes}
     prefix = vae_prefix(shapes)
     if prefix is None:
         return {}
     names = {name.removeprefix(prefix): name for name in shapes if name.startswith(prefix)}
-    return {short: name for short, name in names.items() if VAE_PARTS.match(short)}
+    return {short: name for short, name in names.items() if parts.match(short)}
 
 
 def text_parts(shapes: Shapes) -> dict[str, str]:

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from latentprep.errors import UserError
 from latentprep.human import printable, shortened
 from latentprep.prepare.models.checkpoint import (
+    DECODER_PARTS,
     TITLES,
+    VAE_PARTS,
     Shapes,
     hash_tensors,
     read_shapes,
@@ -28,6 +30,7 @@ from latentprep.prepare.models.files import blame, check_numbers, check_shapes, 
 from latentprep.prepare.models.vae_config import build_vae, keep_encoder
 from latentprep.prepare.models.vae_folder import (
     STATISTICS,
+    Keep,
     VaeFiles,
     fields_of,
     fill,
@@ -54,20 +57,24 @@ class VaeFile(VaeFiles):
     path: Path
     config: dict[str, Any]
 
-    def load(self, dtype: "torch.dtype") -> Any:
-        """The encoder on the CPU. Raises UserError if its tensors are not those that its config asks for."""
+    def load(self, dtype: "torch.dtype", keep: Keep = keep_encoder) -> Any:
+        """The encoder on the CPU, or what `keep` leaves; only the encoder is in the digest.
+
+        Raises UserError if its tensors are not those that its config asks for.
+        """
         vae = build_vae(self.config, str(self.path))
-        names = vae_names(read_shapes(self.path, "VAE"))
+        parts = VAE_PARTS if keep is keep_encoder else DECODER_PARTS
+        names = vae_names(read_shapes(self.path, "VAE"), parts)
         tensors = read_tensors(self.path, {new: old for new, old in names.items() if new not in STATISTICS})
         tensors = convert_vae(self.path, tensors, vae)
-        keep_encoder(vae)
+        keep(vae)
         check_names(self.path, vae, tensors)
         fill(vae, tensors, dtype, str(self.path))
         return vae
 
 
 def check_names(path: Path, vae: Any, tensors: "Mapping[str, torch.Tensor]") -> None:
-    """Raise UserError unless tensors are those of an encoder, by their names."""
+    """Raise UserError unless tensors are those that are left of a VAE, by their names."""
     names = vae.state_dict().keys()
     check_loaded(path, "VAE", names - tensors.keys(), tensors.keys() - names)
 

@@ -3,7 +3,7 @@ classes: sizes that are believed, and an end to what is built.
 """
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -47,8 +47,9 @@ LISTS = {
 MAX_INT, MAX_LIST, MAX_TEXT, MAX_DEPTH = 2**20, 4096, 100, 3
 # Of what is built, wherever it comes from; the largest VAE known here has 500 modules and 0.7 billion numbers.
 MAX_MODULES, MAX_NUMBERS = 20_000, 2**32
-# Parts that encoding needs no weights of. The statistics of a batch norm are in the normalization.
-UNUSED_PARTS = ("decoder", "post_quant_conv", "bn")
+# Parts that encoding, or decoding, needs no weights of. The statistics of a batch norm are in the normalization.
+ENCODER_PARTS, DECODER_PARTS = ("encoder", "quant_conv"), ("decoder", "post_quant_conv")
+NORM = ("bn",)
 ADVICE = "Mend config.json, or download it again."
 
 
@@ -73,9 +74,18 @@ def build_vae(config: dict[str, Any], where: str) -> Any:
 
 def keep_encoder(vae: Any) -> Any:
     """The same VAE without what encoding does not need: half of the weights."""
+    return leave_out(vae, (*DECODER_PARTS, *NORM))
+
+
+def keep_decoder(vae: Any) -> Any:
+    """The same VAE without what decoding does not need."""
+    return leave_out(vae, (*ENCODER_PARTS, *NORM))
+
+
+def leave_out(vae: Any, parts: Iterable[str]) -> Any:
     import torch
 
-    for name in UNUSED_PARTS:
+    for name in parts:
         if hasattr(vae, name):  # empty and not None: AutoencoderKLQwenImage counts the layers of its decoder
             setattr(vae, name, torch.nn.Identity())
     return vae

@@ -1,7 +1,7 @@
-"""What a plan must know of a VAE, and the folder it is loaded from: its encoder alone, the decoder never runs."""
+"""What a plan must know of a VAE, and the folder it is loaded from: its encoder alone, or for a preview its decoder."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
     from latentprep.prepare.models.doors import ImageEncoder
 
+Keep = Callable[[Any], Any]  # keep_encoder, keep_decoder
 STATISTICS = ("bn.running_mean", "bn.running_var")  # buffers that a normalization is made of (vaes.normalization_of)
 
 
@@ -47,8 +48,11 @@ class VaeFiles(VaeFacts, ABC):
     config: dict[str, Any]
 
     @abstractmethod
-    def load(self, dtype: "torch.dtype") -> Any:
-        """The encoder of the VAE, on the CPU. Raises UserError if weights are missing or not finite."""
+    def load(self, dtype: "torch.dtype", keep: Keep = keep_encoder) -> Any:
+        """The encoder of the VAE, or what else `keep` leaves of it, on the CPU.
+
+        Raises UserError if weights are missing or not finite.
+        """
 
     def open(
         self,
@@ -84,8 +88,8 @@ class VaeFolder(VaeFiles):
     config: dict[str, Any]
     weights: tuple[Path, ...]  # the files that were hashed
 
-    def load(self, dtype: "torch.dtype") -> Any:
-        vae = keep_encoder(build_vae(self.config, str(self.path)))
+    def load(self, dtype: "torch.dtype", keep: Keep = keep_encoder) -> Any:
+        vae = keep(build_vae(self.config, str(self.path)))
         tensors = read_tensors(self.weights, vae.state_dict().keys(), "--model")
         check_whole(self.path, "diffusers", vae.state_dict().keys() - tensors.keys())
         fill(vae, tensors, dtype, str(self.path))

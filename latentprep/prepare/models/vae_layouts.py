@@ -1,6 +1,7 @@
 """Names that the tensors of a VAE have in files of its original code -> those of diffusers.
 
-The conversions are diffusers' own, where the library has one. Only the encoder is ever read.
+The conversions are diffusers' own, where the library has one. They are of encoders; a decoder is read for a preview, if
+its names are known here too.
 """
 
 import re
@@ -51,8 +52,9 @@ def convert_ldm(tensors: "Tensors", config: Mapping[str, Any]) -> "Tensors":
 
 
 def convert_flux2(tensors: "Tensors", config: Mapping[str, Any]) -> "Tensors":
-    """Of FLUX.2: those of FLUX.1, and the last convolution within the encoder (convert_flux2_to_diffusers.py)."""
-    return convert_ldm({name.replace("encoder.quant_conv.", "quant_conv."): t for name, t in tensors.items()}, config)
+    """Of FLUX.2: those of FLUX.1, and a convolution within encoder and decoder (convert_flux2_to_diffusers.py)."""
+    inner = r"^(?:encoder|decoder)\.((?:post_)?quant_conv\.)"
+    return convert_ldm({re.sub(inner, r"\1", name): tensor for name, tensor in tensors.items()}, config)
 
 
 def convert_hunyuan(tensors: "Tensors", config: Mapping[str, Any]) -> "Tensors":
@@ -82,14 +84,15 @@ def convert_dc(tensors: "Tensors", config: Mapping[str, Any]) -> "Tensors":
     return converted
 
 
-# Class of diffusers -> a name that tells that its tensors are named as its original code has them, and what is done.
-LAYOUTS: dict[str, tuple[str, Convert]] = {
-    "AutoencoderKL": ("encoder.down.", convert_ldm),
-    "AutoencoderKLFlux2": ("encoder.down.", convert_flux2),
-    "AutoencoderKLHunyuanImage": ("encoder.down.", convert_hunyuan),
-    "AutoencoderKLWan": ("encoder.downsamples.", convert_wan),
-    "AutoencoderKLQwenImage": ("encoder.downsamples.", convert_wan),
-    "AutoencoderDC": ("encoder.stages.", convert_dc),
+# Class of diffusers -> names that tell that its tensors are named as its original code has them, and what is done.
+# Decoders of the others are not known here.
+LAYOUTS: dict[str, tuple[tuple[str, ...], Convert]] = {
+    "AutoencoderKL": (("encoder.down.", "decoder.up."), convert_ldm),
+    "AutoencoderKLFlux2": (("encoder.down.", "decoder.up."), convert_flux2),
+    "AutoencoderKLHunyuanImage": (("encoder.down.",), convert_hunyuan),
+    "AutoencoderKLWan": (("encoder.downsamples.",), convert_wan),
+    "AutoencoderKLQwenImage": (("encoder.downsamples.",), convert_wan),
+    "AutoencoderDC": (("encoder.stages.",), convert_dc),
 }
 
 
@@ -104,7 +107,7 @@ def rename(name: str, table: Mapping[str, Any]) -> str:
 
 def convert_vae(path: Path, tensors: "Tensors", vae: Any) -> "Tensors":
     """The tensors of a file under the names that they have in `vae`, which its config has made. Raises UserError."""
-    begins, convert = LAYOUTS.get(type(vae).__name__, ("", None))
+    begins, convert = LAYOUTS.get(type(vae).__name__, ((), None))
     if convert is not None and any(name.startswith(begins) for name in tensors):
         problem = f"{path}: the tensors of its VAE are not those of its config"
         with blame(problem):

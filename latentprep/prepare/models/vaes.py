@@ -86,6 +86,12 @@ def posterior_of(vae: Any, images: "Tensor", has_time: bool) -> "tuple[Tensor, T
     return mean, std
 
 
+def image_of(vae: Any, latents: "Tensor", has_time: bool) -> "Tensor":
+    """What a VAE makes of latents: latents [N,C,h,w], unscaled, in the VAE's dtype => [N,3,H,W] in about -1..1."""
+    found = vae.decode(latents[:, :, None] if has_time else latents).sample
+    return (found.squeeze(2) if has_time else found)[:, :3]  # of RGBA the colours
+
+
 @dataclass(frozen=True, kw_only=True)
 class Numbers:
     """What is known of a VAE beside its weights; a plan needs it."""
