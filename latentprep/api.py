@@ -16,6 +16,7 @@ from latentprep.door import (
     MODEL,
     OUTPUT,
     PERFORMANCE,
+    PREVIEW,
     Option,
     door,
     door_through,
@@ -36,6 +37,7 @@ from latentprep.options import (
     ImageOptions,
     ImageSet,
     Only,
+    Show,
     Store,
     TextOptions,
     count_pixels,
@@ -219,6 +221,40 @@ def inspect(
     from latentprep.runs import run_inspect
 
     return run_inspect(str(cache), key, most_cropped)
+
+
+# fmt: off
+@door
+def preview(
+    cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
+    pattern: Annotated[str | None, Option("PATTERN", "Images that fit a shell pattern, such as 'birds/*'.", is_argument=True)] = None,
+    *,
+    key: Annotated[str | None, Option("NAME", "One image, by its path relative to the image folder.")] = None,
+    show: Annotated[Show, Option(help="Which images: by chance, or those that lose most to their crop, weigh least, or have the most unusual latents.", panel=PREVIEW)] = "random",
+    num: Annotated[int, Option("N", "How many samples to show, at most.", PREVIEW, least=1, most=200)] = 12,
+    seed: Annotated[int, Option(help="Which images chance takes.", panel=PREVIEW)] = 0,
+    source: Annotated[str | Path | None, Option("DIR", "Where the images are.", PREVIEW, shown="where they were")] = None,
+    model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model whose VAE decodes, if it is elsewhere now.", PREVIEW, shown="the cache's own, if it is on this machine")] = None,
+    vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE that decodes, if it is not that of the model.", PREVIEW, shown="the cache's own")] = None,
+    device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where it decodes.", PREVIEW)] = "cpu",
+    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+) -> Any:
+    """Draw a contact sheet: images with their crops, what the VAE saw, what their latents say, weights and captions.
+
+    If the cache's own VAE is not there, latents are shown in approximate colours; the sheet says so.
+
+    In Python it returns a picture of Pillow's. Raises UserError if there is no such cache, no such image in it, or if the
+    VAE that was named is not the cache's.
+    """
+    # fmt: on
+    from latentprep.previews import run_preview
+
+    where, named = (None, []) if source is None else find_named(Path(source))
+    return run_preview(
+        str(cache), open_progress(progress, keywords_of(preview)), list_parameters(encode), pattern=pattern, key=key,
+        show=show, num=num, seed=seed, source=where, named=named, model=name_or_none(model), vae=name_or_none(vae),
+        device=device,
+    )  # fmt: skip
 
 
 # fmt: off

@@ -17,8 +17,8 @@ from latentprep.keywords import Keywords
 P = ParamSpec("P")
 R = TypeVar("R")
 
-PANELS = INPUT, OUTPUT, MODEL, GEOMETRY, CAPTIONS, PERFORMANCE, MACHINES = (
-    "Input", "Output", "Model", "Geometry", "Captions", "Performance", "Several machines",
+PANELS = INPUT, OUTPUT, MODEL, GEOMETRY, CAPTIONS, PERFORMANCE, MACHINES, PREVIEW = (
+    "Input", "Output", "Model", "Geometry", "Captions", "Performance", "Several machines", "Preview",
 )  # fmt: skip
 
 

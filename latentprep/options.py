@@ -17,8 +17,9 @@ Dtype = Literal["float32", "float16", "bfloat16"]
 CondDtype = Literal["float32", "float16", "bfloat16", "int8"]
 CaptionFrom = Literal["auto", "file", "name", "folder", "none"]
 Folders = Literal["auto", "kohya", "plain"]
-ANIMATED, ONLY, STORES, DTYPES, COND_DTYPES, CAPTIONS_FROM = (
-    get_args(choices) for choices in (Animated, Only, Store, Dtype, CondDtype, CaptionFrom)
+Show = Literal["random", "crop", "weight", "outliers"]  # which images a preview shows
+ANIMATED, ONLY, STORES, DTYPES, COND_DTYPES, CAPTIONS_FROM, SHOWS = (
+    get_args(choices) for choices in (Animated, Only, Store, Dtype, CondDtype, CaptionFrom, Show)
 )
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"

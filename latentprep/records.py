@@ -150,6 +150,17 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
+class Sample:
+    """A row of a cache, in one of its views: what a preview shows."""
+
+    shard: int  # its place in the manifest
+    group: int
+    row: int
+    view: int
+    note: str = ""  # why it was chosen, for people
+
+
+@dataclass(frozen=True, slots=True)
 class Placement:
     """Where an image goes: resized to `resized_size`, then a box is kept: `crop`, in the middle, unless --crop differs.
 

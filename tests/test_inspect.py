@@ -51,7 +51,8 @@ def test_images_that_are_gone_are_not_listed(run, images, cache):
 
 
 def test_a_pattern_or_a_key_without_its_option_is_refused(run, cache):
-    assert run("inspect", cache, "wide*").err == "error: PATTERN wide*: is for --list. Add --list, or leave it out.\n"
+    advice = "is for --list and --preview. Add one of them, or leave it out."
+    assert run("inspect", cache, "wide*").err == f"error: PATTERN wide*: {advice}\n"
     assert run("inspect", cache, "--list", "--key", "a").err.startswith("error: --list with --key: ")
 
 

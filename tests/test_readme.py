@@ -84,9 +84,12 @@ def test_continuous_integration_runs_the_readmes_commands():
 
 
 def test_options_and_files_that_it_names_exist():
-    functions = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge)
+    functions = (
+        latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge,
+        latentprep.preview,
+    )  # fmt: skip
     table = {parameter.flag for function in functions for parameter in list_parameters(function)}
-    shown = table | {"--json", "--list", "--help", "--version", "--install-completion"}
+    shown = table | {"--json", "--list", "--preview", "--help", "--version", "--install-completion"}
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
     assert len(scripts) >= 4
     for script, arguments in scripts:
@@ -103,7 +106,7 @@ def test_options_and_files_that_it_names_exist():
         assert hasattr(cli, command)
 
 
-@pytest.mark.parametrize("name", ["encode", "inspect", "verify", "compact", "merge"])
+@pytest.mark.parametrize("name", ["encode", "inspect", "verify", "compact", "merge", "preview"])
 def test_every_option_is_named(name):
     for parameter in list_parameters(getattr(latentprep, name)):
         if not parameter.option.in_python_only and not parameter.option.is_argument:

@@ -12,9 +12,9 @@ from typing import Annotated, Any
 import typer
 
 from latentprep import __version__, api
-from latentprep.cli.face import Command, face
+from latentprep.cli.face import Command, face, options_of
 from latentprep.cli.terminal import Terminal, fail, say, show, show_json, unbreakable
-from latentprep.door import OUTPUT, list_runs
+from latentprep.door import OUTPUT, PREVIEW, list_parameters, list_runs
 from latentprep.errors import UserError
 from latentprep.results import join_runs
 
@@ -46,14 +46,31 @@ PATTERN = signatures.Parameter(
     signatures.Parameter.KEYWORD_ONLY,
     default=None,
     annotation=Annotated[
-        str | None, typer.Argument(metavar="PATTERN", help="Of --list: a shell pattern, such as 'birds/*'.")
+        str | None,
+        typer.Argument(metavar="PATTERN", help="Of --list and --preview: a shell pattern, such as 'birds/*'."),
     ],
 )
-DOORS = {function.__name__: function for function in (api.encode, api.inspect, api.verify, api.compact, api.merge)}
+SHEET = signatures.Parameter(
+    "sheet",
+    signatures.Parameter.KEYWORD_ONLY,
+    default=None,
+    annotation=Annotated[
+        str | None,
+        typer.Option(
+            "--preview", metavar="FILE.png", rich_help_panel=PREVIEW,
+            help="Draw a contact sheet: images, crops, decoded latents, weights and captions.",
+        ),
+    ],
+)  # fmt: skip
+OF_INSPECT = {parameter.name for parameter in list_parameters(api.inspect)}
+OF_PREVIEW = [option for option in options_of(api.preview) if option.name not in {*OF_INSPECT, "pattern"}]
+FUNCTIONS = (api.encode, api.inspect, api.verify, api.compact, api.merge)
+DOORS = {function.__name__: list_parameters(function) for function in FUNCTIONS}
+DOORS["inspect"] += tuple(p for p in list_parameters(api.preview) if p.name not in OF_INSPECT)
 # the functions whose errors speak of options, as their commands do; those of api speak of keywords
 encode_, inspect_ = signatures.unwrap(api.encode), signatures.unwrap(api.inspect)
 verify_, compact_ = signatures.unwrap(api.verify), signatures.unwrap(api.compact)
-merge_ = signatures.unwrap(api.merge)
+merge_, preview_ = signatures.unwrap(api.merge), signatures.unwrap(api.preview)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer which has click built in
 
 
@@ -117,13 +134,22 @@ def encode(arguments: dict[str, Any]) -> None:
 def inspect(arguments: dict[str, Any]) -> None:
     as_json, as_list = arguments.pop("as_json", False), arguments.pop("as_list", False)
     pattern = arguments.pop("pattern", None)
+    if (sheet := arguments.pop("sheet", None)) is not None:
+        others = {"--list": as_list, "--json": as_json, "--most-cropped": "most_cropped" in arguments}
+        if given := [flag for flag, is_given in others.items() if is_given]:
+            raise UserError(f"{given[0]} with --preview: one prints, the other draws. Give one of them.")
+        draw(sheet, arguments if pattern is None else {**arguments, "pattern": pattern})
+        return
+    for option in OF_PREVIEW:
+        if option.name in arguments:
+            raise UserError(f"--{option.name}: is for --preview. Add --preview FILE.png, or leave it out.")
     if as_list and arguments.get("key") is not None:
         raise UserError("--list with --key: one shows many images, the other one. Give one of them.")
     if as_list:
         list_images(arguments["cache"], "*" if pattern is None else pattern, as_json)
         return
     if pattern is not None:
-        raise UserError(f"PATTERN {pattern}: is for --list. Add --list, or leave it out.")
+        raise UserError(f"PATTERN {pattern}: is for --list and --preview. Add one of them, or leave it out.")
     summary = inspect_(**arguments)
     if as_json:
         show_json(json.dumps(summary, indent=2))
@@ -131,6 +157,17 @@ def inspect(arguments: dict[str, Any]) -> None:
         from rich.console import Console
 
         Console(highlight=False).print(summary.table(), markup=False)
+
+
+def draw(file: str, arguments: dict[str, Any]) -> None:
+    """Draw a preview, and write it."""
+    quiet()
+    from latentprep.previews import check_sheet, write_sheet
+
+    check_sheet(Path(file))
+    image = preview_(**arguments, progress=Terminal())
+    write_sheet(image, Path(file))
+    show(f"{file}: {image.width}x{image.height} pixels")
 
 
 def list_images(cache: str, pattern: str, as_json: bool) -> None:
@@ -166,7 +203,7 @@ def merge(arguments: dict[str, Any]) -> None:
 
 
 app.command("encode", cls=Command)(face(api.encode, encode, DRY_LIST, DRY_JSON))
-app.command("inspect", cls=Command)(face(api.inspect, inspect, PATTERN, LIST, JSON))
+app.command("inspect", cls=Command)(face(api.inspect, inspect, PATTERN, LIST, JSON, SHEET, *OF_PREVIEW))
 app.command("verify", cls=Command)(face(api.verify, verify, JSON))
 app.command("compact", cls=Command)(face(api.compact, compact))
 app.command("merge", cls=Command)(face(api.merge, merge))

@@ -28,12 +28,17 @@ def face(function: Callable[..., Any], run: Callable[[dict[str, Any]], None], *o
         run({name: value for name, value in arguments.items() if getattr(source_of(name), "name", "") != "DEFAULT"})
 
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    parameters += [option_of(p) for p in in_panels(list_parameters(function)) if not p.option.in_python_only]
+    parameters += options_of(function)
     parameters += own
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = inspect.cleandoc(inspect.unwrap(function).__doc__ or "").partition("\n\nIn Python")[0]
     return command
+
+
+def options_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
+    """The arguments of a function as typer wants them."""
+    return [option_of(p) for p in in_panels(list_parameters(function)) if not p.option.in_python_only]
 
 
 def option_of(parameter: Parameter) -> inspect.Parameter:

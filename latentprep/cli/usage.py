@@ -2,16 +2,16 @@
 
 import re
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from latentprep.cli.foreign import hint_for
-from latentprep.door import Parameter, list_parameters
+from latentprep.door import Parameter
 
-Doors = Mapping[str, Callable[..., Any]]  # name of a command -> its function
+Doors = Mapping[str, Sequence[Parameter]]  # name of a command -> its options
 
 
 def describe_usage(error: Any, doors: Doors, words: Sequence[str]) -> str:
@@ -21,7 +21,7 @@ def describe_usage(error: Any, doors: Doors, words: Sequence[str]) -> str:
     """
     context = error.ctx
     command = f"latentprep {context.info_name}" if context is not None and context.parent is not None else "latentprep"
-    parameters = {p.name: p for p in list_parameters(doors[context.info_name])} if _is_door(context, doors) else {}
+    parameters = {p.name: p for p in doors[context.info_name]} if _is_door(context, doors) else {}
     message = error.format_message().rstrip(".")
     if hasattr(error, "possibilities"):
         return unknown_option(error.option_name, context, command)

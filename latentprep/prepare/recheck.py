@@ -81,6 +81,11 @@ def reencode(
 
     Raises UserError where the model is not the one that the cache was made with.
     """
+    if is_in_memory(manifest):
+        raise UserError(
+            "--re-encode: this cache was made by PersonalizedBase, with a model in memory that cannot be loaded again. "
+            "Leave it out."
+        )
     made_vae = find_vae(manifest, model, vae)
     recipe = manifest.recipe.latents
     chosen, _ = choose_device(device)
@@ -115,17 +120,23 @@ def sample_rows(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[Sha
         yield entry, number, row
 
 
-def find_vae(manifest: Manifest, model: str | None, vae: str | None = None) -> VaeFolder | VaeFile:
-    """The VAE that a cache was made with, by its hash; `model` and `vae` are those of the command line."""
+def is_in_memory(manifest: Manifest) -> bool:
+    """Whether a cache was made with a model that no file has: its hash is a personalized.fingerprint."""
+    return manifest.recipe.latents.vae.count(".") == 2
+
+
+def find_vae(
+    manifest: Manifest, model: str | None, vae: str | None = None, may_download: bool = True
+) -> VaeFolder | VaeFile:
+    """The VAE that a cache was made with, by its hash; `model` and `vae` are those of the command line.
+
+    Raises UserError if it is not there, or is another one.
+    """
     made_with = manifest.made_with
     wanted = manifest.recipe.latents.vae
-    if wanted.count(".") == 2:  # personalized.fingerprint
-        raise UserError(
-            "--re-encode: this cache was made by PersonalizedBase, with a model in memory that cannot be loaded again. "
-            "Leave it out."
-        )
     option, name = ("--vae", vae) if vae else ("--model", model or made_with.vae or made_with.model)
-    found = open_made_vae(made_with, name, option, beside=model if vae and model else made_with.model)
+    beside = model if vae and model else made_with.model
+    found = open_made_vae(made_with, name, option, beside, may_download)
     if found.digest != wanted:
         advice = "Give that one" + (" with --vae." if made_with.vae and not vae else ".")
         raise UserError(f"{option} {name}: its VAE is {found.digest}, this cache was made with {wanted}. {advice}")

@@ -34,6 +34,7 @@ def find_model(
     say: Callable[[str], None] = lambda line: None,
     revision: str | None = None,
     with_text: bool = True,
+    may_download: bool = True,
 ) -> Path:
     """The local folder or single file of a model. Raises UserError.
 
@@ -53,7 +54,7 @@ def find_model(
             f"{option} {name}: no such folder or file. "
             "Give a diffusers folder, a .safetensors checkpoint, a hub id such as owner/name, or tiny."
         )
-    return _find_on_hub(name, option, say, revision, with_text)
+    return _find_on_hub(name, option, say, revision, with_text, may_download)
 
 
 def find_encoder(name: str) -> Path:
@@ -87,7 +88,9 @@ def commit_of(path: Path) -> str | None:
     return path.name if path.parent.name == "snapshots" and re.fullmatch("[0-9a-f]{40}", path.name) else None
 
 
-def _find_on_hub(name: str, option: str, say: Callable[[str], None], revision: str | None, with_text: bool) -> Path:
+def _find_on_hub(
+    name: str, option: str, say: Callable[[str], None], revision: str | None, with_text: bool, may_download: bool
+) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -105,6 +108,8 @@ def _find_on_hub(name: str, option: str, say: Callable[[str], None], revision: s
             return folder
     except (LocalEntryNotFoundError, OSError):
         pass  # nothing of it is here
+    if not may_download:
+        raise UserError(f"{option} {name}: is not on this machine. Give it as {option}, and it is downloaded.")
     try:
         say(f"download {name}{asked} from the hub: VAE{', text encoder and tokenizer' if with_text else ' alone'}")
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))

@@ -63,14 +63,16 @@ def open_models(options: EncodeOptions, say: Callable[[str], None]) -> Models:
     return Models(vae, text, patch, is_upcast, commit_of(model))
 
 
-def open_made_vae(made_with: MadeWith, name: str, option: str, beside: str) -> VaeFolder | VaeFile:
+def open_made_vae(
+    made_with: MadeWith, name: str, option: str, beside: str, may_download: bool = True
+) -> VaeFolder | VaeFile:
     """The VAE that a cache was made with: `name`, with what its manifest says of it. Raises UserError.
 
     `beside` is the model whose config a VAE alone goes with.
     """
 
     def find(model: str) -> Path:
-        return find_made(made_with, model, option if model == name else "--model", with_text=False)
+        return find_made(made_with, model, option if model == name else "--model", False, may_download)
 
     return open_vae_at(find(name), option, find_config(made_with.config), lambda: find(beside))
 
@@ -93,10 +95,10 @@ def open_text_at(model: Path, configs: Path | None, text_encoders: Sequence[str]
     return open_text(model, given=given) if model.is_dir() else open_text_file(model, "--model", configs, given)
 
 
-def find_made(made_with: MadeWith, name: str, option: str, with_text: bool) -> Path:
+def find_made(made_with: MadeWith, name: str, option: str, with_text: bool, may_download: bool = True) -> Path:
     """The folder or file of a model; of the hub at the cache's commit, if it is the cache's own model."""
     commit = made_with.commit if name == made_with.model and not Path(name).exists() else None
-    return find_model(name, option, revision=commit, with_text=with_text)
+    return find_model(name, option, revision=commit, with_text=with_text, may_download=may_download)
 
 
 def open_vae_at(

@@ -1,0 +1,135 @@
+"""What `preview` does, once its arguments are checked: samples chosen, shown, drawn; and the file that it becomes."""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from latentprep.cache.storage import Storage
+from latentprep.door import Parameter
+from latentprep.errors import UserError, check_choice
+from latentprep.human import counted
+from latentprep.option_files import expand
+from latentprep.options import SHOWS, ImageSet
+from latentprep.progress import Progress
+from latentprep.quiet import quiet_logs, quiet_warnings
+from latentprep.runs import choose_sets
+from latentprep.sets import make_sets
+
+if TYPE_CHECKING:
+    from latentprep.cache.manifest import Manifest
+    from latentprep.prepare.preview_source import Reader
+
+SHEET_MARK = "a sheet of latentprep"  # in the head of a file that may be overwritten
+
+
+def run_preview(
+    cache: str,
+    progress: Progress,
+    parameters: Sequence[Parameter],
+    *,
+    pattern: str | None,
+    key: str | None,
+    show: str,
+    num: int,
+    seed: int,
+    source: Path | None,
+    named: Sequence[tuple[ImageSet, ...]],
+    model: str | None,
+    vae: str | None,
+    device: str,
+) -> Any:
+    """A contact sheet of some images of a cache; `parameters` are those of encode. Raises UserError."""
+    from latentprep.cache.manifest import open_manifest
+    from latentprep.cache.readers import Reading
+    from latentprep.look.samples import RANKINGS, choose_samples
+    from latentprep.prepare.images.pillow import kept_limit
+    from latentprep.prepare.preview import make_cards, open_colors, without_weight
+    from latentprep.sheet import draw_sheet
+
+    check_choice("--show", show, SHOWS)
+    if pattern is not None and key is not None:
+        raise UserError("--key with PATTERN: one is a name, the other fits many. Give one of them.")
+    warnings: list[str] = []
+
+    def warn(line: str) -> None:
+        progress.say(f"note     {line}")
+        warnings.append(line)
+
+    storage = Storage(cache)
+    with Reading(storage), quiet_warnings, kept_limit():
+        manifest = open_manifest(storage)
+        samples, num_images = choose_samples(storage, manifest, show, num, seed, pattern, key)
+        with quiet_logs:
+            reader = find_reader(storage, manifest, source, named, parameters, warn)
+            colors, why = open_colors(storage, manifest, reader, model=model, vae=vae, device=device, seed=seed)
+            if why:
+                warn(why)
+            progress.say(f"latents  {colors.says}")
+            with progress.bar(len(samples), "preview") as bar:
+                cards = list(make_cards(storage, manifest, samples, reader, colors, bar.update))
+    order = RANKINGS[show].order if show in RANKINGS else f"at random (seed {seed})"
+    heading = [cache, f"{counted(len(samples), 'sample')} of {counted(num_images, 'image')}, {order}", colors.says]
+    return draw_sheet(heading, warnings, without_weight(cards))
+
+
+def find_reader(
+    storage: Storage,
+    manifest: "Manifest",
+    source: Path | None,
+    named: Sequence[tuple[ImageSet, ...]],
+    parameters: Sequence[Parameter],
+    warn: Callable[[str], None],
+) -> "Reader | None":
+    """What reads the images of a cache, from `source` or where they were; None, and a line, if they are not there.
+
+    Raises UserError if a source was given that is not there.
+    """
+    from latentprep.prepare.preview_source import open_reader
+
+    try:
+        where = source
+        if where is None:
+            if not manifest.made_with.source:
+                raise UserError("the cache does not say where they were. Give --source.")
+            where = Path(manifest.made_with.source)
+            runs = expand({"again": storage.root}, parameters) if manifest.sets else []
+            named = [make_sets(run["source"].sets, {}, parameters) for run in runs if run["source"].sets]
+        sets = choose_sets(where, named, manifest) if named else ()
+        return open_reader(storage, manifest, where, sets, warn)
+    except (UserError, OSError) as error:  # of a path that is too long, say
+        if source is not None:
+            raise
+        warn(f"no images: {error}")
+        return None
+
+
+def check_sheet(file: Path) -> None:
+    """Raise UserError unless a sheet may be written there: nothing is overwritten but an earlier sheet."""
+    if file.suffix.lower() != ".png":
+        raise UserError(f"--preview {file}: expected the name of a .png file.")
+    if not file.parent.is_dir():
+        raise UserError(f"--preview {file}: there is no folder {file.parent}. Make it, or give another name.")
+    if os.path.lexists(file) and not is_sheet(file):
+        raise UserError(f"--preview {file}: is there, and is no sheet of latentprep's. Give another name.")
+
+
+def is_sheet(file: Path) -> bool:
+    """Whether a file is an earlier sheet."""
+    if not file.is_file():  # a folder, or a pipe, which may have no end
+        return False
+    with file.open("rb") as opened:
+        return SHEET_MARK.encode() in opened.read(200)
+
+
+def write_sheet(image: Any, file: Path) -> None:
+    """Write a sheet as PNG: all of it, or nothing. Raises UserError, also for OSError."""
+    from io import BytesIO
+
+    from PIL.PngImagePlugin import PngInfo
+
+    mark, data = PngInfo(), BytesIO()
+    mark.add_text("Software", SHEET_MARK)
+    image.save(data, "PNG", pnginfo=mark)
+    check_sheet(file)
+    Storage(file.absolute().parent).write_atomic(file.name, data.getvalue())
