@@ -68,7 +68,7 @@ def encode(
     background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
     weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT, of_set=True)] = "alpha",
     control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Control images of edit pairs: a folder with the images' paths and stems; may be given again.", INPUT, of_set=True)] = None,
-    no_draft: Annotated[bool, Option(help="Decode large JPEGs in full. Else libjpeg may halve their sides, as long as twice the size needed is left.", panel=INPUT)] = False,
+    no_draft: Annotated[bool, Option(help="Decode large JPEGs in full, and resize with Pillow alone. Else libjpeg may halve their sides, as long as twice the size needed is left, and torch computes lanczos to within 2 levels of 255.", panel=INPUT)] = False,
     strict_images: Annotated[bool, Option(help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", panel=INPUT)] = False,
     check_content: Annotated[bool, Option(help="Read and compare every image, also those whose size and time are as they were.", panel=INPUT)] = False,
     allow_gone: Annotated[bool, Option(help="Go on though most of the images in the cache are not in SOURCE.", panel=INPUT)] = False,

@@ -50,7 +50,7 @@ class ImageOptions:
     background: str = "auto"  # auto, keep or #rrggbb: what stands below transparency (alpha.fill_background)
     weights: str = "alpha"  # alpha, masks or none: where weight maps come from
     animated: str = "first"  # first: the first frame of several; skip: none
-    draft: bool = True  # JPEGs that are much larger than needed are decoded at a fraction of their size
+    draft: bool = True  # much larger JPEGs are decoded at a fraction of their size, and torch computes LANCZOS
 
     @classmethod
     def from_options(cls, *, background: str, weights: str, animated: str, draft: bool) -> "ImageOptions":

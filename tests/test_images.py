@@ -197,7 +197,9 @@ def test_a_reduced_jpeg_has_twice_the_pixels_that_are_asked_for(tmp_path, width,
     opened.draft(None, (903 // divisor, 903 // divisor))
     assert opened.width == -(-903 // divisor)
     wanted = opened.resize((width, 8), Image.LANCZOS, box=(0, 0, 903 / divisor, 903 / divisor))
-    assert np.array_equal(found.pixels, np.array(wanted))
+    error = np.abs(found.pixels.astype(int) - np.array(wanted))
+    assert error.max() <= 1  # torch rounds otherwise than Pillow
+    assert error.mean() < 0.02
     assert ("draft" in found.notes) == (divisor > 1)
 
 
@@ -488,7 +490,8 @@ def test_crops_equal_the_vae_on_pillows_crops(run, images, tmp_path):
     from tests.conftest import TINY
 
     out = tmp_path / "c"
-    run("encode", images, "--out", out, *SMALL, "--crop", "focus", "--crops", "2", "--store-dtype", "float32")
+    exact = ("--store-dtype", "float32", "--no-draft")
+    run("encode", images, "--out", out, *SMALL, "--crop", "focus", "--crops", "2", *exact)
     vae = AutoencoderKL.from_pretrained(TINY / "vae").float().eval()
     data = LatentDataset(out, latent_sampling_method="deterministic", include_cond=False)
     key = next(n for n in range(len(data)) if data.key(n) == "wide2.png")

@@ -56,13 +56,15 @@ def test_stages_of_prepare_do_not_call_each_other():
         "source/tar.py": {"source.door", "source.folder", "source.members", "images.pillow"},  # a folder of tars
         "images/alpha.py": {"images.pillow"},
         "images/color.py": {"images.cicp", "images.pillow"},
+        "images/shrink.py": {"images.cicp"},
         "images/jpeg.py": {"images.pillow"},
         "images/decode.py": {
             "images.alpha", "images.cicp", "images.color", "images.jpeg", "images.load", "images.pillow", "images.png",
+            "images.shrink",
         },
         "images/load.py": {
             "source.content", "source.door", "source.partners", "images.crops", "images.decode", "images.pillow",
-            "plan.buckets",  # where a control image goes is known as late as this
+            "images.shrink", "plan.buckets",  # where a control image goes is known as late as this
         },
         "source/partners.py": {"source.door", "source.listing", "source.sources", "images.pillow"},  # they are a source
         "source/controls.py": {"source.listing", "source.partners"},

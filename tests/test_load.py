@@ -69,7 +69,7 @@ def test_stretch_with_bicubic_gives_the_ancestors_pixels(name):
 
 def test_crop_is_resize_then_the_middle():
     path = find_photo("skimage/data/coffee.png")  # 600x400
-    found = load(path, resolution="256")
+    found = load(path, resolution="256", draft=False)
     resized = Image.open(path).convert("RGB").resize((320, 213), Image.LANCZOS)
     assert np.array_equal(found.pixels, np.array(resized)[10:202])
 
@@ -93,7 +93,7 @@ def test_pad_repeats_the_border_and_weighs_nothing(tmp_path):
 @pytest.mark.parametrize("name", FILTERS)
 def test_every_filter_is_pillows(tmp_path, name):
     image = gradient(100, 70)
-    found = load(save(tmp_path, image), name, width=64, height=48, fit="stretch")
+    found = load(save(tmp_path, image), name, width=64, height=48, fit="stretch", draft=False)
     assert np.array_equal(found.pixels, np.array(image.resize((64, 48), Image.Resampling[name.upper()])))
 
 

@@ -7,6 +7,7 @@ from latentprep.cache.int8 import nbytes_of
 from latentprep.cache.manifest import LatentFacts
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.options import EncodeOptions
+from latentprep.prepare.images.load import is_by_torch
 from latentprep.prepare.images.pillow import decoder_versions
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.plan.plan import RowBytes
@@ -17,17 +18,18 @@ def make_recipe(options: EncodeOptions, models: Models, dtype: str, text_dtype: 
     """Everything that decides the numbers in the cache."""
     vae, text = models.vae, models.text
     is_upcast = models.is_upcast and (options.dtype, dtype) == ("auto", "float16")
+    latents = LatentsRecipe.of(
+        vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
+        dtype="float32" if is_upcast else dtype, store=options.store if vae.has_std else "mean",
+        store_dtype=options.store_dtype, tiling=options.tiling, num_controls=options.num_controls,
+    )  # fmt: skip
     return Recipe(
-        LatentsRecipe.of(
-            vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
-            dtype="float32" if is_upcast else dtype, store=options.store if vae.has_std else "mean",
-            store_dtype=options.store_dtype, tiling=options.tiling, num_controls=options.num_controls,
-        ),
+        latents,
         TextRecipe.of(
             text_encoder=text.digest if text else None, settings=text.settings(options.text) if text else {},
             options=options.text, seed=options.seed, dtype=text_dtype, store_dtype=options.store_dtype,
         ),
-        versions(),
+        {**versions(), **({"resize": "torch"} if is_by_torch(latents) else {})},  # or Pillow
     )  # fmt: skip
 
 

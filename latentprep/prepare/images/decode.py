@@ -19,6 +19,7 @@ from latentprep.prepare.images.pillow import (
     read_orientation,
 )
 from latentprep.prepare.images.png import check_rows, check_sums, scale_transparency
+from latentprep.prepare.images.shrink import shrink_image
 from latentprep.records import Item, Placement, Size
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def decode(
             if options.animated == "skip":
                 raise DecodeError("animated", f"a {image.format} of several frames, and --animated skip")
             notes.append("first_frame")
-        lying = placement.resized_size if orientation < 5 else placement.resized_size[::-1]  # as the file has it
+        lying = lying_size(placement, orientation)
         with decoding():  # no seek(0): the first frame is there, and Pillow has none of that number in a PSD
             has_more_bits = keeps_high_byte(image)
             divisor = draft(image, lying, options)
@@ -71,12 +72,24 @@ def decode(
         rgb = fill_background(rgb, alpha, options.background, options.weights == "alpha", notes)
     if divisor > 1:  # before it is turned: the picture ends within the last row and column of a reduced JPEG
         notes.append("draft")
-        rgb = rgb.resize(lying[::-1], options.filter, box=(0, 0, width / divisor, height / divisor))
+        rgb = resize(rgb, lying, (height / divisor, width / divisor), options)
     if orientation in TRANSPOSE:
         notes.append("oriented")
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None
     return rgb, alpha
+
+
+def lying_size(placement: Placement, orientation: int) -> Size:
+    """The size that an image is resized to, as its file has it: before it is turned upright."""
+    return placement.resized_size if orientation < 5 else placement.resized_size[::-1]
+
+
+def resize(image: Image.Image, size: Size, extent: tuple[float, float], options: "LoadOptions") -> Image.Image:
+    """The top left part of an RGB image, `extent` high and wide, at a size that is not larger."""
+    if options.by_torch:
+        return shrink_image(image, size, extent)
+    return image.resize(size[::-1], options.filter, box=(0, 0, extent[1], extent[0]))
 
 
 def check_file(data: bytes, strict: bool, notes: list[str]) -> bytes:

@@ -14,8 +14,9 @@ from latentprep.cache.schema import CONTROLS
 from latentprep.errors import UserError
 from latentprep.human import human_bytes
 from latentprep.prepare.images.crops import choose_crops
-from latentprep.prepare.images.decode import decode, load_mask
+from latentprep.prepare.images.decode import decode, load_mask, resize
 from latentprep.prepare.images.pillow import DecodeError, describe, max_bytes, open_image, oriented_size
+from latentprep.prepare.images.shrink import torch_has_lanczos
 from latentprep.prepare.plan.buckets import place_control
 from latentprep.prepare.source.content import new_hash
 from latentprep.prepare.source.door import NotRegularError, Source
@@ -43,6 +44,7 @@ class LoadOptions:
     weights: str
     animated: str
     draft: bool
+    by_torch: bool  # torch shrinks images, and not Pillow
     strict: bool  # damaged JPEGs are skips
     fit: str
     upscale: bool
@@ -62,10 +64,15 @@ class LoadOptions:
         geometry = recipe.geometry
         return cls(
             source, factor, masks, strict=strict, controls=controls, fit=geometry.fit, upscale=geometry.upscale,
-            filter=Image.Resampling[geometry.filter.upper()],
+            filter=Image.Resampling[geometry.filter.upper()], by_torch=is_by_torch(recipe),
             crop=geometry.crop, crops=geometry.crops, seed=geometry.crop_seed or 0,
             **vars(recipe.images),
         )  # fmt: skip
+
+
+def is_by_torch(recipe: LatentsRecipe) -> bool:
+    """Whether torch shrinks images here. It is near Pillow, whose pixels --no-draft gives bit for bit."""
+    return recipe.images.draft and recipe.geometry.filter == "lanczos" and torch_has_lanczos()
 
 
 def is_large(item: Item) -> bool:
@@ -252,8 +259,8 @@ def place_image(
     """A decoded image resized and cropped; to `crops`, or if that is None to those that --crop chooses."""
     size = placement.resized_size
     part: Box = (0, 0, *size)
-    if not placement.enlarges(item.size):
-        rgb = resize_part(rgb, size, part, options.filter)
+    if not placement.enlarges(item.size) and rgb.size != size[::-1]:
+        rgb = resize(rgb, size, (rgb.height, rgb.width), options)
     if crops is None:
         crops = choose_crops(rgb, weight, placement, options.crop, options.crops, options.seed, item.key)
     if placement.enlarges(item.size):  # no more than what is kept: a strip of 30000x1 would be 7,680,000x256
