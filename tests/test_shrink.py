@@ -1,17 +1,23 @@
-"""prepare/images/shrink.py: torch gives what Pillow gives, and a cache says which it was."""
+"""prepare/images/shrink.py, decode.decode_plain: the fast way gives what Pillow gives, the same notes and skips."""
 
+import io
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.storage import Storage
+from latentprep.prepare.images import decode as decode_module
 from latentprep.prepare.images import load as load_module
+from latentprep.prepare.images.color import is_srgb_profile
+from latentprep.prepare.images.jpeg import decode_sound
 from latentprep.prepare.images.shrink import shrink, shrink_image, torch_has_lanczos
+from latentprep.records import Skip
 from tests.conftest import PHOTOS, SMALL, find_photo, gradient
-from tests.test_load import load, save
+from tests.test_damage import DAMAGE, as_jpeg, jpegs
+from tests.test_load import load, load_views, save
 
 needs_lanczos = pytest.mark.skipif(
     not torch_has_lanczos(), reason="this torch has no LANCZOS, or this processor no AVX2"
@@ -85,6 +91,24 @@ def test_files_of_every_mode_are_near_pillow(tmp_path, mode, orientation):
     assert np.array_equal(found.weight, exact.weight) if exact.weight is not None else found.weight is None
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("options", [{"resolution": "400"}, {"width": 400, "height": 248, "fit": "pad"}])
+def test_a_jpeg_lies_as_pillow_has_it(tmp_path, orientation, options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = save(tmp_path, sharp(607, 403), "x.jpg", exif=exif)
+    found, exact = load(path, **options), load(path, **options, draft=False)
+    assert distance(found.pixels, exact.pixels)[1] <= 2
+    assert distance(found.pixels, exact.pixels)[0] < 0.02
+    assert (found.notes, found.crops) == (exact.notes, exact.crops)
+
+
+@pytest.mark.parametrize("options", [{"resolution": "native"}, {"width": 800, "height": 800, "fit": "stretch"}])
+def test_a_jpeg_that_is_not_shrunk_is_pillows(tmp_path, options):
+    path = save(tmp_path, sharp(607, 403), "x.jpg")
+    assert np.array_equal(load(path, **options).pixels, load(path, **options, draft=False).pixels)
+
+
 @pytest.mark.parametrize("name", ["nearest", "box", "bilinear", "bicubic"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_other_filters_are_pillows(tmp_path, name, orientation):
@@ -101,6 +125,89 @@ def test_without_lanczos_in_torch_pixels_are_pillows(tmp_path, monkeypatch, name
     path = save(tmp_path, sharp(607, 403), name)
     options = {"width": 320, "height": 320, "fit": "stretch"}
     assert np.array_equal(load(path, **options).pixels, load(path, **options, draft=False).pixels)
+
+
+# --- JPEGs in one pass
+
+
+WAYS = (
+    {}, {"progressive": True}, {"subsampling": 0}, {"subsampling": 1}, {"quality": 30}, {"restart_marker_rows": 1},
+    {"keep_rgb": True, "subsampling": 0}, {"optimize": True},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("size", [(607, 403), (608, 400), (9, 1), (17, 16)])
+def test_a_sound_jpeg_has_pillows_pixels(mode, size):
+    for way in WAYS:
+        if mode == "L" and "keep_rgb" in way:
+            continue
+        data = as_jpeg(sharp(*size).convert(mode), **way)
+        for divisor in (1, 2, 4, 8):
+            image = Image.open(io.BytesIO(data))
+            width, height = (-(-side // divisor) for side in size)
+            image.draft(None, (max(1, size[0] // divisor), max(1, size[1] // divisor)))
+            if image.size != (width, height):  # Pillow's draft goes by the shorter side
+                continue
+            assert np.array_equal(decode_sound(data, size[::-1], divisor), np.asarray(image.convert("RGB"))), way
+
+
+def never(*_, **__):
+    raise AssertionError
+
+
+@pytest.mark.parametrize("draft", [True, False])
+def test_a_sound_jpeg_is_decoded_once_unless_it_is_to_be_pillows(tmp_path, monkeypatch, draft):
+    path = save(tmp_path, sharp(607, 403), "x.jpg")
+    monkeypatch.setattr(decode_module, "check_jpeg" if draft else "decode_sound", never)
+    assert load(path, resolution="128", draft=draft).notes == ()
+
+
+def test_a_jpeg_of_another_size_than_pillow_reads_is_not_decoded(monkeypatch):
+    data = as_jpeg(sharp(607, 403))
+    monkeypatch.setattr("simplejpeg.decode_jpeg", never)
+    assert decode_sound(data, (8, 8), 1) is None
+
+
+def slowly(path, monkeypatch, **options):
+    """What the usual way makes of a file."""
+    with monkeypatch.context() as patch:
+        patch.setattr(decode_module, "decode_plain", lambda *_: None)
+        return load_views(path, **options)
+
+
+def agree(found, wanted):
+    """Whether two results are the same, pixels within a level."""
+    if isinstance(found, Skip) or isinstance(wanted, Skip):
+        return found == wanted
+    return found.notes == wanted.notes and distance(found.pixels, wanted.pixels)[1] <= 1
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_jpegs_are_told_as_before(tmp_path, monkeypatch, kind):
+    for n, data in enumerate(jpegs()[:6]):
+        path = tmp_path / f"{n}.jpg"
+        path.write_bytes(DAMAGE[kind](data))
+        assert agree(load_views(path, resolution="64"), slowly(path, monkeypatch, resolution="64"))
+
+
+def test_jpegs_of_every_kind_are_told_as_before(tmp_path, monkeypatch):
+    for n, data in enumerate(jpegs()):
+        path = tmp_path / f"{n}.jpg"
+        for end in (len(data), len(data) - 2, len(data) // 2, 300):
+            path.write_bytes(data[:end])
+            assert agree(load_views(path, resolution="128"), slowly(path, monkeypatch, resolution="128"))
+
+
+def test_a_profile_is_read_before_the_fast_way_is_taken(tmp_path, monkeypatch):
+    adobe = Image.open(find_photo("skimage/data/rocket.jpg")).info["icc_profile"]
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    assert [is_srgb_profile(profile) for profile in (adobe, srgb, b"no profile")] == [False, True, False]
+    for profile, notes in ((adobe, ("icc_to_srgb",)), (srgb, ()), (b"no profile", ("icc_unusable",))):
+        path = save(tmp_path, gradient(300, 200), "x.jpg", icc_profile=profile)
+        found = load_views(path, resolution="128")
+        assert found.notes == notes
+        assert agree(found, slowly(path, monkeypatch, resolution="128"))
 
 
 # --- what a cache says of it

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
@@ -39,6 +40,25 @@ def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str], cicp: C
         converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
     assert converted is not None
     return converted
+
+
+def is_srgb(image: Image.Image) -> bool:
+    """Whether the stored numbers of an RGB or grey image are sRGB: no profile, or in RGB a copy of sRGB's."""
+    profile = image.info.get("icc_profile")
+    return not profile or (image.mode == "RGB" and is_srgb_profile(profile))
+
+
+@lru_cache(maxsize=16)  # photos of one camera have one
+def is_srgb_profile(profile: bytes) -> bool:
+    """Whether a profile leaves the colours of RGB images as they are. False for one that cannot be used."""
+    try:
+        with decoding():
+            opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            if opened.profile.xcolor_space.strip() != PROFILE_SPACES["RGB"]:
+                return False
+            return leaves_colors(ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), "RGB", "RGB"))
+    except DecodeError:
+        return False
 
 
 def _to_8_bits(image: Image.Image, notes: list[str]) -> Image.Image:

@@ -7,9 +7,9 @@ from PIL import Image, JpegImagePlugin
 
 from latentprep.prepare.images.alpha import fill_background, split_alpha
 from latentprep.prepare.images.cicp import read_cicp
-from latentprep.prepare.images.color import to_srgb
+from latentprep.prepare.images.color import is_srgb, to_srgb
 from latentprep.prepare.images.jpeg import MAGIC as JPEG_MAGIC
-from latentprep.prepare.images.jpeg import check_jpeg
+from latentprep.prepare.images.jpeg import check_jpeg, decode_sound
 from latentprep.prepare.images.pillow import (
     DecodeError,
     decoding,
@@ -19,7 +19,7 @@ from latentprep.prepare.images.pillow import (
     read_orientation,
 )
 from latentprep.prepare.images.png import check_rows, check_sums, scale_transparency
-from latentprep.prepare.images.shrink import shrink_image
+from latentprep.prepare.images.shrink import shrink, shrink_image
 from latentprep.records import Item, Placement, Size
 
 if TYPE_CHECKING:
@@ -44,8 +44,10 @@ def decode(
 ) -> tuple[Image.Image, Image.Image | None]:
     """An image file as upright sRGB, and its alpha as "L" if it has transparency. Raises DecodeError.
 
-    At its own size, but for a JPEG that was reduced: that has its placement's.
+    At its own size; a JPEG that was reduced, or that decode_plain shrinks, at its placement's.
     """
+    if options.draft and (found := decode_plain(data, item, placement, options, notes)) is not None:
+        return found, None
     data = check_file(data, options.strict, notes)
     with open_image(io.BytesIO(data)) as image:
         size, (width, height), orientation = oriented_size(image), image.size, read_orientation(image)
@@ -78,6 +80,40 @@ def decode(
         rgb = rgb.transpose(TRANSPOSE[orientation])
         alpha = alpha.transpose(TRANSPOSE[orientation]) if alpha is not None else None
     return rgb, alpha
+
+
+def decode_plain(
+    data: bytes, item: Item, placement: Placement, options: "LoadOptions", notes: list[str]
+) -> Image.Image | None:
+    """The same of a JPEG without damage that is sRGB as it is, without Pillow's copies; None for any other file."""
+    if not data.startswith(JPEG_MAGIC):
+        return None
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            size, (width, height), orientation = oriented_size(image), image.size, read_orientation(image)
+            if size != item.size or image.mode not in ("RGB", "L") or not is_srgb(image):
+                return None
+            lying = lying_size(placement, orientation)
+            with decoding():
+                divisor = draft(image, lying, options)
+        pixels = decode_sound(data, (height, width), divisor)
+    except DecodeError:  # the usual way says it in the usual words
+        return None
+    if pixels is None:
+        return None
+    notes += ["draft"] if divisor > 1 else []
+    extent = (height / divisor, width / divisor)
+    if options.by_torch and not placement.enlarges(size) and lying != (height, width):
+        # before it is turned; a reduced JPEG is resized as it lies, in the usual way too
+        columns_first = orientation >= 5 and divisor == 1
+        rgb = Image.fromarray(shrink(pixels, lying, extent, columns_first))
+    else:
+        rgb = Image.fromarray(pixels)
+        rgb = resize(rgb, lying, extent, options) if divisor > 1 else rgb
+    if orientation in TRANSPOSE:
+        notes.append("oriented")
+        rgb = rgb.transpose(TRANSPOSE[orientation])
+    return rgb
 
 
 def lying_size(placement: Placement, orientation: int) -> Size:

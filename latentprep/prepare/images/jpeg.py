@@ -1,11 +1,16 @@
-"""Damage in JPEGs, which libjpeg only warns of: it fills what is missing with grey, and Pillow says nothing."""
+"""Damage in JPEGs, which libjpeg only warns of: it fills what is missing with grey, and Pillow says nothing.
+
+A JPEG without damage is decoded here too.
+"""
 
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import simplejpeg
 
 from latentprep.prepare.images.pillow import DecodeError, max_pixels
+from latentprep.records import Size
 
 MAGIC, END = b"\xff\xd8\xff", b"\xff\xd9"
 MAX_SCANS = 100  # a progressive JPEG has about ten; each costs a pass over all pixels, and a few bytes make one
@@ -29,12 +34,7 @@ def check_jpeg(data: bytes) -> tuple[bytes, str]:
     JPEG of too many scans.
     """
     outline = read_outline(data)
-    allowed = max(1, min(MAX_SCANS, WHOLE_SCANS * max_pixels() // max(1, outline.pixels)))
-    if len(outline.scans) > allowed:
-        for_so_many = "" if allowed == MAX_SCANS else f" for {outline.pixels:,} pixels"
-        raise DecodeError(
-            "too_large", f"a JPEG of {len(outline.scans):,} scans, expected at most {allowed:,}{for_so_many}"
-        )
+    check_scans(outline)
     warning = find_warning(data)
     if not warning.startswith(NO_END):
         return data, warning
@@ -44,6 +44,25 @@ def check_jpeg(data: bytes) -> tuple[bytes, str]:
     if warning:
         raise DecodeError("truncated", f"the JPEG ends before its pixels do ({warning})")
     return data + END, ""
+
+
+def decode_sound(data: bytes, size: Size, divisor: int) -> np.ndarray | None:
+    """[H,W,3] uint8: a JPEG of this size at a fraction of it, in its own RGB or grey; None if that gives any warning.
+
+    The same pixels as Pillow's. What takes check_jpeg and Pillow two passes over the data takes one here.
+    Raises DecodeError for a JPEG of too many scans or segments.
+    """
+    check_scans(read_outline(data))
+    height, width = (-(-side // divisor) for side in size)
+    try:
+        if simplejpeg.decode_jpeg_header(data)[:2] != size:  # Pillow reads another: it may be any size
+            return None
+        pixels: np.ndarray = simplejpeg.decode_jpeg(
+            data, "RGB", min_height=height, min_width=width, min_factor=divisor, strict=True
+        )
+    except ValueError:
+        return None
+    return pixels if pixels.shape == (height, width, 3) else None
 
 
 # Components of a scan, and what it sends of their 64 coefficients: the first, the last, the lowest bit (T.81, B.2.3).
@@ -69,6 +88,16 @@ class Outline:
                 coefficients = range(first, last + 1) if self.is_progressive else range(64)
                 sent |= {(component, n) for component in components for n in coefficients}
         return all((component, n) in sent for component in self.components for n in range(64))
+
+
+def check_scans(outline: Outline) -> None:
+    """Raise DecodeError for a JPEG of too many scans."""
+    allowed = max(1, min(MAX_SCANS, WHOLE_SCANS * max_pixels() // max(1, outline.pixels)))
+    if len(outline.scans) > allowed:
+        for_so_many = "" if allowed == MAX_SCANS else f" for {outline.pixels:,} pixels"
+        raise DecodeError(
+            "too_large", f"a JPEG of {len(outline.scans):,} scans, expected at most {allowed:,}{for_so_many}"
+        )
 
 
 def read_outline(data: bytes) -> Outline:

@@ -23,14 +23,19 @@ def torch_has_lanczos() -> bool:
     return hasattr(torch.ops.aten, "_upsample_lanczos2d_aa") and torch.backends.cpu.get_cpu_capability() in CAPABILITIES
 
 
-def shrink(pixels: np.ndarray, size: Size, extent: tuple[float, float]) -> np.ndarray:
+def shrink(pixels: np.ndarray, size: Size, extent: tuple[float, float], columns_first: bool = False) -> np.ndarray:
     """An array [H,W,3] uint8 resized to [h,w,3] by LANCZOS; H and W may stay, but not become more.
 
     extent: (height, width) of the picture in the array, from its top left corner; a reduced JPEG may end within its
     last row and column.
+    columns_first: as Pillow does it once the picture lies on its side. Between the two passes numbers are rounded and
+    cut off at 0 and 255, so that their order makes 0.15 levels on average.
     """
     import torch
 
+    if columns_first:
+        pixels = shrink(pixels, (size[0], pixels.shape[1]), (extent[0], pixels.shape[1]))
+        extent = size[0], extent[1]
     planes = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     scales = [side / whole for side, whole in zip(size, extent, strict=True)]
     # what interpolate(mode="lanczos") calls, which takes a size or scales, and not both
