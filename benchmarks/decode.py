@@ -1,26 +1,34 @@
-"""What decoding large JPEGs at a fraction of their size gains, and what it changes.
+"""How long decoding and resizing a large image takes on one core, against Pillow alone, and how far its pixels move.
 
-    python benchmarks/decode.py                 # photos of scikit-image, 3200 pixels wide, to 512 pixels
+    python benchmarks/decode.py
 
-Both ways run in turn, in one process, on the same files; compare the ratio. The difference is between the pixels that
-the VAE would see, in levels of 0..255 and as PSNR, and between the latents that `tiny` makes of them, as root mean
-square in standard deviations of the latent.
+Ways run in turn, in one process, on the same files; compare the ratios. `exact` is --no-draft: Pillow decodes in full
+and resizes with LANCZOS. `before` is Pillow too; large JPEGs are decoded at a fraction, and damage in JPEGs is looked
+for in a pass of its own. `now` is the default. `old torch` is the default where torch has no fast LANCZOS. Times are of
+the processor, for a file from its bytes to the pixels that the VAE sees. Differences are in levels of 0 to 255, and in
+standard deviations of the latents that `tiny` makes (root mean square); of several files the largest counts.
+
+The files are photos of scikit-image. As a camera writes them: enlarged to the size, with a sensor's noise; a JPEG of
+quality 92 with half the colour resolution. "sharp" is more than a camera sees: photos side by side, pixel by pixel.
 """
 
-import statistics
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
+from unittest.mock import patch
 
 import numpy as np
 import torch
 import typer
-from PIL import Image
+from PIL import Image, ImageOps
 
 from latentprep.geometry import Geometry
 from latentprep.options import ImageOptions
+from latentprep.prepare.images import decode, load
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.models.find import find_model
 from latentprep.prepare.models.vae_encoder import VaeEncoder
@@ -29,71 +37,125 @@ from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.source.folder import Folder, file_at
 from latentprep.prepare.source.listing import read_item
 from latentprep.recipe import LatentsRecipe
-from latentprep.records import Item, Pixels
+from latentprep.records import Item, Pixels, Placement
 
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
+TILE = (400, 300)  # of a photo that stands beside others: width, height
+CASES = (((1600, 1200), 512), ((4000, 3000), 512), ((4000, 3000), 1024))  # width and height of files, resolution
+WAYS = ("exact", "before", "old torch", "now")
+BETWEEN = (("now", "exact"), ("before", "exact"), ("now", "before"))
 
 
-def write_photos(folder: Path, width: int) -> None:
-    """JPEG files as a camera writes them: large, with a sensor's noise, quality 92, half the colour resolution."""
+def open_photo(name: str) -> Image.Image:
     spec = find_spec("skimage")
     assert spec is not None
     assert spec.origin is not None
-    random = np.random.default_rng(0)
-    for name in PHOTOS:
-        image = Image.open(Path(spec.origin).parent / "data" / name).convert("RGB")
-        image = image.resize((width, round(width * image.height / image.width)), Image.Resampling.LANCZOS)
-        noisy = np.asarray(image) + random.normal(0, 4, (image.height, image.width, 3))
-        path = (folder / name).with_suffix(".jpg")
-        Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(path, quality=92, subsampling=2)
+    return Image.open(Path(spec.origin).parent / "data" / name).convert("RGB")
 
 
-def make_options(folder: Path, geometry: Geometry, draft: bool) -> LoadOptions:
+def draw_noisy(name: str, size: tuple[int, int]) -> Image.Image:
+    """A photo as a camera of this size (width, height) sees it."""
+    image = ImageOps.fit(open_photo(name), size, Image.Resampling.LANCZOS)
+    noise = np.random.default_rng(0).normal(0, 4, (size[1], size[0], 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def draw_sharp(size: tuple[int, int]) -> Image.Image:
+    """Photos side by side, in a size (width, height)."""
+    tiles = [open_photo(name).crop((0, 0, *TILE)) for name in PHOTOS]
+    image = Image.new("RGB", size)
+    across, down = -(-size[0] // TILE[0]), -(-size[1] // TILE[1])
+    for n in range(across * down):
+        image.paste(tiles[(5 * n + n // across) % len(tiles)], (n % across * TILE[0], n // across * TILE[1]))
+    return image
+
+
+def write_files(folder: Path, size: tuple[int, int], count: int) -> None:
+    """`count` photos of a camera and a sharp one, each as a JPEG and as a PNG."""
+    folder.mkdir()
+    for name in (*PHOTOS[:count], "sharp"):
+        image = draw_sharp(size) if name == "sharp" else draw_noisy(name, size)
+        image.save(folder / f"{Path(name).stem}.jpg", quality=92, subsampling=2)
+        image.save(folder / f"{Path(name).stem}.png", compress_level=1)
+
+
+@contextmanager
+def taking(way: str) -> Iterator[None]:
+    """One of the ways."""
+    with ExitStack() as stack:
+        if way in ("before", "old torch"):
+            stack.enter_context(patch.object(load, "torch_has_lanczos", lambda: False))
+        if way == "before":
+            stack.enter_context(patch.object(decode, "decode_plain", lambda *_: None))
+        yield
+
+
+def load_file(path: Path, geometry: Geometry, way: str) -> tuple[np.ndarray, float]:
+    """Pixels [1,H,W,3] uint8 of a file, and the processor's seconds for it."""
+    source = Folder(str(path.parent))
+    item = read_item(file_at(path, path.name), source)
+    assert isinstance(item, Item)
+    placement = make_place(geometry, 8)(item.size)
+    assert isinstance(placement, Placement)
     recipe = LatentsRecipe.of(
-        vae="", geometry=geometry, images=ImageOptions(draft=draft), flip=False, dtype="", store="mean", store_dtype=""
-    )
-    return LoadOptions.from_recipe(Folder(str(folder)), 8, None, recipe)
+        vae="", geometry=geometry, images=ImageOptions(draft=way != "exact"), flip=False, dtype="", store="mean",
+        store_dtype="",
+    )  # fmt: skip
+    with taking(way):
+        options = LoadOptions.from_recipe(source, 8, None, recipe)
+        started = time.process_time()
+        found = load_pixels(item, placement, options)
+        seconds = time.process_time() - started
+    assert isinstance(found, Pixels)
+    return found.pixels, seconds
+
+
+def measure(paths: list[Path], geometry: Geometry, rounds: int, vae: VaeEncoder) -> str:
+    """A line of the table: times on average over the files, and differences between the ways."""
+    times = dict.fromkeys(WAYS, 0.0)
+    apart: dict[tuple[str, str], list[tuple[float, int, float]]] = {pair: [] for pair in BETWEEN}
+    for path in paths:
+        found = {way: [load_file(path, geometry, way)] for way in WAYS}
+        for _ in range(rounds - 1):
+            for way in WAYS:
+                found[way].append(load_file(path, geometry, way))
+        for way in WAYS:
+            times[way] += min(seconds for _, seconds in found[way]) / len(paths)
+        pixels = {way: found[way][0][0] for way in WAYS}
+        latents = {way: vae.encode(own).mean for way, own in pixels.items()}
+        for a, b in BETWEEN:
+            error = np.abs(pixels[a].astype(int) - pixels[b])
+            moved = float((latents[a] - latents[b]).square().mean().sqrt() / latents[b].std())
+            apart[a, b].append((float(error.mean()), int(error.max()), moved))
+    words = [f"{times[way] * 1e3:>9.0f}" for way in WAYS]
+    words += [f"{times['before'] / times[way]:>8.2f}x" for way in WAYS[2:]]
+    for pairs in apart.values():
+        means, largest, moved_by = zip(*pairs, strict=True)
+        words.append(f"{max(means):>10.4f} {max(largest):>3} {max(moved_by):>8.5f}")
+    return " ".join(words)
 
 
 def main(
-    width: Annotated[int, typer.Option(metavar="PIXELS", help="Width of the files.")] = 3200,
-    resolution: Annotated[int, typer.Option(metavar="PIXELS", help="As of latentprep encode.")] = 512,
-    rounds: Annotated[int, typer.Option(help="Timed rounds.")] = 5,
+    count: Annotated[int, typer.Option(help="Photos of a camera, beside the sharp one.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the fastest counts.")] = 5,
 ) -> None:
-    geometry = Geometry.from_options(resolution=str(resolution))
-    place = make_place(geometry, 8)
+    torch.set_num_threads(1)
     vae = VaeEncoder(open_vae(find_model("tiny")), torch.device("cpu"), torch.float32)
+    pairs = [f"{a} - {b}" for a, b in BETWEEN]
+    print(f"{'':>21} {'ms an image':>39} {'before against':>19}", *(f"{pair:>23}" for pair in pairs))
+    heads = [*WAYS, *WAYS[2:]]
+    print(f"{'files':>21}", *(f"{head:>9}" for head in heads), *[f"{'mean':>10} {'max':>3} {'latent':>8}"] * len(pairs))
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_photos(folder, width)
-        heads = f"{'file':>24} {'in full':>10} {'draft':>10} {'ratio':>6}"
-        print(f"{heads} {'mean':>6} {'largest':>8} {'PSNR':>8} {'latent':>7}")
-        ratios = []
-        for path in sorted(folder.glob("*.jpg")):
-            item = read_item(file_at(path, path.name), Folder(str(path.parent)))
-            assert isinstance(item, Item)
-            placement = place(item.size)
-            seconds: dict[bool, list[float]] = {False: [], True: []}
-            pixels = {}
-            for _ in range(rounds):
-                for draft in seconds:
-                    options = make_options(folder, geometry, draft)
-                    started = time.perf_counter()
-                    found = load_pixels(item, placement, options)  # type: ignore[arg-type]
-                    seconds[draft].append(time.perf_counter() - started)
-                    assert isinstance(found, Pixels)
-                    pixels[draft] = found.pixels
-            full, draft_seconds = statistics.median(seconds[False]), statistics.median(seconds[True])
-            error = np.abs(pixels[True].astype(int) - pixels[False])
-            reduced, exact = (vae.encode(pixels[draft]).mean for draft in (True, False))
-            latent = float((reduced - exact).square().mean().sqrt() / exact.std())
-            psnr = 10 * np.log10(255**2 / np.square(error).mean())
-            ratios.append(full / draft_seconds)
-            print(
-                f"{path.name:>24} {full * 1e3:>7.0f} ms {draft_seconds * 1e3:>7.0f} ms {ratios[-1]:>5.1f}x "
-                f"{error.mean():>6.2f} {error.max():>8} {psnr:>5.1f} dB {latent:>7.4f}"
-            )
-        print(f"median: {statistics.median(ratios):.1f} times as fast")
+        for size in dict.fromkeys(size for size, _ in CASES):
+            write_files(Path(name) / str(size[0]), size, count)
+        for size, resolution in CASES:
+            geometry = Geometry.from_options(resolution=str(resolution))
+            for suffix in (".jpg", ".png"):
+                for kind in ("camera", "sharp"):
+                    paths = sorted((Path(name) / str(size[0])).glob(f"*{suffix}"))
+                    paths = [path for path in paths if (path.stem == "sharp") == (kind == "sharp")]
+                    what = f"{size[0]}x{size[1]} {suffix[1:]} {resolution}" if kind == "camera" else kind
+                    print(f"{what:>21}", measure(paths, geometry, rounds, vae), flush=True)
 
 
 if __name__ == "__main__":
