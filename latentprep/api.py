@@ -81,6 +81,7 @@ def encode(
     only: Annotated[Only | None, Option(help="Encode images alone, or the prompts of what is encoded; a later run does the rest.", panel=OUTPUT, shown="both, one after the other")] = None,
     overwrite: Annotated[bool, Option(help="Delete what the cache holds and start anew.", panel=OUTPUT)] = False,
     dry_run: Annotated[bool, Option(help="Say what would be done and why, with the time and space it takes; write nothing.", panel=OUTPUT)] = False,
+    log: Annotated[str | Path | None, Option("FILE|none", "Write what is said into this file too.", OUTPUT, shown="DIR.log, beside the cache")] = None,
     strict: Annotated[bool, Option(help="Count it as a failure if any image was skipped: exit code 1.", panel=OUTPUT)] = False,
     model: Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or the built-in miniature.", MODEL)] = DEFAULT_MODEL,
     vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "Another VAE than the model's own.", MODEL, shown="the model's")] = None,
@@ -192,7 +193,8 @@ def encode(
         max_pixels=count_pixels(max_megapixels), only=only or None, overwrite=overwrite, strict=strict,
         strict_images=strict_images, check_content=check_content, allow_gone=allow_gone, retry_skipped=retry_skipped,
     )  # fmt: skip
-    return run_encode(chosen, open_progress(progress, keywords_of(encode)), dry_run=dry_run)
+    shown = open_progress(progress, keywords_of(encode))
+    return run_encode(chosen, shown, dry_run=dry_run, log=str(log) if log is not None else None)
 
 
 def find_named(source: Path) -> tuple[Path, list[tuple[ImageSet, ...]]]:
@@ -299,6 +301,7 @@ def compact(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
     min_share: Annotated[float, Option("SHARE", "Rewrite shards of which at least this share is dead.", least=0, most=1)] = 0.2,  # compact.MIN_SHARE
+    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
 ) -> Compacted:
     """Free the space of images that changed or were removed: rewrite the shards that hold many of them.
 
@@ -308,7 +311,7 @@ def compact(
     # fmt: on
     from latentprep.runs import run_compact
 
-    return run_compact(str(cache), min_share)
+    return run_compact(str(cache), open_progress(progress, keywords_of(compact)), min_share)
 
 
 # fmt: off

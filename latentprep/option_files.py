@@ -28,7 +28,7 @@ OF_CALL = (
 )  # fmt: skip
 # keys of sets that only files of captions have
 ONLY_FILES = ("caption_extension", "caption_lines", "first_line", "default_caption", "captions_file")
-OF_MACHINE = ("workers",)  # they only cost time, and are not remembered either
+OF_MACHINE = ("workers", "log")  # they only cost time, and are not remembered either
 Arguments = dict[str, Any]
 
 

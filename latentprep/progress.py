@@ -2,14 +2,17 @@
 
 import sys
 import time
-from functools import cache
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+from typing import Any, Protocol, Self, TypeVar
 
 from latentprep.errors import UserError
 from latentprep.human import harmless, human_bytes, human_seconds
 from latentprep.keywords import Keywords
 
 EVERY = 10  # seconds between two lines, if nobody watches
+LATE = 2  # seconds, before a short stage gets a bar
+T = TypeVar("T")
 
 
 class Progress(Protocol):
@@ -19,7 +22,38 @@ class Progress(Protocol):
         """Lines of text: what was chosen, and why. Nothing in them is escaped yet."""
 
     def bar(self, total: int | None, stage: str, unit: str = "img") -> Any:
-        """A context manager that has tqdm's `update`, `initial` and `set_postfix_str`."""
+        """A context manager that has tqdm's `update`, `initial` and `set_postfix_str`; total None: not known."""
+
+
+class LateBar:
+    """A bar of a stage that is often short: it appears once its work has taken two seconds."""
+
+    def __init__(self, progress: Progress, total: int | None, stage: str, unit: str = "img") -> None:
+        self.make, self.started = partial(progress.bar, total, stage, unit), time.monotonic()
+        self.num_done = 0
+        self.bar: Any = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        if self.bar is not None:
+            self.bar.__exit__(*raised)
+
+    def update(self, count: int) -> None:
+        self.num_done += count
+        if self.bar is not None:
+            self.bar.update(count)
+        elif time.monotonic() - self.started >= LATE:
+            self.bar = self.make().__enter__()
+            self.bar.initial = self.num_done  # the rate is that from now on
+            self.bar.update(self.num_done)
+
+    def each(self, values: Iterable[T]) -> Iterator[T]:
+        """The same values, each counted when the next one is asked for."""
+        for value in values:
+            yield value
+            self.update(1)
 
 
 class Shown:
@@ -85,11 +119,22 @@ def bar_class(kind: Any) -> Any:
     return Bar
 
 
+def print_line(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
 class Lines:
     """A bar as lines for a pipe, a file or a log: one every ten seconds, and one at the end."""
 
-    def __init__(self, total: int | None, stage: str, unit: str) -> None:
-        self.total, self.stage, self.unit = total, stage, unit
+    def __init__(
+        self,
+        total: int | None,
+        stage: str,
+        unit: str,
+        write: Callable[[str], object] = print_line,
+        every: float = EVERY,
+    ) -> None:
+        self.total, self.stage, self.unit, self.write, self.every = total, stage, unit, write, every
         self.initial = self.num_done = 0
         self.postfix = ""
         self.started = self.said = time.monotonic()
@@ -98,30 +143,36 @@ class Lines:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._say(is_last=True)
+        self.write(self.describe(is_last=True))
 
     def set_postfix_str(self, text: str, refresh: bool = True) -> None:
         self.postfix = text
 
     def update(self, count: int) -> None:
         self.num_done += count
-        if time.monotonic() - self.said >= EVERY:
-            self._say(is_last=False)
+        if time.monotonic() - self.said >= self.every:
+            self.said = time.monotonic()
+            self.write(self.describe(is_last=False))
 
-    def _say(self, is_last: bool) -> None:
-        self.said = time.monotonic()
-        seconds, num_new = self.said - self.started, self.num_done - self.initial
-        rate = num_new / seconds if seconds > 0 else 0.0
+    def measure(self) -> tuple[float, float, float | None]:
+        """Seconds since it began, how many a second, and the seconds that are left; None: not known."""
+        seconds = time.monotonic() - self.started
+        rate = (self.num_done - self.initial) / seconds if seconds > 0 else 0.0
+        return seconds, rate, (self.total - self.num_done) / rate if self.total and rate else None
+
+    def describe(self, is_last: bool) -> str:
+        """One line."""
+        seconds, rate, left = self.measure()
         done = self._amount(self.num_done)
         if self.total:
             done = f"{self.num_done / self.total:4.0%}  {done} of {self._amount(self.total)}"
         parts = [done, f"{self._amount(rate)}/s"]
         if is_last:
             parts.append(human_seconds(seconds))
-        elif self.total and rate:
-            parts.append(f"{human_seconds((self.total - self.num_done) / rate)} left")
+        elif left is not None:
+            parts.append(f"{human_seconds(left)} left")
         parts += [part for part in self.postfix.split("; ") if part and (is_last or not part.startswith("waited"))]
-        print(f"{self.stage:<8} {', '.join(parts)}", file=sys.stderr, flush=True)
+        return f"{self.stage:<8} {', '.join(parts)}"
 
     def _amount(self, count: float) -> str:
         if self.unit == "B":

@@ -43,16 +43,19 @@ class Encoded:
         return dict(sorted(Counter(skip.reason for skip in self.skips).items()))
 
     def list_json(self) -> Iterator[dict[str, Any]]:
-        """Plain values, as `encode --dry-run --json` prints them: one for each change and skip, and the totals."""
+        """Plain values, as `encode --json` prints them: one for each change, skip and failure, and the totals."""
         for change in self.changes:
             yield {"key": change.key, "what": change.what, "detail": change.detail}
         for skip in self.skips:
             yield {"key": skip.key, "reason": skip.reason, "detail": skip.detail}
+        for failure in self.failures:
+            yield {"failure": failure}
         counts = Counter(change.what for change in self.changes)
         totals = {
             "cache": self.cache, "cached": self.num_cached, "encode": self.num_encoded, "new_text": self.num_retexted,
             "prompts": self.num_prompts, "seconds": round(self.seconds, 1),
             "changes": {what: counts[what] for what in CHANGES if counts[what]}, "skipped": self.num_skipped,
+            "ok": self.ok,
         }  # fmt: skip
         yield {"totals": totals}
 

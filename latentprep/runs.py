@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
+from latentprep.log_file import Log, log_path
 from latentprep.options import EncodeOptions, ImageSet
-from latentprep.progress import Progress
+from latentprep.progress import LateBar, Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
 from latentprep.system import share_freed_memory
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from latentprep.prepare.survey import Prepared
 
 
-def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> Encoded:
-    """Plan, encode and commit; or only plan. Raises UserError, and KeyboardInterrupt once all that is done is safe."""
+def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool, log: str | None = None) -> Encoded:
+    """Plan, encode and commit; or only plan. Raises UserError, and KeyboardInterrupt once all that is done is safe.
+
+    `log`: the file that what is said is written into; "none": nowhere; None: beside the cache.
+    """
     from latentprep import messages
     from latentprep.cache.lock import hold
     from latentprep.prepare.encode import encode
@@ -35,13 +39,17 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
             return estimate(options, progress)
         share = find_share(options.rank, options.world_size)
         ranks = (share.rank, share.world_size) if share.world_size > 1 else None
-        with told_where_it_is_safe(options.out), hold(Storage(options.out), ranks):
-            prepared = prepare(options, progress.say)
+        progress = logged = Log(progress, log_path(log, options.out, share.rank, share.world_size))
+        with logged.to_the_end(), told_where_it_is_safe(options.out), hold(Storage(options.out), ranks):
+            prepared = prepare(options, progress)
             progress.say(messages.source_text(prepared))
             if prepared.is_done:
                 return nothing_to_do(prepared)
+            logged.open(options.remembered)
             with quiet_logs:
                 outcome = encode(prepared, progress.bar)
+            report = messages.outcome_text(prepared, outcome)
+            logged.write(report)
             return Encoded(
                 cache=options.out,
                 num_cached=outcome.num_cached,
@@ -51,7 +59,7 @@ def run_encode(options: EncodeOptions, progress: Progress, *, dry_run: bool) -> 
                 skips=tuple(outcome.skips),
                 failures=tuple(outcome.failures),
                 seconds=outcome.seconds,
-                report=messages.outcome_text(prepared, outcome),
+                report=report,
                 is_strict=options.strict,
                 absent=tuple(outcome.absent),
                 num_prompts=outcome.num_prompts,
@@ -105,7 +113,7 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
     from latentprep.prepare.plan.tokens import measure_lengths, measure_texts
     from latentprep.prepare.survey import prepare
 
-    prepared = prepare(options, progress.say)
+    prepared = prepare(options, progress)
     progress.say(messages.source_text(prepared))
     with quiet_logs:
         lengths = measure_lengths(prepared)
@@ -181,7 +189,7 @@ def run_verify(
     if re_encode and source is None:
         raise UserError("--re-encode needs the images: give their folder with --source.")
     storage = Storage(cache)
-    with progress.bar(None, "hash", "B") as bar:
+    with progress.bar(count_bytes(storage), "hash", "B") as bar:
         manifest, found = verify(storage, bar.update)
     problems, not_compared = list(found), None
     differences: dict[str, float] = {}
@@ -195,19 +203,22 @@ def run_verify(
         with Reading(storage), quiet_warnings, named_as_option():
             sets = choose_sets(source, named, manifest) if named else ()
             originals = find_originals(storage, manifest, source, masks, controls, sets)
-            with progress.bar(None, "source") as bar:
+            with progress.bar(manifest.num_images, "source") as bar:
                 problems += compare_source(storage, manifest, originals, bar.update)
             if re_encode:
                 with quiet_logs:
                     text = None if no_cond else find_text(manifest, model, vae, text_encoders)
-                    more, differences["latents"] = reencode(
-                        storage, manifest, originals, re_encode, seed=seed, model=model, vae=vae, device=device
-                    )
+                    with LateBar(progress, min(re_encode, manifest.num_images), "latents") as bar:
+                        more, differences["latents"] = reencode(
+                            storage, manifest, originals, re_encode, seed=seed, model=model, vae=vae, device=device,
+                            progress=bar.update,
+                        )  # fmt: skip
                     problems += more
                     if text is not None:
-                        more, differences["cond"] = reencode_text(
-                            storage, manifest, text, re_encode, seed=seed, device=device
-                        )
+                        with LateBar(progress, None, "cond", "prompt") as bar:
+                            more, differences["cond"] = reencode_text(
+                                storage, manifest, text, re_encode, seed=seed, device=device, progress=bar.update
+                            )
                         problems += more
     return Verified(
         cache=cache,
@@ -234,7 +245,16 @@ def choose_sets(source: Path, named: Sequence[tuple[ImageSet, ...]], manifest: "
     return sets
 
 
-def run_compact(cache: str, min_share: float) -> Compacted:
+def count_bytes(storage: Storage) -> int | None:
+    """Bytes of a cache's shards; None if that is not known."""
+    from latentprep.cache.manifest import open_manifest
+
+    with suppress(UserError):
+        return sum(shard.nbytes for shard in open_manifest(storage).shards)
+    return None
+
+
+def run_compact(cache: str, progress: Progress, min_share: float) -> Compacted:
     """Rewrite the shards that hold many dead rows. Raises UserError."""
     from latentprep.cache.compact import compact
     from latentprep.cache.lock import hold
@@ -242,8 +262,8 @@ def run_compact(cache: str, min_share: float) -> Compacted:
 
     storage = Storage(cache)
     open_manifest(storage)  # before the lock, which would make the folder
-    with hold(storage):
-        done = compact(storage, min_share)
+    with hold(storage), LateBar(progress, None, "compact", "shard") as bar:
+        done = compact(storage, min_share, bar.update)
     return Compacted(
         cache, done.num_shards, done.num_rows, done.num_left, max(0, done.nbytes), done.num_read, tuple(done.damaged)
     )

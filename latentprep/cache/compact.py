@@ -1,5 +1,6 @@
 """Rewrites the shards of which many rows are dead. Needs no model and no image."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from latentprep.cache.latents import write_latents
@@ -29,11 +30,11 @@ class Compacted:
     damaged: list[str]  # what is wrong with the shards that were left alone
 
 
-def compact(storage: Storage, min_share: float) -> Compacted:
+def compact(storage: Storage, min_share: float, count: Callable[[int], object] = int) -> Compacted:
     """Rewrite every shard whose share of dead rows is at least `min_share`, and no less than one of them.
 
     A shard whose bytes are not those that were written is left alone, and named. The new shards are written first, then
-    the manifest, and only then the old ones go. Raises UserError.
+    the manifest, and only then the old ones go. `count` hears of each shard that was rewritten. Raises UserError.
     """
     manifest = open_manifest(storage)
     skips = read_skips(storage)
@@ -44,6 +45,7 @@ def compact(storage: Storage, min_share: float) -> Compacted:
         if would_rewrite(shard, min_share):
             try:
                 made = _rewrite(storage, shard)
+                count(1)
             except UnreadableError:
                 raise  # it may be whole, and nobody is to delete it
             except UserError as error:

@@ -13,9 +13,10 @@ import typer
 
 from latentprep import __version__, api
 from latentprep.cli.face import Command, face, options_of
-from latentprep.cli.terminal import Terminal, fail, say, show, show_json, unbreakable
+from latentprep.cli.terminal import JsonLines, Terminal, fail, say, show, show_json, unbreakable
 from latentprep.door import OUTPUT, PREVIEW, list_parameters, list_runs
 from latentprep.errors import UserError
+from latentprep.progress import Progress, Silent
 from latentprep.results import join_runs
 
 app = typer.Typer(
@@ -37,7 +38,10 @@ def switch(name: str, flag: str, text: str, panel: str | None = None) -> signatu
 
 JSON = switch("as_json", "--json", "Print JSON, for machines.")
 DRY_LIST = switch("as_list", "--list", "With --dry-run: a line for each image.", OUTPUT)
-DRY_JSON = switch("as_json", "--json", "With --dry-run: JSON lines, one for each image and one for the totals.", OUTPUT)
+EVENTS_JSON = switch("as_json", "--json", "JSON, one object a line: images and totals; on stderr progress.", OUTPUT)
+RESULT_JSON = switch("as_json", "--json", "JSON, one object a line: the result; on stderr how far it is.")
+QUIET = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.")
+QUIET_ENCODE = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.", OUTPUT)
 LIST = switch(
     "as_list", "--list", "List the images, one a line: path, bucket, own size, captions; with PATTERN those it fits."
 )
@@ -108,14 +112,17 @@ def encode(arguments: dict[str, Any]) -> None:
 
     is_dry_run = arguments.get("dry_run", False)
     as_list, as_json = arguments.pop("as_list", False), arguments.pop("as_json", False)
-    if (as_list or as_json) and not is_dry_run:
-        raise UserError(f"{'--list' if as_list else '--json'} without --dry-run: it prints what a run would do.")
+    is_quiet = arguments.pop("is_quiet", False)
+    if as_list and not is_dry_run:
+        raise UserError("--list without --dry-run: it prints what a run would do.")
+    if is_quiet and is_dry_run:
+        raise UserError("--quiet with --dry-run: it has nothing but words to give. Leave one of them out.")
     if as_list and as_json:
         raise UserError("--list with --json: JSON names every image already. Give one of them.")
     try:
         with nullcontext() if is_dry_run else stoppable():
             results = []
-            for run in list_runs(api.encode, {**arguments, "progress": Terminal()}):
+            for run in list_runs(api.encode, {**arguments, "progress": choose_progress(is_quiet, as_json)}):
                 results.append(encode_(**run))  # noqa: PERF401  # one frame less between a command and its work
             result = join_runs(results)
     except KeyboardInterrupt as stop:
@@ -126,9 +133,14 @@ def encode(arguments: dict[str, Any]) -> None:
     if as_json:
         for value in result.list_json():
             show_json(json.dumps(value))
-    else:
+    elif not (is_quiet and result.ok):
         show("\n".join([*([*list_lines(result), ""] if as_list else ()), result.report]))
     raise typer.Exit(0 if result.ok or is_dry_run else 1)
+
+
+def choose_progress(is_quiet: bool, as_json: bool, has_bars: bool | None = True) -> Progress:
+    """How a command says what it does."""
+    return Silent() if is_quiet else JsonLines() if as_json else Terminal(has_bars)
 
 
 def inspect(arguments: dict[str, Any]) -> None:
@@ -184,15 +196,17 @@ def list_images(cache: str, pattern: str, as_json: bool) -> None:
 
 def verify(arguments: dict[str, Any]) -> None:
     quiet()
-    as_json = arguments.pop("as_json", False)
-    progress = Terminal(has_bars=False if as_json else None)
-    result = verify_(**arguments, progress=progress)
-    show_json(json.dumps(result.to_json(), indent=2)) if as_json else show(repr(result))
+    as_json, is_quiet = arguments.pop("as_json", False), arguments.pop("is_quiet", False)
+    result = verify_(**arguments, progress=choose_progress(is_quiet, as_json, has_bars=None))
+    if as_json:
+        show_json(json.dumps(result.to_json()))
+    elif not (is_quiet and result.ok):
+        show(repr(result))
     raise typer.Exit(0 if result.ok else 1)
 
 
 def compact(arguments: dict[str, Any]) -> None:
-    result = compact_(**arguments)
+    result = compact_(**arguments, progress=Terminal(has_bars=None))
     show(repr(result))
     raise typer.Exit(0 if result.ok else 1)
 
@@ -202,9 +216,9 @@ def merge(arguments: dict[str, Any]) -> None:
     show(repr(merge_(**arguments)))
 
 
-app.command("encode", cls=Command)(face(api.encode, encode, DRY_LIST, DRY_JSON))
+app.command("encode", cls=Command)(face(api.encode, encode, DRY_LIST, EVENTS_JSON, QUIET_ENCODE))
 app.command("inspect", cls=Command)(face(api.inspect, inspect, PATTERN, LIST, JSON, SHEET, *OF_PREVIEW))
-app.command("verify", cls=Command)(face(api.verify, verify, JSON))
+app.command("verify", cls=Command)(face(api.verify, verify, RESULT_JSON, QUIET))
 app.command("compact", cls=Command)(face(api.compact, compact))
 app.command("merge", cls=Command)(face(api.merge, merge))
 
@@ -235,19 +249,20 @@ def demo(
 
 def main() -> None:
     """Entry point: errors that are the person's to mend are one line, and no traceback."""
+    as_json = "--json" in sys.argv[1:]
     with unbreakable():
         try:
             code = app(prog_name="latentprep", standalone_mode=False)
         except UsageError as error:
             from latentprep.cli.usage import describe_usage
 
-            fail(describe_usage(error, DOORS, sys.argv[1:]))
+            fail(describe_usage(error, DOORS, sys.argv[1:]), as_json)
             sys.exit(2)
         except UserError as error:
-            fail(str(error))
+            fail(str(error), as_json)
         except OSError as error:  # of the file system, wherever it comes up: a name that is too long, a disk that fails
             where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}. Mend that, and run the same command again.")
+            fail(f"{where}{error.strerror or error}. Mend that, and run the same command again.", as_json)
         else:
             sys.exit(code or 0)
         sys.exit(1)

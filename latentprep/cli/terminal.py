@@ -1,6 +1,7 @@
 """The one exit of text to the terminal: nothing in it is obeyed there, and nothing breaks if nobody listens."""
 
 import io
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import typer
 
 from latentprep import system
 from latentprep.human import harmless, printable
-from latentprep.progress import make_bar
+from latentprep.progress import Lines, make_bar
 
 
 def say(text: str) -> None:
@@ -29,8 +30,11 @@ def show_json(text: str) -> None:
     typer.echo(text.replace("\x7f", "\\u007f"))
 
 
-def fail(message: str) -> None:
+def fail(message: str, as_json: bool = False) -> None:
     """One line that says what is wrong."""
+    if as_json:
+        typer.echo(json.dumps({"error": message}), err=True)
+        return
     typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
     say(printable(message))
 
@@ -50,6 +54,29 @@ class Terminal:
         is_seen = sys.stderr.isatty()
         has_bars = is_seen if self.has_bars is None else self.has_bars
         return make_bar(tqdm if is_seen else None, total, stage, unit, disable=not has_bars or total == 0)
+
+
+class JsonLines:
+    """How a run gets on, as JSON on stderr: an object for each thing that is said, and for a pass one every second."""
+
+    def say(self, text: str) -> None:
+        typer.echo(json.dumps({"said": text}), err=True)
+
+    def bar(self, total: int | None, stage: str, unit: str = "img") -> Any:
+        return JsonBar(total, stage, unit, lambda line: typer.echo(line, err=True), every=1.0)
+
+
+class JsonBar(Lines):
+    """A bar whose lines are objects."""
+
+    def describe(self, is_last: bool) -> str:
+        seconds, rate, left = self.measure()
+        state = {
+            "stage": self.stage, "done": self.num_done, "total": self.total, "unit": self.unit,
+            "per_second": round(rate, 3), "seconds": round(seconds, 1),
+            "seconds_left": round(left, 1) if left is not None else None, "is_over": is_last,
+        }  # fmt: skip
+        return json.dumps(state)
 
 
 class Unbreakable(io.RawIOBase):

@@ -23,6 +23,7 @@ from latentprep.prepare.encode import encode
 from latentprep.prepare.models.model_set import Models
 from latentprep.prepare.refusals import check_paths
 from latentprep.prepare.survey import prepare
+from latentprep.progress import Silent
 from latentprep.recipe import tell_changes, to_json
 from latentprep.records import is_flipped
 
@@ -69,10 +70,10 @@ def update_cache(
         text = LiveText(cond_model, vae.device, autocast, check) if options.text.include_cond else None
         try:
             models, options = find_models(options, storage, vae, text, version)
-            if prepare(options, ignore, models).is_done:
+            if prepare(options, Silent(), models).is_done:
                 return
             with hold(storage):
-                prepared = prepare(options, ignore, models)  # what another process has done meanwhile counts
+                prepared = prepare(options, Silent(), models)  # what another process has done meanwhile counts
                 print("Preparing dataset...")
                 outcome = encode(prepared, lambda total, stage: make_bar(total, stage, check))
         except Stopped:
@@ -81,10 +82,6 @@ def update_cache(
         raise UserError(f"{options.source}: {'; '.join(outcome.failures)}")
     if outcome.skips:
         print(f"{counted(len(outcome.skips), 'image')} skipped: {storage.locate('skipped.jsonl')} says why")
-
-
-def ignore(line: str) -> None:
-    """What `latentprep encode` would say."""
 
 
 def check_without_models(options: EncodeOptions) -> None:

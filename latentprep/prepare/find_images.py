@@ -20,6 +20,7 @@ from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import add_masks, list_masks
 from latentprep.prepare.source.partners import Partner, Partners, in_order
 from latentprep.prepare.source.sources import open_source
+from latentprep.progress import LateBar, Progress
 from latentprep.records import MAX_REPEATS, Item, Skip, set_of
 
 NAMED_SETS = 50
@@ -42,19 +43,19 @@ class Images:
         return in_order(self.masks, self.controls)
 
 
-def find_images(options: EncodeOptions, say: Callable[[str], None]) -> Images:
+def find_images(options: EncodeOptions, progress: Progress) -> Images:
     """Every image with its captions, masks and control images. Raises UserError."""
     sets = options.list_sets()
     # the cache, the masks and the control images may lie in a source, and are no images to encode
     own = [] if "://" in options.out else [Path(options.out)]
     own += [folder for part in sets for folder in part.partners]
-    found = {part.name: find_images_of(part, own, say) for part in sets}
+    found = {part.name: find_images_of(part, own, progress) for part in sets}
     if not options.sets:
         return found[""]
     counts = [len(images.captioned.items) for images in found.values()]
     lines = (describe_overlaps(sets, found), describe_without_masks(sets), describe_balance(sets, counts))
     for line in chain(*lines):
-        say(line)
+        progress.say(line)
     return join(str(options.source), found, make_facts(sets, counts))
 
 
@@ -100,22 +101,24 @@ def describe_without_masks(sets: Sequence[ImageSet]) -> Iterator[str]:
         yield f"masks    set {', '.join(names)}: none, so the images weigh evenly"
 
 
-def find_images_of(part: ImageSet, without: Sequence[Path], say: Callable[[str], None]) -> Images:
+def find_images_of(part: ImageSet, without: Sequence[Path], progress: Progress) -> Images:
     """The images of one set. Raises UserError, which names it."""
     with named(part):
         check_controls(part)
-        listing = list_images(open_source(part.source, without=without), part.exclude)
+        with LateBar(progress, None, "list", "file") as bar:
+            listing = list_images(open_source(part.source, without=without), part.exclude, bar.update)
         masks = list_masks(part.masks) if part.masks is not None else None
         controls = tuple(map(list_controls, part.controls))
         if masks is not None:
             items, without_mask = add_masks(listing.items, masks)
             listing = replace(listing, items=items, skips=[*listing.skips, *without_mask])
             with_mask = sum(masks.find(item.key) is not None for item in items)
-            say(f"masks    {masks.source.where}: {with_mask:,} of {counted(len(items), 'image')} have one")
+            progress.say(f"masks    {masks.source.where}: {with_mask:,} of {counted(len(items), 'image')} have one")
         if controls:
             for own in controls:
                 with_own = sum(own.find(item.key) is not None for item in listing.items)
-                say(f"control  {own.source.where}: {with_own:,} of {counted(len(listing.items), 'image')} have one")
+                of_all = counted(len(listing.items), "image")
+                progress.say(f"control  {own.source.where}: {with_own:,} of {of_all} have one")
             items, without_control = add_controls(listing.items, controls)
             listing = replace(listing, items=items, skips=[*listing.skips, *without_control])
         return Images(listing.source, masks, controls, add_captions(listing, part.text), listing.skips, ())

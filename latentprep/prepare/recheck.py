@@ -76,6 +76,7 @@ def reencode(
     model: str | None,
     vae: str | None = None,
     device: str,
+    progress: Callable[[int], object] = int,
 ) -> tuple[list[Problem], float]:
     """Encode `count` random images again and compare; also the largest difference, in the latent's standard deviations.
 
@@ -98,6 +99,7 @@ def reencode(
         words = entry.open_text(storage).groups[number]
         group = entry.open_latents(storage).groups[number]
         key = words.key[row]
+        progress(1)
         result = encode_row(key, int(words.nbytes[row]), group, row, options, encoder)
         if isinstance(result, Skip):
             problems.append(Problem(key, result.reason, result.detail))

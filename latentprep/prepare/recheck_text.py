@@ -1,6 +1,6 @@
 """The cond of a cache against its prompts: does encoding them again give what is stored?"""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -67,7 +67,14 @@ def find_text(
 
 
 def reencode_text(
-    storage: Storage, manifest: Manifest, source: TextFolder | TextFile, count: int, *, seed: int, device: str
+    storage: Storage,
+    manifest: Manifest,
+    source: TextFolder | TextFile,
+    count: int,
+    *,
+    seed: int,
+    device: str,
+    progress: Callable[[int], object] = int,
 ) -> tuple[list[Problem], float]:
     """Encode the empty prompt and those of `count` random images again, and compare; also the largest difference.
 
@@ -83,6 +90,7 @@ def reencode_text(
     try:
         encoder = source.open(torch.device(chosen), TORCH_DTYPES[dtype], options)
         for sample in list_samples(storage, manifest, options, count, seed):
+            progress(1)
             if isinstance(sample, Problem):
                 problems.append(sample)
                 continue

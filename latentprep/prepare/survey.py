@@ -32,6 +32,7 @@ from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing
 from latentprep.prepare.source.content import hash_images
 from latentprep.prepare.work.latents import LatentsWorker
 from latentprep.prepare.work.text import TextWorker
+from latentprep.progress import LateBar, Progress
 from latentprep.recipe import Recipe, tell_changes
 from latentprep.records import REASONS, Item, Skip
 
@@ -112,15 +113,16 @@ def _key(skip: Skip) -> str:
     return skip.key
 
 
-def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> Prepared:
+def prepare(options: EncodeOptions, progress: Progress, models: Models | None = None) -> Prepared:
     """The plan for a source and a cache; says what it chose and why. Raises UserError.
 
     `models` are those of the options, or others that are in memory already.
     """
     limit_pixels(options.max_pixels)
+    say = progress.say
     storage = Storage(options.out)
     with told_what_text_needs(options):
-        images = find_images(options, say)
+        images = find_images(options, progress)
     models = models or open_models(options, say)
     where, dtype = choose_where(options, models, say)
     text_where, text_dtype = choose_text_where(options, where, dtype, say)
@@ -141,7 +143,9 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     def hash_items(items: list[Item]) -> list[bytes | None]:
         nbytes = sum(item.nbytes for item in items)
         say(f"hash     {counted(len(items), 'image')} ({human_bytes(nbytes)}) whose time or name is new")
-        return list(hash_images(images.source, images.partners, ((item.key, item.nbytes) for item in items)))
+        hashes = hash_images(images.source, images.partners, ((item.key, item.nbytes) for item in items))
+        with LateBar(progress, len(items), "hash") as bar:
+            return list(bar.each(hashes))
 
     skips = [*images.skips, *images.captioned.skips]
     place = make_place(options.geometry, models.vae.factor * models.patch)
@@ -157,7 +161,8 @@ def prepare(options: EncodeOptions, say: Say, models: Models | None = None) -> P
     missing = find_missing(storage, manifest.shards) if manifest is not None else {}
     shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
     known = [] if options.retry_skipped else known_skips
-    plan = planner.plan(storage, shards, known, leftovers, is_shared=where.world_size > 1)
+    with LateBar(progress, len(shards), "read", "shard") as bar:
+        plan = planner.plan(storage, shards, known, leftovers, where.world_size > 1, bar.update)
     with told_what_text_needs(options):
         check_source(options, plan, manifest, leftovers)
     if where.world_size > 1 and len(plan.leftovers) < len(leftovers):

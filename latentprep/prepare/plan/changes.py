@@ -56,10 +56,12 @@ class Matching:
         hash_files: HashFiles,
         unread: Collection[str] = (),
         check_content: bool = False,
+        count: Callable[[int], object] = int,
     ) -> None:
         """`unread`: keys of images and folders that are there and cannot be read now: rows of theirs stay as they are.
 
-        With `check_content` equal names, sizes and times are no proof: the content is compared.
+        With `check_content` equal names, sizes and times are no proof: the content is compared. `count` hears of each
+        shard that was read.
         """
         self.items = {item.key: item for item in items}
         self.check_content = check_content
@@ -67,6 +69,7 @@ class Matching:
         self.shards: list[ShardRows] = []
         self.lost: list[str] = []  # what is wrong with the shards that cannot be read: as if they were not there
         for shard in shards:
+            count(1)
             try:
                 self.shards.append(_open(storage, shard))
             except UnreadableError:

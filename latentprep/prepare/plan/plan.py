@@ -1,6 +1,6 @@
 """Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 
@@ -89,6 +89,7 @@ class Planner:
         known_skips: list[Skip],
         leftovers: Mapping[str, Leftover],
         is_shared: bool = False,
+        count: Callable[[int], object] = int,
     ) -> Plan:
         """What there is to do for a cache of this recipe. Raises UserError for files that may be whole.
 
@@ -98,9 +99,9 @@ class Planner:
         If nothing has changed since an unfinished run, its units are those of this plan, and are known by their names.
         If something has, each whole shard of it is taken into the cache as it is, and what is left is cut into units.
         If several runs share the plan (`is_shared`), nothing of that is done: each plans at another time, and what the
-        others have done by then must not matter.
+        others have done by then must not matter. `count` hears of each shard that was read.
         """
-        plan = self._plan(storage, shards, known_skips)
+        plan = self._plan(storage, shards, known_skips, count=count)
         if is_shared:
             return self._narrow(replace(plan, leftovers=frozenset(leftovers) & {unit.id for unit in plan.units}))
         left_skips = [skip for leftover in leftovers.values() for skip in leftover.skips]
@@ -113,9 +114,14 @@ class Planner:
         return self._narrow(self._plan(storage, [*shards, *taken], [*known_skips, *left_skips], leftovers.keys()))
 
     def _plan(
-        self, storage: Storage, shards: list[Shard], known_skips: list[Skip], of_leftovers: Collection[str] = ()
+        self,
+        storage: Storage,
+        shards: list[Shard],
+        known_skips: list[Skip],
+        of_leftovers: Collection[str] = (),
+        count: Callable[[int], object] = int,
     ) -> Plan:
-        matching = Matching(self.items, shards, storage, self.hash_files, self.unread, self.check_content)
+        matching = Matching(self.items, shards, storage, self.hash_files, self.unread, self.check_content, count)
         kept: list[Shard] = []
         tasks: list[TextTask] = []
         changes = list(matching.changes)

@@ -39,14 +39,18 @@ class Listing:
     excluded: Counter[str] = field(default_factory=Counter)  # pattern -> files that it left out
 
 
-def list_images(source: Source, exclude: Sequence[str] = ()) -> Listing:
-    """Every image of a source, but those that a pattern leaves out, or one of EXCLUDED. Raises UserError."""
+def list_images(source: Source, exclude: Sequence[str] = (), count: Callable[[int], object] = int) -> Listing:
+    """Every image of a source, but those that a pattern leaves out, or one of EXCLUDED. Raises UserError.
+
+    `count` hears of each file that was looked at.
+    """
     images: dict[str, Item | Skip] = {}
     others: dict[str, int] = {}
     excluded: Counter[str] = Counter()
     find_pattern = Patterns((*EXCLUDED, *exclude)).find
     try:
         for found in source.list():
+            count(1)
             if (pattern := find_pattern(found.key)) is not None:
                 excluded[pattern] += 1
             elif isinstance(found, Skip):
