@@ -32,7 +32,7 @@ SMALL = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32, "
 ROOT = Path(__file__).parent.parent
 COMMANDS = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge)
 FUNCTIONS = (*COMMANDS, latentprep.preview)
-OF_COMMANDS = ("help", "as_json", "as_list", "pattern", "sheet")  # options that no function has
+OF_COMMANDS = ("help", "as_json", "as_list", "pattern", "sheet", "is_quiet")  # options that no function has
 
 
 def encode_once(images, cache, **options):

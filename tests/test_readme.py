@@ -89,7 +89,7 @@ def test_options_and_files_that_it_names_exist():
         latentprep.preview,
     )  # fmt: skip
     table = {parameter.flag for function in functions for parameter in list_parameters(function)}
-    shown = table | {"--json", "--list", "--preview", "--help", "--version", "--install-completion"}
+    shown = table | {"--json", "--list", "--preview", "--quiet", "--help", "--version", "--install-completion"}
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
     assert len(scripts) >= 4
     for script, arguments in scripts:
