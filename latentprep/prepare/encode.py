@@ -59,7 +59,7 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
     tasks = [*made, *prepared.plan.text_tasks]
     if prepared.models.text is None:
         return [*tasks]
-    sharing = prepared.share_prompts()
+    sharing = prepared.sharing
     texts = [with_sharing(task, prepared.prompter, sharing) for task in tasks]
     return [*sharing.tasks, *texts, EmptyPrompt(prepared.where.rank)]
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from latentprep.cache.borrowed import find_cond_files
 from latentprep.cache.leftovers import find_leftovers, find_missing
@@ -89,7 +90,8 @@ class Prepared:
         """How rows become prompts."""
         return Prompter(self.recipe.text, self.options.text, self.options.seed)
 
-    def share_prompts(self) -> Sharing:
+    @cached_property
+    def sharing(self) -> Sharing:
         """Which prompts of the plan several shards have, and where their cond is or will be."""
         of_prompt = self.row_bytes.per_row // self.options.text.prompts_per_image
         shard_bytes = self.options.shard_bytes or default_shard_bytes(self.where.devices[0])

@@ -141,7 +141,7 @@ def count_prompts(prepared: Prepared) -> int:
     if prepared.models.text is None:
         return 0
     there = set() if prepared.options.overwrite else {*storage.names(), *storage.names(FOLDER)}
-    sharing = prepared.share_prompts()
+    sharing = prepared.sharing
     count = int(uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
     for task in sharing.tasks:
         if cond_name(task.id) not in there:

@@ -75,7 +75,7 @@ def measure_lengths(prepared: Prepared) -> Lengths | None:
 
 def measure_texts(prepared: Prepared, lengths: Lengths | None) -> TextSizes:
     """Bytes of a plan's texts, and of cond that they share; of lengths of their own, all as long as the longest."""
-    sharing = prepared.share_prompts()
+    sharing = prepared.sharing
     texts = prepared.prompter.plan_texts(prepared.plan)
     num_stored = sum(prompt not in sharing.borrowed for text in texts for prompt in text.prompts)
     num_stored += sum(len(task.prompts) for task in sharing.tasks)
