@@ -30,6 +30,7 @@ from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.outcome import Outcome
 from latentprep.prepare.survey import prepare
+from latentprep.progress import Silent
 
 
 class NoBar:
@@ -121,7 +122,7 @@ def encode_whole(images: Path, cache: Path, vae: Path, side: int, workers: int |
         images, str(cache), Geometry.from_options(width=side, height=side), TextOptions(include_cond=False),
         model="tiny", vae=str(vae), workers=workers,
     )  # fmt: skip
-    return encode(prepare(options, lambda line: None), NoBar)
+    return encode(prepare(options, Silent()), NoBar)
 
 
 def measure_whole(count: int, side: int, rounds: int, workers: int | None, folder: Path) -> None:

@@ -28,6 +28,7 @@ from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.vae_encoder import Posterior
 from latentprep.prepare.survey import Prepared, prepare
 from latentprep.prepare.work.events import Failure, Step
+from latentprep.progress import Silent
 
 SIDE, BATCH = 512, 8
 
@@ -72,7 +73,7 @@ def plan(images: Path, cache: Path) -> Prepared:
         images, str(cache), Geometry.from_options(resolution=str(SIDE)), TextOptions(include_cond=False), model="tiny",
         batch_size=BATCH, store_dtype="float16",
     )  # fmt: skip
-    return prepare(options, lambda line: None)
+    return prepare(options, Silent())
 
 
 def encode(prepared: Prepared, encoder: StandIn) -> float:

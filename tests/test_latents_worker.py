@@ -23,6 +23,7 @@ from latentprep.prepare.survey import prepare
 from latentprep.prepare.work import batches, latents, rows
 from latentprep.prepare.work.events import Failure, Step
 from latentprep.prepare.work.finish import Finisher
+from latentprep.progress import Silent
 from tests.conftest import NoBar, gradient
 from tests.test_encode import files
 
@@ -35,7 +36,7 @@ def prepared(images, out, **options):
     defaults = {"model": "tiny", "device": "cpu", "shard_bytes": 40_000, "batch_size": 1, "workers": 2, "flip": True}
     return prepare(
         EncodeOptions(source=images, out=str(out), geometry=geometry, text=TextOptions(), **{**defaults, **options}),
-        lambda text: None,
+        Silent(),
     )
 
 

@@ -585,7 +585,7 @@ def test_the_command_writes_the_sheet_and_says_what_it_is(run, cache, tmp_path):
         assert image.tobytes() == preview(cache, num=2, seed=3).tobytes()
     assert "latents  decoded by the cache's own VAE, tiny\n" in result.err
     assert run("inspect", cache, "--preview", file).code == 0  # an earlier sheet is replaced
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "images", "sheet.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "c.log", "images", "sheet.png"]
 
 
 def test_nothing_but_an_earlier_sheet_is_overwritten(run, cache, images, tmp_path):
@@ -619,7 +619,8 @@ def test_nothing_but_an_earlier_sheet_is_overwritten(run, cache, images, tmp_pat
 )
 def test_options_that_do_not_go_together_are_refused(run, cache, words, said):
     result = run("inspect", cache, *words)
-    assert (result.code, result.out, result.err) == (1, "", f"error: {said}\n")
+    shown = json.dumps({"error": said}) if "--json" in words else f"error: {said}"
+    assert (result.code, result.out, result.err) == (1, "", f"{shown}\n")
 
 
 def test_a_number_out_of_range_is_one_line(run, cache):

@@ -110,25 +110,31 @@ def test_skips_of_a_run_that_did_not_finish_heal_too(encode, images, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    "part", ["split_alpha", "to_srgb", "resize_part", "choose_crops", "place_weight", "cut", "check_jpeg", "new_hash"]
+    ("part", "options"),
+    [
+        *((part, ()) for part in ("split_alpha", "to_srgb", "choose_crops", "place_weight", "cut", "new_hash")),
+        *((part, ()) for part in ("decode_sound", "lying_size", "resize", "resize_part")),
+        *((part, ("--no-draft",)) for part in ("resize", "resize_part", "check_jpeg")),
+    ],
 )
-def test_our_own_fault_is_named_and_no_skip(encode, images, tmp_path, monkeypatch, part):
+def test_our_own_fault_is_named_and_no_skip(encode, images, tmp_path, monkeypatch, part, options):
     gradient(64, 80).save(images / "photo.jpg")
-    encode()
+    encode(*options)
     before = (tmp_path / "c" / "cache.json").read_bytes()
     gradient(64, 82).save(images / "tall0.png")
     gradient(64, 82).save(images / "photo.jpg")
+    gradient(40, 48).save(images / "small.png")  # which is enlarged
 
     def fails(*_args, **_options):
         raise KeyError("a fault of ours")
 
     monkeypatch.setattr(loading if hasattr(loading, part) else decode, part, fails)
-    result = encode()
+    result = encode(*options)
     assert result.code == 1
     assert "FAILED" in result.out
-    assert "photo.jpg: KeyError: 'a fault of ours'" in result.out or "tall0.png: KeyError" in result.out
+    assert any(f"{name}: KeyError: 'a fault of ours'" in result.out for name in ("photo.jpg", "tall0.png", "small.png"))
     assert skips(tmp_path) == {}
     monkeypatch.undo()
-    result = encode()
+    result = encode(*options)
     assert (result.code, skips(tmp_path)) == (0, {})
     assert before != (tmp_path / "c" / "cache.json").read_bytes()
