@@ -113,8 +113,8 @@ def test_skips_of_a_run_that_did_not_finish_heal_too(encode, images, tmp_path, m
     ("part", "options"),
     [
         *((part, ()) for part in ("split_alpha", "to_srgb", "choose_crops", "place_weight", "cut", "new_hash")),
-        *((part, ()) for part in ("decode_sound", "lying_size", "resize", "resize_part")),
-        *((part, ("--no-draft",)) for part in ("resize", "resize_part", "check_jpeg")),
+        *((part, ()) for part in ("decode_sound", "lying_size", "resize_part")),
+        *((part, ("--no-draft",)) for part in ("resize_part", "check_jpeg")),
     ],
 )
 def test_our_own_fault_is_named_and_no_skip(encode, images, tmp_path, monkeypatch, part, options):
