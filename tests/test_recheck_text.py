@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from latentprep import LatentDataset
 from latentprep.cache.cond import open_uncond, write_uncond
+from latentprep.cache.distance import difference_of
 from latentprep.cache.manifest import Uncond, commit, open_manifest, read_skips
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import write_text
@@ -19,7 +20,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.text_encoder import TextEncoder
 from latentprep.prepare.models.text_folder import open_text as open_encoder
-from latentprep.prepare.recheck_text import TOLERANCES, compare_cond, difference_of, find_text, reencode_text
+from latentprep.prepare.recheck_text import TOLERANCES, compare_cond, find_text, reencode_text
 from tests.conftest import SMALL, gradient, make_model
 from tests.test_families import CPU, make_mini
 from tests.test_single_file import ldm_vae

@@ -1,11 +1,11 @@
 """A cache against the images it came from: are they still the same, and does encoding them again give the same?"""
 
 from collections.abc import Callable, Iterator
-from math import isnan
 from pathlib import PurePosixPath
 
 import numpy as np
 
+from latentprep.cache.distance import larger
 from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest, read_skips
 from latentprep.cache.shard import Shard
@@ -171,8 +171,3 @@ def encode_row(
                     difference = fresh[0] - stored[row, view].float()
                     worst = larger(worst, float(difference.square().mean().sqrt()) / spread)
     return worst
-
-
-def larger(one: float, other: float) -> float:
-    """The larger of two differences; NaN if one of them is, which max() would pass over."""
-    return one if isnan(one) or other <= one else other

@@ -5,10 +5,10 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
-from torch import Tensor
 
 from latentprep.cache.borrowed import CondFiles
 from latentprep.cache.cond import open_uncond
+from latentprep.cache.distance import EMBEDDINGS, difference_of, larger
 from latentprep.cache.int8 import SCALE, pack, scales_in, unpack
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
@@ -23,7 +23,7 @@ from latentprep.prepare.models.family import FIXED
 from latentprep.prepare.models.model_set import open_made_text
 from latentprep.prepare.models.text_file import TextFile
 from latentprep.prepare.models.text_folder import TextFolder
-from latentprep.prepare.recheck import larger, sample_rows
+from latentprep.prepare.recheck import sample_rows
 from latentprep.prompts import make_prompts
 from latentprep.recipe import TextRecipe, WordingRecipe
 from latentprep.records import Problem, set_of
@@ -165,7 +165,7 @@ def compare_cond(fresh: Tensors, stored: Tensors, tolerance: float) -> tuple[flo
         if old.dtype == torch.int8:
             old, new = unpack(old, stored[f"{name}{SCALE}"]), value
             allowed += difference_of(value, unpack(*pack(value)))
-        if not name.endswith("embeds"):
+        if not name.endswith(EMBEDDINGS):
             wrong = wrong or ("" if torch.equal(new, old) else f"{name} is not what is stored")
             continue
         difference = difference_of(new.float(), old.float())
@@ -173,12 +173,6 @@ def compare_cond(fresh: Tensors, stored: Tensors, tolerance: float) -> tuple[flo
         if not difference <= allowed:
             wrong = wrong or f"{name} {difference:.4f} standard deviations from what is stored, allowed {allowed:.3g}"
     return worst, wrong
-
-
-def difference_of(fresh: Tensor, stored: Tensor) -> float:
-    """How far [T,D] or [D] are from each other: their worst token, in standard deviations of all of `fresh`."""
-    spread = float(fresh.std()) or 1.0  # all of one value: then the difference itself counts
-    return float((fresh - stored).square().mean(-1).sqrt().max()) / spread
 
 
 def with_wording(options: TextOptions, recipe: WordingRecipe) -> TextOptions:

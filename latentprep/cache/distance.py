@@ -1,0 +1,18 @@
+"""How far stored numbers are from others of the same image or prompt."""
+
+from math import isnan
+
+from torch import Tensor
+
+EMBEDDINGS = "embeds"  # how the names of embeddings end; all other cond is the same, or it is wrong
+
+
+def larger(one: float, other: float) -> float:
+    """The larger of two differences; NaN if one of them is, which max() would pass over."""
+    return one if isnan(one) or other <= one else other
+
+
+def difference_of(fresh: Tensor, stored: Tensor) -> float:
+    """How far [T,D] or [D] are from each other: their worst token, in standard deviations of all of `fresh`."""
+    spread = float(fresh.std()) or 1.0  # all of one value: then the difference itself counts
+    return float((fresh - stored).square().mean(-1).sqrt().max()) / spread
