@@ -448,6 +448,16 @@ def test_the_largest_difference_is_of_all_tensors():
     assert compare_cond(fresh, fresh, 0.1) == (0.0, "")
 
 
+@pytest.mark.parametrize("name", ["prompt_embeds", "prompt_embeds_2", "prompt_embeds_t5", "prompt_embeds_llama3"])
+def test_embeddings_of_every_name_may_differ_by_rounding(name):
+    fresh = {name: torch.randn(9, 8), f"{name}_mask": torch.ones(9), "text_ids": torch.zeros(9, 3)}
+    worst, wrong = compare_cond(fresh, {**fresh, name: fresh[name] + 1e-5}, 0.003)
+    assert (0 < worst < 0.001, wrong) == (True, "")
+    assert compare_cond(fresh, {**fresh, name: fresh[name] + 1}, 0.003)[1].startswith(f"{name} ")
+    for exact in (f"{name}_mask", "text_ids"):
+        assert compare_cond(fresh, {**fresh, exact: fresh[exact] + 1e-5}, 0.003)[1] == f"{exact} is not what is stored"
+
+
 def test_cond_of_another_dtype_is_found_without_encoding(run, cache):
     rewrite(cache, changed("prompt_embeds", lambda cond: cond.to(torch.bfloat16)))
     result = run("verify", cache)

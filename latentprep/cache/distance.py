@@ -4,7 +4,9 @@ from math import isnan
 
 from torch import Tensor
 
-EMBEDDINGS = "embeds"  # how the names of embeddings end; all other cond is the same, or it is wrong
+from latentprep.cache.int8 import POSITIONS
+
+EXACT = ("_mask", POSITIONS)  # how names of masks and positions end: these are the same, or they are others
 
 
 def larger(one: float, other: float) -> float:

@@ -8,7 +8,7 @@ import torch
 
 from latentprep.cache.borrowed import CondFiles
 from latentprep.cache.cond import open_uncond
-from latentprep.cache.distance import EMBEDDINGS, difference_of, larger
+from latentprep.cache.distance import EXACT, difference_of, larger
 from latentprep.cache.int8 import SCALE, pack, scales_in, unpack
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.names import uncond_name
@@ -165,7 +165,7 @@ def compare_cond(fresh: Tensors, stored: Tensors, tolerance: float) -> tuple[flo
         if old.dtype == torch.int8:
             old, new = unpack(old, stored[f"{name}{SCALE}"]), value
             allowed += difference_of(value, unpack(*pack(value)))
-        if not name.endswith(EMBEDDINGS):
+        if name.endswith(EXACT):
             wrong = wrong or ("" if torch.equal(new, old) else f"{name} is not what is stored")
             continue
         difference = difference_of(new.float(), old.float())
