@@ -1,7 +1,7 @@
 """Encode an image folder once into a latent cache; train diffusion models from it many times.
 
-Make and check caches: encode, inspect, verify, compact, merge; each is a command of the same name. Draw what is in one:
-preview. Train from them: LatentDataset, LatentLoader. What the caller can mend is raised as UserError.
+Make and check caches: encode, inspect, verify, diff, compact, merge; each is a command of the same name. Draw what is
+in one: preview. Train from them: LatentDataset, LatentLoader. What the caller can mend is raised as UserError.
 """
 
 from importlib import import_module
@@ -11,13 +11,14 @@ from latentprep.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
-    "BucketBatchSampler", "Compacted", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader", "LatentMix",
-    "Merged", "Summary", "UserError", "Verified", "__version__", "compact", "encode", "inspect", "merge", "preview",
-    "verify",
+    "BucketBatchSampler", "Compacted", "Compared", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader",
+    "LatentMix", "Merged", "Summary", "UserError", "Verified", "__version__", "compact", "diff", "encode", "inspect",
+    "merge", "preview", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from latentprep.api import compact, encode, inspect, merge, preview, verify
+    from latentprep.api import compact, diff, encode, inspect, merge, preview, verify
+    from latentprep.differences import Compared
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
     from latentprep.read.loader import LatentLoader
@@ -27,8 +28,10 @@ if TYPE_CHECKING:
 
 # where the public names live; imported on first use, since `latentprep --help` must not wait for torch
 _HOMES = {
-    "compact": "api", "encode": "api", "inspect": "api", "merge": "api", "preview": "api", "verify": "api",
+    "compact": "api", "diff": "api", "encode": "api", "inspect": "api", "merge": "api", "preview": "api",
+    "verify": "api",
     "Compacted": "results", "Encoded": "results", "Merged": "results", "Summary": "results", "Verified": "results",
+    "Compared": "differences",
     "LatentBatch": "read.batch", "LatentDataset": "read.dataset", "LatentMix": "read.mix",
     "BucketBatchSampler": "read.sampler", "LatentLoader": "read.loader",
 }  # fmt: skip

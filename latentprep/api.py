@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from latentprep.differences import Compared
 from latentprep.door import (
     CAPTIONS,
     GEOMETRY,
@@ -293,6 +294,28 @@ def verify(
         model=name_or_none(model), vae=name_or_none(vae), text_encoders=names_given(text_encoder), no_cond=no_cond,
         device=device,
     )  # fmt: skip
+
+
+# fmt: off
+@door
+def diff(
+    a: Annotated[str | Path, Option("A", "The first cache.", is_argument=True)],
+    b: Annotated[str | Path, Option("B", "The cache to compare it with.", is_argument=True)],
+    *,
+    samples: Annotated[int | None, Option("N", "Compare latents and cond of N random images and prompts only.", least=0, shown="all")] = None,
+    seed: Annotated[int, Option(help="Which images and prompts --samples takes.")] = 0,
+    progress: Annotated[bool | Progress, Option(help="Whether to show bars on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+) -> Compared:
+    """Show what differs between two caches: images, captions, recipes, and how far their numbers are from each other.
+
+    Exit code 0: nothing differs. 1: something does. 2: the caches cannot be compared.
+
+    In Python it returns what differs; `result.is_same` is True if nothing does. Raises UserError if one of them is no cache.
+    """
+    # fmt: on
+    from latentprep.runs import run_diff
+
+    return run_diff(str(a), str(b), samples, seed, open_progress(progress, keywords_of(diff)))
 
 
 # fmt: off

@@ -18,6 +18,11 @@ OPTIONS = {
     "images.draft": "--no-draft", "dtype": "--dtype", "store": "--store", "store_dtype": "--store-dtype",
     "tiling": "--tiling", "num_controls": "--control",
 }  # fmt: skip
+# leaf of a text recipe -> its option, if that is not its name; without dashes what is none
+TEXT_OPTIONS = {
+    "text_encoder": "another text encoder (--model, --text-encoder):", "dtype": "--dtype of text encoders",
+    "store_dtype": "--cond-dtype", "fill": "filling of short prompts", "pad_to": "padding of prompts",
+}  # fmt: skip
 NEGATED = ("geometry.upscale", "images.draft")
 
 
@@ -64,3 +69,19 @@ def describe_views(before: list[str], after: list[str]) -> Iterator[str]:
     num_old, num_new = len(before) // (1 + old), len(after) // (1 + new)
     if num_old != num_new:
         yield f"--crops {num_old} -> {num_new}"
+
+
+def describe_text_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """'--option before -> after' for all that differs between two text recipes in JSON, also for each set."""
+    sets, own = before.get("sets", {}), after.get("sets", {})
+    parts = [("", {**before, "sets": None}, {**after, "sets": None})]
+    parts += [(f"set {name}: ", sets[name], own[name]) for name in sorted(sets.keys() & own.keys())]
+    for where, old_part, new_part in parts:
+        for at in sorted(old_part.keys() | new_part.keys()):
+            old, new = old_part.get(at), new_part.get(at)
+            if old != new:
+                option = TEXT_OPTIONS.get(at, "--" + at.replace("_", "-"))
+                if isinstance(old, bool) or isinstance(new, bool):
+                    yield f"{where}{option}: {'yes' if old else 'no'} -> {'yes' if new else 'no'}"
+                else:
+                    yield f"{where}{option} {value_in_words(at, old)} -> {value_in_words(at, new)}"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from latentprep.cache.storage import Storage
+from latentprep.differences import Compared
 from latentprep.errors import UserError
 from latentprep.log_file import Log, log_path
 from latentprep.options import EncodeOptions, ImageSet
@@ -252,6 +253,16 @@ def count_bytes(storage: Storage) -> int | None:
     with suppress(UserError):
         return sum(shard.nbytes for shard in open_manifest(storage).shards)
     return None
+
+
+def run_diff(a: str, b: str, samples: int | None, seed: int, progress: Progress) -> Compared:
+    """What differs between two caches. Raises UserError."""
+    from latentprep.cache.readers import Reading
+    from latentprep.look.diff import compare
+
+    one, other = Storage(a), Storage(b)
+    with Reading(one), Reading(other):
+        return compare(one, other, samples, seed, progress)
 
 
 def run_compact(cache: str, progress: Progress, min_share: float) -> Compacted:

@@ -30,7 +30,9 @@ from tests.test_encode import files
 
 SMALL = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32, "device": "cpu"}
 ROOT = Path(__file__).parent.parent
-COMMANDS = (latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge)
+COMMANDS = (
+    latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.diff, latentprep.compact, latentprep.merge,
+)  # fmt: skip
 FUNCTIONS = (*COMMANDS, latentprep.preview)
 OF_COMMANDS = ("help", "as_json", "as_list", "pattern", "sheet", "is_quiet")  # options that no function has
 

@@ -19,6 +19,7 @@ from latentprep.records import REASONS
 from tests.conftest import gradient, make_model
 
 ROOT = Path(__file__).parent.parent
+COMMANDS = ("encode", "inspect", "verify", "diff", "compact", "merge", "preview")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -84,10 +85,7 @@ def test_continuous_integration_runs_the_readmes_commands():
 
 
 def test_options_and_files_that_it_names_exist():
-    functions = (
-        latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.compact, latentprep.merge,
-        latentprep.preview,
-    )  # fmt: skip
+    functions = [getattr(latentprep, name) for name in COMMANDS]
     table = {parameter.flag for function in functions for parameter in list_parameters(function)}
     shown = table | {"--json", "--list", "--preview", "--quiet", "--help", "--version", "--install-completion"}
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
@@ -106,7 +104,7 @@ def test_options_and_files_that_it_names_exist():
         assert hasattr(cli, command)
 
 
-@pytest.mark.parametrize("name", ["encode", "inspect", "verify", "compact", "merge", "preview"])
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_option_is_named(name):
     for parameter in list_parameters(getattr(latentprep, name)):
         if not parameter.option.in_python_only and not parameter.option.is_argument:

@@ -54,6 +54,7 @@ PATTERN = signatures.Parameter(
         typer.Argument(metavar="PATTERN", help="Of --list and --preview: a shell pattern, such as 'birds/*'."),
     ],
 )
+KEYS = switch("as_list", "--list", "Before the summary, a line for each image that differs.")
 SHEET = signatures.Parameter(
     "sheet",
     signatures.Parameter.KEYWORD_ONLY,
@@ -68,13 +69,14 @@ SHEET = signatures.Parameter(
 )  # fmt: skip
 OF_INSPECT = {parameter.name for parameter in list_parameters(api.inspect)}
 OF_PREVIEW = [option for option in options_of(api.preview) if option.name not in {*OF_INSPECT, "pattern"}]
-FUNCTIONS = (api.encode, api.inspect, api.verify, api.compact, api.merge)
+FUNCTIONS = (api.encode, api.inspect, api.verify, api.diff, api.compact, api.merge)
 DOORS = {function.__name__: list_parameters(function) for function in FUNCTIONS}
 DOORS["inspect"] += tuple(p for p in list_parameters(api.preview) if p.name not in OF_INSPECT)
 # the functions whose errors speak of options, as their commands do; those of api speak of keywords
 encode_, inspect_ = signatures.unwrap(api.encode), signatures.unwrap(api.inspect)
 verify_, compact_ = signatures.unwrap(api.verify), signatures.unwrap(api.compact)
 merge_, preview_ = signatures.unwrap(api.merge), signatures.unwrap(api.preview)
+diff_ = signatures.unwrap(api.diff)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer which has click built in
 
 
@@ -205,6 +207,24 @@ def verify(arguments: dict[str, Any]) -> None:
     raise typer.Exit(0 if result.ok else 1)
 
 
+def diff(arguments: dict[str, Any]) -> None:
+    """As of diff(1), 1 says that something differs; so what cannot be compared is 2."""
+    quiet()
+    as_json, as_list = arguments.pop("as_json", False), arguments.pop("as_list", False)
+    try:
+        if as_json and as_list:
+            raise UserError("--list with --json: JSON names every image already. Give one of them.")
+        result = diff_(**arguments, progress=choose_progress(False, as_json, has_bars=None))
+    except (UserError, OSError) as error:
+        fail(describe_error(error), as_json)
+        raise typer.Exit(2) from None
+    if as_json:
+        show_json(json.dumps(result.to_json()))
+    else:
+        show("\n".join([*(result.list_keys() if as_list else ()), repr(result)]))
+    raise typer.Exit(0 if result.is_same else 1)
+
+
 def compact(arguments: dict[str, Any]) -> None:
     result = compact_(**arguments, progress=Terminal(has_bars=None))
     show(repr(result))
@@ -219,6 +239,7 @@ def merge(arguments: dict[str, Any]) -> None:
 app.command("encode", cls=Command)(face(api.encode, encode, DRY_LIST, EVENTS_JSON, QUIET_ENCODE))
 app.command("inspect", cls=Command)(face(api.inspect, inspect, PATTERN, LIST, JSON, SHEET, *OF_PREVIEW))
 app.command("verify", cls=Command)(face(api.verify, verify, RESULT_JSON, QUIET))
+app.command("diff", cls=Command)(face(api.diff, diff, KEYS, RESULT_JSON))
 app.command("compact", cls=Command)(face(api.compact, compact))
 app.command("merge", cls=Command)(face(api.merge, merge))
 
@@ -247,6 +268,15 @@ def demo(
     encode({"source": str(images), "out": str(out / "cache"), **OPTIONS})
 
 
+def describe_error(error: UserError | OSError) -> str:
+    """The line about an error that is the person's to mend."""
+    if isinstance(error, UserError):
+        return str(error)
+    # of the file system, wherever it comes up: a name that is too long, a disk that fails
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror or error}. Mend that, and run the same command again."
+
+
 def main() -> None:
     """Entry point: errors that are the person's to mend are one line, and no traceback."""
     as_json = "--json" in sys.argv[1:]
@@ -258,11 +288,8 @@ def main() -> None:
 
             fail(describe_usage(error, DOORS, sys.argv[1:]), as_json)
             sys.exit(2)
-        except UserError as error:
-            fail(str(error), as_json)
-        except OSError as error:  # of the file system, wherever it comes up: a name that is too long, a disk that fails
-            where = f"{error.filename}: " if error.filename else ""
-            fail(f"{where}{error.strerror or error}. Mend that, and run the same command again.", as_json)
+        except (UserError, OSError) as error:
+            fail(describe_error(error), as_json)
         else:
             sys.exit(code or 0)
         sys.exit(1)

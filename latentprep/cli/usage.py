@@ -4,6 +4,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from inspect import Signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def missing(param: Any, parameters: Mapping[str, Parameter], command: str) -> st
     """An argument that has to be there."""
     name = param.metavar or param.name.upper()
     what = f", expected: {parameters[param.name].option.help}" if param.name in parameters else "."
-    return f"{name}: is missing{what} Type: {command} {name}"
+    needed = [p.flag for p in parameters.values() if p.option.is_argument and p.default is Signature.empty] or [name]
+    return f"{name}: is missing{what} Type: {command} {' '.join(needed)}"
 
 
 def bad_value(param: Any, parameter: Parameter | None, message: str, words: Sequence[str]) -> str:

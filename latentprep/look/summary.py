@@ -31,11 +31,7 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
     """
     manifest = open_manifest(storage)
     skips = read_skips(storage)
-    factor = manifest.latent.factor
-    buckets: Counter[tuple[int, int]] = Counter()
-    for shard in manifest.shards:
-        for (_, _, (_, height, width)), live in zip(shard.groups, shard.live_rows(), strict=True):
-            buckets[height * factor, width * factor] += len(live)
+    buckets = count_buckets(manifest)
     notes, cropped = image_statistics(storage, manifest, num_cropped)
     return {
         "cache": storage.root,
@@ -63,6 +59,15 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),
         "skipped_examples": [f"{skip.key}: {skip.reason} ({skip.detail})" for skip in skips[:5]],
     }
+
+
+def count_buckets(manifest: Manifest) -> Counter[tuple[int, int]]:
+    """(height, width) in pixels -> images."""
+    factor, buckets = manifest.latent.factor, Counter[tuple[int, int]]()
+    for shard in manifest.shards:
+        for (_, _, (_, height, width)), live in zip(shard.groups, shard.live_rows(), strict=True):
+            buckets[height * factor, width * factor] += len(live)
+    return buckets
 
 
 def describe_sets(manifest: Manifest) -> list[dict[str, Any]]:
