@@ -1,6 +1,9 @@
 """A file beside the cache with what a run has said: lines, what came of each pass, and how it ended."""
 
+import errno
 import json
+import os
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,15 +16,18 @@ from latentprep.progress import Lines, Progress
 
 EVERY = 60  # seconds between two lines of a pass
 NONE = "none"  # as --log
+MARK = b" latentprep "  # in the first line of a log
+# a pipe is not waited for, and no link is followed; Windows has none of these
+FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
 
 def log_path(log: str | None, out: str, rank: int, world_size: int) -> Path | None:
     """Where a run of the cache `out` writes what it says; None: nowhere. Each of several ranks has its own file."""
-    if log == NONE or (log is None and "://" in out):
+    if log == NONE or (not log and "://" in out):
         return None
-    if log is not None:
-        return Path(log)
-    cache = Path(out).absolute()
+    if log:
+        return Path(log).expanduser()
+    cache = Path(out).resolve()
     return cache.with_name(f"{cache.name}{f'.rank-{rank}' if world_size > 1 else ''}.log")
 
 
@@ -69,13 +75,21 @@ class Log:
         if self.path is None:
             return
         try:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write("".join(f"{line}\n" for line in lines))
-        except OSError as error:
-            self.progress.say(
-                f"log      {self.path}: cannot be written ({error.strerror or error}); --log FILE takes another"
-            )
+            append(self.path, "".join(f"{line}\n" for line in lines))
+        except (OSError, ValueError) as error:  # ValueError: a name that no system has
+            reason = getattr(error, "strerror", None) or error
+            self.progress.say(f"log      {self.path}: cannot be written ({reason}); --log FILE takes another")
             self.path = None
+
+
+def append(path: Path, text: str) -> None:
+    """Add text to a log. Raises OSError, also for what is none: a pipe, a link, and any file but a log of ours."""
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | FLAGS, 0o644)
+    with open(descriptor, "r+b", buffering=0) as file:
+        head = file.read(100) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"\0"
+        if head and MARK not in head:
+            raise OSError(errno.EEXIST, "it is there, and is no log of latentprep")
+        file.write(text.encode("utf-8", "replace"))
 
 
 class LoggedBar:

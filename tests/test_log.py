@@ -172,3 +172,25 @@ def test_listing_hashing_reading_and_compact_say_how_far_they_are(images, tmp_pa
         "hash", "source", "latents", "cond",
     ]  # fmt: skip
     assert isinstance(Silent().bar(1, "x").total, int)
+
+
+def test_nothing_is_written_into_another_file(run, images, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(images / "tall0.png")
+    (tmp_path / "cut.log").write_bytes(b"")
+    for log in (images / "tall0.png", tmp_path / "pipe", tmp_path / "link", tmp_path, "/dev/full"):
+        before = (images / "tall0.png").read_bytes()
+        result = run("encode", images, "--out", tmp_path / "c", "--overwrite", "--log", log, *SMALL)
+        assert (result.code, result.err.count("cannot be written (")) == (0, 1)
+        assert (images / "tall0.png").read_bytes() == before
+    result = run("encode", images, "--out", tmp_path / "c", "--overwrite", "--log", tmp_path / "cut.log", *SMALL)
+    assert len(read_log(tmp_path / "cut.log")) > 3
+    assert latentprep.encode(images, tmp_path / "d", log="a\0b", **OPTIONS).ok
+
+
+def test_the_home_folder_is_known_and_nothing_is_the_default(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert log_path("~/my.log", "x", 0, 1) == tmp_path / "my.log"
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    assert log_path("", "..", 0, 1) == tmp_path / "a.log"
