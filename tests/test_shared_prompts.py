@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -498,3 +499,72 @@ def test_killed_in_the_text_pass_no_finished_shard_is_made_again(images, tmp_pat
 def open_prompts(path):
     shard, text_id = path.name.split(".")[:2]
     return open_text(Storage(path.parent.parent), shard, text_id).prompt
+
+
+def test_a_foreign_file_in_the_place_of_a_cond_file_is_not_taken(classes, tmp_path, encoded):
+    """Whole, and sealed: made of other prompts, or of the same in another precision."""
+    encode(classes, tmp_path / "c")
+    whole = files(tmp_path / "c")
+    (name,) = [path.name for path in cond_files(tmp_path / "c")]
+    encode(classes, tmp_path / "float32", cond_dtype="float32")
+    for path in classes.glob("*.txt"):
+        path.write_text(f"{path.read_text()} with another end")
+    encode(classes, tmp_path / "other")
+    for path in classes.glob("*.txt"):
+        path.write_text(path.read_text().removesuffix(" with another end"))
+    for cache in ("float32", "other"):
+        shutil.copy(cond_files(tmp_path / cache)[0], tmp_path / "c" / "shards" / name)
+        del encoded[:]
+        encode(classes, tmp_path / "c")
+        assert encoded == [[*CLASSES]]
+        assert files(tmp_path / "c") == whole
+
+
+def test_a_manifest_that_has_lost_its_cond_files_is_mended(classes, tmp_path):
+    encode(classes, tmp_path / "c")
+    wanted = cond_of_keys(tmp_path / "c")
+    storage = Storage(tmp_path / "c")
+    manifest = open_manifest(storage)
+    shards = [shard.with_text(shard.text_id, shard.text_file) for shard in manifest.shards]
+    commit(storage, manifest.having(shards), [])
+    for path in cond_files(tmp_path / "c"):
+        path.unlink()
+    encode(classes, tmp_path / "c")
+    assert same_cond(cond_of_keys(tmp_path / "c"), wanted)
+    assert latentprep.verify(tmp_path / "c", progress=False).ok
+
+
+def test_verify_asks_no_more_of_cond_that_dead_rows_alone_borrow(images, tmp_path):
+    for n, path in enumerate(sorted(images.glob("*.png"))):  # tall0 to tall3, wide0 to wide3: four shards
+        path.with_suffix(".txt").write_text(CLASSES[n // 4])
+    encode(images, tmp_path / "c")
+    for path in images.glob("tall*.png"):
+        path.unlink()
+    encode(images, tmp_path / "c", cond_dtype="float32", allow_gone=True)
+    assert latentprep.verify(tmp_path / "c", source=images, progress=False).ok
+
+
+def test_an_image_that_returns_has_its_own_prompt(images, tmp_path):
+    """Its row was dead when the text was made anew, and has no prompts there."""
+    encode(images, tmp_path / "c", shard_size="1MB")
+    (images / "tall0.png").rename(tmp_path / "tall0.png")
+    encode(images, tmp_path / "c", shard_size="1MB")
+    (images / "tall1.txt").write_text("horse")
+    encode(images, tmp_path / "c", shard_size="1MB")
+    (tmp_path / "tall0.png").rename(images / "tall0.png")
+    result = encode(images, tmp_path / "c", shard_size="1MB")
+    assert (result.num_encoded, result.num_retexted) == (0, 8)
+    found = cond_of_keys(tmp_path / "c")
+    assert (found["tall0.png"][0], found["tall1.png"][0]) == ("picture number 0", "horse")
+    assert encode(images, tmp_path / "c", shard_size="1MB").num_retexted == 0
+    assert latentprep.verify(tmp_path / "c", source=images, re_encode=8, progress=False).ok
+
+
+def test_an_image_that_returns_before_any_new_text_costs_none(images, tmp_path):
+    encode(images, tmp_path / "c", shard_size="1MB")
+    before = files(tmp_path / "c")
+    (images / "tall0.png").rename(tmp_path / "tall0.png")
+    encode(images, tmp_path / "c", shard_size="1MB")
+    (tmp_path / "tall0.png").rename(images / "tall0.png")
+    assert encode(images, tmp_path / "c", shard_size="1MB").num_retexted == 0
+    assert files(tmp_path / "c") == before

@@ -65,9 +65,13 @@ def make_unit_id(rows: Iterable[Row], recipe: LatentsRecipe, contents: Sequence[
     return digest_of([FORMAT, recipe.to_json(), [row.fingerprint for row in rows], *known])
 
 
-def make_text_id(shard: str, rows: Iterable[Row], recipe: Mapping[str, Any]) -> str:
-    """Digest of what goes into a text file: the text recipe in JSON, and all that its rows say."""
-    return digest_of([shard, recipe, [[*row.fingerprint, row.captions] for row in rows]])[:16]
+def make_text_id(shard: str, rows: Iterable[Row], recipe: Mapping[str, Any], dead: Iterable[int] = ()) -> str:
+    """Digest of what goes into a text file: the text recipe in JSON, all that its rows say, and which have no prompts.
+
+    Those are the rows that were dead when it was made, by their numbers.
+    """
+    silent = [sorted(dead)] if dead else []
+    return digest_of([shard, recipe, [[*row.fingerprint, row.captions] for row in rows], *silent])[:16]
 
 
 def make_cond_id(prompts: Sequence[str], recipe: TextRecipe) -> str:

@@ -33,6 +33,7 @@ class Text:
     num_tokens: np.ndarray | None = None  # [Q] int32: tokens of the whole prompt, start and end included
     max_tokens: int | None = None  # the text encoder's window: longer prompts were cut
     metadata: dict[str, Any] = field(default_factory=dict)
+    dead: tuple[int, ...] = ()  # rows that were dead when it was made: they have no prompts, and point to the first
     cond_files: tuple[str, ...] = ()  # ids of those that it borrows from
     borrowed: np.ndarray = field(default_factory=NOTHING.copy)  # [P-Q,2] int32: number of a cond file, row in it
 
@@ -61,7 +62,7 @@ class Text:
             cond=take_conds(self.cond, own) if len(own) else {},
             num_tokens=self.num_tokens[own] if self.num_tokens is not None else None,
             max_tokens=self.max_tokens,
-            metadata=self.metadata,
+            metadata={name: value for name, value in self.metadata.items() if name not in ("dead", "cond_files")},
             cond_files=tuple(self.cond_files[n] for n in files),
             borrowed=np.stack([numbers.astype(np.int32), borrowed[:, 1]], axis=1),
         )
@@ -76,6 +77,7 @@ class Text:
         if self.cond_files:
             tensors["borrowed"] = torch.from_numpy(np.ascontiguousarray(self.borrowed))
         metadata = {**self.metadata, **({"cond_files": self.cond_files} if self.cond_files else {})}
+        metadata |= {"dead": self.dead} if self.dead else {}
         table = [[group.label, len(group)] for group in self.groups]
         return pack("text", tensors, {**metadata, "groups": table, "max_tokens": self.max_tokens})
 
@@ -109,7 +111,11 @@ def _text_of(tensors: Tensors, metadata: dict[str, Any]) -> Text:
     cond, num_tokens = take_prompt_cond(tensors, len(prompt) - len(borrowed), metadata)
     if cond_files and len(borrowed) < len(prompt) and not cond:
         raise ValueError("some of its prompts borrow cond, and others have none")
-    return Text(groups, prompt, cond, num_tokens, metadata.get("max_tokens"), metadata, cond_files, borrowed)
+    dead = metadata.get("dead", [])
+    if not isinstance(dead, list) or not all(type(row) is int and row >= 0 for row in dead):
+        raise ValueError("its dead rows are none")
+    window = metadata.get("max_tokens")
+    return Text(groups, prompt, cond, num_tokens, window, metadata, tuple(dead), cond_files, borrowed)
 
 
 def _borrowed_of(tensors: Tensors, metadata: dict[str, Any], num_prompts: int) -> tuple[tuple[str, ...], np.ndarray]:

@@ -67,9 +67,12 @@ def check_borrowed(cond_files: CondFiles, name: str, text: Text) -> list[Problem
 
 
 def check_shared(storage: Storage, manifest: Manifest) -> tuple[list[Problem], dict[str, CondShapes]]:
-    """Whether cond that texts share is of the recipe, and finite; and each file's name -> its shapes."""
+    """Whether cond that texts share is of the recipe, and finite; and each file's name -> its shapes.
+
+    Shards without images keep what an earlier recipe has made.
+    """
     problems, shapes = list[Problem](), dict[str, CondShapes]()
-    for cond_file in manifest.cond_files:
+    for cond_file in sorted({name for shard in manifest.shards if shard.num_images for name in shard.cond_files}):
         name = cond_name(cond_file)
         try:
             cond = open_cond(storage, cond_file)

@@ -28,6 +28,8 @@ class ShardRows:
     recipe: dict[str, Any]  # that its text file was made with, in JSON; empty: it has none
     stored: list[Row]
     owner: list[Item | None]  # of each row: its item; None: a dead row
+    silent: tuple[int, ...] = ()  # rows that were dead when its text was made, and have no prompts
+    cond_files: tuple[str, ...] = ()  # that its text borrows from
 
     def rows(self) -> list[Row]:
         """What the text file is to say; of a dead row, what it says."""
@@ -41,8 +43,10 @@ def _open(storage: Storage, shard: Shard) -> ShardRows:
     """The rows of a shard, none of them matched. Raises UserError."""
     text = shard.open_text(storage) if shard.text_id else None
     stored = text.rows() if text is not None else shard.open_latents(storage).rows()
-    recipe = text.metadata.get("recipe", {}) if text is not None else {}
-    return ShardRows(shard, recipe, stored, [None] * len(stored))
+    if text is None:
+        return ShardRows(shard, {}, stored, [None] * len(stored))
+    recipe = text.metadata.get("recipe", {})
+    return ShardRows(shard, recipe, stored, [None] * len(stored), text.dead, text.cond_files)
 
 
 class Matching:

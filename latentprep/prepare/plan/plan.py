@@ -3,6 +3,7 @@
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import Any
 
 from latentprep.cache.leftovers import Leftover
 from latentprep.cache.names import make_text_id, make_unit_id
@@ -133,8 +134,7 @@ class Planner:
             if not shard.num_images and shard.id in of_leftovers:
                 continue  # of no use, and in no manifest
             own = recipe_of(recipe, (row.key for row in live_rows(rows, dead)))
-            is_whole = set(shard.cond_files) <= set(self.cond_files)
-            if (make_text_id(shard.id, rows, own) == shard.text_id and is_whole) or not shard.num_images:
+            if self._is_current(matched, rows, dead, own) or not shard.num_images:
                 kept.append(shard)  # what nobody reads needs no new text
             else:
                 tasks.append(TextTask(shard, tuple(rows), len(tasks)))
@@ -152,6 +152,13 @@ class Planner:
             tuple(units), tuple(tasks), tuple(kept), tuple(left_out), tuple(changes), len(matching.held),
             tuple(sorted(matching.unread)), tuple(matching.lost),
         )  # fmt: skip
+
+    def _is_current(self, matched: ShardRows, rows: list[Row], dead: tuple[int, ...], recipe: dict[str, Any]) -> bool:
+        """Whether a shard's text says what its rows are to say, and those that count have prompts with cond."""
+        shard = matched.shard
+        is_whole = set(matched.cond_files) == set(shard.cond_files) and set(shard.cond_files) <= set(self.cond_files)
+        is_spoken = set(matched.silent) <= set(dead)
+        return is_whole and is_spoken and make_text_id(shard.id, rows, recipe, matched.silent) == shard.text_id
 
     def _place(
         self, matching: Matching, known_skips: list[Skip], changes: list[Change]

@@ -46,9 +46,10 @@ class Prompter:
 
     def plan_text(self, shard: str, rows: Iterable[Row], dead: Iterable[int] = ()) -> PlannedText:
         """The text of a shard, by what its rows say."""
-        rows = list(rows)
+        rows, dead = list(rows), tuple(dead)
         live = list(live_rows(rows, frozenset(dead)))
-        text_id = make_text_id(shard, rows, recipe_of(self.recipe.to_json(), (row.key for row in live)))
+        recipe = recipe_of(self.recipe.to_json(), (row.key for row in live))
+        text_id = make_text_id(shard, rows, recipe, dead)
         return PlannedText(shard, text_id, tuple(list_prompts(live, self.options, self.seed)))
 
     def plan_texts(self, plan: Plan) -> Iterator[PlannedText]:
@@ -108,8 +109,8 @@ def find_borrowed(
     for cond_file in sorted(cond_files if wanted else ()):
         with suppress(UserError):  # damaged: nothing is taken from it
             cond = open_cond(storage, cond_file)
-            if not is_of_recipe(cond, recipe):
-                continue
+            if make_cond_id([*cond.prompt], recipe) != cond_file:
+                continue  # of another recipe; or another file, that somebody has put in its place
             own = {prompt: (cond_file, row) for row, prompt in enumerate(cond.prompt) if prompt in wanted}
             if own.keys() - found.keys():
                 check_stamp(storage, cond_name(cond_file), cond_files[cond_file])

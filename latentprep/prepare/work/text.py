@@ -10,7 +10,7 @@ import numpy as np
 
 from latentprep.cache.cond import CondFile, open_cond, open_uncond, write_cond, write_uncond
 from latentprep.cache.group import TextGroup
-from latentprep.cache.names import cond_name, make_text_id, make_uncond_id, text_name, uncond_name
+from latentprep.cache.names import cond_name, make_cond_id, make_text_id, make_uncond_id, text_name, uncond_name
 from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_seal, check_stamp
 from latentprep.cache.sets import recipe_of
@@ -121,11 +121,11 @@ class Run:
         """The text of a shard, unless it is there from a run that was stopped."""
         shard, (rows, old, damaged) = task.shard, self._open_old(task)
         recipe = recipe_of(self.recipe, (row.key for row in live_rows(rows, shard.dead)))
-        text_id = make_text_id(shard.id, rows, recipe)
+        text_id = make_text_id(shard.id, rows, recipe, shard.dead)
         name = text_name(shard.id, text_id)
         lenders = {cond_file for cond_file, _ in task.borrowed.values()}
         found = self._find(name, lambda: open_text(self.storage, shard.id, text_id, shard.groups))
-        if found is not None and lenders.issuperset(found[1].cond_files):
+        if found is not None and found[1].rows() == [*rows] and lenders.issuperset(found[1].cond_files):
             there = TextResult(shard.id, shard.with_text(text_id, found[0], found[1].cond_files), damaged=damaged)
             return lambda: there
         prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead), task.borrowed)
@@ -133,7 +133,9 @@ class Run:
         made = self.cond.make(own, old, task.homes) if self.cond is not None else MadeCond()
         cond_files, borrowed = place_borrowed(prompts[len(own) :], task.borrowed)
         metadata = self._metadata(recipe)
-        text = Text(groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata, cond_files, borrowed)
+        text = Text(
+            groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata, shard.dead, cond_files, borrowed
+        )  # fmt: skip
 
         def write() -> TextResult:
             written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text), cond_files)
@@ -185,7 +187,7 @@ class Run:
         """The cond that several texts borrow, unless it is there."""
         assert self.cond is not None
         found = self._find(cond_name(task.id), lambda: open_cond(self.storage, task.id))
-        if found is not None:
+        if found is not None and make_cond_id([*found[1].prompt], self.worker.recipe) == task.id:
             there = TextResult(task.id, cond_file=found[0])
             return lambda: there
         made = self.cond.make([*task.prompts], homes=task.homes)
@@ -204,7 +206,7 @@ class Run:
         recipe = self.worker.recipe
         uncond = make_uncond_id(recipe)
         found = self._find(uncond_name(uncond), lambda: open_uncond(self.storage, uncond))
-        if found is not None:
+        if found is not None and TextRecipe.cond_of(found[1][0].get("recipe", {})) == recipe.cond:
             there = TextResult("", uncond_file=found[0])
             return lambda: there
         made = self.cond.make([""])
