@@ -38,6 +38,20 @@ def list_rows(storage: Storage, pattern: str) -> Iterator[dict[str, Any]]:
 
 def find_duplicates(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     """Images of equal content, mask included: how many there are, in how many groups; and keys of the first groups."""
+    num_images, num_groups, groups = group_duplicates(storage, manifest, NUM_GROUPS, NUM_KEYS)
+    examples = []
+    for count, places in groups:
+        keys = [manifest.shards[n].open_text(storage).groups[number].key[row] for n, number, row in places]
+        examples.append({"images": count, "keys": keys})
+    return {"images": num_images, "groups": num_groups, "examples": examples}
+
+
+def group_duplicates(
+    storage: Storage, manifest: Manifest, num_groups: int, num_each: int
+) -> tuple[int, int, list[tuple[int, list[tuple[int, int, int]]]]]:
+    """Images of equal content: how many there are, in how many groups; of the first groups how many images each has,
+    and the places of the first of these: shard, group, row.
+    """
     digests: list[np.ndarray] = []
     spots: list[np.ndarray] = []  # [N,3] of each group: shard, group, row
     for n, shard in enumerate(manifest.shards):
@@ -53,13 +67,8 @@ def find_duplicates(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     wanted: defaultdict[int, list[int]] = defaultdict(list)  # content -> images, in the order of the cache
     for image in np.flatnonzero(is_double).tolist():
         content_number = int(group_of[image])
-        if content_number in wanted or len(wanted) < NUM_GROUPS:
+        if content_number in wanted or len(wanted) < num_groups:
             wanted[content_number].append(image)
     places = np.concatenate(spots) if spots else np.zeros((0, 3), int)
-    examples = []
-    for images in wanted.values():
-        keys = []
-        for n, number, row in places[images[:NUM_KEYS]].tolist():
-            keys.append(manifest.shards[n].open_text(storage).groups[number].key[row])
-        examples.append({"images": len(images), "keys": keys})
-    return {"images": int(is_double.sum()), "groups": int((counts > 1).sum()), "examples": examples}
+    first = [(len(own), [(n, g, r) for n, g, r in places[own[:num_each]].tolist()]) for own in wanted.values()]
+    return int(is_double.sum()), int((counts > 1).sum()), first

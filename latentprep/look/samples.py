@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import numpy as np
+from torch import Tensor
 
 from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest
@@ -42,11 +43,14 @@ def measure_weight(group: LatentGroup) -> np.ndarray:
 
 def measure_latents(group: LatentGroup) -> np.ndarray:
     """[N,V,2C] float32: mean and std of each channel of latent_mean. One row at a time is in memory."""
-    parts = []
-    for row in group.latent_mean:
-        values = row.double().flatten(2)
-        parts.append(np.concatenate([values.mean(2).numpy(), values.std(2, correction=0).numpy()], axis=1))
-    return np.stack(parts).astype(np.float32)
+    return np.stack([means_and_stds(row) for row in group.latent_mean])
+
+
+def means_and_stds(latents: Tensor) -> np.ndarray:
+    """[N,C,h,w] => [N,2C] float32."""
+    values = latents.double().flatten(2)
+    found = np.concatenate([values.mean(2).numpy(), values.std(2, correction=0).numpy()], axis=1)
+    return found.astype(np.float32)
 
 
 def distances(measures: np.ndarray) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The summary of a cache as tables for a terminal."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Group
@@ -31,39 +32,40 @@ def render_summary(summary: dict[str, Any]) -> Group:
 
 
 def facts_table(summary: dict[str, Any]) -> Table:
+    table = _table()
+    for name, value in list_facts(summary):
+        table.add_row(name, value)
+    return table
+
+
+def list_facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """What a cache is and what made it, each with its name."""
     made, recipe, latents = summary["made_with"], summary["recipe"]["latents"], summary["latents"]
     sizes, images, views = summary["bytes"], summary["images"], summary["views"]
     total = sum(sizes.values())
-    table = _table()
-    table.add_row("images", f"{images:,}" + (f" x {len(views)} views ({', '.join(views)})" if len(views) > 1 else ""))
+    yield "images", f"{images:,}" + (f" x {len(views)} views ({', '.join(views)})" if len(views) > 1 else "")
     if summary["control_images"]:
-        table.add_row("control images", f"{summary['control_images']} of each image")
-    table.add_row("shards", f"{summary['shards']:,}")
+        yield "control images", f"{summary['control_images']} of each image"
+    yield "shards", f"{summary['shards']:,}"
     parts = ", ".join(f"{name} {human_bytes(count)}" for name, count in sizes.items())
-    table.add_row(
-        "on disk",
-        f"{human_bytes(total)} ({parts}), {human_bytes((total - summary['dead_bytes']) / max(1, images))} an image",
-    )
+    each = human_bytes((total - summary["dead_bytes"]) / max(1, images))
+    yield "on disk", f"{human_bytes(total)} ({parts}), {each} an image"
     if summary["dead_rows"]:
         dead = human_bytes(summary["dead_bytes"])
         advice = ": latentprep compact" if summary["can_compact"] else ", too few to compact"
-        table.add_row("dead rows", f"{summary['dead_rows']:,} of changed or removed images, about {dead}{advice}")
+        yield "dead rows", f"{summary['dead_rows']:,} of changed or removed images, about {dead}{advice}"
     vae = f", VAE {_plain(made['vae'])}" if made.get("vae") else ""
     encoders = "".join(f", text encoder {_plain(name)}" for name in made["text_encoders"])
-    table.add_row("model", f"{_plain(made['model'])}{vae}{encoders}")
-    table.add_row("geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items()))
-    table.add_row("pixels", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["images"].items()))
+    yield "model", f"{_plain(made['model'])}{vae}{encoders}"
+    yield "geometry", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["geometry"].items())
+    yield "pixels", ", ".join(f"{name} {_plain(value)}" for name, value in recipe["images"].items())
     tiles = f" in tiles of {_plain(recipe['tiling'])} pixels" if "tiling" in recipe else ""
-    precision = f"encoded in {recipe['dtype']}{tiles}, {recipe['store']} stored as {recipe['store_dtype']}"
-    table.add_row("precision", precision)
+    yield "precision", f"encoded in {recipe['dtype']}{tiles}, {recipe['store']} stored as {recipe['store_dtype']}"
     latent = summary["latent"]
     shift, scale = (", ".join(f"{n:g}" for n in latent["normalization"][name]) for name in ("shift", "scale"))
-    table.add_row(
-        "scaling", f"(latent - {shift}) * {scale}" if "," not in shift + scale else f"shift {shift}; scale {scale}"
-    )
-    table.add_row("weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}")
-    table.add_row("made by", _plain(summary["recipe"]["libraries"]))
-    return table
+    yield "scaling", f"(latent - {shift}) * {scale}" if "," not in shift + scale else f"shift {shift}; scale {scale}"
+    yield "weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}"
+    yield "made by", _plain(summary["recipe"]["libraries"])
 
 
 def notes_table(summary: dict[str, Any]) -> Table:
