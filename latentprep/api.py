@@ -262,6 +262,36 @@ def preview(
 
 # fmt: off
 @door
+def report(
+    cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
+    *,
+    num: Annotated[int, Option("N", "How many images its gallery shows, at most.", PREVIEW, least=1, most=5000)] = 2000,
+    seed: Annotated[int, Option(help="Which images chance takes.", panel=PREVIEW)] = 0,
+    source: Annotated[str | Path | None, Option("DIR", "Where the images are.", PREVIEW, shown="where they were")] = None,
+    model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model whose VAE decodes, if it is elsewhere now.", PREVIEW, shown="the cache's own, if it is on this machine")] = None,
+    vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE that decodes, if it is not that of the model.", PREVIEW, shown="the cache's own")] = None,
+    device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where it decodes.", PREVIEW)] = "cpu",
+    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+) -> str:
+    """Make a page of HTML that shows what is in a cache: charts, what stands out, and a gallery.
+
+    Pictures are of the source images; if these are gone, of the latents. Needs jinja2: pip install 'latentprep[report]'.
+
+    In Python it returns the page as a text. Raises UserError if there is no such cache, or if the VAE that was named is
+    not the cache's.
+    """
+    # fmt: on
+    from latentprep.reports import run_report
+
+    where, named = (None, []) if source is None else find_named(Path(source))
+    return run_report(
+        str(cache), open_progress(progress, keywords_of(report)), list_parameters(encode), num=num, seed=seed,
+        source=where, named=named, model=name_or_none(model), vae=name_or_none(vae), device=device,
+    )  # fmt: skip
+
+
+# fmt: off
+@door
 def verify(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,

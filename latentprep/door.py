@@ -18,7 +18,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 PANELS = INPUT, OUTPUT, MODEL, GEOMETRY, CAPTIONS, PERFORMANCE, MACHINES, PREVIEW = (
-    "Input", "Output", "Model", "Geometry", "Captions", "Performance", "Several machines", "Preview",
+    "Input", "Output", "Model", "Geometry", "Captions", "Performance", "Several machines", "Preview and report",
 )  # fmt: skip
 
 

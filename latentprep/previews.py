@@ -1,6 +1,5 @@
 """What `preview` does, once its arguments are checked: samples chosen, shown, drawn; and the file that it becomes."""
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from latentprep.errors import UserError, check_choice
 from latentprep.human import counted
 from latentprep.option_files import expand
 from latentprep.options import SHOWS, ImageSet
+from latentprep.outputs import MARK, check_output, write_output
 from latentprep.progress import Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 from latentprep.runs import choose_sets
@@ -19,8 +19,6 @@ from latentprep.sets import make_sets
 if TYPE_CHECKING:
     from latentprep.cache.manifest import Manifest
     from latentprep.prepare.preview_source import Reader
-
-SHEET_MARK = "a sheet of latentprep"  # in the head of a file that may be overwritten
 
 
 def run_preview(
@@ -106,20 +104,7 @@ def find_reader(
 
 def check_sheet(file: Path) -> None:
     """Raise UserError unless a sheet may be written there: nothing is overwritten but an earlier sheet."""
-    if file.suffix.lower() != ".png":
-        raise UserError(f"--preview {file}: expected the name of a .png file.")
-    if not file.parent.is_dir():
-        raise UserError(f"--preview {file}: there is no folder {file.parent}. Make it, or give another name.")
-    if os.path.lexists(file) and not is_sheet(file):
-        raise UserError(f"--preview {file}: is there, and is no sheet of latentprep's. Give another name.")
-
-
-def is_sheet(file: Path) -> bool:
-    """Whether a file is an earlier sheet."""
-    if not file.is_file():  # a folder, or a pipe, which may have no end
-        return False
-    with file.open("rb") as opened:
-        return SHEET_MARK.encode() in opened.read(200)
+    check_output("--preview", file, ".png", "sheet")
 
 
 def write_sheet(image: Any, file: Path) -> None:
@@ -129,7 +114,6 @@ def write_sheet(image: Any, file: Path) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     mark, data = PngInfo(), BytesIO()
-    mark.add_text("Software", SHEET_MARK)
+    mark.add_text("Software", MARK.format(kind="sheet"))
     image.save(data, "PNG", pnginfo=mark)
-    check_sheet(file)
-    Storage(file.absolute().parent).write_atomic(file.name, data.getvalue())
+    write_output("--preview", file, ".png", "sheet", data.getvalue())

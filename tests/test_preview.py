@@ -607,7 +607,7 @@ def test_nothing_but_an_earlier_sheet_is_overwritten(run, cache, images, tmp_pat
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--num", "3"), "--num: is for --preview. Add --preview FILE.png, or leave it out."),
+        (("--num", "3"), "--num: is for --preview and --html. Add one of them, or leave it out."),
         (("--show", "crop", "--list"), "--show: is for --preview. Add --preview FILE.png, or leave it out."),
         (("--preview", "s.png", "--json"), "--json with --preview: one prints, the other draws. Give one of them."),
         (("--preview", "s.png", "--list"), "--list with --preview: one prints, the other draws. Give one of them."),

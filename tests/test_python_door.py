@@ -33,8 +33,8 @@ ROOT = Path(__file__).parent.parent
 COMMANDS = (
     latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.diff, latentprep.compact, latentprep.merge,
 )  # fmt: skip
-FUNCTIONS = (*COMMANDS, latentprep.preview)
-OF_COMMANDS = ("help", "as_json", "as_list", "pattern", "sheet", "is_quiet")  # options that no function has
+FUNCTIONS = (*COMMANDS, latentprep.preview, latentprep.report)
+OF_COMMANDS = ("help", "as_json", "as_list", "pattern", "sheet", "page", "is_quiet")  # options that no function has
 
 
 def encode_once(images, cache, **options):
@@ -407,7 +407,7 @@ def test_ctrl_c_raises_keyboard_interrupt_and_keeps_what_is_done(images, tmp_pat
 def test_every_option_of_a_command_is_a_keyword_with_the_same_default(function):
     command = typer.main.get_command(cli.app).commands[function.__name__]
     parameters = dict(inspect.signature(function).parameters)
-    if function is latentprep.inspect:  # it draws too
+    if function is latentprep.inspect:  # it draws too, and makes pages
         parameters = {**inspect.signature(latentprep.preview).parameters, **parameters}
     found = {option.name: option for option in command.params if option.name not in OF_COMMANDS}
     assert found.keys() == parameters.keys() - {"progress", "pattern"}
@@ -418,7 +418,7 @@ def test_every_option_of_a_command_is_a_keyword_with_the_same_default(function):
             continue
         assert option.opts == [f"--{name.replace('_', '-')}"]
         assert not option.secondary_opts  # no --no-no-draft
-        assert option.default == default or (name, option.default) == ("resolution", "512")
+        assert option.default == default or (name, option.default) in (("resolution", "512"), ("num", None))
         assert option.multiple == (name in ("caption_column", "control", "exclude", "text_encoder"))
 
 

@@ -19,7 +19,7 @@ from latentprep.records import REASONS
 from tests.conftest import gradient, make_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("encode", "inspect", "verify", "diff", "compact", "merge", "preview")
+COMMANDS = ("encode", "inspect", "verify", "diff", "compact", "merge", "preview", "report")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -87,7 +87,8 @@ def test_continuous_integration_runs_the_readmes_commands():
 def test_options_and_files_that_it_names_exist():
     functions = [getattr(latentprep, name) for name in COMMANDS]
     table = {parameter.flag for function in functions for parameter in list_parameters(function)}
-    shown = table | {"--json", "--list", "--preview", "--quiet", "--help", "--version", "--install-completion"}
+    shown = table | {"--json", "--list", "--preview", "--html", "--quiet"}
+    shown |= {"--help", "--version", "--install-completion"}
     scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
     assert len(scripts) >= 4
     for script, arguments in scripts:

@@ -21,6 +21,7 @@ def test_demo_of_the_installed_wheel(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     for name in (
         "templates/subject.txt", "tiny/model_index.json", "tiny/vae/config.json", "py.typed", "clip/merges.txt",
+        "look/page/report.html", "look/page/report.css", "look/page/report.js",
         "clip/LICENSE", "prepare/models/architectures/sdxl/tokenizer_2/tokenizer_config.json",
     ):  # fmt: skip
         assert f"latentprep/{name}" in names

@@ -1,20 +1,19 @@
 """The commands: each a face of one function, which it calls and of which it prints the result. No logic of its own."""
 
-import inspect as signatures
 import json
-import os
 import sys
-import warnings
 from contextlib import nullcontext
+from inspect import unwrap
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from latentprep import __version__, api
-from latentprep.cli.face import Command, face, options_of
-from latentprep.cli.terminal import JsonLines, Terminal, fail, say, show, show_json, unbreakable
-from latentprep.door import OUTPUT, PREVIEW, list_parameters, list_runs
+from latentprep.cli.face import Command, face, switch
+from latentprep.cli.inspect import OPTIONS, PARAMETERS, inspect
+from latentprep.cli.terminal import JsonLines, Terminal, fail, quiet, say, show, show_json, unbreakable
+from latentprep.door import OUTPUT, list_parameters, list_runs
 from latentprep.errors import UserError
 from latentprep.progress import Progress, Silent
 from latentprep.results import join_runs
@@ -28,55 +27,17 @@ app = typer.Typer(
 )
 
 
-def switch(name: str, flag: str, text: str, panel: str | None = None) -> signatures.Parameter:
-    """An option that a command alone has, and not its function."""
-    option = typer.Option(flag, help=text, rich_help_panel=panel, metavar="")
-    return signatures.Parameter(
-        name, signatures.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option]
-    )
-
-
-JSON = switch("as_json", "--json", "Print JSON, for machines.")
 DRY_LIST = switch("as_list", "--list", "With --dry-run: a line for each image.", OUTPUT)
 EVENTS_JSON = switch("as_json", "--json", "JSON, one object a line: images and totals; on stderr progress.", OUTPUT)
 RESULT_JSON = switch("as_json", "--json", "JSON, one object a line: the result; on stderr how far it is.")
 QUIET = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.")
 QUIET_ENCODE = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.", OUTPUT)
-LIST = switch(
-    "as_list", "--list", "List the images, one a line: path, bucket, own size, captions; with PATTERN those it fits."
-)
-PATTERN = signatures.Parameter(
-    "pattern",
-    signatures.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[
-        str | None,
-        typer.Argument(metavar="PATTERN", help="Of --list and --preview: a shell pattern, such as 'birds/*'."),
-    ],
-)
 KEYS = switch("as_list", "--list", "Before the summary, a line for each image that differs.")
-SHEET = signatures.Parameter(
-    "sheet",
-    signatures.Parameter.KEYWORD_ONLY,
-    default=None,
-    annotation=Annotated[
-        str | None,
-        typer.Option(
-            "--preview", metavar="FILE.png", rich_help_panel=PREVIEW,
-            help="Draw a contact sheet: images, crops, decoded latents, weights and captions.",
-        ),
-    ],
-)  # fmt: skip
-OF_INSPECT = {parameter.name for parameter in list_parameters(api.inspect)}
-OF_PREVIEW = [option for option in options_of(api.preview) if option.name not in {*OF_INSPECT, "pattern"}]
 FUNCTIONS = (api.encode, api.inspect, api.verify, api.diff, api.compact, api.merge)
-DOORS = {function.__name__: list_parameters(function) for function in FUNCTIONS}
-DOORS["inspect"] += tuple(p for p in list_parameters(api.preview) if p.name not in OF_INSPECT)
+DOORS = {function.__name__: list_parameters(function) for function in FUNCTIONS} | {"inspect": PARAMETERS}
 # the functions whose errors speak of options, as their commands do; those of api speak of keywords
-encode_, inspect_ = signatures.unwrap(api.encode), signatures.unwrap(api.inspect)
-verify_, compact_ = signatures.unwrap(api.verify), signatures.unwrap(api.compact)
-merge_, preview_ = signatures.unwrap(api.merge), signatures.unwrap(api.preview)
-diff_ = signatures.unwrap(api.diff)
+encode_, verify_, diff_ = unwrap(api.encode), unwrap(api.verify), unwrap(api.diff)
+compact_, merge_ = unwrap(api.compact), unwrap(api.merge)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer which has click built in
 
 
@@ -97,13 +58,6 @@ def latentprep(
         if text := context.get_help():  # with rich it prints it itself
             show(text)
         raise typer.Exit(2)
-
-
-def quiet() -> None:
-    """Keep other libraries from talking while they are imported."""
-    warnings.filterwarnings("ignore")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, where it already talks
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def encode(arguments: dict[str, Any]) -> None:
@@ -143,57 +97,6 @@ def encode(arguments: dict[str, Any]) -> None:
 def choose_progress(is_quiet: bool, as_json: bool, has_bars: bool | None = True) -> Progress:
     """How a command says what it does."""
     return Silent() if is_quiet else JsonLines() if as_json else Terminal(has_bars)
-
-
-def inspect(arguments: dict[str, Any]) -> None:
-    as_json, as_list = arguments.pop("as_json", False), arguments.pop("as_list", False)
-    pattern = arguments.pop("pattern", None)
-    if (sheet := arguments.pop("sheet", None)) is not None:
-        others = {"--list": as_list, "--json": as_json, "--most-cropped": "most_cropped" in arguments}
-        if given := [flag for flag, is_given in others.items() if is_given]:
-            raise UserError(f"{given[0]} with --preview: one prints, the other draws. Give one of them.")
-        draw(sheet, arguments if pattern is None else {**arguments, "pattern": pattern})
-        return
-    for option in OF_PREVIEW:
-        if option.name in arguments:
-            raise UserError(f"--{option.name}: is for --preview. Add --preview FILE.png, or leave it out.")
-    if as_list and arguments.get("key") is not None:
-        raise UserError("--list with --key: one shows many images, the other one. Give one of them.")
-    if as_list:
-        list_images(arguments["cache"], "*" if pattern is None else pattern, as_json)
-        return
-    if pattern is not None:
-        raise UserError(f"PATTERN {pattern}: is for --list and --preview. Add one of them, or leave it out.")
-    summary = inspect_(**arguments)
-    if as_json:
-        show_json(json.dumps(summary, indent=2))
-    else:
-        from rich.console import Console
-
-        Console(highlight=False).print(summary.table(), markup=False)
-
-
-def draw(file: str, arguments: dict[str, Any]) -> None:
-    """Draw a preview, and write it."""
-    quiet()
-    from latentprep.previews import check_sheet, write_sheet
-
-    check_sheet(Path(file))
-    image = preview_(**arguments, progress=Terminal())
-    write_sheet(image, Path(file))
-    show(f"{file}: {image.width}x{image.height} pixels")
-
-
-def list_images(cache: str, pattern: str, as_json: bool) -> None:
-    """Print each image as soon as it is read."""
-    from latentprep.look.tables import row_line
-    from latentprep.runs import run_list
-
-    for row in run_list(cache, pattern):
-        if as_json:
-            show_json(json.dumps(row))
-        else:
-            show(row_line(row))
 
 
 def verify(arguments: dict[str, Any]) -> None:
@@ -237,7 +140,7 @@ def merge(arguments: dict[str, Any]) -> None:
 
 
 app.command("encode", cls=Command)(face(api.encode, encode, DRY_LIST, EVENTS_JSON, QUIET_ENCODE))
-app.command("inspect", cls=Command)(face(api.inspect, inspect, PATTERN, LIST, JSON, SHEET, *OF_PREVIEW))
+app.command("inspect", cls=Command)(face(api.inspect, inspect, *OPTIONS))
 app.command("verify", cls=Command)(face(api.verify, verify, RESULT_JSON, QUIET))
 app.command("diff", cls=Command)(face(api.diff, diff, KEYS, RESULT_JSON))
 app.command("compact", cls=Command)(face(api.compact, compact))

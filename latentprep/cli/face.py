@@ -68,3 +68,17 @@ def option_of(parameter: Parameter) -> inspect.Parameter:
 def command_line_kinds(parameter: Parameter) -> set[type]:
     """The kinds of an argument, of which the command line takes one; a list of texts is an option that comes again."""
     return {list if kind in LISTS else kind for kind in parameter.kinds}
+
+
+def switch(name: str, flag: str, text: str, panel: str | None = None) -> inspect.Parameter:
+    """An option that a command alone has, and not its function."""
+    option = typer.Option(flag, help=text, rich_help_panel=panel, metavar="")
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, option])
+
+
+def output(name: str, flag: str, metavar: str, text: str, panel: str) -> inspect.Parameter:
+    """An option that names a file to write."""
+    option = typer.Option(flag, metavar=metavar, rich_help_panel=panel, help=text)
+    return inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, option]
+    )

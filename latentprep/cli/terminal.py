@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -37,6 +38,13 @@ def fail(message: str, as_json: bool = False) -> None:
         return
     typer.secho("error: ", fg=typer.colors.RED, bold=True, err=True, nl=False)
     say(printable(message))
+
+
+def quiet() -> None:
+    """Keep other libraries from talking while they are imported."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # read at import, where it already talks
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class Terminal:

@@ -20,6 +20,7 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.look.images import image_statistics
 from latentprep.look.rows import find_duplicates
+from latentprep.look.words import list_texts
 
 STATISTICS_ROWS = 4096  # rows whose latents are read for the statistics; more change no digit that is shown
 
@@ -136,19 +137,12 @@ def text_statistics(storage: Storage, manifest: Manifest) -> dict[str, Any]:
     max_tokens = None
     longest: list[tuple[int, str]] = []  # of the prompts that were cut
     example = ""
-    cond_files, seen = CondFiles(storage), set[tuple[str, int]]()  # borrowed prompts that were counted
-    for shard in manifest.shards:
-        if not shard.num_images:
-            continue
-        text = shard.open_text(storage)
+    for shard, text, of_text, new in list_texts(storage, manifest):
         for group, live in zip(text.groups, shard.live_rows(), strict=True):
             found = [caption for row in live for caption in group.caption[row]]
             captions += len(found)
             empty += found.count("")
         example = example or next(filter(str.strip, text.prompt), "")
-        of_text = cond_files.of(text)
-        new = [n for n, place in enumerate(of_text.places()) if place not in seen]
-        seen.update(place for place in of_text.places() if place is not None)
         prompts += len(new)
         scales = scales_of({name: dtype for name, (dtype, _) in of_text.kinds.items()})
         cond = cond or {name: list(shape) for name, (_, shape) in of_text.kinds.items() if name not in scales}
