@@ -122,8 +122,12 @@ def default_threads(num_sharing: int) -> int:
 
     With 16 cores and an H200, 8 gave 86 images/s of 1600x1200 and 16 gave 127 (benchmarks/encode.py).
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // num_sharing))
+    return max(1, min(16, count_cores() // num_sharing))
+
+
+def count_cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_shard_bytes(device: str) -> int:

@@ -115,16 +115,18 @@ def _key(skip: Skip) -> str:
     return skip.key
 
 
-def prepare(options: EncodeOptions, progress: Progress, models: Models | None = None) -> Prepared:
+def prepare(
+    options: EncodeOptions, progress: Progress, models: Models | None = None, images: Images | None = None
+) -> Prepared:
     """The plan for a source and a cache; says what it chose and why. Raises UserError.
 
-    `models` are those of the options, or others that are in memory already.
+    `models` are those of the options, or others that are in memory already; `images` those of the source, or some.
     """
     limit_pixels(options.max_pixels)
     say = progress.say
     storage = Storage(options.out)
     with told_what_text_needs(options):
-        images = find_images(options, progress)
+        images = images or find_images(options, progress)
     models = models or open_models(options, say)
     where, dtype = choose_where(options, models, say)
     text_where, text_dtype = choose_text_where(options, where, dtype, say)

@@ -16,6 +16,7 @@ from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.prepare.images.load import load_pixels
+from latentprep.prepare.models.doors import PromptEncoder, TextModel
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.plan.shared import PlannedText
 from latentprep.prepare.survey import Prepared
@@ -51,15 +52,19 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         measured.append(said)
     prompts = count_prompts(prepared)
     if prompts and models.text is not None:
-        dtype = TORCH_DTYPES[prepared.recipe.text.dtype or "float32"]
-        device = prepared.text_where.devices[0]
         texts = [f"a prompt number {n}" for n in range(min(prompts, 32))]
-        with told_if_memory_is_full(device):
-            encoder = models.text.open(torch.device(device), dtype, prepared.options.text)
+        with told_if_memory_is_full(prepared.text_where.devices[0]):
+            encoder = open_text(prepared, models.text)
             count, taken = measure(lambda count: encoder.encode(texts[:count]), sorted({1, len(texts)}), int)
         seconds += taken / count * prompts
         measured.append(f"{count / taken:.0f} prompts/s")
     return Estimate(seconds, prompts, ", ".join(measured)) if measured else None
+
+
+def open_text(prepared: Prepared, text: TextModel) -> PromptEncoder:
+    """The text encoders of a run, on their device. Raises RuntimeError if its memory does not hold them."""
+    dtype = TORCH_DTYPES[prepared.recipe.text.dtype or "float32"]
+    return text.open(torch.device(prepared.text_where.devices[0]), dtype, prepared.options.text)
 
 
 def measure_vae(prepared: Prepared, buckets: Counter[Size]) -> tuple[float, str]:
@@ -103,11 +108,16 @@ def num_pixels(probe: Probe) -> int:
     return probe[0] * probe[1] * probe[2]
 
 
-def measure(work: Callable[[T], object], probes: Sequence[T], cost: Callable[[T], int]) -> tuple[T, float]:
-    """A probe and its seconds: the last before one that is expected to take over LIMIT. The first is always tried."""
+def measure(
+    work: Callable[[T], object], probes: Sequence[T], cost: Callable[[T], int], limit: float = LIMIT
+) -> tuple[T, float]:
+    """A probe and its seconds: the last before one that is expected to take over `limit` seconds.
+
+    The first is always tried. Each is done twice: the first time warms up.
+    """
     for probe, larger in zip(probes, [*probes[1:], None], strict=True):
         seconds = time_twice(lambda probe=probe: work(probe))  # type: ignore[misc]
-        if larger is None or 2 * seconds * cost(larger) / cost(probe) > LIMIT:
+        if larger is None or 2 * seconds * cost(larger) / cost(probe) > limit:
             break
     return probe, seconds
 
