@@ -1,7 +1,8 @@
 """Encode an image folder once into a latent cache; train diffusion models from it many times.
 
 Make and check caches: encode, inspect, verify, diff, compact, merge; each is a command of the same name. Draw what is
-in one: preview, report. Train from them: LatentDataset, LatentLoader. What the caller can mend is raised as UserError.
+in one: preview, report. Measure this machine: bench. Train from them: LatentDataset, LatentLoader. What the caller can
+mend is raised as UserError.
 """
 
 from importlib import import_module
@@ -11,27 +12,27 @@ from latentprep.errors import UserError
 
 __version__ = "0.1.0"
 __all__ = [
-    "BucketBatchSampler", "Compacted", "Compared", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader",
-    "LatentMix", "Merged", "Summary", "UserError", "Verified", "__version__", "compact", "diff", "encode", "inspect",
-    "merge", "preview", "report", "verify",
+    "Benched", "BucketBatchSampler", "Compacted", "Compared", "Encoded", "LatentBatch", "LatentDataset", "LatentLoader",
+    "LatentMix", "Merged", "Summary", "UserError", "Verified", "__version__", "bench", "compact", "diff", "encode",
+    "inspect", "merge", "preview", "report", "verify",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from latentprep.api import compact, diff, encode, inspect, merge, preview, report, verify
+    from latentprep.api import bench, compact, diff, encode, inspect, merge, preview, report, verify
     from latentprep.differences import Compared
     from latentprep.read.batch import LatentBatch
     from latentprep.read.dataset import LatentDataset
     from latentprep.read.loader import LatentLoader
     from latentprep.read.mix import LatentMix
     from latentprep.read.sampler import BucketBatchSampler
-    from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
+    from latentprep.results import Benched, Compacted, Encoded, Merged, Summary, Verified
 
 # where the public names live; imported on first use, since `latentprep --help` must not wait for torch
 _HOMES = {
-    "compact": "api", "diff": "api", "encode": "api", "inspect": "api", "merge": "api", "preview": "api",
-    "report": "api", "verify": "api",
-    "Compacted": "results", "Encoded": "results", "Merged": "results", "Summary": "results", "Verified": "results",
-    "Compared": "differences",
+    "bench": "api", "compact": "api", "diff": "api", "encode": "api", "inspect": "api", "merge": "api",
+    "preview": "api", "report": "api", "verify": "api",
+    "Benched": "results", "Compacted": "results", "Encoded": "results", "Merged": "results", "Summary": "results",
+    "Verified": "results", "Compared": "differences",
     "LatentBatch": "read.batch", "LatentDataset": "read.dataset", "LatentMix": "read.mix",
     "BucketBatchSampler": "read.sampler", "LatentLoader": "read.loader",
 }  # fmt: skip

@@ -24,6 +24,7 @@ from latentprep.door import (
     keywords_of,
     list_parameters,
 )
+from latentprep.errors import UserError
 from latentprep.geometry import Crop, Filter, Fit, Geometry
 from latentprep.option_files import expand
 from latentprep.options import (
@@ -45,8 +46,31 @@ from latentprep.options import (
     default_out,
 )
 from latentprep.progress import Progress, open_progress
-from latentprep.results import Compacted, Encoded, Merged, Summary, Verified, join_runs
+from latentprep.results import Benched, Compacted, Encoded, Merged, Summary, Verified, join_runs
 from latentprep.sets import Origin, as_folders, as_tuple, check_controls, join_weights, make_sets, make_text
+
+# options that encode and bench have in common
+# fmt: off
+NoDraftOption = Annotated[bool, Option(help="Decode large JPEGs in full, and resize with Pillow alone. Else libjpeg may halve their sides, as long as twice the size needed is left, and torch computes lanczos to within 2 levels of 255.", panel=INPUT)]
+SeedOption = Annotated[int, Option(help="Seed of every random choice.", panel=INPUT)]
+StoreDtypeOption = Annotated[Dtype, Option(help="Number type of latents and cond on disk.", panel=OUTPUT)]
+CondDtypeOption = Annotated[CondDtype | None, Option(help="Number type of cond on disk; int8: blocks of 32 values, each with a scale, in half the space of float16.", panel=OUTPUT, shown="that of --store-dtype")]
+ShardSizeOption = Annotated[str | int | None, Option("BYTES", "Largest size of a shard file; a run that is stopped loses at most one.", OUTPUT, shown="256MB, on a CPU 16MB")]
+ModelOption = Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or the built-in miniature.", MODEL)]
+VaeOption = Annotated[str | Path | None, Option("ID|DIR|FILE", "Another VAE than the model's own.", MODEL, shown="the model's")]
+TextEncoderOption = Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "Weights of a text encoder from a file or folder of their own; may be given again.", MODEL, shown="the model's")]
+ConfigOption = Annotated[str | Path | None, Option("DIR", "Diffusers folder with the configs and tokenizers of a checkpoint.", MODEL, shown="what its tensors tell")]
+RevisionOption = Annotated[str | None, Option("REV", "Branch, tag or commit of a hub model.", MODEL, shown="main")]
+DeviceOption = Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the models run.", MODEL)]
+TextDeviceOption = Annotated[str | None, Option("auto|cuda|cuda:N|mps|cpu", "Where the text encoders run, if not where the VAE does; in one process.", MODEL, shown="as the VAE")]
+DtypeOption = Annotated[Literal["auto"] | Dtype, Option(help="Number type of the models; auto: float16 on CUDA, else float32.", panel=MODEL)]
+ResolutionOption = Annotated[int | str, Option("PIXELS|WxH|native", "Buckets have at most PIXELS x PIXELS, or W x H; native: no resizing.", GEOMETRY)]
+NoCondOption = Annotated[bool, Option(help="Store captions and prompts, but no text embeddings.", panel=CAPTIONS)]
+MaxTokensOption = Annotated[int | None, Option("TOKENS", "Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", CAPTIONS, shown="75; SD 3: 256; FLUX: 512")]
+TilingOption = Annotated[int | None, Option("PIXELS", "Encode larger images in overlapping tiles of this side: less memory, but other numbers.", PERFORMANCE, shown="no tiles")]
+BatchSizeOption = Annotated[int | None, Option("IMAGES", "Images the VAE sees at once.", PERFORMANCE, shown="8 at 512x512 on a GPU, 1 on a CPU")]
+WorkersOption = Annotated[int | None, Option("THREADS", "Threads that decode images.", PERFORMANCE, shown="CPU cores, at most 16")]
+# fmt: on
 
 
 def expand_encode(given: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -69,31 +93,31 @@ def encode(
     background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
     weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT, of_set=True)] = "alpha",
     control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Control images of edit pairs: a folder with the images' paths and stems; may be given again.", INPUT, of_set=True)] = None,
-    no_draft: Annotated[bool, Option(help="Decode large JPEGs in full, and resize with Pillow alone. Else libjpeg may halve their sides, as long as twice the size needed is left, and torch computes lanczos to within 2 levels of 255.", panel=INPUT)] = False,
+    no_draft: NoDraftOption = False,
     strict_images: Annotated[bool, Option(help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", panel=INPUT)] = False,
     check_content: Annotated[bool, Option(help="Read and compare every image, also those whose size and time are as they were.", panel=INPUT)] = False,
     allow_gone: Annotated[bool, Option(help="Go on though most of the images in the cache are not in SOURCE.", panel=INPUT)] = False,
     retry_skipped: Annotated[bool, Option(help="Try again all that was skipped; else only that for which something has changed.", panel=INPUT)] = False,
-    seed: Annotated[int, Option(help="Seed of every random choice.", panel=INPUT)] = 0,
+    seed: SeedOption = 0,
     store: Annotated[Store, Option(help="What to keep of the VAE posterior.", panel=OUTPUT)] = "mean+std",
-    store_dtype: Annotated[Dtype, Option(help="Number type of latents and cond on disk.", panel=OUTPUT)] = "float16",
-    cond_dtype: Annotated[CondDtype | None, Option(help="Number type of cond on disk; int8: blocks of 32 values, each with a scale, in half the space of float16.", panel=OUTPUT, shown="that of --store-dtype")] = None,
-    shard_size: Annotated[str | int | None, Option("BYTES", "Largest size of a shard file; a run that is stopped loses at most one.", OUTPUT, shown="256MB, on a CPU 16MB")] = None,
+    store_dtype: StoreDtypeOption = "float16",
+    cond_dtype: CondDtypeOption = None,
+    shard_size: ShardSizeOption = None,
     only: Annotated[Only | None, Option(help="Encode images alone, or the prompts of what is encoded; a later run does the rest.", panel=OUTPUT, shown="both, one after the other")] = None,
     overwrite: Annotated[bool, Option(help="Delete what the cache holds and start anew.", panel=OUTPUT)] = False,
     dry_run: Annotated[bool, Option(help="Say what would be done and why, with the time and space it takes; write nothing.", panel=OUTPUT)] = False,
     log: Annotated[str | Path | None, Option("FILE|none", "Write what is said into this file too.", OUTPUT, shown="DIR.log, beside the cache")] = None,
     strict: Annotated[bool, Option(help="Count it as a failure if any image was skipped: exit code 1.", panel=OUTPUT)] = False,
-    model: Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or the built-in miniature.", MODEL)] = DEFAULT_MODEL,
-    vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "Another VAE than the model's own.", MODEL, shown="the model's")] = None,
-    text_encoder: Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "Weights of a text encoder from a file or folder of their own; may be given again.", MODEL, shown="the model's")] = None,
-    config: Annotated[str | Path | None, Option("DIR", "Diffusers folder with the configs and tokenizers of a checkpoint.", MODEL, shown="what its tensors tell")] = None,
-    revision: Annotated[str | None, Option("REV", "Branch, tag or commit of a hub model.", MODEL, shown="main")] = None,
-    device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the models run.", MODEL)] = "auto",
+    model: ModelOption = DEFAULT_MODEL,
+    vae: VaeOption = None,
+    text_encoder: TextEncoderOption = None,
+    config: ConfigOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
     devices: Annotated[str | None, Option("all|cuda:N,cuda:N", "Several devices of this machine at once, with a process for each.", MODEL, shown="--device alone")] = None,
-    text_device: Annotated[str | None, Option("auto|cuda|cuda:N|mps|cpu", "Where the text encoders run, if not where the VAE does; in one process.", MODEL, shown="as the VAE")] = None,
-    dtype: Annotated[Literal["auto"] | Dtype, Option(help="Number type of the models; auto: float16 on CUDA, else float32.", panel=MODEL)] = "auto",
-    resolution: Annotated[int | str, Option("PIXELS|WxH|native", "Buckets have at most PIXELS x PIXELS, or W x H; native: no resizing.", GEOMETRY)] = 512,
+    text_device: TextDeviceOption = None,
+    dtype: DtypeOption = "auto",
+    resolution: ResolutionOption = 512,
     bucket_step: Annotated[int, Option("PIXELS", "Sides of buckets are multiples of this.", GEOMETRY)] = 64,
     min_side: Annotated[int | None, Option("PIXELS", "Shortest side of a bucket; of an image with a fixed or native size.", GEOMETRY, shown="resolution / 2; with --no-upscale the step")] = None,
     max_side: Annotated[int | None, Option("PIXELS", "Longest side, likewise.", GEOMETRY, shown="resolution x 2; with --no-upscale none")] = None,
@@ -123,14 +147,14 @@ def encode(
     tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS, of_set=True)] = 0.0,
     keep_tags: Annotated[int, Option("N", "The first N tags are neither shuffled nor left out.", CAPTIONS, of_set=True)] = 0,
     wildcards: Annotated[bool, Option(help="{a|b|c} in captions and templates becomes one of its parts.", panel=CAPTIONS, of_set=True)] = False,
-    no_cond: Annotated[bool, Option(help="Store captions and prompts, but no text embeddings.", panel=CAPTIONS)] = False,
-    max_tokens: Annotated[int | None, Option("TOKENS", "Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", CAPTIONS, shown="75; SD 3: 256; FLUX: 512")] = None,
+    no_cond: NoCondOption = False,
+    max_tokens: MaxTokensOption = None,
     clip_skip: Annotated[int, Option("LAYER", "Layer of CLIP to take, from the end; 2 is the penultimate. Stable Diffusion 1 and 2.", CAPTIONS)] = 1,
     emphasis: Annotated[bool, Option(help="Weigh (words), [words] and (words:1.3) as stable-diffusion-webui does. CLIP alone.", panel=CAPTIONS)] = False,
-    tiling: Annotated[int | None, Option("PIXELS", "Encode larger images in overlapping tiles of this side: less memory, but other numbers.", PERFORMANCE, shown="no tiles")] = None,
+    tiling: TilingOption = None,
     compile: Annotated[bool, Option(help="Compile the VAE's encoder (torch.compile): starts minutes later, needs a C++ compiler.", panel=PERFORMANCE)] = False,  # noqa: A002
-    batch_size: Annotated[int | None, Option("IMAGES", "Images the VAE sees at once.", PERFORMANCE, shown="8 at 512x512 on a GPU, 1 on a CPU")] = None,
-    workers: Annotated[int | None, Option("THREADS", "Threads that decode images.", PERFORMANCE, shown="CPU cores, at most 16")] = None,
+    batch_size: BatchSizeOption = None,
+    workers: WorkersOption = None,
     rank: Annotated[int | None, Option("RANK", "Which share of the work this process takes, counted from 0; with --world-size.", MACHINES, shown="that of torchrun or SLURM")] = None,
     world_size: Annotated[int | None, Option("PROCESSES", "How many processes share the work, with nothing in common but the cache.", MACHINES, shown="that of torchrun or SLURM")] = None,
     progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
@@ -383,6 +407,60 @@ def merge(
     from latentprep.runs import run_merge
 
     return run_merge(str(cache), incomplete)
+
+
+# fmt: off
+@door
+def bench(
+    source: Annotated[str | Path | None, Option("SOURCE", "Folder of images, or of WebDataset tars, of which up to 32 are measured; without it pictures are drawn.", is_argument=True)] = None,
+    out: Annotated[str | Path | None, Option("DIR", "Where a cache would go: the disk that is written to. Nothing stays there.", OUTPUT, shown="SOURCE.latents, or here")] = None,
+    *,
+    seconds: Annotated[float, Option("SECONDS", "About how long to measure; models are loaded besides.", PERFORMANCE, least=1, most=3600)] = 60,
+    no_draft: NoDraftOption = False,
+    seed: SeedOption = 0,
+    store_dtype: StoreDtypeOption = "float16",
+    cond_dtype: CondDtypeOption = None,
+    shard_size: ShardSizeOption = None,
+    model: ModelOption = DEFAULT_MODEL,
+    vae: VaeOption = None,
+    text_encoder: TextEncoderOption = None,
+    config: ConfigOption = None,
+    revision: RevisionOption = None,
+    device: DeviceOption = "auto",
+    text_device: TextDeviceOption = None,
+    dtype: DtypeOption = "auto",
+    resolution: ResolutionOption = 512,
+    no_cond: NoCondOption = False,
+    max_tokens: MaxTokensOption = None,
+    tiling: TilingOption = None,
+    batch_size: BatchSizeOption = None,
+    workers: WorkersOption = None,
+    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+) -> Benched:
+    """Measure how fast each stage of encode is on this machine, say what limits a run, and which options would help.
+
+    In Python it returns the numbers. Its temporary files are deleted whatever happens. Raises UserError for arguments,
+    images and models that cannot be used.
+    """
+    # fmt: on
+    from latentprep.benches import run_bench
+    from latentprep.human import parse_bytes
+
+    if source is not None and Path(source).suffix.lower() == ".toml":
+        raise UserError(f"SOURCE {source}: a file of sets. Give the folder of one of them.")
+    where = Path(source) if source is not None else Path()
+    chosen = EncodeOptions(
+        source=where,
+        out=str(out or ("." if source is None else default_out(where))),
+        geometry=Geometry.from_options(resolution=str(resolution)),
+        images=ImageOptions(draft=not no_draft),
+        text=TextOptions(include_cond=not no_cond, cond_dtype=cond_dtype or None, max_tokens=max_tokens),
+        model=str(model), vae=name_or_none(vae), text_encoders=names_given(text_encoder), config=name_or_none(config),
+        revision=revision or None, device=device, text_device=text_device or None, dtype=dtype, tiling=tiling,
+        batch_size=batch_size, workers=workers, seed=seed, store_dtype=store_dtype,
+        shard_bytes=parse_bytes("--shard-size", str(shard_size)) if shard_size not in (None, "") else None,
+    )  # fmt: skip
+    return run_bench(chosen, open_progress(progress, keywords_of(bench)), seconds, is_drawn=source is None)
 
 
 def names_given(names: str | Path | Sequence[str | Path] | None) -> tuple[str, ...]:

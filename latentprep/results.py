@@ -9,6 +9,7 @@ from typing import Any
 
 from latentprep.human import counted, harmless, human_bytes, printable
 from latentprep.records import CHANGES, Change, Problem, Skip
+from latentprep.speeds import Advice, DecodeSpeed, Rates, ReadSpeed, TextSpeed, VaeSpeed, WriteSpeed
 
 
 @dataclass(frozen=True, repr=False)
@@ -205,3 +206,47 @@ class Merged:
     def __repr__(self) -> str:
         missing = f"; without rank {', '.join(map(str, self.absent))}: run encode again" if self.absent else ""
         return f"{printable(self.cache)}: {counted(self.num_images, 'image')}{missing}"
+
+
+@dataclass(frozen=True, repr=False)
+class Benched:
+    """What bench() measured. Rates are a second's."""
+
+    model: str
+    source: str | None  # None: pictures that were drawn
+    versions: Mapping[str, str]  # of Python and of the libraries
+    seconds: float  # that all of it took, with loading the models
+    load: float | None  # cores that other programs kept busy in the minute before; None: not known
+    decode: DecodeSpeed
+    vae: VaeSpeed
+    text: TextSpeed | None  # None: no text encoder was asked for
+    write: WriteSpeed
+    read: ReadSpeed
+    now: Rates  # of a run as it stands
+    best: Rates  # the same, with the VAE in its best batch size
+    advice: tuple[Advice, ...]  # what would make a run faster, the best first; (): nothing that was tried
+
+    @property
+    def limit(self) -> str:
+        """The slowest stage with the VAE at its best: decode, VAE or write."""
+        return self.best.limit
+
+    @property
+    def line(self) -> str:
+        """All in one line, for an issue."""
+        from latentprep.speed_words import issue_line
+
+        return issue_line(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as `latentprep bench --json` prints them; sizes are [height, width]."""
+        found = asdict(self)
+        for name in ("now", "best"):
+            rates = getattr(self, name)
+            found[name] |= {"images_per_second": rates.images_per_second, "text_share": rates.text_share}
+        return {**found, "limit": self.limit, "line": self.line}
+
+    def __repr__(self) -> str:
+        from latentprep.speed_words import page
+
+        return page(self)

@@ -32,6 +32,7 @@ SMALL = {"model": "tiny", "resolution": 64, "bucket_step": 32, "min_side": 32, "
 ROOT = Path(__file__).parent.parent
 COMMANDS = (
     latentprep.encode, latentprep.inspect, latentprep.verify, latentprep.diff, latentprep.compact, latentprep.merge,
+    latentprep.bench,
 )  # fmt: skip
 FUNCTIONS = (*COMMANDS, latentprep.preview, latentprep.report)
 OF_COMMANDS = ("help", "as_json", "as_list", "pattern", "sheet", "page", "is_quiet")  # options that no function has

@@ -19,7 +19,7 @@ from latentprep.records import REASONS
 from tests.conftest import gradient, make_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("encode", "inspect", "verify", "diff", "compact", "merge", "preview", "report")
+COMMANDS = ("encode", "inspect", "verify", "diff", "compact", "merge", "preview", "report", "bench")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -33,11 +33,11 @@ RESULT_JSON = switch("as_json", "--json", "JSON, one object a line: the result; 
 QUIET = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.")
 QUIET_ENCODE = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.", OUTPUT)
 KEYS = switch("as_list", "--list", "Before the summary, a line for each image that differs.")
-FUNCTIONS = (api.encode, api.inspect, api.verify, api.diff, api.compact, api.merge)
+FUNCTIONS = (api.encode, api.inspect, api.verify, api.diff, api.compact, api.merge, api.bench)
 DOORS = {function.__name__: list_parameters(function) for function in FUNCTIONS} | {"inspect": PARAMETERS}
 # the functions whose errors speak of options, as their commands do; those of api speak of keywords
 encode_, verify_, diff_ = unwrap(api.encode), unwrap(api.verify), unwrap(api.diff)
-compact_, merge_ = unwrap(api.compact), unwrap(api.merge)
+compact_, merge_, bench_ = unwrap(api.compact), unwrap(api.merge), unwrap(api.bench)
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]  # click's, or that of typer which has click built in
 
 
@@ -139,12 +139,32 @@ def merge(arguments: dict[str, Any]) -> None:
     show(repr(merge_(**arguments)))
 
 
+def bench(arguments: dict[str, Any]) -> None:
+    quiet()
+    from latentprep.cli.stop import end_if_stuck, stoppable
+
+    as_json = arguments.pop("as_json", False)
+    try:
+        with stoppable():
+            result = bench_(**arguments, progress=choose_progress(False, as_json, has_bars=None))
+    except KeyboardInterrupt as stop:
+        say("stopped; the temporary files are deleted")
+        code = 128 + (stop.args[0] if stop.args else 2)
+        end_if_stuck(code)
+        raise typer.Exit(code) from None
+    if as_json:
+        show_json(json.dumps(result.to_json()))
+    else:
+        show(repr(result))
+
+
 app.command("encode", cls=Command)(face(api.encode, encode, DRY_LIST, EVENTS_JSON, QUIET_ENCODE))
 app.command("inspect", cls=Command)(face(api.inspect, inspect, *OPTIONS))
 app.command("verify", cls=Command)(face(api.verify, verify, RESULT_JSON, QUIET))
 app.command("diff", cls=Command)(face(api.diff, diff, KEYS, RESULT_JSON))
 app.command("compact", cls=Command)(face(api.compact, compact))
 app.command("merge", cls=Command)(face(api.merge, merge))
+app.command("bench", cls=Command)(face(api.bench, bench, RESULT_JSON))
 
 
 @app.command()

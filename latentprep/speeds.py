@@ -1,0 +1,202 @@
+"""How fast each stage of a run is, and from that alone: what limits a run, and which options would help."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from latentprep.records import Size
+
+WORTH = 1.05  # what an option must gain of a whole run to be named
+
+
+@dataclass(frozen=True)
+class DecodeSpeed:
+    """Images from the bytes of their files to the pixels that the VAE sees; the files were read before."""
+
+    images: tuple[tuple[str, int], ...]  # what was decoded, and how many: ("JPEG 1600x1200", 8)
+    num_broken: int  # images that were passed over: they cannot be read or used
+    per_core: float  # images/s of one thread, by the time that it had the processor
+    threads: int
+    with_threads: float  # images/s of all threads, by the clock
+    num_measured: int  # images that all threads have decoded
+    cores: int
+    with_cores: float | None = None  # images/s with a thread for each core; None: there are no more cores than threads
+
+    @property
+    def num_images(self) -> int:
+        return sum(count for _, count in self.images)
+
+
+@dataclass(frozen=True)
+class BatchSpeed:
+    """The VAE in one number type, with batches of one size."""
+
+    dtype: str
+    batch_size: int
+    per_second: float  # images
+    num_measured: int  # times, of which the median counts
+    flops: float  # a second
+    peak_share: float | None  # of the most that the device can do, 0 to 1; None: that is not known
+    num_retried: int = 0  # images encoded again in float32, since this type overflowed
+
+
+@dataclass(frozen=True)
+class VaeSpeed:
+    """The VAE alone, pixels in memory -> posterior in memory."""
+
+    device: str
+    device_name: str
+    bucket: Size
+    size: Size  # that was measured; smaller than the bucket if one image took too long: then it counts by its area
+    dtype: str  # of a run
+    batch_size: int  # of a run
+    batches: tuple[BatchSpeed, ...]
+    ends: tuple[str, ...] = ()  # for each number type: why no larger batch was tried
+
+    def now(self) -> float:
+        """Images/s of a run as it stands: its own batch size, or the next smaller one that was measured."""
+        own = [batch for batch in self.batches if batch.dtype == self.dtype and batch.batch_size <= self.batch_size]
+        return max(own, key=lambda batch: batch.batch_size).per_second
+
+    def best(self, dtype: str | None = None) -> BatchSpeed:
+        """The fastest batch size of a number type; None: that of a run."""
+        return max((b for b in self.batches if b.dtype == (dtype or self.dtype)), key=lambda batch: batch.per_second)
+
+
+@dataclass(frozen=True)
+class TextSpeed:
+    """The text encoders, prompts -> cond in memory."""
+
+    device: str
+    dtype: str
+    per_second: float  # prompts
+    num_prompts: int  # encoded at once
+    num_measured: int
+    tokens: float | None  # of a prompt, on average; None: its encoder does not say
+    num_bytes: float  # of a prompt's cond on disk
+    cond_dtype: str
+
+
+@dataclass(frozen=True)
+class WriteSpeed:
+    """Shards as the cache writes them: packed, hashed, written and fsynced."""
+
+    where: str
+    bytes_per_second: float
+    shard_bytes: int
+    image_bytes: float  # latents of one image
+    num_measured: int
+
+    @property
+    def per_second(self) -> float:
+        """Images."""
+        return self.bytes_per_second / self.image_bytes
+
+
+@dataclass(frozen=True)
+class ReadSpeed:
+    """Batches of a LatentLoader, from files in memory."""
+
+    per_second: float  # samples
+    batch_size: int
+    num_samples: int  # of an epoch
+    num_measured: int  # epochs
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What each stage could do alone. The text encoders have a pass of their own behind the VAE's."""
+
+    decode: float  # images/s
+    vae: float  # images/s
+    write: float  # images/s
+    text: float | None = None  # prompts/s; None: no cond
+    write_text: float | None = None  # prompts/s
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the first pass: that of its slowest stage, since they all work at once."""
+        return min(self.decode, self.vae, self.write)
+
+    @property
+    def limit(self) -> str:
+        """The slowest stage of the first pass: decode, VAE or write."""
+        stages = {"VAE": self.vae, "decode": self.decode, "write": self.write}
+        return min(stages, key=lambda name: stages[name])
+
+    @property
+    def text_seconds(self) -> float:
+        """For a prompt, in the second pass."""
+        rates = [rate for rate in (self.text, self.write_text) if rate is not None]
+        return 1 / min(rates) if rates else 0.0
+
+    @property
+    def seconds(self) -> float:
+        """Of a whole run, for an image with a prompt of its own."""
+        return 1 / self.images_per_second + self.text_seconds
+
+    @property
+    def text_share(self) -> float:
+        """The second pass's share of a run's time, 0 to 1."""
+        return self.text_seconds / self.seconds
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What would make a run faster."""
+
+    what: str  # an option with its value, or words
+    gain: float | None  # how many times as fast a whole run would be; None: not measured
+    why: str
+
+
+def list_changes(
+    now: Rates, decode: DecodeSpeed, vae: VaeSpeed, text: TextSpeed | None, num_devices: int
+) -> Iterator[tuple[str, Rates, str]]:
+    """What could be changed, what the stages would do then, and why."""
+    if decode.with_cores is not None:
+        why = f"decodes {decode.with_cores:.3g} images/s, not {now.decode:.3g}"
+        yield f"--workers {decode.cores}", replace(now, decode=decode.with_cores), why
+    best = vae.best()
+    if best.batch_size != vae.batch_size:
+        why = f"the VAE makes {best.per_second:.3g} images/s, not {now.vae:.3g}"
+        yield f"--batch-size {best.batch_size}", replace(now, vae=best.per_second), why
+    for dtype in dict.fromkeys(batch.dtype for batch in vae.batches):
+        found = [b for b in vae.batches if b.dtype == dtype and not b.num_retried]
+        if dtype != vae.dtype and found:
+            fastest = max(found, key=lambda batch: batch.per_second)
+            why = f"the VAE makes {fastest.per_second:.3g} images/s in batches of {fastest.batch_size}; other numbers"
+            yield f"--dtype {dtype}", replace(now, vae=fastest.per_second), why
+    if num_devices > 1 and vae.device.startswith("cuda"):
+        is_with = now.text is not None and text is not None and text.device == vae.device
+        texts = now.text * num_devices if is_with and now.text is not None else now.text
+        why = f"at most, with {num_devices} devices that decode and write no faster"
+        yield "--devices all", replace(now, vae=now.vae * num_devices, text=texts), why
+    if text is not None and now.write_text is not None and text.cond_dtype not in ("int8", "float32"):
+        why = "cond takes 53% of the space"
+        yield "--cond-dtype int8", replace(now, write_text=now.write_text / 0.53), why
+    faster = replace(now, write=now.write * 4, write_text=now.write_text * 4 if now.write_text is not None else None)
+    yield "a faster disk for --out", faster, "if it were 4 times as fast"
+
+
+def advise(
+    now: Rates, decode: DecodeSpeed, vae: VaeSpeed, text: TextSpeed | None, num_devices: int = 0
+) -> tuple[Advice, ...]:
+    """What would make a whole run at least 5% faster, the best first; `num_devices` are those of CUDA."""
+    gains = [Advice(what, now.seconds / then.seconds, why) for what, then, why in list_changes(
+        now, decode, vae, text, num_devices)]  # fmt: skip
+    found = sorted(
+        (own for own in gains if own.gain is not None and own.gain >= WORTH), key=lambda own: -(own.gain or 0)
+    )
+    if text is not None and text.device == "cpu" and num_devices and now.text_share >= 1 - 1 / WORTH:
+        why = f"the text encoders take {now.text_share:.0%} of a run on the CPU; not measured there"
+        found.append(Advice("--text-device cuda", None, why))
+    return tuple(found)
+
+
+def choose_evenly(count: int, most: int, seed: int) -> Sequence[int]:
+    """Numbers below `count`, at most `most` of them: one by chance from each of as many parts of like length."""
+    import random
+
+    most = min(count, most)
+    chance = random.Random(seed)
+    return [chance.randrange(n * count // most, (n + 1) * count // most) for n in range(most)]
