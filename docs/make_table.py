@@ -1,4 +1,4 @@
-"""The table of models in README.md, from the rows of FAMILIES. `python docs/make_table.py` writes it anew."""
+"""The table of models in docs/models.md, from the rows of FAMILIES. `python docs/make_table.py` writes it anew."""
 
 import inspect
 import re
@@ -10,7 +10,7 @@ from latentprep.prepare.models.families import FAMILIES
 from latentprep.prepare.models.family import FIXED, Family, Stored
 from latentprep.prepare.models.text_file import PIPELINES_OF_PARTS
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).with_name("models.md")
 HEAD = "| model | pipeline | VAE | one file | stored of a prompt | tokens |\n|---|---|---|---|---|---|\n"
 CLIP_WINDOW = 77
 # Checkpoints in one file whose configs and tokenizers a diffusers folder gives: tests/test_split_files.py has those.
@@ -18,12 +18,12 @@ WITH_CONFIG = dict.fromkeys(("StableDiffusion3", "Flux"), "with `--config`")
 
 
 def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    README.write_text(text.replace(find_table(text), make_table()), encoding="utf-8", newline="\n")
+    text = PAGE.read_text(encoding="utf-8")
+    PAGE.write_text(text.replace(find_table(text), make_table()), encoding="utf-8", newline="\n")
 
 
 def find_table(text: str) -> str:
-    """The table as README.md has it."""
+    """The table as models.md has it."""
     start = text.index(HEAD.partition("\n")[0])
     return text[start : text.index("\n\n", start) + 1]
 

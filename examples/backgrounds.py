@@ -1,4 +1,4 @@
-"""Draw what --background and --weights make of transparent images: examples/backgrounds.png, the picture in the README.
+"""Draw what --background and --weights make of transparent images: examples/backgrounds.png, in docs/images.md.
 
 python examples/backgrounds.py [FILE]
 """

@@ -35,7 +35,7 @@ from tests.test_encode import files, reference, rows
 
 pytestmark = pytest.mark.slow
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "reader.md").read_text(encoding="utf-8")
 MANY = ("--flip", "--crop", "random", "--crops", "2")
 
 
@@ -466,9 +466,9 @@ def test_a_cache_without_has_none_and_is_not_mixed_with_one(run, targets, made, 
     assert len(list(LatentLoader([pairs, pairs], 4)))
 
 
-def test_the_loops_of_the_readme_give_a_pipelines_own_tokens(made):
+def test_the_loops_of_the_page_give_a_pipelines_own_tokens(made):
     """Hidden states and positions against FluxKontextPipeline.prepare_latents and Flux2Pipeline's."""
-    kontext, flux2 = re.findall(r"^```py\n(.*?)^```", README.partition("### Edit pairs")[2], re.MULTILINE | re.DOTALL)
+    kontext, flux2 = re.findall(r"^```py\n(.*?)^```", PAGE.partition("## Edit pairs")[2], re.MULTILINE | re.DOTALL)
     batch = next(iter(LatentLoader(LatentDataset(made / "c", include_cond=False).select("wide*"), 2)))
     noisy, asked = torch.randn_like(batch.latent_sample), {}
     size, device, dtype = noisy.shape, noisy.device, noisy.dtype

@@ -1,4 +1,4 @@
-"""examples/: both trainings run on a CPU with small models and resume in mid-epoch; the README's picture is drawn."""
+"""examples/: both trainings run on a CPU with small models and resume in mid-epoch; the pages' picture is drawn."""
 
 import importlib
 import re

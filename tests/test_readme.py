@@ -1,4 +1,4 @@
-"""README.md: every command and snippet in it runs, and it speaks of what there is."""
+"""README.md and docs/: every command and snippet in them runs, and they speak of what there is."""
 
 import re
 import runpy
@@ -9,31 +9,39 @@ import tarfile
 from pathlib import Path
 
 import pytest
+import typer
 from diffusers import DDPMScheduler, UNet2DConditionModel
+from PIL import Image, ImageChops, ImageStat
 
-import latentprep
 from latentprep.cli import commands as cli
-from latentprep.door import list_parameters
 from latentprep.prompts import list_templates
 from latentprep.records import REASONS
 from tests.conftest import gradient, make_model
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("encode", "inspect", "verify", "diff", "compact", "merge", "preview", "report", "bench")
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+# in the order in which one reads them; tests/test_training_loops.py takes the snippets of training.md
+NAMES = (
+    "README.md", "docs/getting-started.md", "docs/captions.md", "docs/images.md", "docs/models.md", "docs/caches.md",
+    "docs/reader.md", "docs/training.md", "docs/recipes.md", "docs/coming-from.md", "docs/options.md",
+    "docs/fidelity.md", "docs/measured.md", "docs/troubleshooting.md", "docs/faq.md",
+)  # fmt: skip
+PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+TEXT = "\n".join(PAGES.values())
 
 
 def blocks(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    """Blocks of code of all pages. "bash", "python", "toml": they run; "sh", "py": they need what a test has not."""
+    texts = [text for name, text in PAGES.items() if name != "docs/training.md"]
+    return [b for text in texts for b in re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
 
 
-def commands():
-    return [shlex.split(line) for block in blocks("bash") for line in block.splitlines()]
+def commands(language="bash"):
+    return [shlex.split(line) for block in blocks(language) for line in block.splitlines()]
 
 
 @pytest.fixture
 def desk(photos, tmp_path, monkeypatch):
-    """A folder as the README's reader has it: ./photos, ./shards, and a small model in the place of the large one."""
+    """A folder as the pages' reader has it: ./photos, ./shards, and a small model in the place of the large one."""
     folder = make_model(tmp_path / "stable-diffusion-v1-5")
     UNet2DConditionModel(
         block_out_channels=(8, 16),
@@ -67,16 +75,23 @@ def test_every_command_and_snippet_runs_in_its_order(desk, run):
         assert result.code == 0, (command, result.err)
     scope = {}
     for snippet in blocks("python"):
-        exec(compile(snippet, "README.md", "exec"), scope)
-    assert scope["loss"].isfinite()
-    assert scope["loader"].epoch == 2
+        exec(compile(snippet, "a page", "exec"), scope)
+        if "loss.backward()" in snippet:
+            assert scope["loss"].isfinite()
+            assert scope["loader"].epoch == 2
+    assert len(scope["sizes"]) > 2
+    with Image.open("preview.png") as drawn, Image.open(ROOT / "docs" / "images" / "preview.png") as shown:
+        assert drawn.size == shown.size  # letters and JPEGs differ a little between versions of Pillow
+        assert ImageStat.Stat(ImageChops.difference(drawn.convert("RGB"), shown.convert("RGB"))).mean < [4, 4, 4]
 
 
 def test_every_other_command_is_a_target_of_the_makefile():
     others = [command for command in commands() if command[0] != "latentprep"]
     assert others == [["make", "demo"], ["make", "test"]]
     assert shutil.which("make")
-    for command in [*others, ["make", "lint"], ["make", "bench"]]:
+    named = set(re.findall(r"`make (\w+)`", TEXT))
+    assert named >= {"demo", "test", "slow", "lint"}
+    for command in [*others, *(["make", name] for name in sorted(named))]:
         subprocess.run([command[0], "-n", *command[1:]], cwd=ROOT, check=True, capture_output=True)
 
 
@@ -84,44 +99,65 @@ def test_continuous_integration_runs_the_readmes_commands():
     assert {"make demo", "make test"} <= set((ROOT / ".ci" / "run").read_text().splitlines())
 
 
-def test_options_and_files_that_it_names_exist():
-    functions = [getattr(latentprep, name) for name in COMMANDS]
-    table = {parameter.flag for function in functions for parameter in list_parameters(function)}
-    shown = table | {"--json", "--list", "--preview", "--html", "--quiet"}
-    shown |= {"--help", "--version", "--install-completion"}
-    scripts = re.findall(r"`python (\S+\.py)([^`]*)`", README)
-    assert len(scripts) >= 4
+def shown_options():
+    """Every option that latentprep has, of all its commands and of no command."""
+    app = typer.main.get_command(cli.app)
+    params = [param for command in (app, *app.commands.values()) for param in command.params]
+    return {option for param in params for option in param.opts} | {"--help", "--install-completion"}
+
+
+def test_options_and_files_that_pages_name_exist():
+    scripts = re.findall(r"`?python (\S+\.py)([^`\n]*)", TEXT)
+    assert len(scripts) >= 20
     for script, arguments in scripts:
         for option in re.findall(r"--([a-z-]+)", arguments):
             assert f" {option.replace('-', '_')}: Annotated[" in (ROOT / script).read_text(encoding="utf-8")
-    without_scripts = re.sub(r"`python [^`]*`", "", README)
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", without_scripts)):
-        assert option in shown, option
-    for path in set(re.findall(r"`((?:examples|benchmarks|templates)/[\w./]*)`", README)):
+    shown = shown_options()
+    for name, text in PAGES.items():
+        for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", re.sub(r"`?python \S+\.py[^`\n]*", "", text))):
+            assert option in shown, (name, option)
+    for path in set(re.findall(r"`((?:examples|benchmarks|templates|docs)/[\w./]*)`", TEXT)):
         assert (ROOT / path).exists(), path
-    for name in re.findall(r"--template (\w+)", README):
+    for name in re.findall(r"--template ([a-z]\w+)", TEXT):
         assert name in list_templates()
-    for command in set(re.findall(r"`latentprep (\w+)", README)):
+    for command in set(re.findall(r"`latentprep ([a-z]\w*)", TEXT)):
         assert hasattr(cli, command)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_every_option_is_named(name):
-    for parameter in list_parameters(getattr(latentprep, name)):
-        if not parameter.option.in_python_only and not parameter.option.is_argument:
-            assert re.search(rf"{parameter.flag}(?![\w-])", README), parameter.flag
-    assert f"latentprep.{name}" in README or f"latentprep {name}" in README
+@pytest.mark.parametrize("language", ["bash", "sh"])
+def test_every_command_line_is_understood(language):
+    """Also of the commands that no test runs, since their models are not here."""
+    app = typer.main.get_command(cli.app)
+    lines = [words for words in commands(language) if "latentprep" in words]
+    assert len(lines) >= 15
+    for words in lines:
+        name, *arguments = words[words.index("latentprep") + 1 :]
+        app.commands[name].make_context(name, arguments)
 
 
-def test_its_table_of_models_is_that_of_the_rows():
+def test_every_option_is_named():
+    for option in shown_options() - {"--show-completion"}:
+        assert re.search(rf"{option}(?![\w-])", TEXT), option
+    for name in ("encode", "inspect", "verify", "diff", "compact", "merge", "preview", "report", "bench"):
+        assert f"latentprep.{name}" in TEXT or f"latentprep {name}" in TEXT
+
+
+def test_the_page_of_options_is_that_of_the_signatures():
+    script = runpy.run_path(str(ROOT / "docs" / "make_options.py"))
+    assert PAGES["docs/options.md"] == script["make_page"](), "python docs/make_options.py writes it anew"
+
+
+def test_the_table_of_models_is_that_of_the_rows():
     pytest.importorskip("diffusers", minversion="0.42")  # before, some of the pipelines are not there
     script = runpy.run_path(str(ROOT / "docs" / "make_table.py"))
-    assert script["find_table"](README) == script["make_table"](), "python docs/make_table.py writes it anew"
+    found = script["find_table"](PAGES["docs/models.md"])
+    assert found == script["make_table"](), "python docs/make_table.py writes it anew"
 
 
-def test_reasons_that_it_lists_are_those_of_the_code():
-    listed = set(re.findall(r"`(\w+)`", README.split("with its reason")[1].split("\n\n")[0]))
-    assert listed == set(REASONS)
+def test_reasons_that_a_page_lists_are_those_of_the_code():
+    section = PAGES["docs/images.md"].partition("\n## Images that cannot be used\n")[2].partition("\n## ")[0]
+    listed = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", section, re.MULTILINE))
+    assert listed == {reason: meaning for reason, (_, meaning) in REASONS.items()}
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "latentprep" / "prepare").rglob("*.py"))
     for reason in REASONS:
         assert f'"{reason}"' in source

@@ -1,4 +1,4 @@
-"""refused.py: models that no row can say are refused in one line that says why, and README lists them."""
+"""refused.py: models that no row can say are refused in one line that says why, and docs/models.md lists them."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from latentprep.prepare.models.families import find_family
 from latentprep.prepare.models.refused import REFUSALS, refusal_of
 from tests.conftest import SMALL
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parent.parent / "docs" / "models.md").read_text(encoding="utf-8")
 # Neither a family nor refused by a row: older than what people train, or small variants; refused all the same.
 OTHERS = """AltDiffusion BlipDiffusion Bria CogView3Plus Cycle DiT Diffusion FluxPriorRedux LDM
 LatentConsistency Lumina NucleusMoE Onnx Ovis PaintByExample RFD4 Semantic StableDiffusion UniDiffuser Versatile
@@ -52,8 +52,8 @@ def test_the_line_says_why(name, why, model, images, tmp_path, run):
     assert result.code == (0 if refusal_of(name).has_latents else 1)
 
 
-def test_the_readme_has_the_list():
-    section = README.partition("### Models that are refused")[2].partition("\n#")[0]
+def test_the_page_has_the_list():
+    section = PAGE.partition("## Models that are refused")[2].partition("\n#")[0]
     assert re.sub(r"\s+", " ", section).count("| ") >= len(REFUSALS)
     for row in REFUSALS:
         assert row.why in section, row.why

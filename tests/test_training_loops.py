@@ -156,7 +156,7 @@ def to_circle(sigma, noisy, velocity):
 
 
 def check_table(family, pipeline, batch):
-    """What the README's table says of VAE and shapes."""
+    """What the table in docs/models.md says of VAE and shapes."""
     table = runpy.run_path(str(DOCS / "make_table.py"))
     assert f"`{type(pipeline.vae).__name__}`" in table["list_vaes"](family)
     for name, value in batch.stored_cond.items():

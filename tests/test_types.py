@@ -1,4 +1,4 @@
-"""The reader's types, as mypy sees them in a user's script: the README's loop is clean, and what is wrong is found."""
+"""The reader's types, as mypy sees them in a user's script: the pages' loop is clean, and what is wrong is found."""
 
 import os
 import subprocess
@@ -68,7 +68,7 @@ def check(script, tmp_path):
     return [line for line in result.stdout.splitlines() if line.startswith("user.py") and "error:" in line]
 
 
-def test_the_readmes_loop_is_strictly_typed(tmp_path):
+def test_the_loop_of_the_page_is_strictly_typed(tmp_path):
     (loop,) = [block for block in blocks("python") if "LatentLoader(" in block and "loss.backward()" in block]
     assert check(loop, tmp_path) == []
 
