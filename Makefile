@@ -2,7 +2,7 @@
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 
-.PHONY: demo test slow lint faults lowest newest bench clean
+.PHONY: demo test slow lint docs faults lowest newest bench clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/latentprep demo demo
@@ -19,6 +19,10 @@ lint: $(VENV)/.installed-lint
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# the site, into site/; fails if a link leads nowhere. The variable keeps an advertisement out
+docs: .venv-docs/.installed
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 
 # the tests that kill and mutate at random, at greater length: a quarter of an hour
 faults: $(VENV)/.installed-test
@@ -44,7 +48,7 @@ bench: $(VENV)/.installed-test
 	$(PYTHON) benchmarks/pillow_samples.py
 
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-newest demo dist build
+	rm -rf $(VENV) .venv-docs .venv-lowest .venv-newest demo dist build site
 
 $(VENV)/bin/python:
 	python3 -m venv $(VENV)
@@ -69,4 +73,12 @@ $(VENV)/.installed-lint: $(VENV)/.installed-test
 		print(*(line.replace('>=', '==') for line in asked if not line.startswith('torch>')), sep='\n')" > .venv-lowest/lowest.txt
 	sed -n '/^torch==/p' constraints.txt >> .venv-lowest/lowest.txt
 	.venv-lowest/bin/pip install --disable-pip-version-check -q -c .venv-lowest/lowest.txt -e ".[test]"
+	@touch $@
+
+# the extra `docs` alone, which needs no torch: seconds
+.venv-docs/.installed: pyproject.toml constraints.txt
+	python3 -m venv .venv-docs
+	.venv-docs/bin/python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*p['optional-dependencies']['docs'], sep='\n')" > .venv-docs/asked.txt
+	.venv-docs/bin/pip install --disable-pip-version-check -q -c constraints.txt -r .venv-docs/asked.txt
 	@touch $@

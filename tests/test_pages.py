@@ -4,6 +4,7 @@ import ast
 import re
 
 import pytest
+import yaml
 
 from latentprep.cli.foreign import HINTS
 from latentprep.kohya.keys import NO_EQUIVALENT, OF_DATASET, OF_SUBSET, OF_SUBSET_ALONE
@@ -49,6 +50,13 @@ def test_headings_of_a_page_have_anchors_of_their_own(name):
 
 def test_the_preview_is_small():
     assert (ROOT / "docs" / "images" / "preview.png").stat().st_size < 400_000
+
+
+def test_the_site_has_every_page():
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = re.findall(r": ([\w-]+\.md)$", str(yaml.safe_dump(yaml.safe_load(text)["nav"])), re.MULTILINE)
+    pages = {name.removeprefix("docs/").replace("README.md", "index.md") for name in NAMES}
+    assert sorted(listed) == sorted(pages | set(BESIDE[:3]))
 
 
 def words_of_the_code():
