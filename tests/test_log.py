@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import time
 
 import pytest
@@ -194,3 +196,15 @@ def test_the_home_folder_is_known_and_nothing_is_the_default(tmp_path, monkeypat
     (tmp_path / "a" / "b").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "a" / "b")
     assert log_path("", "..", 0, 1) == tmp_path / "a.log"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
+def test_json_that_cannot_be_written_is_a_failure(images, tmp_path):
+    latentprep.encode(images, tmp_path / "c", **OPTIONS)
+    command = [sys.executable, "-m", "latentprep", "verify", str(tmp_path / "c"), "--json"]
+    with open("/dev/full", "wb") as full:
+        assert subprocess.run(command, stdout=full, stderr=subprocess.DEVNULL, check=False).returncode == 1
+        assert subprocess.run(command[:-1], stdout=full, stderr=subprocess.DEVNULL, check=False).returncode == 0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+        process.stdout.close()  # nobody listens
+    assert process.returncode == 0

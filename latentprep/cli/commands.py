@@ -203,19 +203,20 @@ def describe_error(error: UserError | OSError) -> str:
 def main() -> None:
     """Entry point: errors that are the person's to mend are one line, and no traceback."""
     as_json = "--json" in sys.argv[1:]
-    with unbreakable():
+    with unbreakable() as descriptors:
         try:
-            code = app(prog_name="latentprep", standalone_mode=False)
+            code = app(prog_name="latentprep", standalone_mode=False) or 0
         except UsageError as error:
             from latentprep.cli.usage import describe_usage
 
             fail(describe_usage(error, DOORS, sys.argv[1:]), as_json)
-            sys.exit(2)
+            code = 2
         except (UserError, OSError) as error:
             fail(describe_error(error), as_json)
-        else:
-            sys.exit(code or 0)
-        sys.exit(1)
+            code = 1
+    if as_json and any(descriptor.is_full for descriptor in descriptors[:1]):
+        code = code or 1  # a program would take what it got for all of it
+    sys.exit(code)
 
 
 if __name__ == "__main__":

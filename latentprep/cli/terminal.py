@@ -1,5 +1,6 @@
 """The one exit of text to the terminal: nothing in it is obeyed there, and nothing breaks if nobody listens."""
 
+import errno
 import io
 import json
 import os
@@ -92,6 +93,7 @@ class Unbreakable(io.RawIOBase):
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
+        self.is_full = False  # whether something could not be written, though somebody listens
 
     def writable(self) -> bool:
         return True
@@ -107,15 +109,18 @@ class Unbreakable(io.RawIOBase):
         try:
             while view:
                 view = view[os.write(self.descriptor, view) :]
-        except OSError:
-            pass  # nobody listens; the work goes on, and the exit code tells of it
+        except OSError as error:  # the work goes on
+            self.is_full |= error.errno != errno.EPIPE
         return len(data)
 
 
 @contextmanager
-def unbreakable() -> Iterator[None]:
-    """stdout and stderr that raise nothing, for as long as the context lasts; also for file names that are no UTF-8."""
-    before = sys.stdout, sys.stderr
+def unbreakable() -> Iterator[list[Unbreakable]]:
+    """stdout and stderr that raise nothing, for as long as the context lasts; also for file names that are no UTF-8.
+
+    Gives what they write to, stdout's first.
+    """
+    before, descriptors = (sys.stdout, sys.stderr), list[Unbreakable]()
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         with suppress(OSError, ValueError, AttributeError):  # a full disk, closed, or no stream at all
@@ -126,6 +131,7 @@ def unbreakable() -> Iterator[None]:
             raw = Unbreakable(stream.fileno())
         except (OSError, ValueError, AttributeError):
             continue  # a notebook's, or none
+        descriptors.append(raw)
         is_error = name == "stderr"
         writer = io.BufferedWriter(raw)  # type: ignore[type-var]
         wrapper = io.TextIOWrapper(
@@ -133,7 +139,7 @@ def unbreakable() -> Iterator[None]:
         )
         setattr(sys, name, wrapper)
     try:
-        yield
+        yield descriptors
     finally:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
