@@ -198,6 +198,7 @@ def test_the_home_folder_is_known_and_nothing_is_the_default(tmp_path, monkeypat
     assert log_path("", "..", 0, 1) == tmp_path / "a.log"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux")
 def test_json_that_cannot_be_written_is_a_failure(images, tmp_path):
     latentprep.encode(images, tmp_path / "c", **OPTIONS)
