@@ -22,7 +22,10 @@ FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFO
 
 
 def log_path(log: str | None, out: str, rank: int, world_size: int) -> Path | None:
-    """Where a run of the cache `out` writes what it says; None: nowhere. Each of several ranks has its own file."""
+    """Where a run of the cache `out` writes what it says; None: nowhere.
+
+    Without `log` each of several ranks has its own file.
+    """
     if log == NONE or (not log and "://" in out):
         return None
     if log:
@@ -62,7 +65,7 @@ class Log:
 
     @contextmanager
     def to_the_end(self) -> Iterator[None]:
-        """Also writes what ends the block, if it fails."""
+        """Writes what ends the block too, if it fails and the log is open."""
         try:
             yield
         except BaseException as error:
@@ -83,7 +86,7 @@ class Log:
 
 
 def append(path: Path, text: str) -> None:
-    """Add text to a log. Raises OSError, also for what is none: a pipe, a link, and any file but a log of ours."""
+    """Add text to a log. Raises OSError, also for a pipe, a link, and any file but a log of ours."""
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | FLAGS, 0o644)
     with open(descriptor, "r+b", buffering=0) as file:
         head = file.read(100) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"\0"

@@ -124,7 +124,7 @@ def print_line(line: str) -> None:
 
 
 class Lines:
-    """A bar as lines for a pipe, a file or a log: one every ten seconds, and one at the end."""
+    """A bar as lines for a pipe, a file or a log: one every so many seconds, and one at the end."""
 
     def __init__(
         self,

@@ -348,7 +348,7 @@ def test_only_storage_opens_files_for_writing():
         if path.name not in ours:
             source = path.read_text()
             assert not any(
-                call in source for call in (".write_bytes(", ".write_text(", ', "wb"', ', "w"', ', "a"', "save_file(")
+                call in source for call in (".write_bytes(", ".write_text(", ', "wb"', ', "w"', "save_file(")
             ), path
 
 

@@ -101,7 +101,7 @@ class TextCond:
 
 
 def find_cond_files(storage: Storage, named: Mapping[str, Stamp], others: bool) -> dict[str, Stamp]:
-    """id -> stamp of the cond files that are there: of those that a manifest names, none of another size.
+    """id -> stamp of the cond files that are there: those that a manifest names, if they have the size that it says.
 
     With `others`, those too that an unfinished run has left, if they are as they were written. Raises UnreadableError.
     """

@@ -37,7 +37,7 @@ class Shard:
         if self.dead and (
             self.dead[0] < 0 or self.dead[-1] >= self.num_rows or list(self.dead) != sorted(set(self.dead))
         ):
-            raise ValueError(f"shard {self.id}: dead rows that are none")
+            raise ValueError(f"shard {self.id}: invalid dead rows")
         if self.sets and sum(count for _, count in self.sets) != self.num_rows:
             raise ValueError(f"shard {self.id}: has not {self.num_rows} rows of sets")
 

@@ -22,9 +22,9 @@ NOTHING = np.zeros((0, 2), np.int32)
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What a text file holds: its groups, and the P distinct prompts of the shard: first Q with cond of their own.
+    """What a text file holds: its groups, and the P distinct prompts of the shard.
 
-    The others borrow their cond: it stands in cond files, since other shards have these prompts too.
+    The first Q prompts have their cond here. The others borrow it from cond files, since other shards have them too.
     """
 
     groups: list[TextGroup]
@@ -113,7 +113,7 @@ def _text_of(tensors: Tensors, metadata: dict[str, Any]) -> Text:
         raise ValueError("some of its prompts borrow cond, and others have none")
     dead = metadata.get("dead", [])
     if not isinstance(dead, list) or not all(type(row) is int and row >= 0 for row in dead):
-        raise ValueError("its dead rows are none")
+        raise ValueError("its list of dead rows is invalid")
     window = metadata.get("max_tokens")
     return Text(groups, prompt, cond, num_tokens, window, metadata, tuple(dead), cond_files, borrowed)
 
@@ -122,11 +122,11 @@ def _borrowed_of(tensors: Tensors, metadata: dict[str, Any], num_prompts: int) -
     """The ids of the cond files that a text borrows from, and [P-Q,2] int32 where in them. Raises ValueError."""
     files, borrowed = metadata.get("cond_files", []), tensors.get("borrowed")
     if not isinstance(files, list) or not all(isinstance(name, str) and COND_ID.fullmatch(name) for name in files):
-        raise ValueError("its cond_files are none")
+        raise ValueError("its list of cond files is invalid")
     if borrowed is None and not files:
         return (), NOTHING.copy()
     if borrowed is None or borrowed.dtype != torch.int32 or borrowed.ndim != 2 or borrowed.shape[1] != 2:
-        raise ValueError("borrowed is not int32 [P,2]")
+        raise ValueError("borrowed is not int32 with two numbers for each prompt that is borrowed")
     if not 0 < len(borrowed) <= num_prompts or len(set(files)) < len(files):
         raise ValueError(f"borrowed has {len(borrowed)} rows for {num_prompts} prompts, of {len(files)} cond files")
     rows = np.require(borrowed.numpy(), requirements=["C", "A"])

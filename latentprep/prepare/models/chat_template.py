@@ -14,7 +14,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.models.files import blame
 
 MAX_TEMPLATE = 2**16  # characters; Qwen3's has 4,000
-MAX_CHAT = 2**20  # characters that it makes of one prompt, of which a caption may have 65,536
+MAX_CHAT = 2**20  # characters that it makes of one prompt, of which a caption may have 64,000
 MAX_SECONDS = 10.0  # of the processor, for one prompt; Qwen3's takes less than a thousandth of that
 # arguments of apply_chat_template that are for tokens, and not for the text
 OF_TOKENS = ("tokenize", "return_dict", "return_tensors", "padding", "truncation", "max_length")

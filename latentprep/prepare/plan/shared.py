@@ -62,7 +62,10 @@ class Prompter:
 
 @dataclass(frozen=True)
 class Sharing:
-    """Where the cond of a plan's prompts comes from, but for those that their own text encodes."""
+    """Where the cond of prompts comes from: a cond file (`borrowed`), or a text file that it is copied from (`homes`).
+
+    A prompt in neither is encoded by its own text.
+    """
 
     tasks: tuple[CondTask, ...]  # the cond files to make
     borrowed: Borrowed
@@ -76,7 +79,7 @@ def share_prompts(
     cond_files: Mapping[str, Stamp],
     prompts_per_file: int,
 ) -> Sharing:
-    """Which prompts of a plan are borrowed: those of the cond files that are there, and those of several of its texts.
+    """Decides which prompts are borrowed: those of the cond files that are there, and those of two or more texts.
 
     Cond that a text file of the cache has is taken from there; not at a URL, where a file would be read as a whole,
     again and again, for a few of its prompts.

@@ -38,7 +38,7 @@ class CondTask:
 
 @dataclass(frozen=True)
 class TextTask:
-    """A shard that gets a text file. What it has of cond in the one it has now is taken over."""
+    """A shard that gets a text file. Cond in its present one is used again."""
 
     shard: Shard
     rows: tuple[Row, ...]  # what the new file says

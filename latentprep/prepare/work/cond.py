@@ -42,7 +42,7 @@ class MadeCond:
 
 
 class CondMaker:
-    """The text encoders of a run, loaded when the first prompt asks for them."""
+    """Makes cond: what is stored is used again, the rest is encoded. The first such prompt loads the encoders."""
 
     def __init__(
         self,
