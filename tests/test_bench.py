@@ -125,18 +125,21 @@ def test_a_stop_is_told_in_one_line(images, desk, monkeypatch, run):
     assert not left_in(desk)
 
 
+@pytest.mark.slow
 def test_what_other_programs_have_set_stays(images, desk):
     before = torch.get_num_threads(), Image.MAX_IMAGE_PIXELS
     latentprep.bench("images", **SHORT)
     assert (torch.get_num_threads(), Image.MAX_IMAGE_PIXELS) == before
 
 
+@pytest.mark.slow
 def test_a_remote_place_is_left_as_it_was(images, desk):
     found = latentprep.bench("images", "memory://bench/c", **SHORT)
     assert found.write.where == "memory://bench/c"
     assert not [name for name in fsspec.filesystem("memory").find("/bench") if "latentprep" in name]
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_there_stays(images, desk):
     latentprep.encode("images", "c", model="tiny", resolution=64, device="cpu", progress=False)
     before = {path: path.read_bytes() for path in Path("c").rglob("*") if path.is_file()}

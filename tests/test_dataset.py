@@ -210,6 +210,7 @@ def test_plain_dataloader_with_the_sampler(cache):
     assert len(next(iter(DataLoader(data, batch_size=1, collate_fn=LatentDataset.collate)))) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", ["fork", "spawn"])
 def test_workers_give_the_same_batches(cache, context):
     def read(**options):

@@ -131,6 +131,7 @@ def test_equal_images_meet_one_by_one(images, other, tmp_path):
     assert (result.only_a, result.only_b) == (("images2.png",), ())
 
 
+@pytest.mark.slow
 def test_the_distance_of_another_number_type_is_that_of_its_rounding(run, images, tmp_path):
     encode(images, tmp_path / "a", store_dtype="float32", flip=True)
     encode(images, tmp_path / "b", store_dtype="bfloat16", flip=True, **SHARDS)
@@ -260,6 +261,7 @@ def test_a_weight_that_one_cache_lacks_is_1(images, cache, tmp_path):
     assert dict(weight.most) == pytest.approx(wanted)
 
 
+@pytest.mark.slow
 def test_control_images_are_compared(images, other, tmp_path):
     encode(images, tmp_path / "a", control=other)
     for path in other.glob("*.png"):
@@ -273,6 +275,7 @@ def test_control_images_are_compared(images, other, tmp_path):
     assert "control_1      mean" in repr(diff(tmp_path / "b", tmp_path / "c"))
 
 
+@pytest.mark.slow
 def test_sets_are_compared_by_name(images, other, tmp_path):
     def sets(**options):
         return [{"name": "one", "source": images, **options}, {"name": "two", "source": other}]
@@ -307,6 +310,7 @@ def test_cond_of_another_length_is_not_compared(images, cache, tmp_path):
     assert "with cond of other names or shapes: 9: " in repr(result)
 
 
+@pytest.mark.slow
 def test_another_text_encoder_is_named(images, tmp_path):
     models = [make_model(tmp_path / f"m{seed}", seed=seed) for seed in range(2)]
     encode(images, tmp_path / "a", model=models[0])
@@ -329,6 +333,7 @@ def test_cond_that_one_cache_borrows_is_the_same(images, tmp_path):
     assert result.cond.num_compared == 2
 
 
+@pytest.mark.slow
 def test_skips_are_compared_by_reason(images, cache, other, tmp_path):
     data = (other / "wide0.png").read_bytes()
     (other / "bad.png").write_bytes(data[:-40])

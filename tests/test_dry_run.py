@@ -80,6 +80,7 @@ def test_the_list_goes_with_a_dry_run_alone(run, images, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
+@pytest.mark.slow
 def test_prompts_that_are_counted_are_those_that_are_encoded(run, images, tmp_path):
     cache = tmp_path / "c"
     assert prompts_of(run, images, cache, "--shard-size", "30kB") == (9, 9)
@@ -99,6 +100,7 @@ def test_prompts_that_are_counted_are_those_that_are_encoded(run, images, tmp_pa
     assert prompts_of(run, images, cache, "--trigger", "sks") == (1, 1)
 
 
+@pytest.mark.slow
 def test_prompts_of_a_run_that_was_killed_are_not_counted_again(run, images, tmp_path):
     cache = tmp_path / "c"
     (images / "bad.png").write_bytes((images / "wide0.png").read_bytes()[:-40])

@@ -163,6 +163,7 @@ def test_units_that_end_too_early_are_no_fault_of_those_before(images, tmp_path)
     assert shard.name == f"{found.plan.units[0].id}.latents.safetensors"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["load", "start", "finish", "build", "write", "bar", "close"])
 @pytest.mark.parametrize("count", [1, 4, 9, 14])
 def test_a_stop_at_any_stage_ends_as_undisturbed(images, tmp_path, monkeypatch, stage, count):

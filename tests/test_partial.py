@@ -26,6 +26,7 @@ def fill(images):
     (images / "more5.png").write_bytes((images / "more5.png").read_bytes()[:-40])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [(), ("--flip", "--crop", "random", "--crops", 2), ("--store", "mean"), ("--batch-size", 3), ("--weights", "none"),

@@ -90,6 +90,7 @@ def model_options(tmp_path):
 slow = pytest.mark.slow
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -142,6 +143,7 @@ def test_a_killed_reader_keeps_nothing(run, images, tmp_path):
     assert len(list((cache / "shards").iterdir())) < before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_read_on_too(run, images, tmp_path, method):
     cache = tmp_path / "c"

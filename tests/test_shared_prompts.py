@@ -166,6 +166,7 @@ def test_many_shared_prompts_are_cut_into_files_of_the_size_of_a_shard(images, t
     assert latentprep.verify(tmp_path / "c", progress=False).ok
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", range(1, 6))
 def test_stopped_after_any_file_it_ends_with_the_same_bytes(classes, tmp_path, encoded, monkeypatch, count):
     done = []

@@ -113,6 +113,7 @@ def test_a_word_longer_than_a_window_is_cut_between_characters(count):
     assert texts("☃" * 60, 3, count) == ["☃" * 25, "☃" * 25, "☃" * 10]  # three tokens each
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_whatever_the_prompt(count):
     dice = random.Random(0)
     for _ in range(200):
