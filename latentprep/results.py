@@ -175,7 +175,8 @@ class Compacted:
         return not self.damaged
 
     def __repr__(self) -> str:
-        left = f"; {counted(self.num_left, 'dead row')} left in shards that have few" if self.num_left else ""
+        few = f"; {counted(self.num_left, 'dead row')} left in shards that have few (--min-share 0 rewrites these too)"
+        left = few if self.num_left else ""
         lines = [
             f"{self.cache}: {counted(self.num_shards, 'shard')} rewritten or removed, {counted(self.num_rows, 'row')} "
             f"and {human_bytes(self.num_bytes)} freed{left}"

@@ -22,6 +22,7 @@ from latentprep.look.images import image_statistics
 from latentprep.look.rows import find_duplicates
 from latentprep.look.words import list_texts
 
+NUM_SKIPS = 5  # that are named
 STATISTICS_ROWS = 4096  # rows whose latents are read for the statistics; more change no digit that is shown
 
 
@@ -58,7 +59,10 @@ def summarize(storage: Storage, num_cropped: int = 5) -> dict[str, Any]:
         "latents": latent_statistics(storage, manifest),
         "text": text_statistics(storage, manifest),
         "skipped": dict(sorted(Counter(skip.reason for skip in skips).items())),
-        "skipped_examples": [f"{skip.key}: {skip.reason} ({skip.detail})" for skip in skips[:5]],
+        "skipped_examples": [
+            *(f"{skip.key}: {skip.reason} ({skip.detail})" for skip in skips[:NUM_SKIPS]),
+            *([f"and {len(skips) - NUM_SKIPS:,} more in skipped.jsonl"] if len(skips) > NUM_SKIPS else []),
+        ],
     }
 
 

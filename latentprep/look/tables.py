@@ -64,7 +64,7 @@ def list_facts(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
     latent = summary["latent"]
     shift, scale = (", ".join(f"{n:g}" for n in latent["normalization"][name]) for name in ("shift", "scale"))
     yield "scaling", f"(latent - {shift}) * {scale}" if "," not in shift + scale else f"shift {shift}; scale {scale}"
-    yield "weights", f"{latents['rows_with_weight']:,} images weigh unevenly{_read(summary)}"
+    yield "weights", f"{counted(latents['rows_with_weight'], 'image')} with uneven weights{_read(summary)}"
     yield "made by", _plain(summary["recipe"]["libraries"])
 
 
