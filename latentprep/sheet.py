@@ -2,21 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
 
-from PIL import Image, ImageDraw, ImageEnhance, ImageFont
+from PIL import Image, ImageDraw, ImageEnhance
 
-from latentprep.human import printable
 from latentprep.records import Size
+from latentprep.sheet_fonts import Color, draw_text, line_height, measure, readable
 
-Color = tuple[int, int, int]
 SIDE = 192  # pixels: no picture is wider or higher
 GAP, MARGIN = 8, 24  # between the pictures of a card; around cards
 WIDEST = 1680  # pixels of a sheet, as long as one card is not wider
 BACKGROUND, GROUND, PADDING = (30, 31, 34), (56, 58, 64), (112, 80, 92)
 INK, DIM, WARNING, BOX = (236, 236, 236), (160, 162, 168), (255, 186, 73), (255, 45, 120)
 TITLE, SMALL, TEXT, LARGE = 12, 13, 15, 20  # sizes of letters: over pictures, captions, keys, the first line
-LINE = 1.35  # height of a line of text over the size of its letters
 MAX_LINES, MAX_CHARS = 2, 600  # of a caption
 HEADING_LINES = 3  # of each line of a heading, once it is broken
 
@@ -96,13 +93,13 @@ def draw_card(card: Card, width: int, height: int) -> Image.Image:
     texts += [(line, SMALL, DIM) for line in wrap(card.caption, SMALL, width, MAX_LINES)]
     foot = stack_text(texts, width)
     if note:
-        ImageDraw.Draw(foot).text((width, line_height(TEXT) - 4), note[0], WARNING, font(SMALL), anchor="rs")
+        draw_text(ImageDraw.Draw(foot), (width, line_height(TEXT) - 4), note[0], WARNING, SMALL, "rs")
     image = Image.new("RGB", (width, head + height + GAP + foot.height), BACKGROUND)
     draw = ImageDraw.Draw(image)
     for n, picture in enumerate(card.pictures):
         left = n * (SIDE + GAP)
         (title,) = wrap(picture.title, TITLE, SIDE, 1) or [""]
-        draw.text((left, head - 6), title, WARNING if picture.is_marked else DIM, font(TITLE), anchor="ls")
+        draw_text(draw, (left, head - 6), title, WARNING if picture.is_marked else DIM, TITLE)
         if picture.image is not None or picture.says:
             image.paste(draw_picture(picture, height), (left, head))
     image.paste(foot, (0, head + height + GAP))
@@ -129,7 +126,7 @@ def draw_picture(picture: Picture, height: int) -> Image.Image:
         draw, step = ImageDraw.Draw(image), line_height(SMALL)
         for n, line in enumerate(lines):
             middle = height // 2 + step * n - step * len(lines) // 2 + step // 2
-            draw.text((SIDE // 2, middle), line, WARNING, font(SMALL), anchor="mm", stroke_width=2, stroke_fill=GROUND)
+            draw_text(draw, (SIDE // 2, middle), line, WARNING, SMALL, "mm", edge=GROUND)
     return image
 
 
@@ -182,34 +179,6 @@ def enlarge(picture: Image.Image, size: Size) -> Image.Image:
     return picture.resize(size[::-1], Image.Resampling.NEAREST if grows else Image.Resampling.LANCZOS)
 
 
-@cache
-def font(size: int) -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
-    return ImageFont.load_default(size)
-
-
-def line_height(size: int) -> int:
-    return round(size * LINE)
-
-
-def measure(text: str, size: int) -> float:
-    """Pixels that a text is wide."""
-    return float(font(size).getlength(text))
-
-
-@lru_cache(4096)
-def is_drawable(char: str) -> bool:
-    """Whether Pillow's font has a character: what it lacks is drawn like this one, which no font has."""
-    if char == " ":
-        return True
-    one, other = (font(TEXT).getmask(text) for text in (char, "\U0010fffe"))
-    return one.size != other.size or bytes(one) != bytes(other)
-
-
-def readable(text: str) -> str:
-    """A stranger's text, with what cannot be drawn escaped."""
-    return "".join(char if is_drawable(char) else ascii(char)[1:-1] for char in printable(text))
-
-
 def wrap(text: str, size: int, width: int, lines: int) -> list[str]:
     """A text in at most so many lines of a width; one that is longer ends in dots."""
     words = readable(text[:MAX_CHARS]) + ("..." if len(text) > MAX_CHARS else "")
@@ -254,5 +223,5 @@ def stack_text(lines: Sequence[tuple[str, int, Color]], width: int) -> Image.Ima
     draw, top = ImageDraw.Draw(image), 0
     for text, size, ink in lines:
         top += line_height(size)
-        draw.text((0, top - round(size * 0.3)), text, ink, font(size), anchor="ls")
+        draw_text(draw, (0, top - round(size * 0.3)), text, ink, size)
     return image

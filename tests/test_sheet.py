@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
-from latentprep import sheet
+from latentprep import sheet, sheet_fonts
 from latentprep.sheet import BOX, GROUND, PADDING, SIDE, Card, CropBox, Picture, draw_cropped, draw_sheet
 
 WHITE = Image.new("RGB", (100, 60), (255, 255, 255))
@@ -74,12 +74,45 @@ def test_a_picture_that_is_not_there_says_why():
     assert (np.asarray(said) == GROUND).all(axis=2).sum() > 10 * 190
 
 
+@pytest.fixture(params=["own", "machine"])
+def fonts(request, monkeypatch):
+    """Pillow's font alone, or those of this machine too."""
+    if request.param == "own":
+        monkeypatch.setattr(sheet_fonts, "NAMES", ())
+    for known in (sheet_fonts.list_fonts, sheet_fonts.find_font):
+        known.cache_clear()
+    yield request.param
+    for known in (sheet_fonts.list_fonts, sheet_fonts.find_font):
+        known.cache_clear()
+
+
 @pytest.mark.parametrize("text", ["\x1b[31m", "a\nb", "\u732b\U0001f600", "\ud800", "\u202eabc", "\x00", "caf\xe9"])
-def test_what_cannot_be_drawn_is_escaped(text):
+def test_what_cannot_be_drawn_is_escaped(fonts, text):
     shown = sheet.readable(text)
-    assert shown == text.encode("unicode_escape", "surrogatepass").decode() or "\\" in shown
-    assert all(sheet.is_drawable(char) for char in shown)
+    assert all(sheet_fonts.find_font(char) is not None for char in shown)
+    if fonts == "own":
+        assert shown == text.encode("unicode_escape", "surrogatepass").decode() or "\\" in shown
     draw_sheet([text], [text], [Card(text, text, [Picture(text, None, says=text)], text, [text])])
+
+
+def test_letters_of_other_fonts_stand_beside_each_other(monkeypatch):
+    """A font that knows Cyrillic is searched for by its name; Pillow's own does not."""
+    try:
+        ImageFont.truetype("DejaVuSans.ttf", 15)
+    except OSError:
+        pytest.skip("this machine has no DejaVu Sans")
+    text = "Лиса and Käse"
+    assert sheet.readable(text) == text
+    parts = [part for part, _ in sheet_fonts._split(text, 15)]
+    assert parts == ["Лиса", " and K", "ä", "se"]
+    image = Image.new("RGB", (400, 40))
+    sheet_fonts.draw_text(ImageDraw.Draw(image), (10, 30), text, (255, 255, 255), 15)
+    columns = np.flatnonzero(np.asarray(image).any(axis=(0, 2)))
+    assert abs(columns[0] - 10) <= 3
+    assert abs(columns[-1] - 10 - sheet.measure(text, 15)) <= 3
+    right = Image.new("RGB", (400, 40))
+    sheet_fonts.draw_text(ImageDraw.Draw(right), (390, 30), text, (255, 255, 255), 15, "rs")
+    assert abs(np.flatnonzero(np.asarray(right).any(axis=(0, 2)))[-1] - 390) <= 3
 
 
 def test_text_that_can_be_drawn_stays():
