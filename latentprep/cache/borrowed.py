@@ -60,6 +60,7 @@ class TextCond:
 
     def __init__(self, text: Text, lenders: list[CondFile], kinds: Mapping[str, Kind]) -> None:
         self.text, self.lenders = text, lenders
+        self._own, self._borrowed = text.num_own, text.borrowed.tolist()  # lists: a loop reads them one by one
         self.kinds = kinds  # name -> what a row is; empty: there is no cond
 
     @property
@@ -69,10 +70,9 @@ class TextCond:
 
     def row(self, name: str, prompt: int) -> Tensor:
         """[...] or [T,...]: the cond of a prompt, by its number in the text."""
-        own = self.text.num_own
-        if prompt < own:
+        if prompt < self._own:
             return self.text.cond[name][prompt]
-        number, row = self.text.borrowed[prompt - own]
+        number, row = self._borrowed[prompt - self._own]
         return self.lenders[number].cond[name][row]
 
     def rows(self, prompt: int) -> dict[str, Tensor]:
@@ -82,8 +82,7 @@ class TextCond:
     def places(self) -> list[tuple[str, int] | None]:
         """Of each prompt the cond file that it is borrowed from, and the row in it; None: it is the text's own."""
         names = self.text.cond_files
-        borrowed = [(names[number], row) for number, row in self.text.borrowed.tolist()]
-        return [*[None] * self.text.num_own, *borrowed]
+        return [*[None] * self._own, *((names[number], row) for number, row in self._borrowed)]
 
     @property
     def max_tokens(self) -> int | None:
@@ -94,9 +93,9 @@ class TextCond:
     def num_tokens(self) -> np.ndarray | None:
         """[P] int32: tokens of each prompt; None: they were not counted."""
         own, lent = self.text.num_tokens, [lender.num_tokens for lender in self.lenders]
-        if (own is None and self.text.num_own) or any(part is None for part in lent) or not self.kinds:
+        if (own is None and self._own) or any(part is None for part in lent) or not self.kinds:
             return None
-        borrowed = [lent[number][row] for number, row in self.text.borrowed]  # type: ignore[index]
+        borrowed = [lent[number][row] for number, row in self._borrowed]  # type: ignore[index]
         return np.array([*(own if own is not None else ()), *borrowed], np.int32)
 
 
