@@ -6,7 +6,7 @@ These signatures are all there is of the options: the command line, help() and t
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from latentprep.differences import Compared
 from latentprep.door import (
@@ -49,7 +49,10 @@ from latentprep.progress import Progress, open_progress
 from latentprep.results import Benched, Compacted, Encoded, Merged, Summary, Verified, join_runs
 from latentprep.sets import Origin, as_folders, as_tuple, check_controls, join_weights, make_sets, make_text
 
-# options that encode and bench have in common
+# options that several functions have in common
+if TYPE_CHECKING:
+    from latentprep.previews import Pictures
+
 # fmt: off
 NoDraftOption = Annotated[bool, Option(help="Decode large JPEGs in full, and resize with Pillow alone. Else libjpeg may halve their sides, as long as twice the size needed is left, and torch computes lanczos to within 2 levels of 255.", panel=INPUT)]
 SeedOption = Annotated[int, Option(help="Seed of every random choice.", panel=INPUT)]
@@ -70,6 +73,12 @@ MaxTokensOption = Annotated[int | None, Option("TOKENS", "Tokens kept of a promp
 TilingOption = Annotated[int | None, Option("PIXELS", "Encode larger images in overlapping tiles of this side: less memory, but other numbers.", PERFORMANCE, shown="no tiles")]
 BatchSizeOption = Annotated[int | None, Option("IMAGES", "Images the VAE sees at once.", PERFORMANCE, shown="8 at 512x512 on a GPU, 1 on a CPU")]
 WorkersOption = Annotated[int | None, Option("THREADS", "Threads that decode images.", PERFORMANCE, shown="CPU cores, at most 16")]
+ImagesOption = Annotated[str | Path | None, Option("DIR", "Where the images are.", PREVIEW, shown="where they were")]
+DecoderModelOption = Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model whose VAE decodes, if it is elsewhere now.", PREVIEW, shown="the cache's own, if it is on this machine")]
+DecoderVaeOption = Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE that decodes, if it is not that of the model.", PREVIEW, shown="the cache's own")]
+DecoderDeviceOption = Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where it decodes.", PREVIEW)]
+ShownSeedOption = Annotated[int, Option(help="Which images chance takes.", panel=PREVIEW)]
+ProgressOption = Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)]
 # fmt: on
 
 
@@ -157,7 +166,7 @@ def encode(
     workers: WorkersOption = None,
     rank: Annotated[int | None, Option("RANK", "Which share of the work this process takes, counted from 0; with --world-size.", MACHINES, shown="that of torchrun or SLURM")] = None,
     world_size: Annotated[int | None, Option("PROCESSES", "How many processes share the work, with nothing in common but the cache.", MACHINES, shown="that of torchrun or SLURM")] = None,
-    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+    progress: ProgressOption = True,
 ) -> Encoded:
     """Encode a folder of images into a latent cache.
 
@@ -231,6 +240,16 @@ def find_named(source: Path) -> tuple[Path, list[tuple[ImageSet, ...]]]:
     return (source if named else runs[0]["source"].where), named
 
 
+def find_pictures(
+    source: str | Path | None, model: str | Path | None, vae: str | Path | None, device: str
+) -> "Pictures":
+    """Where the pictures of a cache come from, as was asked for. Raises UserError for a .toml that is no file of sets."""
+    from latentprep.previews import Pictures
+
+    where, named = (None, []) if source is None else find_named(Path(source))
+    return Pictures(where, tuple(named), list_parameters(encode), name_or_none(model), name_or_none(vae), device)
+
+
 # fmt: off
 @door
 def inspect(
@@ -259,12 +278,12 @@ def preview(
     key: Annotated[str | None, Option("NAME", "One image, by its path relative to the image folder.")] = None,
     show: Annotated[Show, Option(help="Which images: by chance, or those that lose most to their crop, weigh least, or have the most unusual latents.", panel=PREVIEW)] = "random",
     num: Annotated[int, Option("N", "How many samples to show, at most.", PREVIEW, least=1, most=200)] = 12,
-    seed: Annotated[int, Option(help="Which images chance takes.", panel=PREVIEW)] = 0,
-    source: Annotated[str | Path | None, Option("DIR", "Where the images are.", PREVIEW, shown="where they were")] = None,
-    model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model whose VAE decodes, if it is elsewhere now.", PREVIEW, shown="the cache's own, if it is on this machine")] = None,
-    vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE that decodes, if it is not that of the model.", PREVIEW, shown="the cache's own")] = None,
-    device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where it decodes.", PREVIEW)] = "cpu",
-    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+    seed: ShownSeedOption = 0,
+    source: ImagesOption = None,
+    model: DecoderModelOption = None,
+    vae: DecoderVaeOption = None,
+    device: DecoderDeviceOption = "cpu",
+    progress: ProgressOption = True,
 ) -> Any:
     """Draw a contact sheet: images with their crops, what the VAE saw, what their latents say, weights and captions.
 
@@ -276,11 +295,9 @@ def preview(
     # fmt: on
     from latentprep.previews import run_preview
 
-    where, named = (None, []) if source is None else find_named(Path(source))
     return run_preview(
-        str(cache), open_progress(progress, keywords_of(preview)), list_parameters(encode), pattern=pattern, key=key,
-        show=show, num=num, seed=seed, source=where, named=named, model=name_or_none(model), vae=name_or_none(vae),
-        device=device,
+        str(cache), open_progress(progress, keywords_of(preview)), find_pictures(source, model, vae, device),
+        pattern=pattern, key=key, show=show, num=num, seed=seed,
     )  # fmt: skip
 
 
@@ -290,12 +307,12 @@ def report(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
     num: Annotated[int, Option("N", "How many images its gallery shows, at most.", PREVIEW, least=1, most=5000)] = 2000,
-    seed: Annotated[int, Option(help="Which images chance takes.", panel=PREVIEW)] = 0,
-    source: Annotated[str | Path | None, Option("DIR", "Where the images are.", PREVIEW, shown="where they were")] = None,
-    model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model whose VAE decodes, if it is elsewhere now.", PREVIEW, shown="the cache's own, if it is on this machine")] = None,
-    vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE that decodes, if it is not that of the model.", PREVIEW, shown="the cache's own")] = None,
-    device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where it decodes.", PREVIEW)] = "cpu",
-    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+    seed: ShownSeedOption = 0,
+    source: ImagesOption = None,
+    model: DecoderModelOption = None,
+    vae: DecoderVaeOption = None,
+    device: DecoderDeviceOption = "cpu",
+    progress: ProgressOption = True,
 ) -> str:
     """Make a page of HTML that shows what is in a cache: charts, what stands out, and a gallery.
 
@@ -307,11 +324,8 @@ def report(
     # fmt: on
     from latentprep.reports import run_report
 
-    where, named = (None, []) if source is None else find_named(Path(source))
-    return run_report(
-        str(cache), open_progress(progress, keywords_of(report)), list_parameters(encode), num=num, seed=seed,
-        source=where, named=named, model=name_or_none(model), vae=name_or_none(vae), device=device,
-    )  # fmt: skip
+    shown = open_progress(progress, keywords_of(report))
+    return run_report(str(cache), shown, find_pictures(source, model, vae, device), num=num, seed=seed)
 
 
 # fmt: off
@@ -329,7 +343,7 @@ def verify(
     text_encoder: Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "Weights of text encoders of --re-encode, if they are elsewhere now; may be given again.", shown="the cache's own")] = None,
     no_cond: Annotated[bool, Option(help="Of --re-encode: compare latents alone; needs no text encoder.")] = False,
     device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where --re-encode runs.")] = "auto",
-    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+    progress: ProgressOption = True,
 ) -> Verified:
     """Check a cache: every byte, shape and number, and on request the images it came from.
 
@@ -378,7 +392,7 @@ def compact(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
     min_share: Annotated[float, Option("SHARE", "Rewrite shards of which at least this share is dead.", least=0, most=1)] = 0.2,  # compact.MIN_SHARE
-    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+    progress: ProgressOption = True,
 ) -> Compacted:
     """Free the space of images that changed or were removed: rewrite the shards that hold many of them.
 
@@ -435,7 +449,7 @@ def bench(
     tiling: TilingOption = None,
     batch_size: BatchSizeOption = None,
     workers: WorkersOption = None,
-    progress: Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)] = True,
+    progress: ProgressOption = True,
 ) -> Benched:
     """Measure how fast each stage of encode is on this machine, say what limits a run, and which options would help.
 

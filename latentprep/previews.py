@@ -1,6 +1,7 @@
 """What `preview` does, once its arguments are checked: samples chosen, shown, drawn; and the file that it becomes."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,88 +19,106 @@ from latentprep.sets import make_sets
 
 if TYPE_CHECKING:
     from latentprep.cache.manifest import Manifest
+    from latentprep.prepare.preview import Colors
     from latentprep.prepare.preview_source import Reader
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where the pictures of a cache come from: its images, and latents that a VAE decodes."""
+
+    source: Path | None  # where the images are; None: where they were
+    named: tuple[tuple[ImageSet, ...], ...]  # if the source is a .toml file: the sets of each of its runs
+    parameters: Sequence[Parameter]  # of encode, by which the arguments that a cache remembers are read
+    model: str | None  # whose VAE decodes; None: the cache's own
+    vae: str | None
+    device: str
+
+
+class Remarks:
+    """Lines that are said while pictures are made, and stand on what is made."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress, self.lines = progress, list[str]()
+
+    def add(self, line: str) -> None:
+        self.progress.say(f"note     {line}")
+        self.lines.append(line)
 
 
 def run_preview(
     cache: str,
     progress: Progress,
-    parameters: Sequence[Parameter],
+    pictures: Pictures,
     *,
     pattern: str | None,
     key: str | None,
     show: str,
     num: int,
     seed: int,
-    source: Path | None,
-    named: Sequence[tuple[ImageSet, ...]],
-    model: str | None,
-    vae: str | None,
-    device: str,
 ) -> Any:
-    """A contact sheet of some images of a cache; `parameters` are those of encode. Raises UserError."""
+    """A contact sheet of some images of a cache. Raises UserError."""
     from latentprep.cache.manifest import open_manifest
     from latentprep.cache.readers import Reading
     from latentprep.look.samples import RANKINGS, choose_samples
     from latentprep.prepare.images.pillow import kept_limit
-    from latentprep.prepare.preview import make_cards, open_colors, without_weight
+    from latentprep.prepare.preview import make_cards, without_weight
     from latentprep.sheet import draw_sheet
 
     check_choice("--show", show, SHOWS)
     if pattern is not None and key is not None:
         raise UserError("--key with PATTERN: one is a name, the other fits many. Give one of them.")
-    warnings: list[str] = []
-
-    def warn(line: str) -> None:
-        progress.say(f"note     {line}")
-        warnings.append(line)
-
-    storage = Storage(cache)
+    remarks, storage = Remarks(progress), Storage(cache)
     with Reading(storage), quiet_warnings, kept_limit():
         manifest = open_manifest(storage)
         samples, num_images = choose_samples(storage, manifest, show, num, seed, pattern, key)
         with quiet_logs:
-            reader = find_reader(storage, manifest, source, named, parameters, warn)
-            colors, why = open_colors(storage, manifest, reader, model=model, vae=vae, device=device, seed=seed)
-            if why:
-                warn(why)
+            reader = find_reader(storage, manifest, pictures, remarks)
+            colors = find_colors(storage, manifest, pictures, reader, remarks, seed)
             progress.say(f"latents  {colors.says}")
             with progress.bar(len(samples), "preview") as bar:
                 cards = list(make_cards(storage, manifest, samples, reader, colors, bar.update))
     order = RANKINGS[show].order if show in RANKINGS else f"at random (seed {seed})"
     heading = [cache, f"{counted(len(samples), 'sample')} of {counted(num_images, 'image')}, {order}", colors.says]
-    return draw_sheet(heading, warnings, without_weight(cards))
+    return draw_sheet(heading, remarks.lines, without_weight(cards))
 
 
-def find_reader(
-    storage: Storage,
-    manifest: "Manifest",
-    source: Path | None,
-    named: Sequence[tuple[ImageSet, ...]],
-    parameters: Sequence[Parameter],
-    warn: Callable[[str], None],
-) -> "Reader | None":
-    """What reads the images of a cache, from `source` or where they were; None, and a line, if they are not there.
+def find_reader(storage: Storage, manifest: "Manifest", pictures: Pictures, remarks: Remarks) -> "Reader | None":
+    """What reads the images of a cache, from the source or where they were; None, and a remark, if they are not there.
 
     Raises UserError if a source was given that is not there.
     """
     from latentprep.prepare.preview_source import open_reader
 
     try:
-        where = source
+        where, named = pictures.source, pictures.named
         if where is None:
             if not manifest.made_with.source:
                 raise UserError("the cache does not say where they were. Give --source.")
             where = Path(manifest.made_with.source)
-            runs = expand({"again": storage.root}, parameters) if manifest.sets else []
-            named = [make_sets(run["source"].sets, {}, parameters) for run in runs if run["source"].sets]
+            runs = expand({"again": storage.root}, pictures.parameters) if manifest.sets else []
+            named = tuple(make_sets(run["source"].sets, {}, pictures.parameters) for run in runs if run["source"].sets)
         sets = choose_sets(where, named, manifest) if named else ()
-        return open_reader(storage, manifest, where, sets, warn)
+        return open_reader(storage, manifest, where, sets, remarks.add)
     except (UserError, OSError) as error:  # of a path that is too long, say
-        if source is not None:
+        if pictures.source is not None:
             raise
-        warn(f"no images: {error}")
+        remarks.add(f"no images: {error}")
         return None
+
+
+def find_colors(
+    storage: Storage, manifest: "Manifest", pictures: Pictures, reader: "Reader | None", remarks: Remarks, seed: int
+) -> "Colors":
+    """What makes pictures of latents; a remark if that is not the cache's VAE. Raises UserError."""
+    from latentprep.prepare.preview import open_colors
+
+    colors, why = open_colors(
+        storage, manifest, reader, model=pictures.model, vae=pictures.vae, device=pictures.device, seed=seed
+    )
+    if why:
+        remarks.add(why)
+    return colors
 
 
 def check_sheet(file: Path) -> None:

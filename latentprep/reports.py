@@ -1,14 +1,12 @@
 """What `report` does, once its arguments are checked: a cache is counted, its images are shown, a page is made."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from latentprep.cache.storage import Storage
-from latentprep.door import Parameter
-from latentprep.options import ImageSet
 from latentprep.outputs import check_output, write_output
-from latentprep.previews import find_reader
+from latentprep.previews import Pictures, Remarks, find_colors, find_reader
 from latentprep.progress import Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 
@@ -25,17 +23,12 @@ PICTURE_BYTES = 8_000_000  # of all pictures together: 11 MB as base64
 def run_report(
     cache: str,
     progress: Progress,
-    parameters: Sequence[Parameter],
+    pictures: Pictures,
     *,
     num: int,
     seed: int,
-    source: Path | None,
-    named: Sequence[tuple[ImageSet, ...]],
-    model: str | None,
-    vae: str | None,
-    device: str,
 ) -> str:
-    """A page of HTML about a cache; `parameters` are those of encode. Raises UserError."""
+    """A page of HTML about a cache. Raises UserError."""
     from latentprep.look.render import check_jinja
 
     check_jinja()
@@ -45,42 +38,34 @@ def run_report(
     from latentprep.look.report import make_report, num_looked
     from latentprep.prepare.devices import choose_device
     from latentprep.prepare.images.pillow import kept_limit
-    from latentprep.prepare.preview import Colors, open_colors
+    from latentprep.prepare.preview import Colors
     from latentprep.prepare.thumbnails import MAX_DECODED, Painter, read_whole
 
-    remarks: list[str] = []
-
-    def warn(line: str) -> None:
-        progress.say(f"note     {line}")
-        remarks.append(line)
-
-    storage = Storage(cache)
+    remarks, storage = Remarks(progress), Storage(cache)
     with Reading(storage), quiet_warnings, kept_limit(), quiet_logs:
         manifest = open_manifest(storage)
         with progress.bar(num_looked(manifest, num), "latents") as bar:
             report = make_report(storage, manifest, num, seed, bar.update)
-        reader = find_reader(storage, manifest, source, named, parameters, warn)
+        reader = find_reader(storage, manifest, pictures, remarks)
 
         def open_painter() -> Colors:
-            colors, why = open_colors(storage, manifest, reader, model=model, vae=vae, device=device, seed=seed)
-            if why:
-                warn(why)
-            warn(f"pictures of latents: {colors.says}")
+            colors = find_colors(storage, manifest, pictures, reader, remarks, seed)
+            remarks.add(f"pictures of latents: {colors.says}")
             return colors
 
-        is_slow = choose_device(device)[0] == "cpu"
+        is_slow = choose_device(pictures.device)[0] == "cpu"
         painter = Painter(open_painter, MAX_DECODED if is_slow else float("inf"))
         limit = PICTURE_BYTES // max(1, len(report.cards))
         with progress.bar(len(report.cards), "pictures") as bar:
             shots = make_shots(storage, manifest, report, reader, painter, limit, bar.update)
         if painter.map is not None:
-            warn(
+            remarks.add(
                 "the VAE did not decode all latents, which takes long on a CPU: the others are in the colours of a map"
             )
         keys = [skip.key for _, examples in report.skips for skip in examples]
         found = read_whole(reader, keys, limit) if reader is not None else ()
         skipped = {key: jpeg for key, jpeg in zip(keys, found, strict=False) if jpeg is not None}
-        return render(report, shots, skipped, remarks)
+        return render(report, shots, skipped, remarks.lines)
 
 
 def make_shots(
