@@ -49,10 +49,10 @@ from latentprep.progress import Progress, open_progress
 from latentprep.results import Benched, Compacted, Encoded, Merged, Summary, Verified, join_runs
 from latentprep.sets import Origin, as_folders, as_tuple, check_controls, join_weights, make_sets, make_text
 
-# options that several functions have in common
 if TYPE_CHECKING:
     from latentprep.previews import Pictures
 
+# options that several functions have in common
 # fmt: off
 NoDraftOption = Annotated[bool, Option(help="Decode large JPEGs in full, and resize with Pillow alone. Else libjpeg may halve their sides, as long as twice the size needed is left, and torch computes lanczos to within 2 levels of 255.", panel=INPUT)]
 SeedOption = Annotated[int, Option(help="Seed of every random choice.", panel=INPUT)]

@@ -1,5 +1,6 @@
 """What the tests share: real photos, the built-in model, miniatures made from config classes, and the command line."""
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -244,3 +245,15 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
     monkeypatch.setattr(TextEncoder, "encode", note)
     return calls
+
+
+def spoil_latents(cache: Path) -> None:
+    """Make the first number of every group of latents, in float16, one that is not finite."""
+    for path in (cache / "shards").glob("*.latents.safetensors"):
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        for name, field in json.loads(data[8:start]).items():
+            if name.endswith("latent_mean"):
+                first = start + field["data_offsets"][0]
+                data[first : first + 2] = b"\x00\x7e"  # NaN
+        path.write_bytes(data)
