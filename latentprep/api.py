@@ -33,6 +33,7 @@ from latentprep.options import (
     Animated,
     CaptionFrom,
     CondDtype,
+    ControlSize,
     Dtype,
     EncodeOptions,
     Folders,
@@ -47,7 +48,7 @@ from latentprep.options import (
 )
 from latentprep.progress import Progress, open_progress
 from latentprep.results import Benched, Compacted, Encoded, Merged, Summary, Verified, join_runs
-from latentprep.sets import Origin, as_folders, as_tuple, check_controls, join_weights, make_sets, make_text
+from latentprep.sets import Origin, as_columns, as_folders, as_tuple, check_controls, join_weights, make_sets, make_text
 
 if TYPE_CHECKING:
     from latentprep.previews import Pictures
@@ -102,6 +103,8 @@ def encode(
     background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
     weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT, of_set=True)] = "alpha",
     control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Control images of edit pairs: a folder with the images' paths and stems; may be given again.", INPUT, of_set=True)] = None,
+    control_column: Annotated[str | Sequence[str] | None, Option("NAME", "The same by a column of SOURCE's metadata files that names each image's control image; may be given again.", INPUT, of_set=True)] = None,
+    control_size: Annotated[ControlSize, Option(help="What control images of another shape get: their target's bucket, or one of their own.", panel=INPUT)] = "target",
     no_draft: NoDraftOption = False,
     strict_images: Annotated[bool, Option(help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", panel=INPUT)] = False,
     check_content: Annotated[bool, Option(help="Read and compare every image, also those whose size and time are as they were.", panel=INPUT)] = False,
@@ -205,7 +208,8 @@ def encode(
     text = replace(TextOptions(**encoders), sets={own.name: own.text for own in sets}) if sets else None
     weights = join_weights(source.sets, str(weights)) if sets else str(weights)
     controls = as_folders("--control", control)
-    check_controls(sets, controls)
+    columns = as_columns("--control-column", control_column)
+    check_controls(sets, controls, columns)
     images = ImageOptions.from_options(background=background, weights=weights, animated=animated, draft=not no_draft)
     chosen = EncodeOptions(
         source=source.where,
@@ -218,6 +222,7 @@ def encode(
         images=images,
         exclude=patterns,
         masks=Path(weights) if images.weights == "masks" and not sets else None, controls=controls,
+        control_columns=columns, control_size=control_size,
         text=text or make_text(common), sets=sets, notes=source.notes, remembered=source.remembered,
         model=str(model), vae=name_or_none(vae), text_encoders=names_given(text_encoder), config=name_or_none(config),
         revision=revision or None, flip=flip, store=store, store_dtype=store_dtype, device=device, devices=devices,

@@ -13,13 +13,14 @@ from latentprep.records import set_of
 Animated = Literal["first", "skip"]
 Only = Literal["latents", "text"]
 Store = Literal["mean+std", "mean"]
+ControlSize = Literal["target", "own"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 CondDtype = Literal["float32", "float16", "bfloat16", "int8"]
 CaptionFrom = Literal["auto", "file", "name", "folder", "none"]
 Folders = Literal["auto", "kohya", "plain"]
 Show = Literal["random", "crop", "weight", "outliers"]  # which images a preview shows
-ANIMATED, ONLY, STORES, DTYPES, COND_DTYPES, CAPTIONS_FROM, SHOWS = (
-    get_args(choices) for choices in (Animated, Only, Store, Dtype, CondDtype, CaptionFrom, Show)
+ANIMATED, ONLY, STORES, DTYPES, COND_DTYPES, CAPTIONS_FROM, SHOWS, CONTROL_SIZES = (
+    get_args(choices) for choices in (Animated, Only, Store, Dtype, CondDtype, CaptionFrom, Show, ControlSize)
 )
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -162,10 +163,16 @@ class ImageSet:
     exclude: tuple[str, ...] = ()  # patterns of files and folders that are left out
     masks: Path | None = None  # folder of mask images
     controls: tuple[Path, ...] = ()  # folders of control images, in the order of control_1, control_2, ...
+    control_columns: tuple[str, ...] = ()  # of metadata files, which name the control images that come next
     repeats: int | None = 1  # how often each image stands in an epoch; None: so that it has as many samples as others
     sample_weight: float = 1.0  # how much the loss of its images counts
     caption_dropout: float = 0.0  # how often a reader leaves captions out
     flip: bool = True  # whether its mirrored views may be taken
+
+    @property
+    def num_controls(self) -> int:
+        """Control images of each image."""
+        return len(self.controls) + len(self.control_columns)
 
     @property
     def partners(self) -> tuple[Path, ...]:
@@ -185,6 +192,8 @@ class EncodeOptions:
     exclude: tuple[str, ...] = ()  # patterns of files and folders that are left out
     masks: Path | None = None  # folder of mask images, with images.weights "masks"
     controls: tuple[Path, ...] = ()  # folders of control images
+    control_columns: tuple[str, ...] = ()  # columns of metadata files that name control images
+    control_size: str = "target"  # of control images of another shape than their target's: its bucket, or their own
     sets: tuple[ImageSet, ...] = ()  # then exclude, masks and controls are theirs, and text.sets has their captions
     notes: tuple[str, ...] = ()  # what a person is to be told before the run
     remembered: Mapping[str, Any] = field(default_factory=dict)  # the arguments that ask for all of this once more
@@ -222,6 +231,11 @@ class EncodeOptions:
         check_choice("--store-dtype", self.store_dtype, DTYPES)
         check_choice("--dtype", self.dtype, ("auto", *DTYPES))
         check_choice("--only", self.only or "latents", ONLY)
+        check_choice("--control-size", self.control_size, CONTROL_SIZES)
+        if self.control_size == "own" and not self.num_controls:
+            raise UserError("--control-size own: there are no control images. Give them with --control.")
+        if self.control_size == "own" and self.geometry.mode == "fixed":
+            raise UserError("--control-size own with --width and --height: all images have one size. Leave it out.")
         if self.only == "text" and (self.overwrite or not self.text.include_cond):
             other = "--overwrite" if self.overwrite else "--no-cond"
             raise UserError(f"--only text with {other}: one wants cond for the latents that are there, the other none.")
@@ -238,12 +252,14 @@ class EncodeOptions:
 
     def list_sets(self) -> tuple[ImageSet, ...]:
         """Where images come from, one or more; a single source is a set without a name."""
-        return self.sets or (ImageSet("", self.source, self.text, self.exclude, self.masks, self.controls),)
+        return self.sets or (
+            ImageSet("", self.source, self.text, self.exclude, self.masks, self.controls, self.control_columns),
+        )
 
     @property
     def num_controls(self) -> int:
         """Control images of each image."""
-        return len(self.list_sets()[0].controls)
+        return self.list_sets()[0].num_controls
 
     @property
     def needs_text_encoder(self) -> bool:

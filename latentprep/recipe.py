@@ -4,7 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Annotated, Any, ClassVar, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from msgspec import Meta
 
@@ -40,6 +40,7 @@ class LatentsRecipe(Part):
     store_dtype: Dtype
     tiling: Annotated[int, Meta(ge=4)] | None = None  # side of a tile in pixels; None: images are encoded whole
     num_controls: Annotated[int, Meta(ge=1, le=MAX_CONTROLS)] | None = None  # control images of each image
+    control_size: Literal["own"] | None = None  # buckets of their own; None: those of their targets
 
     @classmethod
     def of(
@@ -54,10 +55,12 @@ class LatentsRecipe(Part):
         store_dtype: str,
         tiling: int | None = None,
         num_controls: int = 0,
+        control_size: str = "target",
     ) -> Self:
         """The recipe of options, with the views that they ask for."""
         views = tuple(list_views(geometry.crops, flip))
-        return cls(vae, geometry, images, views, dtype, store, store_dtype, tiling, num_controls or None)
+        own_size: Literal["own"] | None = "own" if control_size == "own" else None
+        return cls(vae, geometry, images, views, dtype, store, store_dtype, tiling, num_controls or None, own_size)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,6 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from latentprep.human import counted
 from latentprep.recipe import recipe_changes
 
 # leaf of a recipe -> its option. A flag is said as yes or no; those in NEGATED are yes if the leaf is false
@@ -16,7 +15,8 @@ OPTIONS = {
     "geometry.crop": "--crop", "geometry.crops": "--crops", "geometry.crop_seed": "--seed",
     "images.background": "--background", "images.weights": "--weights", "images.animated": "--animated",
     "images.draft": "--no-draft", "dtype": "--dtype", "store": "--store", "store_dtype": "--store-dtype",
-    "tiling": "--tiling", "num_controls": "--control",
+    "tiling": "--tiling", "num_controls": "control images",
+    "control_size": "--control-size",
 }  # fmt: skip
 # leaf of a text recipe -> its option, if that is not its name; without dashes what is none
 TEXT_OPTIONS = {
@@ -53,9 +53,7 @@ def describe_change(at: str, old: Any, new: Any) -> str:
 
 def value_in_words(at: str, value: Any) -> str:
     if value is None:
-        return "none"
-    if at == "num_controls":
-        return counted(value, "folder")
+        return "target" if at == "control_size" else "none"
     if at == "geometry.size" and isinstance(value, list):
         return "x".join(map(str, reversed(value)))
     return value if isinstance(value, str) else json.dumps(value)

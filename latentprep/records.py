@@ -84,7 +84,7 @@ REASONS = {
     "animated": ("decoder", "it has several frames, and --animated skip says to leave such out"),
     "bad_caption": ("machine", "its caption file cannot be read, or is not UTF-8 text"),
     "bad_mask": ("decoder", "its mask cannot be read, or has another shape"),
-    "no_control": ("decoder", "a folder of --control has no image of its path and stem"),
+    "no_control": ("decoder", "it has no control image in a folder of --control, or in a column of --control-column"),
     "too_small": ("decoder", "no bucket can be filled without enlarging it, or --min-side says so"),
     "too_large": ("limits", "more pixels than --max-megapixels, or beyond --max-side"),
     "extreme_aspect": ("decoder", "its bucket would keep less than a fiftieth of it"),
@@ -120,6 +120,7 @@ NOTES = {
     "draft": "decoded at a fraction of the size (--no-draft decodes in full)",
     "mask": "weighted by a mask",
     "control_fitted": "with a control image of another shape, which is fitted to the bucket by itself",
+    "control_own_bucket": "with a control image of another shape, which has a bucket of its own",
 }
 NAMED_NOTES = ("damaged",)  # those that call for a look at the images themselves
 
@@ -170,6 +171,12 @@ class Placement:
     bucket: Size
     resized_size: Size
     crop: Box
+    controls: tuple[Size, ...] = ()  # buckets of its control images; (): they are all that of the image
+
+    @property
+    def buckets(self) -> tuple[Size, ...]:
+        """What images have in common that are encoded and read together."""
+        return self.bucket, *self.controls
 
     def enlarges(self, size: Size) -> bool:
         """Whether an image of this size gets more pixels than it has."""

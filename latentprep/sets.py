@@ -96,6 +96,7 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
     values = {name: allowed[name].check(value) for name, value in own.items() if name in allowed}
     exclude, weights = values.pop("exclude", ()), str(values.pop("weights", "none"))
     controls = as_folders("control", values.pop("control", ()))
+    columns = as_columns("control_column", values.pop("control_column", ()))
     source = own.get("source")
     if not isinstance(source, str | Path) or not str(source):
         raise UserError(f"source: expected {OWN['source']}.")
@@ -117,7 +118,7 @@ def make_set(own: Mapping[str, Any], common: Mapping[str, Any], allowed: Mapping
         name, Path(source), make_text({**common, **of_files, **values}),
         as_tuple(exclude),
         Path(weights) if weights not in ("alpha", "none") else None,
-        controls,
+        controls, columns,
         None if repeats == "auto" else int(repeats), float(weight), float(dropout), flip,
     )  # fmt: skip
 
@@ -139,20 +140,32 @@ def as_folders(name: str, given: str | Path | Iterable[str | Path] | None) -> tu
     return tuple(map(Path, found))
 
 
-def check_controls(sets: Sequence[ImageSet], common: Sequence[Path]) -> None:
-    """Raise UserError unless all sets have as many control images of each image, in folders of their own.
+def as_columns(name: str, given: str | Iterable[str] | None) -> tuple[str, ...]:
+    """The columns of an option that may be given again. Raises UserError for one that has no name, or comes twice."""
+    found = as_tuple(given)
+    for number, column in enumerate(found):
+        if not column or column in found[:number]:
+            raise UserError(f"{name} {column!r}: expected the name of a column, another each time.")
+    return found
 
-    `common` are the folders that were given for all.
+
+def check_controls(sets: Sequence[ImageSet], folders: Sequence[Path], columns: Sequence[str]) -> None:
+    """Raise UserError unless all sets have as many control images of each image, and not too many.
+
+    `folders` and `columns` are what was given for all.
     """
-    if sets and common:
-        raise UserError(
-            f"--control {common[0]}: with several sets each has its own control images. Give the folder to its set."
-        )
+    if sets and (folders or columns):
+        given, noun = (f"--control {folders[0]}", "folder") if folders else (f"--control-column {columns[0]}", "column")
+        raise UserError(f"{given}: with several sets each has its own control images. Give the {noun} to its set.")
+    for count in (len(folders) + len(columns), *(own.num_controls for own in sets)):
+        if count > MAX_CONTROLS:
+            raise UserError(f"--control: {count} control images of each image, expected at most {MAX_CONTROLS}.")
     for own in sets:
-        if len(own.controls) != len(sets[0].controls):
-            one, other = (f"set {printable(part.name)} has {len(part.controls)}" for part in (sets[0], own))
+        if own.num_controls != sets[0].num_controls:
+            one, other = (f"set {printable(part.name)} has {part.num_controls}" for part in (sets[0], own))
             raise UserError(
-                f"control: {one}, {other}. A cache has as many of each image: give every set as many folders."
+                f"control: {one}, {other}. A cache has as many of each image: give every set as many folders, or "
+                "columns."
             )
 
 

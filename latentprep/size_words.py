@@ -10,7 +10,7 @@ from latentprep.prepare.survey import Prepared
 def disk_lines(prepared: Prepared, sizes: TextSizes) -> list[str]:
     """The bytes of latents and text, in all and for each image."""
     plan, row_bytes = prepared.plan, prepared.row_bytes
-    latents = sum(row_bytes.latents(placement.bucket) for _, placement in plan.rows())
+    latents = sum(row_bytes.latents(placement.bucket, placement.controls) for _, placement in plan.rows())
     num_texts = plan.num_unit_items + plan.num_text_items
     if not num_texts:
         return []

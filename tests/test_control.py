@@ -555,9 +555,9 @@ def test_a_manifest_with_another_number_of_control_images(cache, value):
 
 def test_another_number_of_control_images_is_another_recipe(run, targets, made, before):
     result = encode(run, targets, made / "c", "--flip", "--control", before, code=1)
-    assert "holds a cache of another recipe (--control 2 folders -> 1 folder; cache -> asked)" in result.err
+    assert "holds a cache of another recipe (control images 2 -> 1; cache -> asked)" in result.err
     result = encode(run, targets, made / "c", "--flip", code=1)
-    assert "(--control 2 folders -> none; cache -> asked)" in result.err
+    assert "(control images 2 -> none; cache -> asked)" in result.err
 
 
 def test_verify_takes_folders_that_have_moved(run, targets, before, ref, tmp_path):

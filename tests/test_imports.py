@@ -67,7 +67,9 @@ def test_stages_of_prepare_do_not_call_each_other():
             "images.shrink", "plan.buckets",  # where a control image goes is known as late as this
         },
         "source/partners.py": {"source.door", "source.listing", "source.sources", "images.pillow"},  # they are a source
-        "source/controls.py": {"source.listing", "source.partners"},
+        "source/controls.py": {  # columns of metadata name them
+            "source.door", "source.listing", "source.metadata", "source.partners", "source.sources",
+        },
         "source/masks.py": {"source.listing", "source.partners"},
         "images/png.py": {"images.pillow"},
         "models/doors.py": {"models.vae_encoder", "devices"},

@@ -147,8 +147,10 @@ class LatentGroup(Group):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """[C,h,w] of a latent."""
-        return tuple(self.latent_mean.shape[2:])
+        """[C,h,w] of a latent; and behind it [h,w] of each control image, if any of them has another size."""
+        own = tuple(self.latent_mean.shape[2:])
+        sizes = [tuple(values.shape[-2:]) for values in self.controls.values()]
+        return own if set(sizes) <= {own[1:]} else (*own, *(side for size in sizes for side in size))
 
     @property
     def controls(self) -> dict[str, Tensor]:

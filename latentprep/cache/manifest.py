@@ -61,6 +61,7 @@ class MadeWith:
     exclude: tuple[str, ...] = ()  # patterns of files that were left out
     masks: str | None = None
     control: tuple[str, ...] = ()  # folders of control images; not there if there are none
+    control_columns: tuple[str, ...] = ()  # of metadata files, which name control images; not there if there are none
     device: str | None = None
     batch_size: int | None = None
     compile: bool = False
@@ -117,6 +118,13 @@ class Manifest:
                 raise ValueError(f"shard {shard.id} has rows of no set")
             if any(side % self.latent.normalization.patch for _, _, shape in shard.groups for side in shape[1:]):
                 raise ValueError(f"shard {shard.id} has latents without whole patches")
+            if not {len(shape) for _, _, shape in shard.groups} <= self._lengths_of_shapes():
+                raise ValueError(f"shard {shard.id} has control images of sizes that the recipe does not allow")
+
+    def _lengths_of_shapes(self) -> set[int]:
+        """How long the shapes of groups may be: see schema.Shape."""
+        recipe = self.recipe.latents
+        return {3, 3 + 2 * (recipe.num_controls or 0)} if recipe.control_size == "own" else {3}
 
     @property
     def num_images(self) -> int:
@@ -162,8 +170,9 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """All of it as JSON values."""
     fields = {name: value for name, value in vars(manifest).items() if name != "recipe"}
     found = {"recipe": manifest.recipe.to_json(), **msgspec.to_builtins(fields)}
-    if not manifest.made_with.control:  # so that caches without have the bytes that they always had
-        found["made_with"].pop("control", None)
+    for name in ("control", "control_columns"):  # so that caches without have the bytes that they always had
+        if not getattr(manifest.made_with, name):
+            found["made_with"].pop(name, None)
     if not manifest.cond_files:
         found.pop("cond_files", None)
     return found

@@ -3,6 +3,7 @@
 A field that is added here, and given by whoever makes the rows, is written, checked, kept by compact and read.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -22,7 +23,9 @@ LISTS = "lists"  # one or more texts per row
 SIZES = {"2": 2, "4": 4, "D": 16}  # letters of a shape that stand for a number; the others are as large as they are
 
 Count = Annotated[int, Meta(ge=1, le=2**40)]
-Groups = tuple[tuple[str, Count, tuple[Count, Count, Count]], ...]  # label, rows, and the [C,h,w] of a latent
+# [C,h,w] of a latent; and behind it [h,w] of each control image, if any of them has another size than the latent
+Shape = Annotated[tuple[Count, ...], Meta(min_length=3, max_length=3 + 2 * MAX_CONTROLS)]
+Groups = tuple[tuple[str, Count, Shape], ...]  # label, rows, shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,7 @@ class Field:
 
 
 CONTROLS = tuple(f"control_{k}" for k in range(1, MAX_CONTROLS + 1))  # in the order of --control
+CONTROL_SIZES = ("ab", "de", "fg", "ij")  # letters of their shapes: height and width
 INT32, INT64, UINT8 = frozenset({torch.int32}), frozenset({torch.int64}), frozenset({torch.uint8})
 KEY = (
     Field("key", STRINGS),  # path of the image in its source
@@ -58,7 +62,8 @@ KEY = (
 LATENTS = (
     Field("latent_mean", STORED, "NVChw"),  # unscaled
     Field("latent_std", STORED, "NVChw", is_optional=True),  # none with --store mean
-    *(Field(name, STORED, "NVChw", is_optional=True) for name in CONTROLS),  # means of control images; unscaled
+    # means of control images; unscaled. Each may have a size of its own
+    *(Field(name, STORED, f"NVC{size}", is_optional=True) for name, size in zip(CONTROLS, CONTROL_SIZES, strict=True)),
     Field("weight", frozenset({torch.float16}), "NVhw", is_optional=True, fill=1.0),  # 0..1; none: all weigh 1
     Field("original_size", INT32, "N2"),  # height, width after orientation
     Field("resized_size", INT32, "NV2"),
@@ -72,6 +77,14 @@ TEXT = (
     Field("caption", LISTS),
     Field("prompt_of", INT32, "NK"),  # its prompts, by their numbers in the file
 )
+
+
+def num_values(shape: Sequence[int]) -> int:
+    """Numbers of one image: of its latent, and of its control images if they have sizes of their own."""
+    sizes = zip(shape[1::2], shape[2::2], strict=True)
+    return shape[0] * sum(height * width for height, width in sizes)
+
+
 TABLES = {"latents": LATENTS, "partial": LATENTS, "text": TEXT}  # kind of a file -> fields of its groups
 
 

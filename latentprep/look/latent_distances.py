@@ -153,7 +153,7 @@ def compare_rows(
 ) -> None:
     """Add up the pairs of a chunk. `views` are those that both have; of a pair those count that have the same crop."""
     sums.is_read[chunk.numbers] = True
-    if one.shape != other.shape or not views:
+    if one.latent_mean.shape[2:] != other.latent_mean.shape[2:] or not views:
         sums.is_unlike[chunk.numbers] = True
         return
     mine, theirs = torch.from_numpy(chunk.rows).T
@@ -173,8 +173,8 @@ def compare_rows(
 
     for name in FIELDS:
         column, other_column = getattr(one, name), getattr(other, name)
-        if column is None or other_column is None:
-            continue
+        if column is None or other_column is None or column.shape[2:] != other_column.shape[2:]:
+            continue  # of control images, whose sizes may differ where those of their targets do not
         values = take(column, mine, views_a).float()
         if name == "latent_mean":
             sums.add_spread(values)
@@ -188,7 +188,7 @@ def compare_rows(
 def weight_of(group: LatentGroup, rows: Tensor, views: Tensor) -> Tensor:
     """[n,V,h,w] float32; of a group without weights all is 1."""
     if group.weight is None:
-        return torch.ones(len(rows), len(views), *group.shape[1:])
+        return torch.ones(len(rows), len(views), *group.latent_mean.shape[-2:])
     return take(group.weight, rows, views).float()
 
 

@@ -1,6 +1,5 @@
 """What is in a cache, as plain JSON values: counts, recipe, buckets, statistics, skips; or one sample of it."""
 
-import math
 from collections import Counter
 from dataclasses import asdict
 from heapq import nlargest
@@ -14,6 +13,7 @@ from latentprep.cache.compact import would_rewrite
 from latentprep.cache.group import LatentGroup
 from latentprep.cache.int8 import scales_of
 from latentprep.cache.manifest import Manifest, open_manifest, read_skips
+from latentprep.cache.schema import num_values
 from latentprep.cache.sets import take_runs
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
@@ -70,7 +70,7 @@ def count_buckets(manifest: Manifest) -> Counter[tuple[int, int]]:
     """(height, width) in pixels -> images."""
     factor, buckets = manifest.latent.factor, Counter[tuple[int, int]]()
     for shard in manifest.shards:
-        for (_, _, (_, height, width)), live in zip(shard.groups, shard.live_rows(), strict=True):
+        for (_, _, (_, height, width, *_)), live in zip(shard.groups, shard.live_rows(), strict=True):
             buckets[height * factor, width * factor] += len(live)
     return buckets
 
@@ -86,7 +86,7 @@ def describe_sets(manifest: Manifest) -> list[dict[str, Any]]:
 
 def dead_bytes(shard: Shard) -> int:
     """About how many bytes of a shard's files are of dead rows: their share of the latents."""
-    sizes = [math.prod(shape) for _, _, shape in shard.groups]
+    sizes = [num_values(shape) for _, _, shape in shard.groups]
     whole = sum(size * rows for size, (_, rows, _) in zip(sizes, shard.groups, strict=True))
     live = sum(size * len(rows) for size, rows in zip(sizes, shard.live_rows(), strict=True))
     return shard.nbytes * (whole - live) // whole

@@ -159,6 +159,8 @@ def check_latents(manifest: Manifest, latents: Latents, file: str) -> list[Probl
         controls = CONTROLS[: recipe.num_controls or 0]
         if tuple(group.controls) != controls:
             wrong("control", f"{group.label}: has {[*group.controls]}, expected {[*controls]}")
+        if len(group.shape) > 3 and recipe.control_size != "own":
+            wrong("control", f"{group.label}: control images of other sizes than their targets")
         for name, values in group.controls.items():
             if values.dtype != group.latent_mean.dtype:
                 wrong("dtype", f"{group.label}/{name}: {values.dtype}, expected {recipe.store_dtype}")

@@ -13,10 +13,10 @@ from latentprep.errors import UserError
 from latentprep.human import counted, printable
 from latentprep.options import EncodeOptions, ImageSet
 from latentprep.prepare.source.captions import Captioned, add_captions
-from latentprep.prepare.source.controls import add_controls, list_controls
+from latentprep.prepare.source.controls import Controls, add_controls, find_controls
 from latentprep.prepare.source.door import Source
 from latentprep.prepare.source.joined import Joined
-from latentprep.prepare.source.listing import list_images
+from latentprep.prepare.source.listing import Listing, list_images
 from latentprep.prepare.source.masks import add_masks, list_masks
 from latentprep.prepare.source.partners import Partner, Partners, in_order
 from latentprep.prepare.source.sources import open_source
@@ -108,20 +108,32 @@ def find_images_of(part: ImageSet, without: Sequence[Path], progress: Progress) 
         with LateBar(progress, None, "list", "file") as bar:
             listing = list_images(open_source(part.source, without=without), part.exclude, bar.update)
         masks = list_masks(part.masks) if part.masks is not None else None
-        controls = tuple(map(list_controls, part.controls))
+        controls = find_controls(part)
+        listing = leave_out(listing, controls)
         if masks is not None:
             items, without_mask = add_masks(listing.items, masks)
             listing = replace(listing, items=items, skips=[*listing.skips, *without_mask])
             with_mask = sum(masks.find(item.key) is not None for item in items)
             progress.say(f"masks    {masks.source.where}: {with_mask:,} of {counted(len(items), 'image')} have one")
-        if controls:
-            for own in controls:
+        if controls.partners:
+            for own in controls.partners:
                 with_own = sum(own.find(item.key) is not None for item in listing.items)
                 of_all = counted(len(listing.items), "image")
-                progress.say(f"control  {own.source.where}: {with_own:,} of {of_all} have one")
-            items, without_control = add_controls(listing.items, controls)
+                progress.say(f"control  {own.said}: {with_own:,} of {of_all} have one")
+            if controls.alone:
+                progress.say(f"         {counted(len(controls.alone), 'image')} of SOURCE are control images alone")
+            items, without_control = add_controls(listing.items, controls.partners)
             listing = replace(listing, items=items, skips=[*listing.skips, *without_control])
-        return Images(listing.source, masks, controls, add_captions(listing, part.text), listing.skips, ())
+        captioned = add_captions(listing, part.text)
+        return Images(listing.source, masks, controls.partners, captioned, listing.skips, ())
+
+
+def leave_out(listing: Listing, controls: Controls) -> Listing:
+    """A listing without the images that are control images alone."""
+    if not controls.alone:
+        return listing
+    items = [item for item in listing.items if item.key not in controls.alone]
+    return replace(listing, items=items, skips=[skip for skip in listing.skips if skip.key not in controls.alone])
 
 
 def check_controls(part: ImageSet) -> None:
@@ -202,12 +214,16 @@ def join_sources(where: str, sets: Mapping[str, HasSource]) -> tuple[Source, Par
 
 def join_partners(where: str, sets: Mapping[str, Partners]) -> Partners:
     """Partners of the images of several sets, by name, as those of one source."""
-    by_stem = {
-        f"{name}/{stem}": Partner(f"{name}/{partner.key}", partner.nbytes, partner.version)
-        for name, own in sets.items()
-        for stem, partner in own.by_stem.items()
-    }
-    return Partners(Joined(where, {name: own.source for name, own in sets.items()}), by_stem)
+
+    def of_sets(part: Callable[[Partners], dict[str, Partner]]) -> dict[str, Partner]:
+        return {
+            f"{name}/{image}": Partner(f"{name}/{partner.key}", partner.nbytes, partner.version)
+            for name, own in sets.items()
+            for image, partner in part(own).items()
+        }
+
+    source = Joined(where, {name: own.source for name, own in sets.items()})
+    return Partners(source, of_sets(lambda own: own.by_stem), of_sets(lambda own: own.by_key))
 
 
 def join_captioned(found: Mapping[str, Captioned]) -> Captioned:

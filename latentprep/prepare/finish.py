@@ -142,6 +142,7 @@ def made_with(prepared: Prepared) -> MadeWith:
         exclude=options.exclude,
         masks=str(options.masks) if options.masks is not None else None,
         control=tuple(map(str, options.controls)),
+        control_columns=options.control_columns,
         device=", ".join(prepared.where.devices),
         batch_size=prepared.batch_size,
         compile=options.compile,

@@ -21,7 +21,7 @@ from latentprep.prepare.images.load import LoadOptions, place_image, read_files
 from latentprep.prepare.images.pillow import DecodeError, describe, limit_pixels
 from latentprep.prepare.recheck_source import Originals, check_num_controls
 from latentprep.prepare.source.content import new_hash
-from latentprep.prepare.source.controls import list_controls
+from latentprep.prepare.source.controls import find_controls
 from latentprep.prepare.source.masks import list_masks
 from latentprep.prepare.source.sources import NoSourceError, open_source
 from latentprep.records import Box, Item, Placement, Size, Skip
@@ -140,7 +140,7 @@ def open_reader(storage: Storage, manifest: Manifest, where: Path, sets: Sequenc
     made_with = manifest.made_with
     own = ImageSet(
         "", where, TextOptions(), masks=Path(made_with.masks) if made_with.masks else None,
-        controls=tuple(map(Path, made_with.control)),
+        controls=tuple(map(Path, made_with.control)), control_columns=made_with.control_columns,
     )  # fmt: skip
     sources: dict[str, Originals] = {}
     for part in sets or [own]:
@@ -161,8 +161,9 @@ def open_reader(storage: Storage, manifest: Manifest, where: Path, sets: Sequenc
         found = sources
     joined = Originals(*join_sources(str(where), found), ()) if sets else found[""]
     options = LoadOptions.from_recipe(
-        joined.source, manifest.latent.factor, joined.masks, manifest.recipe.latents, controls=joined.controls
-    )
+        joined.source, manifest.latent.factor, joined.masks, manifest.recipe.latents, controls=joined.controls,
+        patch=manifest.latent.normalization.patch,
+    )  # fmt: skip
     return Reader(options, found is not sources)
 
 
@@ -170,8 +171,6 @@ def add_partners(manifest: Manifest, own: Originals, part: ImageSet) -> Original
     """A source with its masks and control images. Raises UserError if some are not there."""
     if manifest.recipe.latents.images.weights == "masks" and not part.name and part.masks is None:
         raise UserError("the cache does not say where its masks were.")
-    check_num_controls(manifest, part.controls)
+    check_num_controls(manifest, part)
     masks = list_masks(part.masks, "masks", "no such folder.") if part.masks is not None else None
-    return replace(
-        own, masks=masks, controls=tuple(list_controls(folder, "no such folder.") for folder in part.controls)
-    )
+    return replace(own, masks=masks, controls=find_controls(part, "no such folder.").partners)

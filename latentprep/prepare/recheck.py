@@ -92,8 +92,9 @@ def reencode(
     chosen, _ = choose_device(device)
     encoder = open_encoder(made_vae, recipe, chosen)
     options = LoadOptions.from_recipe(
-        originals.source, manifest.latent.factor, originals.masks, recipe, controls=originals.controls
-    )
+        originals.source, manifest.latent.factor, originals.masks, recipe, controls=originals.controls,
+        patch=manifest.latent.normalization.patch,
+    )  # fmt: skip
     problems, worst = [], 0.0
     for entry, number, row in sample_rows(manifest, count, seed):
         words = entry.open_text(storage).groups[number]
@@ -162,6 +163,9 @@ def encode_row(
         mean = list(group.controls.values())[number - 1] if number else group.latent_mean
         std = None if number else group.latent_std
         per_crop = len(boxes) // len(own.pixels)  # a control image of another shape has crops of its own
+        (_, rows, columns, _), factor = own.pixels.shape, options.factor
+        if [rows, columns] != [side * factor for side in mean.shape[-2:]]:
+            return Skip(key, "changed", f"control_{number} has another shape than when it was encoded")
         for view, flipped in enumerate(group.flipped.tolist()):
             shown = own.pixels[view // per_crop]
             posterior = vae.encode(np.ascontiguousarray(shown[:, ::-1] if flipped else shown)[None])

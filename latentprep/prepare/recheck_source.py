@@ -9,8 +9,8 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted, shortened
 from latentprep.options import ImageSet, TextOptions
-from latentprep.prepare.find_images import join_sources, named
-from latentprep.prepare.source.controls import list_controls
+from latentprep.prepare.find_images import join_sources, leave_out, named
+from latentprep.prepare.source.controls import find_controls
 from latentprep.prepare.source.door import Source
 from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import list_masks
@@ -51,17 +51,20 @@ def find_originals(
         if names and not any((where / name).exists() for name in names):
             some = ", ".join(map(shortened, names[:5]))
             raise UserError(f"--source {where}: holds none of the cache's sets ({some}). Give their .toml file.")
-        folders = find_masks(manifest, masks), find_controls(manifest, controls)
-        return list_originals(
-            storage, ImageSet("", where, TextOptions(), manifest.made_with.exclude, *folders), "--masks"
-        )
+        made_with = manifest.made_with
+        own = ImageSet(
+            "", where, TextOptions(), made_with.exclude, find_masks(manifest, masks),
+            controls or tuple(map(Path, made_with.control)), made_with.control_columns,
+        )  # fmt: skip
+        check_num_controls(manifest, own)
+        return list_originals(storage, own, "--masks")
     if masks is not None:
         raise UserError(f"--masks {masks}: the sets of {where} say where their masks are. Leave it out.")
     if controls:
         raise UserError(
             f"--control {controls[0]}: the sets of {where} say where their control images are. Leave it out."
         )
-    check_num_controls(manifest, sets[0].controls)
+    check_num_controls(manifest, sets[0])
     found = {}
     for part in sets:
         with named(part):
@@ -82,31 +85,24 @@ def find_masks(manifest: Manifest, folder: Path | None) -> Path | None:
     return folder or Path(manifest.made_with.masks or "")
 
 
-def find_controls(manifest: Manifest, folders: tuple[Path, ...]) -> tuple[Path, ...]:
-    """The folders of the control images of a cache; `folders` are those that were typed. Raises UserError."""
-    found = folders or tuple(map(Path, manifest.made_with.control))
-    check_num_controls(manifest, found)
-    return found
-
-
-def check_num_controls(manifest: Manifest, folders: Sequence[Path]) -> None:
-    """Raise UserError unless there are as many folders as a cache has control images of each image."""
-    wanted = manifest.recipe.latents.num_controls or 0
-    if len(folders) != wanted:
+def check_num_controls(manifest: Manifest, part: ImageSet) -> None:
+    """Raise UserError unless a set has as many control images of each image as a cache."""
+    wanted = (manifest.recipe.latents.num_controls or 0) - len(part.control_columns)
+    if len(part.controls) != wanted:
         what = "the .toml file of its sets as --source" if manifest.sets else "as many folders, in their order"
+        columns = f" without those of {counted(len(part.control_columns), 'column')}" if part.control_columns else ""
         raise UserError(
-            f"--control: got {counted(len(folders), 'folder')}, this cache has {counted(wanted, 'control image')} of "
-            f"each image. Give {what if wanted else 'none'}."
+            f"--control: got {counted(len(part.controls), 'folder')}, this cache has "
+            f"{counted(wanted, 'control image')} of each image{columns}. Give {what if wanted else 'none'}."
         )
 
 
 def list_originals(storage: Storage, part: ImageSet, option: str = "--weights") -> Originals:
     missing = "no such folder. Give that of this cache's masks."
     masks = list_masks(part.masks, option, missing) if part.masks is not None else None
-    controls = tuple(
-        list_controls(folder, "no such folder. Give that of this cache's control images.") for folder in part.controls
-    )
     without = [*([Path(storage.path)] if storage.is_local else []), *part.partners]
-    listing = list_images(open_source(part.source, without=without), part.exclude)
+    source = open_source(part.source, without=without)
+    controls = find_controls(part, "no such folder. Give that of this cache's control images.")
+    listing = leave_out(list_images(source, part.exclude), controls)
     keys = (*(item.key for item in listing.items), *(skip.key for skip in listing.skips))
-    return Originals(listing.source, masks, controls, keys)
+    return Originals(listing.source, masks, controls.partners, keys)

@@ -22,6 +22,7 @@ def make_recipe(options: EncodeOptions, models: Models, dtype: str, text_dtype: 
         vae=vae.digest, geometry=options.geometry, images=options.images, flip=options.flip,
         dtype="float32" if is_upcast else dtype, store=options.store if vae.has_std else "mean",
         store_dtype=options.store_dtype, tiling=options.tiling, num_controls=options.num_controls,
+        control_size=options.control_size,
     )  # fmt: skip
     return Recipe(
         latents,
@@ -54,10 +55,10 @@ def estimate_row_bytes(recipe: Recipe, models: Models, options: EncodeOptions) -
     posterior = 2 if recipe.latents.store == "mean+std" else 1
     itemsize = TORCH_DTYPES[options.store_dtype].itemsize
     num_values = options.text.prompts_per_image * models.text.num_values(options.text) if models.text else 0
-    per_view = posterior + options.num_controls  # latents of each view: of control images the mean
-    latent = len(recipe.latents.views) * (per_view * models.vae.latent_channels * itemsize + 2)  # + 2: weight
+    control = len(recipe.latents.views) * models.vae.latent_channels * itemsize  # the mean of a control image
+    latent = (posterior + options.num_controls) * control + 2 * len(recipe.latents.views)  # + 2: weight
     cond = nbytes_of(num_values, recipe.text.store_dtype) if recipe.text.store_dtype else 0
-    return RowBytes(latent, cond + 512, models.vae.factor)  # 512: key, captions and prompts
+    return RowBytes(latent, cond + 512, models.vae.factor, control)  # 512: key, captions and prompts
 
 
 def versions() -> dict[str, str]:

@@ -2,12 +2,13 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from latentprep.cache.borrowed import find_cond_files
 from latentprep.cache.leftovers import find_leftovers, find_missing
 from latentprep.cache.manifest import LatentFacts, Manifest, find_manifest, read_skips
 from latentprep.cache.names import uncond_name
+from latentprep.cache.schema import CONTROLS
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.errors import UserError
 from latentprep.human import counted, human_bytes, printable
@@ -22,10 +23,10 @@ from latentprep.prepare.devices import (
 )
 from latentprep.prepare.engine.where import Where, find_share
 from latentprep.prepare.find_images import Images, find_images
-from latentprep.prepare.images.load import LoadOptions
+from latentprep.prepare.images.load import LoadOptions, read_control_sizes
 from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.models.model_set import Models, open_models
-from latentprep.prepare.plan.buckets import describe_square, make_place
+from latentprep.prepare.plan.buckets import describe_square, make_place, with_controls
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
 from latentprep.prepare.plan.shared import Prompter, Sharing, share_prompts
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
@@ -35,7 +36,7 @@ from latentprep.prepare.work.latents import LatentsWorker
 from latentprep.prepare.work.text import TextWorker
 from latentprep.progress import LateBar, Progress
 from latentprep.recipe import Recipe, tell_changes
-from latentprep.records import REASONS, Item, Skip
+from latentprep.records import REASONS, Item, Placement, Skip
 
 
 @dataclass(frozen=True)
@@ -156,11 +157,16 @@ def prepare(
     named = manifest.cond_files if manifest is not None else {}
     # with several ranks, what the others have done by now must not matter
     cond_files = {} if options.overwrite else find_cond_files(storage, named, others=where.world_size == 1)
+    load = LoadOptions.from_recipe(
+        images.source, models.vae.factor, images.masks, recipe.latents, options.strict_images, images.controls,
+        models.patch,
+    )  # fmt: skip
     planner = Planner(
         images.captioned.items, skips, place, row_bytes, recipe,
         options.shard_bytes or default_shard_bytes(where.devices[0]), conditions, hash_items,
         unread={skip.key for skip in skips if REASONS[skip.reason][0] == "machine"},
         check_content=options.check_content, only=options.only, sets=images.facts, cond_files=cond_files,
+        place_controls=partial(place_controls, load) if options.control_size == "own" else None,
     )  # fmt: skip
     missing = find_missing(storage, manifest.shards) if manifest is not None else {}
     shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
@@ -185,12 +191,24 @@ def prepare(
         raise UserError(nothing_usable(options, plan.skips))
     return Prepared(
         options, storage, models, where, text_where, recipe, make_facts(models, recipe), manifest, tuple(known_skips),
-        images,
-        LoadOptions.from_recipe(
-            images.source, models.vae.factor, images.masks, recipe.latents, options.strict_images, images.controls
-        ),
-        conditions, row_bytes, plan, cond_files, manifest is not None and has_uncond(storage, manifest, models),
+        images, load, conditions, row_bytes, plan, cond_files,
+        manifest is not None and has_uncond(storage, manifest, models),
     )  # fmt: skip
+
+
+def place_controls(load: LoadOptions, item: Item, placement: Placement) -> Placement | Skip:
+    """The placement of an item with the buckets of its control images, or the Skip of one that has none."""
+    sizes = read_control_sizes(item, load)
+    if isinstance(sizes, Skip):
+        return sizes
+    buckets = []
+    for name, size in zip(CONTROLS, sizes, strict=False):
+        own = load.place_control(size, item.size, placement)
+        if not isinstance(own, Placement):
+            reason, detail = own
+            return item.skip(reason, f"{name}: {detail}")
+        buckets.append(own.bucket)
+    return with_controls(placement, buckets)
 
 
 def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Where, str]:

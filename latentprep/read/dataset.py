@@ -36,7 +36,7 @@ from latentprep.read.arguments import (
 )
 from latentprep.read.batch import Cond, CondModel, CondT, LatentBatch, WeightT, cond_model_elsewhere
 from latentprep.read.cond import StoredCond, finish_cond
-from latentprep.read.describe import show_cond, show_shape
+from latentprep.read.describe import show_bucket, show_cond
 from latentprep.read.index import Index, Shape
 from latentprep.read.order import Batches, EpochIndices
 from latentprep.read.parts import Chosen, choose_keys, choose_sets, groups_of, split_by_content
@@ -227,14 +227,14 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
     @property
     def buckets(self) -> list[Shape]:
-        """[C,h,w] of the latents of each bucket."""
+        """[C,h,w] of the latents of each bucket; and [h,w] of each control image, if they have sizes of their own."""
         return self._index.buckets
 
     def __len__(self) -> int:
         return len(self._index)
 
     def __repr__(self) -> str:
-        sizes = [show_shape(shape) for shape in self.buckets[:4]] + ["..."] * (len(self.buckets) > 4)
+        sizes = [show_bucket(shape) for shape in self.buckets[:4]] + ["..."] * (len(self.buckets) > 4)
         shown = [shortened(name, 20) for name in self.sets[:4]] + ["..."] * (len(self.sets) > 4)
         parts = [
             counted(self.num_images, "image") + (f" x {self.repeats} repeats" if self.repeats > 1 else ""),

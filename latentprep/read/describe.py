@@ -1,6 +1,6 @@
 """Shapes and names in one line, for the reprs of the reader's classes. Nothing is opened or computed for them."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, dtype
 
@@ -10,6 +10,12 @@ from latentprep.human import printable
 def show_shape(shape: Iterable[int | None]) -> str:
     """[4,77,768]; a length that differs from prompt to prompt is T."""
     return f"[{','.join('T' if size is None else str(size) for size in shape)}]"
+
+
+def show_bucket(shape: Sequence[int]) -> str:
+    """[4,64,64]; and + [64,96] for each control image, if they have sizes of their own."""
+    controls = zip(shape[3::2], shape[4::2], strict=True)
+    return "+".join([show_shape(shape[:3]), *map(show_shape, controls)])
 
 
 def show_dtype(value: dtype) -> str:

@@ -10,7 +10,7 @@ from latentprep.cache.sets import SetFacts
 from latentprep.cache.shard import Shard
 from latentprep.read.repeats import Repeats
 
-Shape = tuple[int, ...]  # [C,h,w] of a latent
+Shape = tuple[int, ...]  # of a bucket: [C,h,w] of a latent, and [h,w] of control images (cache/schema.py)
 
 
 class Index:

@@ -12,12 +12,13 @@ from PIL import Image
 
 from latentprep.cache.schema import CONTROLS
 from latentprep.errors import UserError
+from latentprep.geometry import Geometry
 from latentprep.human import human_bytes
 from latentprep.prepare.images.crops import choose_crops
 from latentprep.prepare.images.decode import decode, load_mask, resize
 from latentprep.prepare.images.pillow import DecodeError, describe, max_bytes, open_image, oriented_size
 from latentprep.prepare.images.shrink import torch_has_lanczos
-from latentprep.prepare.plan.buckets import place_control
+from latentprep.prepare.plan.buckets import Verdict, make_place, place_control, place_own_control
 from latentprep.prepare.source.content import new_hash
 from latentprep.prepare.source.door import NotRegularError, Source
 from latentprep.prepare.source.partners import Partners
@@ -25,6 +26,7 @@ from latentprep.recipe import LatentsRecipe
 from latentprep.records import NAMED_NOTES, Box, Item, Pixels, Placement, Size, Skip
 
 LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
+FIRST_BYTES = 2**16  # of a file, that hold the header of most images
 LARGE_BYTES = 128_000_000  # and so is a larger file, whatever its pixels
 one_large_control = Lock()  # their sizes are known as late as here, so that is_large tells nothing of them
 
@@ -49,6 +51,14 @@ class LoadOptions:
     fit: str
     upscale: bool
     controls: tuple[Partners, ...] = ()
+    control_geometry: Geometry | None = None  # of control images with buckets of their own; None: their targets' count
+    patch: int = 1  # latent pixels of a patch, each way
+
+    def place_control(self, size: Size, target: Size, placement: Placement) -> Placement | Verdict:
+        """Where a control image goes, whose target has `placement`."""
+        if self.control_geometry is None:
+            return place_control(size, target, placement, self.fit, self.upscale)
+        return place_own_control(size, target, placement, make_place(self.control_geometry, self.factor * self.patch))
 
     @classmethod
     def from_recipe(
@@ -59,13 +69,15 @@ class LoadOptions:
         recipe: LatentsRecipe,
         strict: bool = False,
         controls: tuple[Partners, ...] = (),
+        patch: int = 1,
     ) -> "LoadOptions":
         """The options that the latents part of a recipe says; `strict` is --strict-images, which decides no numbers."""
         geometry = recipe.geometry
         return cls(
             source, factor, masks, strict=strict, controls=controls, fit=geometry.fit, upscale=geometry.upscale,
             filter=Image.Resampling[geometry.filter.upper()], by_torch=is_by_torch(recipe),
-            crop=geometry.crop, crops=geometry.crops, seed=geometry.crop_seed or 0,
+            crop=geometry.crop, crops=geometry.crops, seed=geometry.crop_seed or 0, patch=patch,
+            control_geometry=geometry if recipe.control_size == "own" else None,
             **vars(recipe.images),
         )  # fmt: skip
 
@@ -125,9 +137,9 @@ def load_pixels(
     try:
         pixels = make_pixels(files, item, placement, options, crops)
         controls = []
-        for part in files.controls:
+        for number, part in enumerate(files.controls):
             where = part.where
-            controls.append(make_control(part.data, item, placement, options, pixels.crops))
+            controls.append(make_control(part.data, number, item, placement, options, pixels.crops))
     except DecodeError as error:
         if error.reason == "bad_mask":
             where = files.mask.where if files.mask is not None else ""
@@ -169,6 +181,43 @@ def read_files(item: Item, options: LoadOptions) -> Files | Skip:
     return Files(found["SOURCE"][0], next(iter(found["--weights"]), None), found["--control"])
 
 
+def read_control_sizes(item: Item, options: LoadOptions) -> list[Size] | Skip:
+    """The size of each control image of an item, by its header; or the Skip of what has none. Raises UserError."""
+    sizes = []
+    for part in list_parts(item, options):
+        if isinstance(part, Skip):
+            return part
+        if part.option != "--control":
+            continue
+        try:
+            sizes.append(read_size(part))
+        except DecodeError as error:
+            reason = "unreadable" if error.reason in ("not_an_image", "truncated") else error.reason
+            return item.skip(reason, part.where + error.detail)
+        except NotRegularError as error:
+            return item.skip("unreadable", f"{part.where}{error}")
+        except OSError as error:
+            check_there(options)
+            return item.skip("io_error", part.where + describe(error))
+        except MemoryError as error:
+            return item.skip("out_of_memory", part.where + describe(error))
+    return sizes
+
+
+def read_size(part: Part) -> Size:
+    """The size of an image, of which as little is read as will do. Raises DecodeError, OSError."""
+    limit = FIRST_BYTES
+    while True:
+        data = part.source.read(part.key, limit)
+        try:
+            with open_image(BytesIO(data)) as image:
+                return oriented_size(image)
+        except DecodeError:
+            if len(data) <= limit:
+                raise
+        limit = max_bytes()
+
+
 def list_parts(item: Item, options: LoadOptions) -> Iterator[Part | Skip]:
     """The files of an item; a Skip if a control image is not there any more."""
     yield Part("SOURCE", options.source, item.key, item.nbytes, "")
@@ -179,7 +228,7 @@ def list_parts(item: Item, options: LoadOptions) -> Iterator[Part | Skip]:
     for name, own in zip(CONTROLS, options.controls, strict=False):
         control = own.find(item.key)
         if control is None:
-            yield item.skip("no_control", f"{name}: no image of its path and stem")
+            yield item.skip("no_control", f"{name}: {own.why_none}")
         else:
             where = f"its control image {own.locate(control)}: "
             yield Part("--control", own.source, control.key, control.nbytes, where)
@@ -222,20 +271,26 @@ def make_pixels(
     )
 
 
-def make_control(data: bytes, item: Item, placement: Placement, options: LoadOptions, crops: tuple[Box, ...]) -> Pixels:
+def make_control(
+    data: bytes, number: int, item: Item, placement: Placement, options: LoadOptions, crops: tuple[Box, ...]
+) -> Pixels:
     """The pixels of a control image: `item`, `placement` and `crops` are those of its target. Raises DecodeError."""
     with open_image(BytesIO(data)) as image:
         size = oriented_size(image)
-    own = place_control(size, item.size, placement, options.fit, options.upscale)
+    own = options.place_control(size, item.size, placement)
     if not isinstance(own, Placement):
         raise DecodeError(*own)
+    if placement.controls and own.bucket != placement.controls[number]:
+        raise DecodeError("changed", "its shape is another than when it was listed: run again")
     control = replace(item, size=size, nbytes=len(data))
     notes: list[str] = []
     with one_large_control if is_large(control) else nullcontext():
         # what is transparent in it has no weight: it is laid over a background
         rgb, _ = decode(data, control, own, replace(options, weights="none"), notes)
         placed = place_image(rgb, None, control, own, options, crops if own is placement else None)
-    kept = [note for note in notes if note in NAMED_NOTES] + ([] if own is placement else ["control_fitted"])
+    kept = [note for note in notes if note in NAMED_NOTES]
+    if own is not placement:
+        kept.append("control_fitted" if options.control_geometry is None else "control_own_bucket")
     return Pixels(placed.pixels, None, placed.crops, notes=tuple(kept))
 
 

@@ -1,7 +1,8 @@
 """Pure arithmetic: which buckets there are, which one an image takes, and how it is scaled and cropped to it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from latentprep.errors import UserError
 from latentprep.geometry import Geometry
@@ -188,6 +189,19 @@ def place_control(size: Size, target: Size, placement: Placement, fit: str, upsc
     if has_shape_of(size, target):
         return placement
     return _check_kept(size, fit_to(size, placement.bucket, fit, upscale))
+
+
+def place_own_control(size: Size, target: Size, placement: Placement, place: PlaceImage) -> Placement | Verdict:
+    """Placement of a control image in a bucket of its own, or (reason, detail) where it has none.
+
+    If both have one shape it is the target's, as in place_control.
+    """
+    return placement if has_shape_of(size, target) else place(size)
+
+
+def with_controls(placement: Placement, buckets: Sequence[Size]) -> Placement:
+    """The placement of a target whose control images have these buckets."""
+    return replace(placement, controls=() if set(buckets) <= {placement.bucket} else tuple(buckets))
 
 
 def has_shape_of(one: Size, other: Size) -> bool:

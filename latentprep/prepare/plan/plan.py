@@ -17,6 +17,8 @@ from latentprep.recipe import Recipe, tell_changes
 from latentprep.recipe_words import name_options
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit, set_of
 
+# an item's placement -> the same with the buckets of its control images, or the skip of an item that cannot have one
+PlaceControls = Callable[[Item, Placement], Placement | Skip]
 LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
 
 
@@ -27,12 +29,16 @@ class RowBytes:
     per_latent_pixel: int  # latents file: bytes of one latent pixel, all channels and views
     per_row: int  # text file: bytes of one row, were its prompts unlike all others
     factor: int  # pixels per latent, each way
+    per_control_pixel: int = 0  # of that the bytes of one control image
 
-    def latents(self, bucket: Size) -> int:
-        return self.per_latent_pixel * (bucket[0] // self.factor) * (bucket[1] // self.factor)
+    def latents(self, bucket: Size, controls: Sequence[Size] = ()) -> int:
+        """Bytes in the latents file; `controls` are the buckets of control images that have their own."""
+        of_image = self.per_latent_pixel - len(controls) * self.per_control_pixel
+        pixels = [(height // self.factor) * (width // self.factor) for height, width in (bucket, *controls)]
+        return of_image * pixels[0] + self.per_control_pixel * sum(pixels[1:])
 
-    def largest(self, bucket: Size) -> int:
-        return max(self.latents(bucket), self.per_row)
+    def largest(self, bucket: Size, controls: Sequence[Size] = ()) -> int:
+        return max(self.latents(bucket, controls), self.per_row)
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,7 @@ class Planner:
     only: str | None = None  # latents, text; None: both
     sets: tuple[SetFacts, ...] = ()
     cond_files: Collection[str] = ()  # ids of those that are there
+    place_controls: PlaceControls | None = None  # None: control images have the buckets of their targets
 
     def plan(
         self,
@@ -170,18 +177,25 @@ class Planner:
         for item in self.items:
             if item.key in matching.held:
                 continue
-            verdict = self.place(item.size)
             before = known.get(item.key)
-            if not isinstance(verdict, Placement):
-                left_out.append(item.skip(*verdict))
-            elif before is not None and self._is_same(before, item):
-                left_out.append(before)
+            placed = self._place_item(item, before)
+            if isinstance(placed, Skip):
+                left_out.append(placed)
             else:
-                planned.append((item, verdict))
+                planned.append((item, placed))
                 what = "changed" if item.key in matching.outdated else "new"
                 changes.append(Change(item.key, what, f"was skipped: {before.reason}" if before is not None else ""))
-        planned.sort(key=lambda pair: (self._set_of(pair[0]), pair[1].bucket, pair[0].key))
+        planned.sort(key=lambda pair: (self._set_of(pair[0]), pair[1].buckets, pair[0].key))
         return planned, left_out
+
+    def _place_item(self, item: Item, before: Skip | None) -> Placement | Skip:
+        """Where an item goes, or why nowhere; `before` is how it was skipped before."""
+        verdict = self.place(item.size)
+        if not isinstance(verdict, Placement):
+            return item.skip(*verdict)
+        if before is not None and self._is_same(before, item):
+            return before
+        return verdict if self.place_controls is None else self.place_controls(item, verdict)
 
     def _set_of(self, item: Item) -> str:
         return set_of(item.key) if self.sets else ""
@@ -256,7 +270,7 @@ def cut_rows(
     run: list[tuple[Item, Placement]] = []
     used = 0
     for row in rows:
-        cost = row_bytes.largest(row[1].bucket)
+        cost = row_bytes.largest(row[1].bucket, row[1].controls)
         if run and used + cost > shard_bytes:
             yield run
             run, used = [], 0

@@ -1,19 +1,70 @@
-"""Sources of control images -> items that have one of each. An edit starts from its control images."""
+"""Control images by folder or by column -> items that have one of each. An edit starts from its control images."""
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentprep.cache.schema import CONTROLS
 from latentprep.errors import UserError
-from latentprep.prepare.source.listing import MAX_VERSION
-from latentprep.prepare.source.partners import Partner, Partners, list_partners
+from latentprep.options import ImageSet
+from latentprep.prepare.source.door import File, Source
+from latentprep.prepare.source.listing import MAX_VERSION, Listing
+from latentprep.prepare.source.metadata import READERS, list_tables, read_controls
+from latentprep.prepare.source.partners import Partner, Partners, list_files, list_partners
+from latentprep.prepare.source.sources import open_source
 from latentprep.records import Item, Skip
 
+NO_FOLDER = "expected a folder of images, and there is no such folder."
 
-def list_controls(
-    where: Path | str, missing: str = "expected a folder of images, and there is no such folder."
-) -> Partners:
+
+@dataclass(frozen=True)
+class Controls:
+    """The control images of a source, in the order of control_1, control_2, ..."""
+
+    partners: tuple[Partners, ...] = ()
+    alone: frozenset[str] = frozenset()  # keys of images of the source that are control images, and no targets
+
+
+def find_controls(part: ImageSet, missing: str = NO_FOLDER) -> Controls:
+    """The control images of a set: those of its folders, then those that its columns name. Raises UserError.
+
+    `missing` is what is wrong with a folder that is not there.
+    """
+    folders = [list_controls(folder, missing) for folder in part.controls]
+    if not part.control_columns:
+        return Controls(tuple(folders))
+    # all of the source: what is no target, such as the folder of another set's control images, may be named too
+    columns, alone = list_columns(open_source(part.source), part.control_columns)
+    return Controls((*folders, *columns), alone)
+
+
+def list_columns(source: Source, columns: Sequence[str]) -> tuple[list[Partners], frozenset[str]]:
+    """The images of a source that columns of its metadata files name, and those of them that are no targets.
+
+    A target is what a metadata file has a row for. Raises UserError.
+    """
+    files = {key: file for key, file in list_files(source, "SOURCE") if isinstance(file, File)}
+    listing = Listing(source, [], [], {key: file.nbytes for key, file in files.items()})
+    if not list_tables(listing):
+        raise UserError(f"--control-column {columns[0]}: SOURCE {source.where} holds no {', '.join(READERS)}.")
+    found: list[Partners] = []
+    named, targets = set[str](), set[str]()
+    for column in columns:
+        control_of = read_controls(listing, column)
+        partners = {key: as_partner(control, files) for key, control in control_of.items() if control is not None}
+        found.append(Partners(source, {}, partners, column))
+        targets |= control_of.keys()
+        named |= {partner.key for partner in partners.values()}
+    return found, frozenset(named - targets)
+
+
+def as_partner(key: str, files: Mapping[str, File]) -> Partner:
+    """A file of a source as the partner of an image. What is not there is tried again in each run."""
+    file = files.get(key)
+    return Partner(key, file.nbytes, file.version) if file is not None else Partner(key, -1, -1)
+
+
+def list_controls(where: Path | str, missing: str = NO_FOLDER) -> Partners:
     """Every image of a source, as a control image of the target of the same stem. Raises UserError."""
     return list_partners(where, "--control", "control image", missing)
 
@@ -26,7 +77,9 @@ def add_controls(items: Sequence[Item], controls: Sequence[Partners]) -> tuple[l
     for own in controls:
         if not any(own.find(item.key) is not None for item in items):
             raise UserError(
-                f"--control {own.source.where}: none of its images has the path and stem of an image in SOURCE."
+                f"--control-column {own.column}: the metadata files name no image in SOURCE that has one."
+                if own.column is not None
+                else f"--control {own.source.where}: none of its images has the path and stem of an image in SOURCE."
             )
     added = [add_own(item, controls) for item in items]
     return [own for own in added if isinstance(own, Item)], [own for own in added if isinstance(own, Skip)]
@@ -37,7 +90,7 @@ def add_own(item: Item, controls: Iterable[Partners]) -> Item | Skip:
     for name, own in zip(CONTROLS, controls, strict=False):
         control = own.find(item.key)
         if control is None:
-            return item.skip("no_control", f"{name}: no image of its path and stem")
+            return item.skip("no_control", f"{name}: {own.why_none}")
         if control.nbytes < 0:
             return item.skip("io_error", f"its control image {own.locate(control)}: {own.why_unreadable(control)}")
         item = replace(item, nbytes=item.nbytes + control.nbytes, version=join_versions(item.version, control))

@@ -1,4 +1,4 @@
-"""metadata.jsonl, metadata.csv and metadata.parquet, in the Hub's imagefolder layout -> captions by key."""
+"""metadata.jsonl, .csv and .parquet, in the Hub's imagefolder layout -> captions and control images by key."""
 
 import csv
 import json
@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from latentprep.errors import UserError
-from latentprep.human import human_bytes
+from latentprep.human import human_bytes, printable
 from latentprep.prepare.source.door import NotRegularError
 from latentprep.prepare.source.listing import Listing
 
@@ -19,6 +19,8 @@ MAX_JSON = 2**20  # bytes of one image's .json: img2dataset puts all of EXIF int
 PARQUET_ROWS = 1024  # at once: a small file may hold long texts many times
 MAX_METADATA = 2**30  # bytes of a metadata file, which is read as a whole
 FILE_NAME = "file_name"  # the column that names the image, relative to the metadata file
+CAPTION_ADVICE = "Say which holds the captions: --caption-column NAME."
+CONTROL_ADVICE = "Say which holds the control images: --control-column NAME."
 Line = tuple[str, dict[str, Any]]  # where it stands; column -> value
 
 
@@ -34,19 +36,53 @@ def read_metadata(listing: Listing, columns: tuple[str, ...]) -> dict[str, list[
     """
     captions: dict[str, list[str]] = {}
     num_characters = 0
+    for where, key, row in read_rows(listing, columns, CAPTION_ADVICE):
+        own = captions.setdefault(key, [])
+        for column in columns:
+            texts = texts_of(row[column], where, column)
+            num_characters += sum(map(len, texts))
+            if num_characters > MAX_METADATA:  # a Parquet file of some kB may say a long text a million times
+                raise UserError(f"{where}: over {MAX_METADATA:,} characters of captions up to here. Shorten them.")
+            own += texts
+    return captions
+
+
+def read_controls(listing: Listing, column: str) -> dict[str, str | None]:
+    """Key -> the key of the control image that `column` names, beside the metadata file or below it; None: none.
+
+    Every image of every metadata file is in it. Raises UserError, naming file and line, for what is no such file, for
+    a column that it does not have, and for an image with two control images.
+    """
+    found: dict[str, str | None] = {}
+    for where, key, row in read_rows(listing, (column,), CONTROL_ADVICE):
+        value = row[column] or None
+        if not isinstance(value, str | None):
+            raise UserError(f"{where}: expected the path of an image as {column!r}, got {_short(value)}.")
+        control = key_of(where, value) if value is not None else None
+        if found.setdefault(key, control) != control:
+            raise UserError(
+                f"{where}: {printable(key)} has two control images as {column!r}: {printable(str(found[key]))} and "
+                f"{printable(str(control))}. Expected one; a second one needs a column of its own."
+            )
+    return found
+
+
+def read_rows(listing: Listing, columns: tuple[str, ...], advice: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Of each row of every metadata file where it stands, the key of its image, and its values.
+
+    Raises UserError, with `advice` if there is no such column.
+    """
     for name in list_tables(listing):
-        for where, row in READERS[PurePosixPath(name).name](listing, name, (FILE_NAME, *columns)):
+        for where, row in READERS[PurePosixPath(name).name](listing, name, (FILE_NAME, *columns), advice):
             image = row[FILE_NAME]
             if not isinstance(image, str):
                 raise UserError(f"{where}: expected a text as {FILE_NAME!r}, got {_short(image)}.")
-            own = captions.setdefault((PurePosixPath(name).parent / image).as_posix(), [])
-            for column in columns:
-                texts = texts_of(row[column], where, column)
-                num_characters += sum(map(len, texts))
-                if num_characters > MAX_METADATA:  # a Parquet file of some kB may say a long text a million times
-                    raise UserError(f"{where}: over {MAX_METADATA:,} characters of captions up to here. Shorten them.")
-                own += texts
-    return captions
+            yield where, key_of(name, image), row
+
+
+def key_of(table: str, image: str) -> str:
+    """The key of an image that a metadata file names, relative to its own folder."""
+    return (PurePosixPath(table).parent / image).as_posix()
 
 
 def texts_of(value: Any, where: str, column: str) -> list[str]:
@@ -63,15 +99,15 @@ def _short(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)[:80]
 
 
-def check_columns(where: str, wanted: tuple[str, ...], there: Collection[str]) -> None:
+def check_columns(where: str, wanted: tuple[str, ...], there: Collection[str], advice: str) -> None:
     """Raise UserError, naming those that are there, where a column is missing."""
     for column in wanted:
         if column not in there:
-            hint = "" if column == FILE_NAME else " Say which holds the captions: --caption-column NAME."
+            hint = "" if column == FILE_NAME else f" {advice}"
             raise UserError(f"{where}: no column {column!r}, only {', '.join(map(repr, there)) or 'none'}.{hint}")
 
 
-def read_jsonl(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+def read_jsonl(listing: Listing, name: str, columns: tuple[str, ...], advice: str) -> Iterator[Line]:
     """A JSON object a line."""
     for number, line in enumerate(read_text(listing, name).split("\n"), 1):
         if not line.strip():
@@ -83,16 +119,16 @@ def read_jsonl(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterato
             row = None
         if not isinstance(row, dict):
             raise UserError(f'{where}: expected {{"{FILE_NAME}": "...", "{columns[-1]}": "..."}}, got {line[:80]}')
-        check_columns(where, columns, row)
+        check_columns(where, columns, row, advice)
         yield where, row
 
 
-def read_csv(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+def read_csv(listing: Listing, name: str, columns: tuple[str, ...], advice: str) -> Iterator[Line]:
     """Values between commas; the first line names the columns."""
     lines = csv.reader(StringIO(read_text(listing, name), newline=""), strict=True)
     try:
         header = next(lines, [])
-        check_columns(name, columns, header)
+        check_columns(name, columns, header, advice)
         for values in filter(None, lines):  # blank lines have no values
             where = f"{name} line {lines.line_num}"
             if len(values) != len(header):
@@ -105,7 +141,7 @@ def read_csv(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterator[
         raise UserError(f"{name} line {lines.line_num}: not CSV ({error}).") from None
 
 
-def read_parquet(listing: Listing, name: str, columns: tuple[str, ...]) -> Iterator[Line]:
+def read_parquet(listing: Listing, name: str, columns: tuple[str, ...], advice: str) -> Iterator[Line]:
     """A Parquet table, of which only `columns` are read: others may hold the images."""
     try:
         from pyarrow import ArrowException, BufferReader, parquet
@@ -114,7 +150,7 @@ def read_parquet(listing: Listing, name: str, columns: tuple[str, ...]) -> Itera
     data = read_bytes(listing, name, MAX_METADATA)
     try:
         with parquet.ParquetFile(BufferReader(data)) as file:
-            check_columns(name, columns, file.schema_arrow.names)
+            check_columns(name, columns, file.schema_arrow.names, advice)
             batches = file.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(columns)))
             for number, row in enumerate((row for batch in batches for row in batch.to_pylist()), 1):
                 yield f"{name} row {number}", row
@@ -122,7 +158,7 @@ def read_parquet(listing: Listing, name: str, columns: tuple[str, ...]) -> Itera
         raise UserError(f"{name}: cannot be read as Parquet ({' '.join(str(error).split())[:200]}).") from None
 
 
-READERS: dict[str, Callable[[Listing, str, tuple[str, ...]], Iterator[Line]]] = {
+READERS: dict[str, Callable[[Listing, str, tuple[str, ...], str], Iterator[Line]]] = {
     "metadata.jsonl": read_jsonl,
     "metadata.csv": read_csv,
     "metadata.parquet": read_parquet,
@@ -142,7 +178,7 @@ def read_json(listing: Listing, name: str, columns: tuple[str, ...] | None, usua
         columns = tuple(column for column in usual if column in row)[:1]
         if not columns:
             return None
-    check_columns(name, columns, row)
+    check_columns(name, columns, row, CAPTION_ADVICE)
     return [text for column in columns for text in texts_of(row[column], name, column)]
 
 

@@ -1,13 +1,14 @@
-"""A source of images that belong to those of another by path and stem: masks, and control images."""
+"""Images that belong to those of a source, by path and stem or by name: masks, and control images."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from latentprep.errors import UserError
+from latentprep.human import printable
 from latentprep.prepare.images.pillow import is_image_name
-from latentprep.prepare.source.door import Source
-from latentprep.prepare.source.listing import stem
+from latentprep.prepare.source.door import File, Source
+from latentprep.prepare.source.listing import is_plain, stem
 from latentprep.prepare.source.sources import NoSourceError, open_source
 from latentprep.records import Skip
 
@@ -23,14 +24,28 @@ class Partner:
 
 @dataclass(frozen=True)
 class Partners:
-    """Partners by the stems of the images that they belong to."""
+    """Partners by the images that they belong to."""
 
     source: Source
     by_stem: dict[str, Partner]  # key of an image without its suffix -> its partner
+    by_key: dict[str, Partner] = field(default_factory=dict)  # key of an image -> its partner; goes before by_stem
+    column: str | None = None  # of SOURCE's metadata files, which names them; None: path and stem do
+
+    @property
+    def said(self) -> str:
+        """Where they come from, for people."""
+        return f"column {printable(self.column)}" if self.column is not None else self.source.where
+
+    @property
+    def why_none(self) -> str:
+        """What an image lacks that has none."""
+        if self.column is not None:
+            return f"the metadata files name none as {printable(self.column)}"
+        return "no image of its path and stem"
 
     def find(self, key: str) -> Partner | None:
         """The partner of an image; None where it has none."""
-        return self.by_stem.get(stem(key))
+        return self.by_key.get(key) or self.by_stem.get(stem(key))
 
     def locate(self, partner: Partner) -> str:
         """Where a partner is, for messages."""
@@ -38,6 +53,8 @@ class Partners:
 
     def why_unreadable(self, partner: Partner) -> str:
         """What reading a partner that could not be looked at says."""
+        if not is_plain(partner.key):
+            return "its name leads outside of the source"
         try:
             self.source.read(partner.key, 0)
         except OSError as error:
@@ -57,15 +74,10 @@ def list_partners(where: Path | str, option: str, noun: str, missing: str) -> Pa
     """
     try:
         source = open_source(where, option)
-        found = {file.key: file for file in source.list()}
     except NoSourceError:
         raise UserError(f"{option} {where}: {missing}") from None
-    except OSError as error:
-        raise UserError(f"{option} {where}: cannot be listed ({error.strerror or error}). Make it readable.") from error
-    if not source.is_there():
-        raise UserError(f"{option} {where}: vanished while it was listed. Mount it again, and run the same command.")
     by_stem: dict[str, Partner] = {}
-    for key, file in sorted(found.items()):
+    for key, file in list_files(source, option):
         if isinstance(file, Skip):
             raise UserError(f"{option} {where}/{key}: cannot be listed ({file.detail}). Make it readable.")
         if (
@@ -76,3 +88,17 @@ def list_partners(where: Path | str, option: str, noun: str, missing: str) -> Pa
     if not by_stem:
         raise UserError(f"{option} {where}: no {noun}s in it. Expected images with the stems of those in SOURCE.")
     return Partners(source, by_stem)
+
+
+def list_files(source: Source, option: str) -> list[tuple[str, File | Skip]]:
+    """Key and file of all that a source holds, sorted by key. Raises UserError."""
+    try:
+        found = {file.key: file for file in source.list()}
+    except OSError as error:
+        said = f"cannot be listed ({error.strerror or error}). Make it readable."
+        raise UserError(f"{option} {source.where}: {said}") from error
+    if not source.is_there():
+        raise UserError(
+            f"{option} {source.where}: vanished while it was listed. Mount it again, and run the same command."
+        )
+    return sorted(found.items())

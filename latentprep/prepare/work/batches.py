@@ -115,7 +115,7 @@ def make_batches(
         if isinstance(result, Skip):
             later.append(result)
             continue
-        if rows and (len(rows) == batch_size or rows[0].placement.bucket != placement.bucket):
+        if rows and (len(rows) == batch_size or rows[0].placement.buckets != placement.buckets):
             yield make_batch(unit, rows, images, skips, views, pinned)
             rows, images, skips = [], [], []
         skips, later = skips + later, []

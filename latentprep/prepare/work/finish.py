@@ -134,7 +134,7 @@ class Finisher:
         for n, row in enumerate(batch.rows):
             if is_finite[n] and is_control_finite[n]:
                 latents = {name: values[n] for name, values in (fields | controls).items()}
-                rows.groups.setdefault(row.placement.bucket, []).append({**latents, **make_row(row, recipe.views)})
+                rows.groups.setdefault(row.placement.buckets, []).append({**latents, **make_row(row, recipe.views)})
                 self.num_encoded += 1
             else:
                 skips.append(row.item.skip(reason[0], "a control image: " * bool(is_finite[n]) + reason[1]))

@@ -23,13 +23,13 @@ class UnitRows:
     unit: Unit
     num_done: int = 0  # items, of the unit's first
     num_found: int = 0  # images among them that an earlier run has encoded
-    groups: dict[Size, list[dict[str, Any]]] = field(default_factory=dict)  # bucket -> rows, field name -> value
+    groups: dict[tuple[Size, ...], list[dict[str, Any]]] = field(default_factory=dict)  # Placement.buckets -> rows
     skips: list[Skip] = field(default_factory=list)
     notes: Counter[str] = field(default_factory=Counter)
 
     def build(self, metadata: dict[str, Any]) -> Latents:
         """Its latents, with skips and notes: a killed run's shard is whole by itself. The rows are empty afterwards."""
-        groups = [LatentGroup.stack(group_label(bucket), rows) for bucket, rows in self.groups.items() if rows]
+        groups = [LatentGroup.stack(group_label(*buckets), rows) for buckets, rows in self.groups.items() if rows]
         done = {"skipped": [asdict(skip) for skip in self.skips], "notes": dict(sorted(self.notes.items()))}
         return Latents(groups, {**metadata, **done})
 
@@ -53,13 +53,13 @@ def load_rows(storage: Storage, unit: Unit) -> UnitRows:
         return UnitRows(unit)  # damaged: as if it were not there
     if not 0 < num_done <= len(unit.items) or num_done != len(skips) + sum(map(len, latents.groups)):
         return UnitRows(unit)
-    bucket_of = {item.key: placement.bucket for item, placement in zip(unit.items, unit.placements, strict=True)}
-    if not all(key in bucket_of for group in latents.groups for key in group.key):
+    buckets_of = {item.key: placement.buckets for item, placement in zip(unit.items, unit.placements, strict=True)}
+    if not all(key in buckets_of for group in latents.groups for key in group.key):
         return UnitRows(unit)
-    groups = {bucket_of[group.key[0]]: [group.row(n) for n in range(len(group))] for group in latents.groups}
+    groups = {buckets_of[group.key[0]]: [group.row(n) for n in range(len(group))] for group in latents.groups}
     return UnitRows(unit, num_done, num_done - len(skips), groups, skips, notes)
 
 
-def group_label(bucket: Size) -> str:
-    """Name of a bucket's group; a label only, shapes are read from tensors."""
-    return f"h{bucket[0]}w{bucket[1]}"
+def group_label(*buckets: Size) -> str:
+    """Name of the group of a bucket, and of those of control images; a label only, shapes are read from tensors."""
+    return "+".join(f"h{height}w{width}" for height, width in buckets)

@@ -1,0 +1,361 @@
+"""Control images that columns of metadata name, and control images in buckets of their own."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2Pipeline
+from PIL import Image
+
+import latentprep
+from latentprep import LatentDataset, LatentLoader, UserError
+from latentprep.cache.manifest import _seal, open_manifest, read_skips
+from latentprep.cache.storage import Storage
+from latentprep.geometry import Geometry
+from latentprep.prepare.models.vae_encoder import VaeEncoder
+from latentprep.prepare.models.vae_folder import open_vae
+from latentprep.prepare.plan.buckets import make_place
+from latentprep.prepare.source.folder import Folder
+from tests.conftest import TINY
+from tests.test_control import draw_before, draw_ref, draw_targets, encode, noise
+from tests.test_encode import files, reference, rows
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Targets and control images in one folder, and a metadata file that says which belong together."""
+    folder = draw_targets(tmp_path / "pairs")
+    draw_before(folder / "before"), draw_ref(folder / "ref")
+    names = {path.stem: path.name for path in (folder / "before").iterdir()}
+    lines = [
+        {"file_name": f"{name}.png", "text": name, "source": f"before/{names[name]}", "ref": f"ref/{name}.png"}
+        for name in sorted(names)
+    ]
+    write_table(folder, lines)
+    return folder
+
+
+def write_table(folder, lines):
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+
+
+def read_table(folder):
+    return [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+COLUMNS = ("--control-column", "source", "--control-column", "ref")
+
+
+# --- columns
+
+
+def test_a_column_gives_what_a_folder_gives(run, source, tmp_path):
+    result = encode(run, source, tmp_path / "c", *COLUMNS)
+    assert "control  column source: 4 of 4 images have one" in result.err
+    assert "8 images of SOURCE are control images alone" in result.err
+    own = tmp_path / "own"
+    shutil.copytree(source, own, ignore=shutil.ignore_patterns("before", "ref"))
+    encode(run, own, tmp_path / "d", "--control", source / "before", "--control", source / "ref")
+    found, wanted = rows(tmp_path / "c"), rows(tmp_path / "d")
+    assert found.keys() == wanted.keys()
+    for key, row in wanted.items():
+        for name in ("latent_mean", "control_1", "control_2", "digest", "crop"):
+            assert torch.equal(found[key][name], row[name])
+    assert "nothing to do" in encode(run, source, tmp_path / "c", *COLUMNS).out
+    assert "nothing to do" in run("encode", "--again", tmp_path / "c").out
+    assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 4).code == 0
+    assert run("inspect", tmp_path / "c", "--preview", tmp_path / "sheet.png", "--source", source).code == 0
+    assert open_manifest(Storage(tmp_path / "c")).made_with.control_columns == ("source", "ref")
+    assert b"control_columns" not in (tmp_path / "d" / "cache.json").read_bytes().split(b'"again"')[0]
+
+
+def test_a_folder_comes_before_columns(run, source, tmp_path):
+    encode(run, source, tmp_path / "c", "--control-column", "source", "--control", source / "ref")
+    encode(run, source, tmp_path / "d", *COLUMNS[2:], *COLUMNS[:2])
+    found, wanted = rows(tmp_path / "c"), rows(tmp_path / "d")
+    assert all(torch.equal(found[key]["control_2"], wanted[key]["control_2"]) for key in wanted)
+
+
+def test_a_target_may_be_the_control_image_of_another(run, source, tmp_path):
+    """An edit in several steps: what one makes, the next starts from. Both are targets."""
+    lines = read_table(source)
+    lines[0]["source"] = lines[1]["file_name"]
+    write_table(source, lines)
+    encode(run, source, tmp_path / "c", "--control-column", "source", "--exclude", "ref")
+    assert rows(tmp_path / "c").keys() == {line["file_name"] for line in lines}
+
+
+def test_rows_without_a_control_image_are_skips_that_heal(run, source, tmp_path):
+    lines = read_table(source)
+    write_table(source, [{**lines[0], "source": None}, {**lines[1], "source": "before/nothing.png"}, *lines[2:3]])
+    encode(run, source, tmp_path / "c", "--control-column", "source", "--exclude", "ref")
+    skips = {skip.key: (skip.reason, skip.detail) for skip in read_skips(Storage(tmp_path / "c"))}
+    reason, detail = skips.pop(lines[0]["file_name"])
+    assert (reason, detail) == ("no_control", "control_1: the metadata files name none as source")
+    reason, detail = skips.pop(lines[1]["file_name"])
+    assert reason == "io_error"
+    assert detail == f"its control image {source}/before/nothing.png: No such file or directory"
+    assert skips.pop(lines[3]["file_name"])[0] == "no_control"  # no row is of it
+    assert all(reason == "no_control" for reason, _ in skips.values())
+    write_table(source, lines)
+    assert "3 new" in encode(run, source, tmp_path / "c", "--control-column", "source", "--exclude", "ref").out
+    assert not read_skips(Storage(tmp_path / "c"))
+
+
+def test_paths_that_lead_outside_are_never_read(run, source, tmp_path, monkeypatch):
+    shutil.copy(source / "wide0.png", tmp_path / "secret.png")
+    lines = read_table(source)
+    for line, name in zip(lines, ("../secret.png", str(tmp_path / "secret.png"), "a/../../secret.png"), strict=False):
+        line["source"] = name
+    write_table(source, lines)
+    read, keys = Folder.read, []
+    monkeypatch.setattr(Folder, "read", lambda self, key, limit: keys.append(key) or read(self, key, limit))
+    encode(run, source, tmp_path / "c", "--control-column", "source", "--exclude", "ref")
+    assert not any("secret" in key for key in keys)
+    details = [skip.detail for skip in read_skips(Storage(tmp_path / "c")) if skip.reason == "io_error"]
+    assert len(details) == 3
+    assert all(detail.endswith("its name leads outside of the source") for detail in details)
+    assert len(rows(tmp_path / "c")) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "message"),
+    [
+        (None, ["--control-column", "nope"], "metadata.jsonl line 1: no column 'nope', only 'file_name', 'text', "),
+        ([{"source": 3}], [], "metadata.jsonl line 1: expected the path of an image as 'source', got 3."),
+        ([{"source": ["a"]}], [], "metadata.jsonl line 1: expected the path of an image as 'source', got "),
+        (
+            [{}, {"source": "ref/tall0.png"}],
+            [],
+            "metadata.jsonl line 2: tall0.png has two control images as 'source': ",
+        ),
+        ([{"source": None}], [], "--control-column source: the metadata files name no image in SOURCE that has one."),
+        ("gone", [], "--control-column source: SOURCE {0} holds no metadata.jsonl, metadata.csv, metadata.parquet."),
+        (None, ["--control-column", "source"], "--control-column 'source': expected the name of a column, another "),
+        (None, ["--control", "{0}"] * 4, "--control: 5 control images of each image, expected at most 4."),
+        (None, ["--control-size", "small"], "--control-size small: expected one of target, own."),
+    ],
+)
+def test_what_is_refused_in_one_line(run, source, tmp_path, change, options, message):
+    if change == "gone":
+        (source / "metadata.jsonl").unlink()
+    elif change is not None:
+        (line, *_) = read_table(source)
+        write_table(source, [{**line, **own} for own in change])
+    given = [str(option).format(source) for option in options]
+    result = encode(run, source, tmp_path / "c", "--control-column", "source", *given, code=1)
+    assert result.err.splitlines()[-1].startswith("error: " + message.format(source))
+    assert not (tmp_path / "c").exists()
+
+
+def test_sets_have_columns_of_their_own(run, source, tmp_path):
+    shutil.copytree(source, tmp_path / "other")
+    sets = (
+        '[[set]]\nsource = "pairs"\ncontrol_column = ["source", "ref"]\n\n'
+        '[[set]]\nsource = "other"\nexclude = ["before", "ref"]\ncontrol_column = "ref"\ncontrol = "pairs/before"\n'
+    )
+    (tmp_path / "sets.toml").write_text(sets, encoding="utf-8")
+    encode(run, tmp_path / "sets.toml", tmp_path / "c")
+    found = rows(tmp_path / "c")
+    assert len(found) == 8
+    assert all(
+        torch.equal(found[f"pairs/{n}.png"]["control_2"], found[f"other/{n}.png"]["control_2"])
+        for n in ("wide0", "tall1")
+    )
+    assert run("verify", tmp_path / "c", "--source", tmp_path / "sets.toml", "--re-encode", 2).code == 0
+    result = encode(run, tmp_path / "sets.toml", tmp_path / "d", "--control-column", "ref", code=1)
+    assert (
+        "--control-column ref: with several sets each has its own control images. Give the column to its" in result.err
+    )
+
+
+# --- buckets of their own
+
+OWN = ("--control-column", "source", "--control-column", "ref", "--control-size", "own")
+
+
+def test_control_images_of_another_shape_have_buckets_of_their_own(run, source, tmp_path):
+    """Each is encoded as it would be if it were a target; one of its target's shape is cut as that is."""
+    noise(40, 90).save(source / "ref" / "wide1.png")  # two shapes of one bucket's references
+    one = ("--batch-size", 1)
+    result = encode(run, source, tmp_path / "c", *OWN, *one)
+    assert "4 images with a control image of another shape, which has a bucket of its own" in result.out
+    encode(run, source, tmp_path / "same", *COLUMNS, *one)
+    encode(run, source / "ref", tmp_path / "refs", *one)
+    found, same, refs = rows(tmp_path / "c"), rows(tmp_path / "same"), rows(tmp_path / "refs")
+    for key, row in found.items():
+        assert torch.equal(row["latent_mean"], same[key]["latent_mean"])
+        assert torch.equal(row["control_1"], same[key]["control_1"])
+        assert torch.equal(row["control_2"], refs[key]["latent_mean"])
+    assert len({(row["latent_mean"].shape, row["control_2"].shape) for row in found.values()}) == 3
+    assert "nothing to do" in encode(run, source, tmp_path / "c", *OWN).out
+    assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 4).code == 0
+    assert run("inspect", tmp_path / "c", "--preview", tmp_path / "sheet.png", "--source", source).code == 0
+    assert run("inspect", tmp_path / "c").code == 0
+    assert "--control-size target -> own" in run("diff", tmp_path / "same", tmp_path / "c").out
+    assert "(--control-size own -> target; cache -> asked)" in encode(run, source, tmp_path / "c", *COLUMNS, code=1).err
+
+
+def test_views_of_control_images_of_another_shape(run, source, tmp_path):
+    """Crops are its own, and it is mirrored where its target is."""
+    options = ("--flip", "--crop", "random", "--crops", "2")
+    encode(run, source, tmp_path / "c", *OWN, *options)
+    encode(run, source / "ref", tmp_path / "refs", *options)
+    found, refs = rows(tmp_path / "c"), rows(tmp_path / "refs")
+    place = make_place(Geometry.from_options(resolution="64", bucket_step=32, min_side=32), 8)
+    for key, row in found.items():
+        assert row["control_2"].shape[0] == 4
+        assert row["control_2"].shape == refs[key]["latent_mean"].shape
+        plain, mirrored = row["control_2"][0], row["control_2"][1]
+        assert not torch.equal(plain, mirrored)
+    assert place((70, 90)).bucket == tuple(8 * side for side in found["wide0.png"]["control_2"].shape[-2:])
+
+
+def test_batches_have_control_images_of_one_size(run, source, tmp_path):
+    noise(40, 90).save(source / "ref" / "wide1.png")
+    encode(run, source, tmp_path / "c", *OWN)
+    data = LatentDataset(tmp_path / "c", latent_sampling_method="deterministic", include_cond=False)
+    assert len(data.buckets) == 3
+    assert {len(shape) for shape in data.buckets} == {3, 7}  # 3: all have one size
+    stored, seen = rows(tmp_path / "c"), 0
+    for batch in LatentLoader(data, 4, seed=1):
+        for n, index in enumerate(batch.index.tolist()):
+            row = stored[data.key(index)]
+            for values, name in zip(batch.control, ("control_1", "control_2"), strict=True):
+                assert torch.equal(values[n], data.normalization.apply(row[name][:1].float())[0])
+            seen += 1
+    assert seen == 4
+    one, two = sorted((index for index in range(4) if data.key(index).startswith("wide")), key=data.key)
+    with pytest.raises(UserError, match="mixes latents of 2 shapes"):
+        data.__getitems__([one, two])
+    assert "+[" in repr(data)
+
+
+def test_a_run_that_is_stopped_ends_as_undisturbed(run, source, tmp_path, monkeypatch):
+    encode(run, source, tmp_path / "whole", *OWN, "--flip")
+    posterior, done = VaeEncoder._posterior, []
+
+    def stops(self, vae, pixels):
+        done.append(1)
+        if len(done) == 9:
+            raise KeyboardInterrupt(2)
+        return posterior(self, vae, pixels)
+
+    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    encode(run, source, tmp_path / "c", *OWN, "--flip", code=130)
+    monkeypatch.undo()
+    encode(run, source, tmp_path / "c", *OWN, "--flip")
+    assert files(tmp_path / "c") == files(tmp_path / "whole")
+
+
+def test_compact_keeps_the_sizes_of_control_images(run, source, tmp_path):
+    encode(run, source, tmp_path / "c", *OWN)
+    old = rows(tmp_path / "c")
+    noise(50, 90, 7).save(source / "ref" / "wide1.png")
+    assert "1 changed" in encode(run, source, tmp_path / "c", *OWN).out
+    assert run("compact", tmp_path / "c", "--min-share", 0).code == 0
+    new = rows(tmp_path / "c")
+    assert [key for key in new if new[key]["control_2"].shape != old[key]["control_2"].shape] == ["wide1.png"]
+    assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 4).code == 0
+    lines = read_table(source)
+    write_table(source, lines[:3])
+    encode(run, source, tmp_path / "c", *OWN)
+    assert run("compact", tmp_path / "c", "--min-share", 0).code == 0
+    assert len(LatentDataset(tmp_path / "c", include_cond=False)) == 3
+
+
+def test_a_control_image_without_a_bucket_is_named(run, source, tmp_path):
+    noise(4000, 1).save(source / "ref" / "tall0.png")
+    (source / "ref" / "tall1.png").write_bytes(b"no image")
+    (source / "ref" / "wide0.png").write_bytes((source / "ref" / "wide0.png").read_bytes()[:-400])
+    encode(run, source, tmp_path / "c", *OWN)
+    skips = {skip.key: skip for skip in read_skips(Storage(tmp_path / "c"))}
+    assert {key: skip.reason for key, skip in skips.items()} == {
+        "tall0.png": "extreme_aspect", "tall1.png": "unreadable", "wide0.png": "truncated",
+    }  # fmt: skip
+    assert skips["tall0.png"].detail.startswith("control_2: of 4000x1 its bucket")
+    assert skips["tall1.png"].detail.startswith(f"its control image {source}/ref/tall1.png: ")
+    assert "nothing to do" in encode(run, source, tmp_path / "c", *OWN).out
+
+
+def test_a_header_behind_the_first_bytes_is_found(run, source, tmp_path):
+    """A JPEG with a long profile before its size."""
+    noise(90, 70).save(source / "ref" / "wide0.jpg", icc_profile=bytes(200_000))
+    lines = read_table(source)
+    for line in lines:
+        line["ref"] = "ref/wide0.jpg"
+    write_table(source, lines)
+    encode(run, source, tmp_path / "c", *OWN)
+    assert len(rows(tmp_path / "c")) == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--control-size", "own"], "--control-size own: there are no control images. Give them with --control."),
+        ([*OWN, "--width", "64", "--height", "64"], "--control-size own with --width and --height: all images have"),
+    ],
+)
+def test_sizes_that_are_refused(run, source, tmp_path, options, message):
+    result = encode(run, source, tmp_path / "c", *options, code=1)
+    assert result.err.splitlines()[-1].startswith(f"error: {message}")
+
+
+def test_a_manifest_whose_recipe_allows_no_such_sizes(run, source, tmp_path):
+    encode(run, source, tmp_path / "c", *OWN)
+    path = tmp_path / "c" / "cache.json"
+    text = path.read_text()
+    body = text.replace('"control_size": "own"', '"tiling": 64').rpartition(' "blake2b"')[0]
+    assert body != text.rpartition(' "blake2b"')[0]
+    path.write_text(body + _seal(body))
+    with pytest.raises(UserError, match="control images of sizes that the recipe does not allow"):
+        LatentDataset(tmp_path / "c", include_cond=False)
+
+
+def test_native_sizes(run, source, tmp_path):
+    for path in (source / "ref").iterdir():
+        noise(88, 72).save(path)
+    result = run(
+        "encode", source, "--out", tmp_path / "c", "--model", "tiny", "--no-cond", "--resolution", "native", *OWN
+    )
+    assert result.code == 0
+    assert all(row["control_2"].shape[-2:] == (9, 11) for row in rows(tmp_path / "c").values())
+
+
+def test_flux2_packs_control_images_of_their_own_sizes(run, source, tmp_path):
+    """What the page says of FLUX.2 holds for them too: tokens and positions of Flux2Pipeline."""
+    encode(run, source, tmp_path / "c", *OWN)
+    for batch in LatentLoader(LatentDataset(tmp_path / "c", include_cond=False), 2):
+        one, two = batch.control
+        ids = Flux2Pipeline._prepare_image_ids([one[:1], two[:1]])
+        tokens = [Flux2Pipeline._pack_latents(image) for image in batch.control]
+        assert ids.shape[1] == sum(own.shape[1] for own in tokens)
+
+
+def test_in_python(source, tmp_path):
+    done = latentprep.encode(
+        source, tmp_path / "c", control_column=["source", "ref"], control_size="own", no_cond=True, model="tiny",
+        resolution=64, bucket_step=32, min_side=32, progress=False,
+    )  # fmt: skip
+    assert done.num_cached == 4
+    with pytest.raises(UserError, match="control_column"):
+        latentprep.encode(source, tmp_path / "d", control_column="", control=[], model="tiny", progress=False)
+
+
+def test_the_reference_of_a_control_image_of_its_own_size(run, source, tmp_path):
+    """Against Pillow and diffusers: covered, cut in the middle, encoded."""
+    encode(run, source, tmp_path / "c", *OWN)
+    vae = open_vae(TINY).load(torch.float32)
+    place = make_place(Geometry.from_options(resolution="64", bucket_step=32, min_side=32), 8)
+    for key, row in rows(tmp_path / "c").items():
+        image = Image.open(source / "ref" / key).convert("RGB")
+        own = place((image.height, image.width))
+        (height, width), (top, left, box_height, box_width) = own.resized_size, own.crop
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        part = image.crop((left, top, left + box_width, top + box_height))
+        mean, _ = reference(vae, np.array(part))
+        assert torch.allclose(row["control_2"][0].float(), mean, atol=4e-3)
