@@ -262,17 +262,17 @@ def test_a_number_type_that_does_not_fit_is_told_and_the_others_count(images, de
 
     def fail(vae, recipe, device):
         if recipe.dtype == "float16":
-            raise UserError("--device cpu: its memory does not hold the VAE")
+            raise UserError("--device cpu: its memory is too small for the VAE")
         return open_it(vae, recipe, device)
 
     monkeypatch.setattr(models, "open_encoder", fail)
     monkeypatch.setattr(models, "list_dtypes", lambda *_: ["float32", "float16"])
     found = latentprep.bench("images", no_cond=True, **SHORT)
     assert {batch.dtype for batch in found.vae.batches} == {"float32"}
-    assert found.vae.ends[1] == "float16: --device cpu: its memory does not hold the VAE"
+    assert found.vae.ends[1] == "float16: --device cpu: its memory is too small for the VAE"
     assert found.vae.ends[1] in repr(found)
     monkeypatch.setattr(models, "list_dtypes", lambda *_: ["float16", "float32"])
-    with pytest.raises(UserError, match="does not hold the VAE"):
+    with pytest.raises(UserError, match="too small for the VAE"):
         latentprep.bench("images", no_cond=True, **SHORT)
 
 

@@ -489,4 +489,7 @@ def test_utf_16_without_its_mark_is_a_skip_that_says_so(run, images, tmp_path, e
 def test_a_caption_with_a_nul_is_a_skip(run, images, tmp_path):
     (images / "tall0.txt").write_bytes(b"a long cat\0 on a mat")
     out = run("encode", images, "--out", tmp_path / "c", *SMALL).out
-    assert "skipped  1 bad_caption (tall0.png: tall0.txt: no text, it has NUL characters. Save it as UTF-8.)" in out
+    assert (
+        "skipped  1 bad_caption (tall0.png: tall0.txt: not a text file, it has NUL characters. Save it as UTF-8.)"
+        in out
+    )

@@ -70,7 +70,7 @@ def test_a_task_that_kills_takes_no_other_with_it(tmp_path, capfd, ahead, once):
 
 @pytest.mark.slow
 def test_a_device_whose_processes_die_again_and_again_is_left_alone(tmp_path):
-    with pytest.raises(UserError, match=r"^--devices cpu,cpu: their processes die one after the other, the last with"):
+    with pytest.raises(UserError, match=r"^--devices cpu,cpu: their processes keep ending too early, the last with"):
         run_all(tmp_path, ["die"] * 12)
     assert sum(times_begun(tmp_path).values()) <= 2 * local.MAX_DEATHS
     assert not multiprocessing.active_children()

@@ -236,7 +236,7 @@ def test_a_second_run_says_who_holds_the_cache_and_a_dead_one_blocks_nobody(run,
     result = run(*command)
     assert result.code == 1
     assert re.search(
-        rf"error: {cache}: another latentprep is at work on it \(process {process.pid} on \S+ since [-\d]+ [:\d]+: "
+        rf"error: {cache}: another latentprep run is writing it \(process {process.pid} on \S+ since [-\d]+ [:\d]+: "
         rf"latentprep encode {many} .*\). Wait for it, or stop it",
         result.err,
     )
@@ -257,7 +257,7 @@ def test_a_lock_that_lost_its_name_keeps_nobody_out_and_is_not_taken(tmp_path, m
         return flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    with pytest.raises(UserError, match="another latentprep is at work on it"), hold(Storage(tmp_path)):
+    with pytest.raises(UserError, match="another latentprep run is writing it"), hold(Storage(tmp_path)):
         pass
 
 

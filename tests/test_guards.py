@@ -111,7 +111,7 @@ def test_compact_waits_for_the_lock(run, with_dead_rows):
         before = files(with_dead_rows / "shards")
         result = run("compact", with_dead_rows, "--min-share", 0)
         assert result.code == 1
-        assert "another latentprep is at work on it" in result.err
+        assert "another latentprep run is writing it" in result.err
         assert files(with_dead_rows / "shards") == before
 
 

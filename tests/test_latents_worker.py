@@ -276,7 +276,7 @@ def test_a_vae_that_does_not_fit_is_one_line(images, tmp_path, monkeypatch):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
     monkeypatch.setattr(VaeEncoder, "_load", fails)
-    with pytest.raises(UserError, match=r"^--device cpu: its memory does not hold the VAE\. Free some of it"):
+    with pytest.raises(UserError, match=r"^--device cpu: its memory is too small for the VAE\. Free some of it"):
         run(images, tmp_path / "c")
     wait_for_threads()
 
@@ -355,7 +355,7 @@ def test_what_overflows_and_does_not_fit_in_float32_is_a_skip_by_itself(images, 
         patch.setattr(VaeEncoder, "_load", lambda e, dtype: full(e, 0) if dtype == torch.float32 else load(e, dtype))
         _, told = run(images, tmp_path / "d", **half)
     (result,) = of_results(told)
-    assert {skip.detail for skip in result.skips} == {"the device's memory does not hold the VAE in float32 too"}
+    assert {skip.detail for skip in result.skips} == {"the device's memory is too small for the VAE in float32 too"}
     monkeypatch.setattr(VaeEncoder, "_start", overflows)
     monkeypatch.setattr(VaeEncoder, "_start_float32", again)
     (result,) = of_results(run(images, tmp_path / "e", **half)[1])

@@ -599,7 +599,7 @@ def test_ranks_share_the_work_and_merge_commits_what_they_did(images, tmp_path):
     first = encode_once(images, cache, shard_size="30kB", rank=0, world_size=2)
     assert (first.ok, first.absent) == (True, (1,))
     assert "not committed yet: rank 1 is still at work" in repr(first)
-    with pytest.raises(UserError, match=r"ranks these have not finished: 1\. .* give incomplete=True to commit"):
+    with pytest.raises(UserError, match=r"ranks, some have not finished: 1\. .* give incomplete=True to commit"):
         latentprep.merge(cache)
     part = latentprep.merge(cache, incomplete=True)
     assert (part.ok, part.absent) == (False, (1,))

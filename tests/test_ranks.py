@@ -267,9 +267,9 @@ def test_while_ranks_are_at_work_others_are_refused(encode, run, tmp_path, monke
         with hold(Storage(cache), (0, 2)):
             for command in (("encode", tmp_path / "images", "--out", cache, *SHARDS), ("merge", cache, "--incomplete")):
                 result = run(*command)
-                assert (result.code, "another latentprep is at work on it (process" in result.err) == (1, True)
+                assert (result.code, "another latentprep run is writing it (process" in result.err) == (1, True)
             if cache.name == "c":
-                assert "another latentprep is at work on it" in run("compact", cache).err
+                assert "another latentprep run is writing it" in run("compact", cache).err
             for share in ((0, 2), (0, 3), (2, 3)):  # itself, and those of another run
                 with pytest.raises(LockedError), hold(Storage(cache), share):
                     pass
@@ -316,7 +316,7 @@ def test_what_an_earlier_run_has_handed_in_is_no_part_of_this_one(encode, run, i
     (images / "tall0.png").unlink()
     assert "not yet: 1, 2." in encode(0, 3).out
     refused = run("merge", cache)
-    assert "of 3 ranks these have not finished: 1, 2." in refused.err
+    assert "of 3 ranks, some have not finished: 1, 2." in refused.err
     assert (cache / "cache.json").read_bytes() == before
     encode(2, 3)
     encode(1, 3)

@@ -250,7 +250,7 @@ def test_manifest_round_trip(tmp_path):
         ("{}", "no format number"),
         ('{"format": true}', "no format number"),
         ('{"format": 7}', "format 7, this latentprep reads up to format 2. Upgrade latentprep."),
-        ('{"format": 2}', "changed since latentprep wrote it"),
+        ('{"format": 2}', "changed after latentprep wrote it"),
     ],
 )
 def test_manifests_that_are_none(tmp_path, content, message):

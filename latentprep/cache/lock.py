@@ -108,7 +108,7 @@ def _check_free(storage: Storage, paths: list[Path]) -> None:
 
 def _locked(storage: Storage, path: Path) -> LockedError:
     return LockedError(
-        f"{storage.root}: another latentprep is at work on it ({_holder(path)}). Wait for it, or stop it; "
+        f"{storage.root}: another latentprep run is writing it ({_holder(path)}). Wait for it, or stop it; "
         "what it has finished by then is taken up."
     )
 

@@ -234,7 +234,7 @@ def open_manifest(storage: Storage) -> Manifest:
     check_format(head.get("format"), where)
     body, mark, _ = text.rpartition(' "blake2b": "')
     if not mark or text != body + _seal(body):
-        raise UserError(f"{where}: changed since latentprep wrote it, its hash does not fit. {_remedy(storage)}")
+        raise UserError(f"{where}: was changed after latentprep wrote it, its hash does not fit. {_remedy(storage)}")
     try:
         manifest = msgspec.convert(head, Manifest)
         if manifest.cond_files.keys() != {name for shard in manifest.shards for name in shard.cond_files}:

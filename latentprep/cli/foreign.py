@@ -5,11 +5,11 @@ ENCODED = "leave it out, latentprep encode does nothing else."
 # an option of theirs, without its dashes -> what to do
 HINTS = {
     # which images, and where the cache goes
-    "train_data_dir": "the folder stands without a name: latentprep encode FOLDER.",
-    "instance_data_dir": "the folder stands without a name: latentprep encode FOLDER.",
-    "image_dir": "the folder stands without a name: latentprep encode FOLDER.",
+    "train_data_dir": "give the folder without an option: latentprep encode FOLDER.",
+    "instance_data_dir": "give the folder without an option: latentprep encode FOLDER.",
+    "image_dir": "give the folder without an option: latentprep encode FOLDER.",
     "dataset_name": "images are read from a folder or tars: latentprep encode FOLDER.",
-    "dataset_config": "the file stands without a name: latentprep encode dataset.toml.",
+    "dataset_config": "give the file without an option: latentprep encode dataset.toml.",
     "reg_data_dir": 'it is a set of a .toml file, with repeats = "auto": latentprep encode sets.toml.',
     "class_data_dir": 'it is a set of a .toml file, with repeats = "auto": latentprep encode sets.toml.',
     "in_json": "it is captions_file of a set in a .toml file: latentprep encode sets.toml.",

@@ -89,8 +89,8 @@ def check_source(
     raise UserError(
         f"{options.out}: {what} in SOURCE {now}"
         + (f"; it was made from {before}" if is_other else "")
-        + ". Nothing was written. Is that the right folder, and wholly there? Give another --out, or --allow-gone "
-        "if this is what you want."
+        + ". Nothing was written. Is this the right folder, and is all of it there? Give another --out, or "
+        "--allow-gone if this is what you want."
     )
 
 

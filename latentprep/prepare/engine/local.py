@@ -68,7 +68,7 @@ class Pool:
                 self._fill()
             if self.left or self.again:
                 raise UserError(
-                    f"--devices {','.join(self.devices)}: their processes die one after the other, the last with exit "
+                    f"--devices {','.join(self.devices)}: their processes keep ending too early, the last with exit "
                     f"code {self.last_code}; -9 may mean that memory ran out. What is done is kept."
                 )
         finally:

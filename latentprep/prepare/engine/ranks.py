@@ -142,7 +142,7 @@ def merge(storage: Storage, incomplete: bool = False) -> tuple[Manifest, tuple[i
         if absent and not incomplete:
             named = ", ".join(map(str, absent))
             raise UserError(
-                f"{storage.root}: of {parts[0].world_size} ranks these have not finished: {named}. Start them again, "
+                f"{storage.root}: of {parts[0].world_size} ranks, some have not finished: {named}. Start them again, "
                 "or give --incomplete to commit without them."
             )
         return _commit(storage, manifest, parts), absent

@@ -20,4 +20,4 @@ def open_encoder(vae: "VaeModel", recipe: LatentsRecipe, device: str, compile: b
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    raise UserError(f"--device {device}: its memory does not hold the VAE. Free some of it, or give another device.")
+    raise UserError(f"--device {device}: its memory is too small for the VAE. Free some of it, or give another device.")

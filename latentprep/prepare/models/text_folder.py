@@ -140,7 +140,7 @@ class TextFolder(TextFiles):
             short, long = TokenCounter(self, tokenizers, TextOptions()).count(["a", "a photo of a cat"])
         if short >= long:
             raise UserError(
-                f"{self.path}: {tokenizer_of(sequence)} makes no more tokens of a longer prompt, so prompts do not "
+                f"{self.path}: {tokenizer_of(sequence)} gives a longer prompt no more tokens, so prompts do not "
                 "reach the text encoder. Is its chat_template.jinja whole? Download it again."
             )
 

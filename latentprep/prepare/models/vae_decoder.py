@@ -63,4 +63,6 @@ def open_decoder(vae: VaeFiles, where: str, device: str) -> VaeDecoder:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-    raise UserError(f"--device {device}: its memory does not hold the VAE's decoder. Free some of it, or give another.")
+    raise UserError(
+        f"--device {device}: its memory is too small for the VAE's decoder. Free some of it, or give another."
+    )

@@ -161,7 +161,7 @@ class VaeEncoder:
                     raise
         if self.vae_float32 is None:  # not above: the exception holds what did not fit
             empty_cache()
-            raise OutOfMemoryError("the device's memory does not hold the VAE in float32 too")
+            raise OutOfMemoryError("the device's memory is too small for the VAE in float32 too")
         parts = self.limit_float32.run(self._start_float32, pixels)
         self.limit.said = self.limit.said or self.limit_float32.said
         return parts

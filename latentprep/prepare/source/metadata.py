@@ -192,7 +192,7 @@ def read_text(listing: Listing, name: str, max_bytes: int = MAX_METADATA) -> str
         said = encoding.upper().removesuffix("-SIG")
         raise UserError(f"{name}: not {said} text at byte {error.start}{seems(data)}. Save it as UTF-8.") from None
     if "\0" in text:
-        raise UserError(f"{name}: no text, it has NUL characters{seems(data)}. Save it as UTF-8.")
+        raise UserError(f"{name}: not a text file, it has NUL characters{seems(data)}. Save it as UTF-8.")
     return text
 
 
