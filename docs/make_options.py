@@ -15,9 +15,9 @@ HEAD = """# Options
 
 Every option of every command. `python docs/make_options.py` makes this page from the functions in `latentprep/api.py`.
 
-- In Python the names have `_` in the place of `-`: `--bucket-step 32` is `bucket_step=32`, and `--flip` is `flip=True`.
+- In Python, names have `_` instead of `-`: `--bucket-step 32` is `bucket_step=32`, and `--flip` is `flip=True`.
 - Words in capitals stand for what you give. `|` stands between choices.
-- An option *of a set* may stand in a [set](caches.md#several-sets) too, for it alone.
+- An option that is marked *Of a set* can also be given for one [set](caches.md#several-sets) in a `.toml` file.
 - `latentprep COMMAND --help` shows the same, `latentprep --version` the version.
 """
 WORDS = {int: "NUMBER", float: "NUMBER"}  # what an option takes, if its metavar does not say it

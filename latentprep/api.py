@@ -55,31 +55,31 @@ if TYPE_CHECKING:
 
 # options that several functions have in common
 # fmt: off
-NoDraftOption = Annotated[bool, Option(help="Decode large JPEGs in full, and resize with Pillow alone. Else libjpeg may halve their sides, as long as twice the size needed is left, and torch computes lanczos to within 2 levels of 255.", panel=INPUT)]
+NoDraftOption = Annotated[bool, Option(help="Decode large JPEGs in full, and resize with Pillow alone. Without it, they are decoded at a half, a quarter or an eighth of their sides, but at least at twice the size needed, and torch computes lanczos to within 2 levels of 255.", panel=INPUT)]
 SeedOption = Annotated[int, Option(help="Seed of every random choice.", panel=INPUT)]
-StoreDtypeOption = Annotated[Dtype, Option(help="Number type of latents and cond on disk.", panel=OUTPUT)]
-CondDtypeOption = Annotated[CondDtype | None, Option(help="Number type of cond on disk; int8: blocks of 32 values, each with a scale, in half the space of float16.", panel=OUTPUT, shown="that of --store-dtype")]
-ShardSizeOption = Annotated[str | int | None, Option("BYTES", "Largest size of a shard file; a run that is stopped loses at most one.", OUTPUT, shown="256MB, on a CPU 16MB")]
-ModelOption = Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or the built-in miniature.", MODEL)]
+StoreDtypeOption = Annotated[Dtype, Option(help="Number type of latents and conditioning on disk.", panel=OUTPUT)]
+CondDtypeOption = Annotated[CondDtype | None, Option(help="Number type of conditioning on disk; int8 takes 53% of float16's space: it has a scale for each 32 values.", panel=OUTPUT, shown="that of --store-dtype")]
+ShardSizeOption = Annotated[str | int | None, Option("BYTES", "Largest size of a shard file, such as 64MB; a run that is killed loses what it has of the unfinished one.", OUTPUT, shown="256MB, on a CPU 16MB")]
+ModelOption = Annotated[str | Path, Option("ID|DIR|FILE|tiny", "Hub id, diffusers folder, .safetensors checkpoint, or tiny, the small model that is built in.", MODEL)]
 VaeOption = Annotated[str | Path | None, Option("ID|DIR|FILE", "Another VAE than the model's own.", MODEL, shown="the model's")]
-TextEncoderOption = Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "Weights of a text encoder from a file or folder of their own; may be given again.", MODEL, shown="the model's")]
-ConfigOption = Annotated[str | Path | None, Option("DIR", "Diffusers folder with the configs and tokenizers of a checkpoint.", MODEL, shown="what its tensors tell")]
+TextEncoderOption = Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "File or folder with the weights of a text encoder; once for each encoder.", MODEL, shown="the model's")]
+ConfigOption = Annotated[str | Path | None, Option("DIR", "Diffusers folder with configs and tokenizers for a checkpoint in one file.", MODEL, shown="as its tensors say")]
 RevisionOption = Annotated[str | None, Option("REV", "Branch, tag or commit of a hub model.", MODEL, shown="main")]
 DeviceOption = Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the models run.", MODEL)]
-TextDeviceOption = Annotated[str | None, Option("auto|cuda|cuda:N|mps|cpu", "Where the text encoders run, if not where the VAE does; in one process.", MODEL, shown="as the VAE")]
+TextDeviceOption = Annotated[str | None, Option("auto|cuda|cuda:N|mps|cpu", "Where the text encoders run, if not on the device of the VAE; they run in one process.", MODEL, shown="as the VAE")]
 DtypeOption = Annotated[Literal["auto"] | Dtype, Option(help="Number type of the models; auto: float16 on CUDA, else float32.", panel=MODEL)]
-ResolutionOption = Annotated[int | str, Option("PIXELS|WxH|native", "Buckets have at most PIXELS x PIXELS, or W x H; native: no resizing.", GEOMETRY)]
+ResolutionOption = Annotated[int | str, Option("PIXELS|WxH|native", "A bucket has at most as many pixels as PIXELS x PIXELS, or W x H; native: images are not resized.", GEOMETRY)]
 NoCondOption = Annotated[bool, Option(help="Store captions and prompts, but no text embeddings.", panel=CAPTIONS)]
-MaxTokensOption = Annotated[int | None, Option("TOKENS", "Tokens kept of a prompt: for CLIP 75, 150, 225, ... in windows of 75; for T5 up to 512.", CAPTIONS, shown="75; SD 3: 256; FLUX: 512")]
-TilingOption = Annotated[int | None, Option("PIXELS", "Encode larger images in overlapping tiles of this side: less memory, but other numbers.", PERFORMANCE, shown="no tiles")]
-BatchSizeOption = Annotated[int | None, Option("IMAGES", "Images the VAE sees at once.", PERFORMANCE, shown="8 at 512x512 on a GPU, 1 on a CPU")]
+MaxTokensOption = Annotated[int | None, Option("TOKENS", "How many tokens of a prompt are kept: for CLIP 75, 150, 225, ... in windows of 75; for others up to a limit of the model.", CAPTIONS, shown="that of the model: CLIP 75, SD 3 256, FLUX 512")]
+TilingOption = Annotated[int | None, Option("PIXELS", "Encode images larger than this in overlapping tiles of this size: less memory, but other numbers.", PERFORMANCE, shown="no tiles")]
+BatchSizeOption = Annotated[int | None, Option("IMAGES", "How many images the VAE encodes at once.", PERFORMANCE, shown="8 at 512x512 on a GPU, 1 on a CPU")]
 WorkersOption = Annotated[int | None, Option("THREADS", "Threads that decode images.", PERFORMANCE, shown="CPU cores, at most 16")]
-ImagesOption = Annotated[str | Path | None, Option("DIR", "Where the images are.", PREVIEW, shown="where they were")]
-DecoderModelOption = Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model whose VAE decodes, if it is elsewhere now.", PREVIEW, shown="the cache's own, if it is on this machine")]
-DecoderVaeOption = Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE that decodes, if it is not that of the model.", PREVIEW, shown="the cache's own")]
-DecoderDeviceOption = Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where it decodes.", PREVIEW)]
-ShownSeedOption = Annotated[int, Option(help="Which images chance takes.", panel=PREVIEW)]
-ProgressOption = Annotated[bool | Progress, Option(help="Whether to show bars, and lines on stderr; or an object with `say` and `bar`.", in_python_only=True)]
+ImagesOption = Annotated[str | Path | None, Option("DIR", "Folder of the images.", PREVIEW, shown="where they were encoded from")]
+DecoderModelOption = Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model whose VAE decodes the latents, if it has moved.", PREVIEW, shown="the cache's own, if it is on this machine")]
+DecoderVaeOption = Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE that decodes the latents, if it is not the model's.", PREVIEW, shown="the cache's own")]
+DecoderDeviceOption = Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where the VAE decodes.", PREVIEW)]
+ShownSeedOption = Annotated[int, Option(help="Seed of the random choice of images.", panel=PREVIEW)]
+ProgressOption = Annotated[bool | Progress, Option(help="True: messages and bars on stderr; False: none. Or an object with `say` and `bar`.", in_python_only=True)]
 # fmt: on
 
 
@@ -91,100 +91,100 @@ def expand_encode(given: Mapping[str, Any]) -> list[dict[str, Any]]:
 # fmt: off
 @door_through(expand_encode, join_runs)
 def encode(
-    source: Annotated[str | Path | Origin | Iterable[Mapping[str, Any]] | None, Option("SOURCE", "Folder of images, searched recursively, or of WebDataset tars; a .toml file of sets, or of sd-scripts.", is_argument=True)] = None,
-    out: Annotated[str | Path | None, Option("DIR", "Where the cache goes.", OUTPUT, shown="SOURCE.latents")] = None,
+    source: Annotated[str | Path | Origin | Iterable[Mapping[str, Any]] | None, Option("SOURCE", "Folder of images, with its subfolders; folder of WebDataset tars, or one .tar; or a .toml file of sets, or of kohya's sd-scripts.", is_argument=True)] = None,
+    out: Annotated[str | Path | None, Option("DIR", "Folder or URL of the cache.", OUTPUT, shown="SOURCE.latents")] = None,
     *,
-    options: Annotated[str | Path | None, Option("FILE", "TOML file of options, as resolution = 768; those that are given count first.", INPUT)] = None,
-    again: Annotated[str | Path | None, Option("CACHE", "Run once more what made this cache, with its options; those that are given count first.", INPUT)] = None,
-    folders: Annotated[Folders, Option(help="Whether folders such as kohya's 10_sks dog are sets, with repeats and captions by their names; auto: if all are.", panel=INPUT)] = "auto",
-    exclude: Annotated[str | Sequence[str] | None, Option("PATTERN", "Leave out files and folders of this name, or with a / in it of this path; may be given again.", INPUT, of_set=True)] = None,
+    options: Annotated[str | Path | None, Option("FILE", "TOML file with options, such as resolution = 768; an option that you type counts first.", INPUT)] = None,
+    again: Annotated[str | Path | None, Option("CACHE", "Repeat the run that made this cache, with its options; an option that you type counts first.", INPUT)] = None,
+    folders: Annotated[Folders, Option(help="Whether folders with names such as 10_sks dog (kohya's) are sets, with repeats and captions from the name. auto: if all folders are; kohya: those that are, others are left out; plain: none.", panel=INPUT)] = "auto",
+    exclude: Annotated[str | Sequence[str] | None, Option("PATTERN", "Leave out files and folders with this name, such as '*_mask.png'; a pattern with a / is one of whole paths. May be given several times.", INPUT, of_set=True)] = None,
     max_megapixels: Annotated[float, Option("MEGAPIXELS", "Larger images are skipped unread: they may be decompression bombs.", INPUT)] = 180,
-    animated: Annotated[Animated, Option(help="Of an image with several frames: take the first, or leave it out.", panel=INPUT)] = "first",
-    background: Annotated[str, Option("auto|keep|COLOR", "Below transparency: its stored colour, or a colour; auto: stored where it is a picture, else white.", INPUT)] = "auto",
-    weights: Annotated[str | Path, Option("alpha|none|DIR", "Loss weights from transparency, or from a folder of masks with the images' paths and stems.", INPUT, of_set=True)] = "alpha",
-    control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Control images of edit pairs: a folder with the images' paths and stems; may be given again.", INPUT, of_set=True)] = None,
-    control_column: Annotated[str | Sequence[str] | None, Option("NAME", "The same by a column of SOURCE's metadata files that names each image's control image; may be given again.", INPUT, of_set=True)] = None,
-    control_size: Annotated[ControlSize, Option(help="What control images of another shape get: their target's bucket, or one of their own.", panel=INPUT)] = "target",
+    animated: Annotated[Animated, Option(help="What to do with an image of several frames: take the first frame, or skip the image.", panel=INPUT)] = "first",
+    background: Annotated[str, Option("auto|keep|COLOR", "What stands under transparent pixels. keep: the stored colour; COLOR: that colour; auto: the stored colour if it is a picture, else white.", INPUT)] = "auto",
+    weights: Annotated[str | Path, Option("alpha|none|DIR", "Where loss weights come from: transparency, nowhere, or a folder of masks. A mask has the path of its image, but for the ending.", INPUT, of_set=True)] = "alpha",
+    control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Folder with the control images of edit pairs. Each has the path of its image, but for the ending. May be given several times.", INPUT, of_set=True)] = None,
+    control_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of SOURCE's metadata files that has the path of each image's control image. May be given several times.", INPUT, of_set=True)] = None,
+    control_size: Annotated[ControlSize, Option(help="Bucket of a control image that has another shape than its target. target: the target's bucket; own: one of its own.", panel=INPUT)] = "target",
     no_draft: NoDraftOption = False,
-    strict_images: Annotated[bool, Option(help="Leave out damaged JPEGs, parts of which would be wrong; by default they are counted.", panel=INPUT)] = False,
-    check_content: Annotated[bool, Option(help="Read and compare every image, also those whose size and time are as they were.", panel=INPUT)] = False,
-    allow_gone: Annotated[bool, Option(help="Go on though most of the images in the cache are not in SOURCE.", panel=INPUT)] = False,
-    retry_skipped: Annotated[bool, Option(help="Try again all that was skipped; else only that for which something has changed.", panel=INPUT)] = False,
+    strict_images: Annotated[bool, Option(help="Skip damaged JPEGs. By default they are encoded and counted, and parts of them may be wrong.", panel=INPUT)] = False,
+    check_content: Annotated[bool, Option(help="Read and compare every image, even if its size and time have not changed.", panel=INPUT)] = False,
+    allow_gone: Annotated[bool, Option(help="Go on although images of the cache are missing in SOURCE: most of them, or any if SOURCE is another folder.", panel=INPUT)] = False,
+    retry_skipped: Annotated[bool, Option(help="Try all skipped images again. By default, only those for which something has changed.", panel=INPUT)] = False,
     seed: SeedOption = 0,
-    store: Annotated[Store, Option(help="What to keep of the VAE posterior.", panel=OUTPUT)] = "mean+std",
+    store: Annotated[Store, Option(help="What to store of the VAE's output: mean and std, or the mean alone.", panel=OUTPUT)] = "mean+std",
     store_dtype: StoreDtypeOption = "float16",
     cond_dtype: CondDtypeOption = None,
     shard_size: ShardSizeOption = None,
-    only: Annotated[Only | None, Option(help="Encode images alone, or the prompts of what is encoded; a later run does the rest.", panel=OUTPUT, shown="both, one after the other")] = None,
+    only: Annotated[Only | None, Option(help="latents: encode images alone; text: encode the prompts of encoded images alone. A later run does the rest.", panel=OUTPUT, shown="both, one after the other")] = None,
     overwrite: Annotated[bool, Option(help="Delete what the cache holds and start anew.", panel=OUTPUT)] = False,
-    dry_run: Annotated[bool, Option(help="Say what would be done and why, with the time and space it takes; write nothing.", panel=OUTPUT)] = False,
-    log: Annotated[str | Path | None, Option("FILE|none", "Write what is said into this file too.", OUTPUT, shown="DIR.log, beside the cache")] = None,
-    strict: Annotated[bool, Option(help="Count it as a failure if any image was skipped: exit code 1.", panel=OUTPUT)] = False,
+    dry_run: Annotated[bool, Option(help="Print what a run would do and why, and how much time and space it takes. Write nothing.", panel=OUTPUT)] = False,
+    log: Annotated[str | Path | None, Option("FILE|none", "File for the messages of the run; none: no file.", OUTPUT, shown="DIR.log, beside the cache")] = None,
+    strict: Annotated[bool, Option(help="A skipped image counts as a failure: exit code 1.", panel=OUTPUT)] = False,
     model: ModelOption = DEFAULT_MODEL,
     vae: VaeOption = None,
     text_encoder: TextEncoderOption = None,
     config: ConfigOption = None,
     revision: RevisionOption = None,
     device: DeviceOption = "auto",
-    devices: Annotated[str | None, Option("all|cuda:N,cuda:N", "Several devices of this machine at once, with a process for each.", MODEL, shown="--device alone")] = None,
+    devices: Annotated[str | None, Option("all|cuda:N,cuda:N", "Use several devices of this machine, with a process for each. all: every CUDA device.", MODEL, shown="--device alone")] = None,
     text_device: TextDeviceOption = None,
     dtype: DtypeOption = "auto",
     resolution: ResolutionOption = 512,
     bucket_step: Annotated[int, Option("PIXELS", "Sides of buckets are multiples of this.", GEOMETRY)] = 64,
-    min_side: Annotated[int | None, Option("PIXELS", "Shortest side of a bucket; of an image with a fixed or native size.", GEOMETRY, shown="resolution / 2; with --no-upscale the step")] = None,
-    max_side: Annotated[int | None, Option("PIXELS", "Longest side, likewise.", GEOMETRY, shown="resolution x 2; with --no-upscale none")] = None,
-    max_aspect: Annotated[float, Option("RATIO", "Longest side of a bucket over its shortest.", GEOMETRY)] = 4.0,
-    no_upscale: Annotated[bool, Option(help="No image is enlarged: each has a bucket of its own size, or of its own shape.", panel=GEOMETRY)] = False,
-    width: Annotated[int | None, Option("PIXELS", "One fixed size for all, with --height.", GEOMETRY)] = None,
-    height: Annotated[int | None, Option("PIXELS", "One fixed size for all, with --width.", GEOMETRY)] = None,
-    fit: Annotated[Fit, Option(help="How an image fills its bucket; padding weighs 0.", panel=GEOMETRY)] = "crop",
-    filter: Annotated[Filter, Option("NAME", "lanczos, bicubic, bilinear, hamming, box or nearest.", GEOMETRY)] = "lanczos",  # noqa: A002
+    min_side: Annotated[int | None, Option("PIXELS", "Shortest side of a bucket. With a fixed or native size, images with a shorter side are skipped.", GEOMETRY, shown="resolution / 2; with --no-upscale the step; with a fixed or native size none")] = None,
+    max_side: Annotated[int | None, Option("PIXELS", "Longest side of a bucket. With a fixed or native size, images with a longer side are skipped.", GEOMETRY, shown="resolution x 2; with --no-upscale or a fixed or native size none")] = None,
+    max_aspect: Annotated[float, Option("RATIO", "Largest aspect ratio of a bucket: its longer side divided by its shorter one.", GEOMETRY)] = 4.0,
+    no_upscale: Annotated[bool, Option(help="Enlarge no image. A small image gets a bucket of its own size, a large one a bucket close to its own shape.", panel=GEOMETRY)] = False,
+    width: Annotated[int | None, Option("PIXELS", "Width of all images, with --height: one fixed size and no buckets.", GEOMETRY)] = None,
+    height: Annotated[int | None, Option("PIXELS", "Height of all images, with --width: one fixed size and no buckets.", GEOMETRY)] = None,
+    fit: Annotated[Fit, Option(help="How an image is made to fit its bucket. Padding has weight 0.", panel=GEOMETRY)] = "crop",
+    filter: Annotated[Filter, Option("NAME", "How images are resized: lanczos, bicubic, bilinear, hamming, box or nearest.", GEOMETRY)] = "lanczos",  # noqa: A002
     crop: Annotated[Crop, Option(help="Which part of an image its bucket keeps; focus: where there is most to see.", panel=GEOMETRY)] = "center",
-    crops: Annotated[int, Option("COUNT", "Crops of each image, as views; an epoch takes one of them.", GEOMETRY)] = 1,
-    flip: Annotated[bool, Option(help="Encode the mirrored image too, as a second view.", panel=GEOMETRY)] = False,
-    template: Annotated[str | Path | None, Option("NAME|FILE", "Template lines with [name] and [filewords]; see `latentprep templates`.", CAPTIONS, shown="the caption alone", of_set=True)] = None,
-    placeholder: Annotated[str, Option("TEXT", "What [name] stands for.", CAPTIONS, of_set=True)] = "",
-    word_regex: Annotated[str, Option("REGEX", "Words of a file name that make its caption.", CAPTIONS, shown="the whole name", of_set=True)] = "",
-    joiner: Annotated[str, Option("TEXT", "Between the words that --word-regex finds.", CAPTIONS, shown="a space", of_set=True)] = " ",
+    crops: Annotated[int, Option("COUNT", "How many crops of each image to store; an epoch takes one of them.", GEOMETRY)] = 1,
+    flip: Annotated[bool, Option(help="Store the mirrored image too; flip_p of LatentDataset then says how often it is taken.", panel=GEOMETRY)] = False,
+    template: Annotated[str | Path | None, Option("NAME|FILE", "File with template lines that have [name] and [filewords], or the name of one that `latentprep templates` lists.", CAPTIONS, shown="the caption alone", of_set=True)] = None,
+    placeholder: Annotated[str, Option("TEXT", "Text that replaces [name] in a template.", CAPTIONS, of_set=True)] = "",
+    word_regex: Annotated[str, Option("REGEX", "Regular expression for the words of a file name that make the caption.", CAPTIONS, shown="the whole name", of_set=True)] = "",
+    joiner: Annotated[str, Option("TEXT", "Text between the words that --word-regex finds.", CAPTIONS, shown="a space", of_set=True)] = " ",
     caption_lines: Annotated[bool, Option(help="Each line of a caption file is a caption of its own.", panel=CAPTIONS, of_set=True)] = False,
     caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files, and of the .json files in tars, that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN, of_set=True)] = None,
-    caption_from: Annotated[CaptionFrom, Option(help="auto: caption and metadata files, else the image's name; file: those alone; name, folder: the image's or its folder's name.", panel=CAPTIONS, of_set=True)] = "auto",
-    caption_extension: Annotated[str, Option(".EXT", "Ending of caption files.", CAPTIONS, shown=".txt, .caption", of_set=True)] = "",
+    caption_from: Annotated[CaptionFrom, Option(help="Where captions come from. auto: caption and metadata files, else the file name; file: those files alone; name: the file name; folder: the name of the folder; none: nowhere.", panel=CAPTIONS, of_set=True)] = "auto",
+    caption_extension: Annotated[str, Option(".EXT", "Extension of caption files.", CAPTIONS, shown=".txt, .caption", of_set=True)] = "",
     caption_prefix: Annotated[str, Option("TEXT", "Put before each caption, with a space between.", CAPTIONS, of_set=True)] = "",
     caption_suffix: Annotated[str, Option("TEXT", "Put behind each caption, with a space between.", CAPTIONS, of_set=True)] = "",
-    default_caption: Annotated[str, Option("TEXT|FILE.txt", "Caption of images that have none in a file; of a .txt file each line is one.", CAPTIONS, of_set=True)] = "",
-    trigger: Annotated[str, Option("WORDS", "Words that begin each caption, such as sks dog; tags are shuffled behind them.", CAPTIONS, of_set=True)] = "",
-    prompts_per_image: Annotated[int, Option("K", "Prompts of each image: other captions, template lines, tags and wildcards.", CAPTIONS, most=10_000)] = 1,
+    default_caption: Annotated[str, Option("TEXT|FILE.txt", "Caption of images without one in a file. If it names a .txt file, each line of that is a caption.", CAPTIONS, of_set=True)] = "",
+    trigger: Annotated[str, Option("WORDS", "Words at the start of each caption, such as sks dog. They stay there if tags are shuffled.", CAPTIONS, of_set=True)] = "",
+    prompts_per_image: Annotated[int, Option("K", "How many prompts of each image to store. They differ in caption, template line, tags and wildcards.", CAPTIONS, most=10_000)] = 1,
     shuffle_tags: Annotated[bool, Option(help="Shuffle the comma-separated tags of a caption.", panel=CAPTIONS, of_set=True)] = False,
-    tag_drop_out: Annotated[float, Option("PROBABILITY", "How often each tag is left out.", CAPTIONS, of_set=True)] = 0.0,
+    tag_drop_out: Annotated[float, Option("PROBABILITY", "Probability that a tag is left out.", CAPTIONS, of_set=True)] = 0.0,
     keep_tags: Annotated[int, Option("N", "The first N tags are neither shuffled nor left out.", CAPTIONS, of_set=True)] = 0,
     wildcards: Annotated[bool, Option(help="{a|b|c} in captions and templates becomes one of its parts.", panel=CAPTIONS, of_set=True)] = False,
     no_cond: NoCondOption = False,
     max_tokens: MaxTokensOption = None,
-    clip_skip: Annotated[int, Option("LAYER", "Layer of CLIP to take, from the end; 2 is the penultimate. Stable Diffusion 1 and 2.", CAPTIONS)] = 1,
-    emphasis: Annotated[bool, Option(help="Weigh (words), [words] and (words:1.3) as stable-diffusion-webui does. CLIP alone.", panel=CAPTIONS)] = False,
+    clip_skip: Annotated[int, Option("LAYER", "Layer of CLIP to take, counted from the end: 1 is the last. Only for Stable Diffusion 1 and 2.", CAPTIONS)] = 1,
+    emphasis: Annotated[bool, Option(help="Give weights to (words), [words] and (words:1.3), as stable-diffusion-webui does. Only for models whose text encoders are all CLIP.", panel=CAPTIONS)] = False,
     tiling: TilingOption = None,
-    compile: Annotated[bool, Option(help="Compile the VAE's encoder (torch.compile): starts minutes later, needs a C++ compiler.", panel=PERFORMANCE)] = False,  # noqa: A002
+    compile: Annotated[bool, Option(help="Compile the VAE's encoder (torch.compile). The start takes minutes longer, and needs a C++ compiler.", panel=PERFORMANCE)] = False,  # noqa: A002
     batch_size: BatchSizeOption = None,
     workers: WorkersOption = None,
-    rank: Annotated[int | None, Option("RANK", "Which share of the work this process takes, counted from 0; with --world-size.", MACHINES, shown="that of torchrun or SLURM")] = None,
-    world_size: Annotated[int | None, Option("PROCESSES", "How many processes share the work, with nothing in common but the cache.", MACHINES, shown="that of torchrun or SLURM")] = None,
+    rank: Annotated[int | None, Option("RANK", "Number of this process, from 0, among those that share the work; with --world-size.", MACHINES, shown="that of torchrun or SLURM")] = None,
+    world_size: Annotated[int | None, Option("PROCESSES", "How many processes share the work. They need nothing in common but the cache.", MACHINES, shown="that of torchrun or SLURM")] = None,
     progress: ProgressOption = True,
 ) -> Encoded:
     """Encode a folder of images into a latent cache.
 
     Run it again to go on after an interruption, or after images or captions changed: what is done is not done again.
 
-    In Python it returns what became of it. A skipped image is no error: it is counted in the result, as are failures
-    (faults of latentprep's own); `result.ok` is False if there were any. With dry_run=True the result says what there is
-    to do. Raises UserError for what the caller can mend: arguments, models, a full disk, a cache that another process
-    writes to; and OSError as the file system does. Raises KeyboardInterrupt after Ctrl-C, once what is done is safe on
-    disk; the same call goes on from there.
+    In Python it returns what the run did. A skipped image is no error: the result counts it. The result also has the
+    failures (faults of latentprep itself, or of the disk); `result.ok` is False if there were failures. With
+    dry_run=True the result says what there is to do. Raises UserError for what the caller can correct: arguments,
+    models, a full disk, a cache that another process writes to. An OSError may come from the file system. Raises
+    KeyboardInterrupt after Ctrl-C, once what is done is safe on disk; the same call goes on from there.
 
     Under torchrun or SLURM each process that calls it does its share of the work, and returns once that is done. The
-    last one commits the cache; `result.absent` are the ranks that were still at work. So wait for all of them, as
-    torch.distributed.barrier() does, before a dataset opens the cache. If only one of the processes calls it, give
-    rank=0 and world_size=1: else it waits for shares that nobody does.
+    last one commits the cache; `result.absent` has the ranks that are still at work. So wait for all of them, as with
+    torch.distributed.barrier(), before a dataset opens the cache. If only one of the processes calls it, give
+    rank=0 and world_size=1. Otherwise the cache is never committed: nobody does the other shares.
     """
     # fmt: on
     from latentprep.human import parse_bytes
@@ -258,9 +258,9 @@ def find_pictures(
 # fmt: off
 @door
 def inspect(
-    cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
+    cache: Annotated[str | Path, Option("CACHE", "Folder or URL of a cache.", is_argument=True)],
     *,
-    key: Annotated[str | None, Option("NAME", "One image, by its path relative to the image folder.")] = None,
+    key: Annotated[str | None, Option("NAME", "Show one image: its path in the image folder, or set/path.")] = None,
     most_cropped: Annotated[int, Option("COUNT", "How many of the most cropped images to name.", least=0)] = 5,
 ) -> Summary:
     """Show what is in a cache: counts, recipe, buckets, statistics, captions, skips.
@@ -281,7 +281,7 @@ def preview(
     pattern: Annotated[str | None, Option("PATTERN", "Images that fit a shell pattern, such as 'birds/*'.", is_argument=True)] = None,
     *,
     key: Annotated[str | None, Option("NAME", "One image, by its path relative to the image folder.")] = None,
-    show: Annotated[Show, Option(help="Which images: by chance, or those that lose most to their crop, weigh least, or have the most unusual latents.", panel=PREVIEW)] = "random",
+    show: Annotated[Show, Option(help="Which images to show: random ones; crop: those that lose most to their crop; weight: those with the least weight; outliers: those with the most unusual latents.", panel=PREVIEW)] = "random",
     num: Annotated[int, Option("N", "How many samples to show, at most.", PREVIEW, least=1, most=200)] = 12,
     seed: ShownSeedOption = 0,
     source: ImagesOption = None,
@@ -290,7 +290,7 @@ def preview(
     device: DecoderDeviceOption = "cpu",
     progress: ProgressOption = True,
 ) -> Any:
-    """Draw a contact sheet: images with their crops, what the VAE saw, what their latents say, weights and captions.
+    """Draw a contact sheet: images with their crops, the crops as trained, decoded latents, weights and captions.
 
     If the cache's own VAE is not there, latents are shown in approximate colours; the sheet says so.
 
@@ -338,15 +338,15 @@ def report(
 def verify(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
-    source: Annotated[str | Path | None, Option("DIR", "Compare with the images too: changed, gone and new ones.")] = None,
+    source: Annotated[str | Path | None, Option("DIR", "Folder of the images: names those that have changed, are gone or are new.")] = None,
     masks: Annotated[str | Path | None, Option("DIR", "Folder of the masks that the weights came from, if it is elsewhere now.")] = None,
     control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Folder of the control images, if it is elsewhere now; may be given again.")] = None,
     re_encode: Annotated[int, Option("N", "Encode N random images of --source and their prompts again, and compare.", least=0)] = 0,
     seed: Annotated[int, Option(help="Which images --re-encode takes.")] = 0,
-    model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model of --re-encode.", shown="the cache's own")] = None,
+    model: Annotated[str | Path | None, Option("ID|DIR|FILE|tiny", "Model for --re-encode, if it is elsewhere now.", shown="the cache's own")] = None,
     vae: Annotated[str | Path | None, Option("ID|DIR|FILE", "VAE of --re-encode, if it is not that of --model.", shown="the cache's own")] = None,
     text_encoder: Annotated[str | Path | Sequence[str | Path] | None, Option("FILE|DIR", "Weights of text encoders of --re-encode, if they are elsewhere now; may be given again.", shown="the cache's own")] = None,
-    no_cond: Annotated[bool, Option(help="Of --re-encode: compare latents alone; needs no text encoder.")] = False,
+    no_cond: Annotated[bool, Option(help="With --re-encode: compare latents alone. This needs no text encoder.")] = False,
     device: Annotated[str, Option("auto|cuda|cuda:N|mps|cpu", "Where --re-encode runs.")] = "auto",
     progress: ProgressOption = True,
 ) -> Verified:
@@ -396,7 +396,7 @@ def diff(
 def compact(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
-    min_share: Annotated[float, Option("SHARE", "Rewrite shards of which at least this share is dead.", least=0, most=1)] = 0.2,  # compact.MIN_SHARE
+    min_share: Annotated[float, Option("SHARE", "Rewrite a shard if at least this share of its rows is dead: of images that changed or were removed.", least=0, most=1)] = 0.2,  # compact.MIN_SHARE
     progress: ProgressOption = True,
 ) -> Compacted:
     """Free the space of images that changed or were removed: rewrite the shards that hold many of them.
@@ -415,9 +415,9 @@ def compact(
 def merge(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
-    incomplete: Annotated[bool, Option(help="Commit also if ranks are missing; the next encode does what they had to do.")] = False,
+    incomplete: Annotated[bool, Option(help="Commit even if ranks have not finished; the next encode does their work.")] = False,
 ) -> Merged:
-    """Commit what the ranks of an encode have finished, if the last of them could not.
+    """Make the cache from what several ranks have done, if the last rank could not.
 
     In Python it returns what was committed. Raises UserError if ranks are missing, if they have done different work, or
     if a rank or another process is still at work on the cache.
@@ -431,10 +431,10 @@ def merge(
 # fmt: off
 @door
 def bench(
-    source: Annotated[str | Path | None, Option("SOURCE", "Folder of images, or of WebDataset tars, of which up to 32 are measured; without it pictures are drawn.", is_argument=True)] = None,
-    out: Annotated[str | Path | None, Option("DIR", "Where a cache would go: the disk that is written to. Nothing stays there.", OUTPUT, shown="SOURCE.latents, or here")] = None,
+    source: Annotated[str | Path | None, Option("SOURCE", "Folder of images, or of WebDataset tars; up to 32 images are measured. Without SOURCE, pictures are drawn and measured.", is_argument=True)] = None,
+    out: Annotated[str | Path | None, Option("DIR", "Folder on the disk that is measured, as for a cache. Nothing stays there.", OUTPUT, shown="SOURCE.latents, or here")] = None,
     *,
-    seconds: Annotated[float, Option("SECONDS", "About how long to measure; models are loaded besides.", PERFORMANCE, least=1, most=3600)] = 60,
+    seconds: Annotated[float, Option("SECONDS", "About how long to measure, without the time to load models.", PERFORMANCE, least=1, most=3600)] = 60,
     no_draft: NoDraftOption = False,
     seed: SeedOption = 0,
     store_dtype: StoreDtypeOption = "float16",
@@ -456,7 +456,7 @@ def bench(
     workers: WorkersOption = None,
     progress: ProgressOption = True,
 ) -> Benched:
-    """Measure how fast each stage of encode is on this machine, say what limits a run, and which options would help.
+    """Measure how fast each stage of encode is on this machine, what limits a run, and which options would help.
 
     In Python it returns the numbers. Its temporary files are deleted whatever happens. Raises UserError for arguments,
     images and models that cannot be used.

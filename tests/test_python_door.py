@@ -359,7 +359,10 @@ def test_a_cache_that_another_thread_writes_is_refused(images, tmp_path, monkeyp
     from latentprep.cache.storage import Storage
 
     monkeypatch.setattr(sys, "argv", ["/home/me/train.py", "--fast"])
-    with hold(Storage(tmp_path / "c")), pytest.raises(UserError, match=r"another latentprep is .*: train\.py --fast\)"):
+    with (
+        hold(Storage(tmp_path / "c")),
+        pytest.raises(UserError, match=r"another latentprep run is writing it .*: train\.py --fast\)"),
+    ):
         encode_once(images, tmp_path / "c")
 
 
@@ -420,7 +423,7 @@ def test_every_option_of_a_command_is_a_keyword_with_the_same_default(function):
         assert option.opts == [f"--{name.replace('_', '-')}"]
         assert not option.secondary_opts  # no --no-no-draft
         assert option.default == default or (name, option.default) in (("resolution", "512"), ("num", None))
-        assert option.multiple == (name in ("caption_column", "control", "exclude", "text_encoder"))
+        assert option.multiple == (name in ("caption_column", "control", "control_column", "exclude", "text_encoder"))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)

@@ -28,10 +28,12 @@ app = typer.Typer(
 
 
 DRY_LIST = switch("as_list", "--list", "With --dry-run: a line for each image.", OUTPUT)
-EVENTS_JSON = switch("as_json", "--json", "JSON, one object a line: images and totals; on stderr progress.", OUTPUT)
-RESULT_JSON = switch("as_json", "--json", "JSON, one object a line: the result; on stderr how far it is.")
-QUIET = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.")
-QUIET_ENCODE = switch("is_quiet", "--quiet", "Say nothing, unless something went wrong.", OUTPUT)
+EVENTS_JSON = switch(
+    "as_json", "--json", "Print JSON, one object per line: images and totals; on stderr, messages and progress.", OUTPUT
+)
+RESULT_JSON = switch("as_json", "--json", "Print the result as JSON on one line; on stderr, messages and progress.")
+QUIET = switch("is_quiet", "--quiet", "Print nothing, unless something went wrong.")
+QUIET_ENCODE = switch("is_quiet", "--quiet", "Print nothing, unless something went wrong.", OUTPUT)
 KEYS = switch("as_list", "--list", "Before the summary, a line for each image that differs.")
 FUNCTIONS = (api.encode, api.inspect, api.verify, api.diff, api.compact, api.merge, api.bench)
 DOORS = {function.__name__: list_parameters(function) for function in FUNCTIONS} | {"inspect": PARAMETERS}

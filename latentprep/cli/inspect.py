@@ -17,7 +17,7 @@ from latentprep.errors import UserError
 
 JSON = switch("as_json", "--json", "Print JSON, for machines.")
 LIST = switch(
-    "as_list", "--list", "List the images, one a line: path, bucket, own size, captions; with PATTERN those it fits."
+    "as_list", "--list", "List the images, one per line: path, bucket, original size, captions. PATTERN chooses some."
 )
 PATTERN = Parameter(
     "pattern",
@@ -25,7 +25,10 @@ PATTERN = Parameter(
     default=None,
     annotation=Annotated[
         str | None,
-        typer.Argument(metavar="PATTERN", help="Of --list and --preview: a shell pattern, such as 'birds/*'."),
+        typer.Argument(
+            metavar="PATTERN",
+            help="For --list and --preview: images whose path fits a shell pattern, such as 'birds/*'.",
+        ),
     ],
 )
 SHEET = output(
