@@ -685,7 +685,7 @@ def test_a_finished_cache_needs_no_lock(images, vae):
     with hold(Storage(f"{images}.64x64.latents")):
         assert len(base(images, vae)) == 8
         gradient(50, 60).save(images / "new.png")
-        with pytest.raises(UserError, match="another latentprep is at work"):
+        with pytest.raises(UserError, match="another latentprep run is writing"):
             base(images, vae)
 
 

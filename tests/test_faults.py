@@ -400,7 +400,7 @@ def test_compact_waits_for_no_other_and_disturbs_none(run, images, tmp_path):
     before = files(cache)
     with hold(Storage(cache)):
         result = run("compact", cache, "--min-share", 0)
-    assert (result.code, "another latentprep is at work" in result.err) == (1, True)
+    assert (result.code, "another latentprep run is writing" in result.err) == (1, True)
     assert files(cache) == before
 
 
