@@ -9,8 +9,10 @@ some words, which has more to do for each word than the true one.
 import random
 import tempfile
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from transformers import T5TokenizerFast
@@ -18,11 +20,20 @@ from transformers import T5TokenizerFast
 from latentprep.options import TextOptions
 from latentprep.prepare.models.clip_tokenizer import load_tokenizer
 from latentprep.prepare.models.families import find_family
+from latentprep.prepare.models.family import Family
 from latentprep.prepare.models.single_file import ARCHITECTURES
 from latentprep.prepare.models.token_counter import TokenCounter
-from latentprep.prepare.plan.tokens import AT_ONCE
 
 WORDS = "a photo of the red old house with snow on its roof dog cat walking in light by lake under tall trees".split()
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a TokenCounter asks of a model: CLIP's window is of 77 tokens."""
+
+    family: Family
+    window: int = 77
+    pipeline_settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def make_t5() -> T5TokenizerFast:
@@ -43,10 +54,9 @@ def main(count: Annotated[int, typer.Option(help="Prompts.")] = 50_000) -> None:
     ):
         family = find_family(pipeline)
         assert family is not None
-        counter = TokenCounter(family, 77, tokenizers, TextOptions())
+        counter = TokenCounter(Model(family), tokenizers, TextOptions())
         started = time.perf_counter()
-        for n in range(0, count, AT_ONCE):
-            counter.count(prompts[n : n + AT_ONCE])
+        counter.count(prompts)
         print(f"{name:6}{count:,} prompts in {time.perf_counter() - started:.1f} s")
 
 
