@@ -21,6 +21,8 @@ from typing import Annotated
 import PIL
 import typer
 
+from latentprep.cache.manifest import open_manifest
+from latentprep.cache.storage import Storage
 from latentprep.prepare.images.pillow import is_image_name
 
 
@@ -76,7 +78,7 @@ def main(
         if run.returncode or "Traceback" in run.stderr:
             print(run.stderr)
             raise typer.Exit(1)
-        cached = json.loads((here / "cache" / "cache.json").read_text(encoding="utf-8"))["counts"]["images"]
+        cached = open_manifest(Storage(here / "cache")).num_images
         skips = [json.loads(line) for line in (here / "cache" / "skipped.jsonl").read_text("utf-8").splitlines()]
         reasons = ", ".join(
             f"{number} {reason}" for reason, number in Counter(s["reason"] for s in skips).most_common()
