@@ -1,12 +1,15 @@
-"""How much --no-upscale crops away, against sd-scripts' bucket_no_upscale, over 5,000 random sizes.
+"""How much `--no-upscale` crops away, against `bucket_no_upscale` of sd-scripts, over 5,000 random sizes.
 
     python benchmarks/buckets.py
 
-Sides are drawn evenly in their logarithm, 64 to 4,000 pixels; kohya's rule is written anew from its description.
+Sides are drawn evenly in their logarithm, 64 to 4,000 pixels. The rule of sd-scripts is written anew from its
+description.
 """
 
 import math
 import random
+
+from results import Results, run
 
 from latentprep.geometry import Geometry
 from latentprep.prepare.plan.buckets import cropped_away, make_place
@@ -36,22 +39,22 @@ def kohya_loss(size: Size, area: int) -> float | None:
     return 1 - bucket[0] * bucket[1] / (size[0] * size[1] * scale**2)
 
 
-def main() -> None:
+def main(results: Results) -> None:
     dice = random.Random(0)
     sizes = [tuple(round(math.exp(dice.uniform(math.log(64), math.log(4000)))) for _ in "hw") for _ in range(COUNT)]
-    print(f"{'':>12} {'':>8} {'mean loss':>10} {'worst':>7} {'skipped':>8}")
+    table = results.table("what is cropped away", {"on average": "%", "at most": "%", "images skipped": ""})
     for resolution in (512, 1024):
         place = make_place(Geometry.from_options(resolution=str(resolution), upscale=False), 8)
         own = [place((size[0], size[1])) for size in sizes]
         losses = {
             "latentprep": [cropped_away(found) if isinstance(found, Placement) else None for found in own],
-            "kohya": [kohya_loss((size[0], size[1]), resolution**2) for size in sizes],
+            "sd-scripts": [kohya_loss((size[0], size[1]), resolution**2) for size in sizes],
         }
         for name, found in losses.items():
             kept = [loss for loss in found if loss is not None]
             mean, worst = sum(kept) / len(kept), max(kept)
-            print(f"{name:>12} {resolution:>8} {mean:>10.2%} {worst:>7.1%} {len(found) - len(kept):>8,}")
+            table.add(f"at {resolution}, {name}", 100 * mean, 100 * worst, len(found) - len(kept))
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -1,26 +1,35 @@
-"""What cond in fewer bits costs, --cond-dtype: errors against float32, and how fast it is read.
+"""What cond in fewer bits costs, `--cond-dtype`: errors against float32, and how fast it is read.
 
     python benchmarks/cond_dtype.py                  # synthetic cond, encoders with random weights, and reading
     python benchmarks/cond_dtype.py --cache CACHE    # the cond of your own cache, stored in float32 or float16
 
-No trained encoder comes with this repository. Synthetic cond has outliers as trained ones have: channels with values
-10 to 50 times the rest (T5), single values of thousands at the first token (language models; Sun et al., "Massive
-Activations in Large Language Models", 2024), two channels of about 30 (CLIP ViT-L). What your own model gives, --cache
-tells.
+**No trained encoder was at hand.** Cond that is "like" that of one is synthetic, with outliers as trained encoders
+have: channels with values 10 to 50 times the rest (T5), single values of up to 6000 at the first token (language
+models; Sun et al., "Massive Activations in Large Language Models", 2024), two channels of about 30 (CLIP ViT-L).
+"random" are encoders of the true widths with random weights and fewer layers, which have no outliers. To measure your
+own model, encode some images with `--cond-dtype float32`, and give that cache to
+`python benchmarks/cond_dtype.py --cache CACHE`.
+
+Errors are root mean squares of the difference to float32, relative to those of the values: of all values, of the worst
+token, and of the channels whose values are at most 5 times those of the median channel: an outlier costs its neighbours
+more. "1 - cosine" is of the worst token. A float16 scale for 32 values is what `--cond-dtype int8` has. float8_e4m3
+ends at 448, and is no choice of `--cond-dtype`.
+
+What is read are prompts of 77 x 4096 values in batches of 8, from warm files on one core: int8 against float16.
 """
 
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Annotated
 
 import torch
 import typer
 from read import write_cache
+from results import Results, run
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, pad
 
@@ -65,12 +74,12 @@ FORMS: dict[str, tuple[float, Form]] = {
     "float16": (2, lambda values: values.half().float()),
     "bfloat16": (2, lambda values: values.bfloat16().float()),
     "float8_e4m3": (1, to_float8),
-    "float8_e4m3, a scale for 32": (1 + 2 / 32, in_blocks(32, 448, torch.float16, to_float8)),
-    "int8, a scale for a token": (1, int8(0)),
+    "float8_e4m3, a scale for 32 values": (1 + 2 / 32, in_blocks(32, 448, torch.float16, to_float8)),
+    "int8, a scale for each token": (1, int8(0)),
     "int8, a scale for 128": (1 + 2 / 128, int8(128)),
     "int8, a scale for 64": (1 + 2 / 64, int8(64)),
     "int8, a float32 scale for 64": (1 + 4 / 64, int8(64, torch.float32)),
-    "--cond-dtype int8 (a scale for 32)": (nbytes_of(32, "int8") / 32, lambda values: unpack(*pack(values))),
+    "`--cond-dtype int8`": (nbytes_of(32, "int8") / 32, lambda values: unpack(*pack(values))),
 }
 
 
@@ -80,9 +89,8 @@ class Error:
 
     whole: float  # of all values
     token: float  # of the worst token
-    cosine: float  # 1 - cosine similarity of a token, on average
-    worst_cosine: float
     ordinary: float  # of the channels that are no outliers
+    cosine: float  # 1 - cosine similarity of the worst token
 
 
 def rms(values: Tensor, *dims: int) -> Tensor:
@@ -90,32 +98,50 @@ def rms(values: Tensor, *dims: int) -> Tensor:
 
 
 def error_of(found: Tensor, exact: Tensor) -> Error:
-    """[T,D] against [T,D]."""
+    """[T,D] finite against [T,D]."""
     typical = exact.abs().median(0).values
     usual = typical <= ORDINARY * typical.median()
     away = 1 - cosine_similarity(found.double(), exact.double(), dim=-1)
     return Error(
         float(rms(found - exact) / rms(exact)),
         float((rms(found - exact, -1) / rms(exact, -1).clamp(min=1e-30)).max()),
-        float(away.mean()),
-        float(away.max()),
         float(rms((found - exact)[:, usual]) / rms(exact[:, usual])),
+        float(away.max()),
     )
 
 
-def print_errors(title: str, values: Tensor, others: Mapping[str, Tensor] = MappingProxyType({})) -> None:
-    """The table of some cond [T,D] float32; `others` are rows that were made in another way."""
-    tokens, width = values.shape
-    print(f"\n{title}: {tokens:,} tokens of {width:,} values, the largest {float(values.abs().max()):.4g}")
-    print(f"{'':36} {'bytes':>6} {'error':>9} {'worst token':>12} {'1-cos':>9} {'worst':>9} {'ordinary':>9}")
-    rows = [(name, f"{nbytes:6.3f}", form(values)) for name, (nbytes, form) in FORMS.items()]
-    for name, nbytes, found in (*rows, *((name, "", found) for name, found in others.items())):
-        if not found.isfinite().all():
-            print(f"{name:36} {nbytes:6} cannot hold them")
-            continue
-        e = error_of(found, values)
-        shown = f"{e.whole:9.2%} {e.token:12.2%} {e.cosine:9.1e} {e.worst_cosine:9.1e} {e.ordinary:9.2%}"
-        print(f"{name:36} {nbytes:6} {shown}")
+@dataclass(frozen=True, eq=False)
+class Cond:
+    """Some cond, and the same as it was made in other ways."""
+
+    name: str
+    values: Tensor  # [T,D] float32
+    others: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def errors(self) -> dict[str, Error | None]:
+        """Of each form, and of each other way. None: the form cannot hold the values."""
+        found = {name: form(self.values) for name, (_, form) in FORMS.items()} | dict(self.others)
+        return {name: error_of(value, self.values) if value.isfinite().all() else None for name, value in found.items()}
+
+
+def show_errors(results: Results, conds: list[Cond]) -> None:
+    """A table of each kind of error, with a column for each cond."""
+    measured = results.table("what is stored", {"tokens": "", "values of each": "", "the largest value": ""})
+    for cond in conds:
+        measured.add(cond.name, *cond.values.shape, float(cond.values.abs().max()))
+    errors = [cond.errors() for cond in conds]
+    names = dict.fromkeys(name for found in errors for name in found)
+    for title, kind, unit in (
+        ("error of all values", "whole", "%"),
+        ("error of the worst token", "token", "%"),
+        ("error of the channels without outliers", "ordinary", "%"),
+        ("1 - cosine", "cosine", ""),
+    ):
+        table = results.table(title, {"bytes a value": "", **{cond.name: unit for cond in conds}})
+        for name in names:
+            row = [getattr(found.get(name), kind, None) for found in errors]
+            row = [value if value is None or not unit else 100 * value for value in row]
+            table.add(name, FORMS[name][0] if name in FORMS else None, *row)
 
 
 def spread_channels(tokens: int, width: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -147,7 +173,7 @@ def like_clip(random: torch.Generator, tokens: int = 77, width: int = 768) -> Te
 
 
 @torch.inference_mode()
-def encode_at_random() -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
+def encode_at_random() -> Iterator[Cond]:
     """What encoders of the true widths, with random weights and fewer layers, make of random tokens.
 
     In float32, and for comparison in half precision.
@@ -171,12 +197,12 @@ def encode_at_random() -> Iterator[tuple[str, Tensor, dict[str, Tensor]]]:
             dtype: model.eval().to(dtype)(tokens).last_hidden_state[0].float()
             for dtype in (torch.float32, torch.float16, torch.bfloat16)  # in this order: weights are rounded for good
         }
-        halves = {f"the encoder in {dtype}".replace("torch.", ""): found[dtype] for dtype in list(found)[1:]}
-        yield f"{name}, random weights", found[torch.float32], halves
+        halves = {f"the encoder itself in {dtype}".replace("torch.", ""): found[dtype] for dtype in list(found)[1:]}
+        yield Cond(f"{name}, random", found[torch.float32], halves)
 
 
-def read_cond(cache: str) -> Iterator[tuple[str, Tensor]]:
-    """Of a cache each cond that 8 bits would hold: name and values [T,D] float32 of its first prompts."""
+def read_cond(cache: str) -> Iterator[Cond]:
+    """Of a cache each cond that 8 bits would hold: the values of its first prompts."""
     storage = Storage(cache)
     found: dict[str, list[Tensor]] = {}
     for shard in open_manifest(storage).shards:
@@ -190,11 +216,7 @@ def read_cond(cache: str) -> Iterator[tuple[str, Tensor]]:
     if not found:
         raise SystemExit(f"{cache}: holds no cond that --cond-dtype int8 would change.")
     for name, rows in found.items():
-        yield f"{name} of {len(rows)} prompts, stored in {cond_dtype(storage)}", torch.cat(rows)
-
-
-def cond_dtype(storage: Storage) -> str | None:
-    return open_manifest(storage).recipe.text.store_dtype
+        yield Cond(name, torch.cat(rows))
 
 
 def pack_cache(folder: Path) -> None:
@@ -214,7 +236,7 @@ def pack_cache(folder: Path) -> None:
     commit(storage, replace(manifest, recipe=recipe, shards=shards, uncond=uncond), [])
 
 
-def print_reading(runs: int, width: int, batch_size: int) -> None:
+def measure_reading(results: Results, runs: int, width: int, batch_size: int) -> None:
     """How fast cond in 8 bits is read, against float16, by the time of one core: epochs of both in turn, files warm."""
 
     def epoch(loader: LatentLoader, dtype: torch.dtype | None) -> float:
@@ -232,41 +254,37 @@ def print_reading(runs: int, width: int, batch_size: int) -> None:
         pack_cache(packed)
         kinds = [LatentDataset(folder, latent_sampling_method="deterministic") for folder in (halves, packed)]
         loaders = [LatentLoader(data, batch_size) for data in kinds]
-        print(
-            f"\nreading 200 prompts of 77 x {width} in batches of {batch_size}, warm, on one core: int8 against float16"
-        )
+        table = results.table("reading int8, against float16", {"as fast": "times"})
         for title, dtype in (
-            ("as stored (stored_cond)", None),
-            ("batch.cond, float32", torch.float32),
-            ("batch.cond after to(torch.bfloat16)", torch.bfloat16),
+            ("`stored_cond`, as it is", None),
+            ("`batch.cond`, float32", torch.float32),
+            ("`batch.cond` after `to(torch.bfloat16)`", torch.bfloat16),
         ):
             pairs = [[epoch(loader, dtype) for loader in loaders] for _ in range(runs + 1)][1:]  # the first warms up
             ratio = statistics.median(half / int8 for half, int8 in pairs)
-            print(f"{title:36} {ratio:.2f} times as fast")
+            table.add(title, ratio)
 
 
 def main(
+    results: Results,
     cache: Annotated[str | None, typer.Option(help="Measure the stored cond of this cache, and nothing else.")] = None,
     runs: Annotated[int, typer.Option(help="Epochs of each kind of cache; the median counts.")] = 9,
     width: Annotated[int, typer.Option(help="Values of a token, for reading.")] = 4096,
     batch_size: Annotated[int, typer.Option(help="Samples of a batch, for reading.")] = 8,
 ) -> None:
     quiet_libraries()
-    print("error: RMS of the difference to float32, relative to the RMS of the values: of all, and of the worst token;")
-    print("1-cos: 1 - cosine similarity of a token: on average, and of the worst; ordinary: error of the channels")
-    print(f"whose values are at most {ORDINARY} times those of the median channel")
     if cache is not None:
-        for title, values in read_cond(cache):
-            print_errors(title, values)
+        show_errors(results, list(read_cond(cache)))
         return
     random = torch.Generator().manual_seed(0)
-    print_errors("synthetic, outliers as of T5", like_t5(random))
-    print_errors("synthetic, outliers as of a language model", like_language_model(random))
-    print_errors("synthetic, outliers as of CLIP ViT-L", like_clip(random))
-    for title, values, halves in encode_at_random():
-        print_errors(title, values, halves)
-    print_reading(runs, width, batch_size)
+    synthetic = [
+        Cond("like T5", like_t5(random)),
+        Cond("like a language model", like_language_model(random)),
+        Cond("like CLIP", like_clip(random)),
+    ]
+    show_errors(results, [*synthetic, *encode_at_random()])
+    measure_reading(results, runs, width, batch_size)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -2,20 +2,26 @@
 
     python benchmarks/decode.py
 
-Ways run in turn, in one process, on the same files; compare the ratios. `exact` is --no-draft: Pillow decodes in full
-and resizes with LANCZOS. `before` is Pillow too; large JPEGs are decoded at a fraction, and damage in JPEGs is looked
-for in a pass of its own. `now` is the default. `old torch` is the default where torch has no fast LANCZOS. Times are of
-the processor, for a file from its bytes to the pixels that the VAE sees. Differences are in levels of 0 to 255, and in
-standard deviations of the latents that `tiny` makes (root mean square); of several files the largest counts.
+Ways run in turn, in one process, on the same files; compare the ratios. "exact" is `--no-draft`: Pillow decodes in full
+and resizes with LANCZOS. "Pillow" is Pillow alone too; large JPEGs are decoded at a fraction, and damage in JPEGs is
+looked for in a pass of its own. "now" is the default. "old torch" is the default if torch is older than 2.12 or the
+processor has no AVX2: then torch has no fast LANCZOS. Times are of the processor, for an image from a file's bytes to
+the pixels that the VAE sees. "as fast" is against "Pillow".
 
-The files are photos of scikit-image. As a camera writes them: enlarged to the size, with a sensor's noise; a JPEG of
-quality 92 with half the colour resolution. "sharp" is more than a camera sees: photos side by side, pixel by pixel.
+Differences are in levels of 0 to 255, and in standard deviations of the latents that `tiny` makes (root mean square);
+of several files the largest counts. "exact" against "Pillow" is what decoding at a fraction changes, and "Pillow"
+against "now" is torch's LANCZOS.
+
+The files are photos of scikit-image. They are as a camera writes them: enlarged to the size, with a sensor's noise; a
+JPEG of quality 92 with half the colour resolution. "sharp" is more than a camera sees: photos side by side, pixel by
+pixel.
 """
 
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import astuple, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +31,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image, ImageOps
+from results import Results, run
 
 from latentprep.geometry import Geometry
 from latentprep.options import ImageOptions
@@ -42,8 +49,8 @@ from latentprep.records import Item, Pixels, Placement
 PHOTOS = ("astronaut.png", "chelsea.png", "coffee.png", "rocket.jpg", "motorcycle_left.png", "hubble_deep_field.jpg")
 TILE = (400, 300)  # of a photo that stands beside others: width, height
 CASES = (((1600, 1200), 512), ((4000, 3000), 512), ((4000, 3000), 1024))  # width and height of files, resolution
-WAYS = ("exact", "before", "old torch", "now")
-BETWEEN = (("now", "exact"), ("before", "exact"), ("now", "before"))
+WAYS = ("exact", "Pillow", "old torch", "now")
+BETWEEN = (("now", "exact"), ("Pillow", "exact"), ("now", "Pillow"))
 
 
 def open_photo(name: str) -> Image.Image:
@@ -83,9 +90,9 @@ def write_files(folder: Path, size: tuple[int, int], count: int) -> None:
 def taking(way: str) -> Iterator[None]:
     """One of the ways."""
     with ExitStack() as stack:
-        if way in ("before", "old torch"):
+        if way in ("Pillow", "old torch"):
             stack.enter_context(patch.object(load, "torch_has_lanczos", lambda: False))
-        if way == "before":
+        if way == "Pillow":
             stack.enter_context(patch.object(decode, "decode_plain", lambda *_: None))
         yield
 
@@ -110,10 +117,23 @@ def load_file(path: Path, geometry: Geometry, way: str) -> tuple[np.ndarray, flo
     return found.pixels, seconds
 
 
-def measure(paths: list[Path], geometry: Geometry, rounds: int, vae: VaeEncoder) -> str:
-    """A line of the table: times on average over the files, and differences between the ways."""
+@dataclass(frozen=True)
+class Difference:
+    """Of the same file, read in two ways."""
+
+    mean: float  # levels
+    most: int
+    latents: float  # standard deviations
+
+
+Differences = dict[tuple[str, str], list[Difference]]
+
+
+def measure(
+    paths: list[Path], geometry: Geometry, rounds: int, vae: VaeEncoder, apart: Differences
+) -> dict[str, float]:
+    """Seconds of each way, on average over the files. Differences between ways go to `apart`."""
     times = dict.fromkeys(WAYS, 0.0)
-    apart: dict[tuple[str, str], list[tuple[float, int, float]]] = {pair: [] for pair in BETWEEN}
     for path in paths:
         found = {way: [load_file(path, geometry, way)] for way in WAYS}
         for _ in range(rounds - 1):
@@ -126,37 +146,43 @@ def measure(paths: list[Path], geometry: Geometry, rounds: int, vae: VaeEncoder)
         for a, b in BETWEEN:
             error = np.abs(pixels[a].astype(int) - pixels[b])
             moved = float((latents[a] - latents[b]).square().mean().sqrt() / latents[b].std())
-            apart[a, b].append((float(error.mean()), int(error.max()), moved))
-    words = [f"{times[way] * 1e3:>9.0f}" for way in WAYS]
-    words += [f"{times['before'] / times[way]:>8.2f}x" for way in WAYS[2:]]
-    for pairs in apart.values():
-        means, largest, moved_by = zip(*pairs, strict=True)
-        words.append(f"{max(means):>10.4f} {max(largest):>3} {max(moved_by):>8.5f}")
-    return " ".join(words)
+            apart[a, b].append(Difference(float(error.mean()), int(error.max()), moved))
+    return times
+
+
+def show_differences(results: Results, apart: Differences) -> None:
+    columns = {"pixels on average": "of 255", "pixels at most": "of 255", "latents": ""}
+    table = results.table("how far pixels and latents are moved", columns)
+    for (a, b), found in apart.items():
+        most = (max(values) for values in zip(*map(astuple, found), strict=True))
+        table.add(f"{a}, against {b}", *most)
 
 
 def main(
+    results: Results,
     count: Annotated[int, typer.Option(help="Photos of a camera, beside the sharp one.")] = 3,
     rounds: Annotated[int, typer.Option(help="Timed rounds; the fastest counts.")] = 5,
 ) -> None:
     torch.set_num_threads(1)
     vae = VaeEncoder(open_vae(find_model("tiny")), torch.device("cpu"), torch.float32)
-    pairs = [f"{a} - {b}" for a, b in BETWEEN]
-    print(f"{'':>21} {'ms an image':>39} {'before against':>19}", *(f"{pair:>23}" for pair in pairs))
-    heads = [*WAYS, *WAYS[2:]]
-    print(f"{'files':>21}", *(f"{head:>9}" for head in heads), *[f"{'mean':>10} {'max':>3} {'latent':>8}"] * len(pairs))
+    columns = {**dict.fromkeys(WAYS, "ms"), **{f"{way}: as fast": "times" for way in WAYS[2:]}}
+    table = results.table("processor time of an image", columns)
+    apart: Differences = {pair: [] for pair in BETWEEN}
     with tempfile.TemporaryDirectory() as name:
         for size in dict.fromkeys(size for size, _ in CASES):
             write_files(Path(name) / str(size[0]), size, count)
         for size, resolution in CASES:
             geometry = Geometry.from_options(resolution=str(resolution))
             for suffix in (".jpg", ".png"):
-                for kind in ("camera", "sharp"):
+                for kind in ("", ", sharp"):
                     paths = sorted((Path(name) / str(size[0])).glob(f"*{suffix}"))
-                    paths = [path for path in paths if (path.stem == "sharp") == (kind == "sharp")]
-                    what = f"{size[0]}x{size[1]} {suffix[1:]} {resolution}" if kind == "camera" else kind
-                    print(f"{what:>21}", measure(paths, geometry, rounds, vae), flush=True)
+                    paths = [path for path in paths if (path.stem == "sharp") == bool(kind)]
+                    times = measure(paths, geometry, rounds, vae, apart)
+                    what = f"{size[0]}x{size[1]} {suffix[1:].upper()} to {resolution}" + kind
+                    faster = (times["Pillow"] / times[way] for way in WAYS[2:])
+                    table.add(what, *(1e3 * seconds for seconds in times.values()), *faster)
+    show_differences(results, apart)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

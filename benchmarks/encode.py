@@ -1,12 +1,16 @@
 """How fast images are encoded: the VAE alone in each layout and batch size, and the whole of `latentprep encode`.
 
-    python benchmarks/encode.py                              # SD 1.5's VAE architecture at 256x256, random weights
+    python benchmarks/encode.py                              # on a CPU
     python benchmarks/encode.py --side 512 --count 4000      # with a GPU
 
-All contenders of a table run in turn, in one process; compare the ratios.
+The VAE has SD 1.5's architecture and random weights, in float32 on a CPU and in float16 on CUDA. All contenders of a
+table run in turn, in one process; compare the ratios. The VAE alone is compared with `AutoencoderKL.encode`, one image
+at a time, in its own memory layout (NCHW). Whole runs start from JPEG files, some of the size that the VAE sees and
+some of 1600x1200, and are compared with `AutoencoderKL.encode` in a loop on pixels that are on its device already.
+The last columns divide the time of the device's thread: it waits for images that are decoded, it encodes, and it waits
+for results that are written.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -20,6 +24,7 @@ import torch
 import typer
 from diffusers import AutoencoderKL
 from drawn import draw
+from results import Results, run
 
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.geometry import Geometry
@@ -31,6 +36,8 @@ from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.outcome import Outcome
 from latentprep.prepare.survey import prepare
 from latentprep.progress import Silent
+
+STAGES = ("decode", "encode", "write")
 
 
 class NoBar:
@@ -75,9 +82,8 @@ def save_vae(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
-def measure_vae(side: int, rounds: int, folder: Path) -> None:
-    """Seconds an image, of SD 1.5's encoder (34 M parameters)."""
-    save_vae(folder)
+def measure_vae(results: Results, side: int, rounds: int, folder: Path) -> None:
+    """Time of an image, of SD 1.5's encoder (34 M parameters)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pixels = np.random.default_rng(0).integers(0, 256, (4, side, side, 3), np.uint8)
     dtype = TORCH_DTYPES[choose_dtype("auto", device.type)]
@@ -90,17 +96,16 @@ def measure_vae(side: int, rounds: int, folder: Path) -> None:
             return plain.encode(images).latent_dist.mean
 
     contenders: dict[str, Callable[[], object]] = {
-        "AutoencoderKL.encode, one image at a time (NCHW)": reference,
+        "`AutoencoderKL.encode`, one image at a time": reference,
         "latentprep, one image at a time": lambda: ours.encode(pixels[:1]),
         "latentprep, batches of 4": lambda: ours.encode(pixels),
     }
     seconds = median_seconds(contenders, rounds)
-    print(f"\nVAE encode, SD 1.5's architecture, {side}x{side}, {str(dtype).removeprefix('torch.')} on {device}")
-    print(f"{'':52} {'ms/image':>9} {'speed':>7}")
-    base = seconds["AutoencoderKL.encode, one image at a time (NCHW)"]
+    table = results.table(f"the VAE alone at {side}x{side}", {"an image": "ms", "as fast": "times"})
+    base = next(iter(seconds.values()))
     for name, value in seconds.items():
         per_image = value / (4 if "of 4" in name else 1)
-        print(f"{name:52} {per_image * 1000:9.0f} {base / per_image:6.2f}x")
+        table.add(name, per_image * 1000, base / per_image)
 
 
 def encode_bare(vae: AutoencoderKL, count: int, side: int, batch_size: int) -> float:
@@ -125,13 +130,13 @@ def encode_whole(images: Path, cache: Path, vae: Path, side: int, workers: int |
     return encode(prepare(options, Silent()), NoBar)
 
 
-def measure_whole(count: int, side: int, rounds: int, workers: int | None, folder: Path) -> None:
+def measure_whole(results: Results, count: int, side: int, rounds: int, workers: int | None, folder: Path) -> None:
     """Images/s of whole runs, against the VAE in a loop that has nothing to read, decode, check or write."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype, batch_size = choose_dtype("auto", device), default_batch_size(device, [(side, side)])
     vae = AutoencoderKL.from_pretrained(folder / "vae", torch_dtype=TORCH_DTYPES[dtype]).eval().to(device)
-    print(f"\nlatentprep encode, {count} JPEG files to {side}x{side}, {dtype} on {device}, batches of {batch_size}")
-    print(f"{'files':>12} {'images/s':>9} {'of AutoencoderKL.encode in a loop':>34}   the device waits for")
+    columns = {"images at once": "", "rate": "images/s", "of the loop": "%", **dict.fromkeys(STAGES, "%")}
+    table = results.table(f"whole runs to {side}x{side}", columns)
     for width, height in ((side, side), (1600, 1200)):
         images = folder / f"{width}x{height}"
         draw(images, count, (height, width))
@@ -143,23 +148,27 @@ def measure_whole(count: int, side: int, rounds: int, workers: int | None, folde
             rates.append(outcome.num_encoded / outcome.encode_seconds)
             ratios.append(rates[-1] / bare)
             waits.update(outcome.waits)
-        said = ", ".join(f"{stage} {seconds / waits.total():.0%}" for stage, seconds in waits.items() if seconds)
-        print(f"{width}x{height:<5} {statistics.median(rates):11.1f} {statistics.median(ratios):34.1%}   {said}")
+        shares = [100 * waits[stage] / waits.total() for stage in STAGES]
+        pace, ratio = statistics.median(rates), statistics.median(ratios)
+        table.add(f"files of {width}x{height}", batch_size, pace, 100 * ratio, *shares)
 
 
 def main(
-    side: Annotated[int, typer.Option(help="Side of the images for the VAE, in pixels.")] = 256,
-    rounds: Annotated[int, typer.Option(help="Counted runs of each contender.")] = 5,
-    count: Annotated[int, typer.Option(help="Images of a whole run.")] = 100,
-    runs: Annotated[int, typer.Option(help="Whole runs of each kind of files.")] = 3,
+    results: Results,
+    side: Annotated[int, typer.Option(help="Side of the images of whole runs, in pixels.")] = 256,
+    vae_sides: Annotated[str, typer.Option(help="The same for the VAE alone, with commas between.")] = "256,512",
+    rounds: Annotated[int, typer.Option(help="Counted runs of each contender.")] = 3,
+    count: Annotated[int, typer.Option(help="Images of a whole run.")] = 48,
+    runs: Annotated[int, typer.Option(help="Whole runs of each kind of files.")] = 2,
     workers: Annotated[int | None, typer.Option(help="Threads that decode; else as many as encode takes.")] = None,
 ) -> None:
     quiet_libraries()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
     with tempfile.TemporaryDirectory() as folder:
-        measure_vae(side, rounds, Path(folder) / "vae")
-        measure_whole(count, side, runs, workers, Path(folder))
+        save_vae(Path(folder) / "vae")
+        for each in vae_sides.split(","):
+            measure_vae(results, int(each), rounds, Path(folder) / "vae")
+        measure_whole(results, count, side, runs, workers, Path(folder))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

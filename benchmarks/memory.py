@@ -3,7 +3,8 @@
     python benchmarks/memory.py                      # 200 and 5,000 images, `tiny` at 256
     python benchmarks/memory.py --many 20000
 
-Each run is a process of its own; peak memory is its maximum resident set size, as the kernel counts it.
+Each run is a process of its own; peak memory is its maximum resident set size, as the kernel counts it. Images are JPEG
+files of 800x600, fifty different ones and links to them.
 """
 
 import os
@@ -16,6 +17,7 @@ from typing import Annotated
 
 import typer
 from drawn import draw
+from results import Results, run
 
 
 def measure(images: Path, cache: Path, resolution: int) -> tuple[float, float]:
@@ -33,20 +35,21 @@ def measure(images: Path, cache: Path, resolution: int) -> tuple[float, float]:
 
 
 def main(
+    results: Results,
     few: Annotated[int, typer.Option(help="Images of the first run.")] = 200,
     many: Annotated[int, typer.Option(help="Images of the second run.")] = 5000,
     resolution: Annotated[int, typer.Option(help="Of the buckets, in pixels.")] = 256,
 ) -> None:
     peaks = []
+    table = results.table("encode", {"memory at most": "MB", "against the first": "times", "time": "s"})
     with tempfile.TemporaryDirectory() as folder:
         for count in (few, many):
             images = Path(folder) / f"images{count}"
             draw(images, count, (600, 800), different=50)
             peak, seconds = measure(images, Path(folder) / f"cache{count}", resolution)
             peaks.append(peak)
-            print(f"{count:>8,} images   {peak:>7,.0f} MB at most   {seconds:>6.0f} s")
-    print(f"{many:,} against {few:,} images: {peaks[1] / peaks[0]:.3f} times the memory")
+            table.add(f"{count:,} images", peak, peak / peaks[0], seconds)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -3,8 +3,8 @@
     python benchmarks/pillow_samples.py                 # of the installed Pillow, from the package index
     python benchmarks/pillow_samples.py --folder DIR    # or takes images that are there
 
-They are a thousand odd, old, damaged and hostile files. Each is encoded under a name that `encode` takes for an image,
-in a process of its own whose peak memory is shown. Exits with 1 if a file is lost, or if anything raised.
+They are a thousand odd, old, damaged and hostile files. Each has a name that `encode` takes for an image. They are
+encoded in a process of its own, whose peak memory is shown. The script fails if a file is lost, or if anything raised.
 """
 
 import json
@@ -20,6 +20,7 @@ from typing import Annotated
 
 import PIL
 import typer
+from results import Results, run
 
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
@@ -59,6 +60,7 @@ def link_samples(samples: Path, folder: Path) -> int:
 
 
 def main(
+    results: Results,
     folder: Annotated[Path | None, typer.Option(help="Sample images that are there already.")] = None,
     size: Annotated[int, typer.Option(metavar="PIXELS", help="Every image is fitted into this square.")] = 64,
 ) -> None:
@@ -68,24 +70,26 @@ def main(
         count = link_samples(folder or fetch_samples(here), here / "images")
         command = ["encode", here / "images", "--out", here / "cache", "--model", "tiny", "--no-cond", "--fit", "pad"]
         started = time.perf_counter()
-        run = subprocess.run(
+        done = subprocess.run(
             [sys.executable, "-m", "latentprep", *command, "--width", str(size), "--height", str(size)],
             capture_output=True, text=True, errors="replace",
         )  # fmt: skip
         seconds = time.perf_counter() - started
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-        print(run.stdout)
-        if run.returncode or "Traceback" in run.stderr:
-            print(run.stderr)
-            raise typer.Exit(1)
+        if done.returncode or "Traceback" in done.stderr:
+            raise SystemExit(f"{done.stdout}\n{done.stderr}")
         cached = open_manifest(Storage(here / "cache")).num_images
         skips = [json.loads(line) for line in (here / "cache" / "skipped.jsonl").read_text("utf-8").splitlines()]
-        reasons = ", ".join(
-            f"{number} {reason}" for reason, number in Counter(s["reason"] for s in skips).most_common()
-        )
-        print(f"{count} files: {cached} in the cache, {len(skips)} skipped ({reasons}); {seconds:.0f} s, {peak:.0f} MB")
-        raise typer.Exit(int(cached + len(skips) != count))
+        if cached + len(skips) != count:
+            raise SystemExit(f"{count} files, of which {cached} are in the cache and {len(skips)} are skipped")
+    table = results.table("a run", {"images": "", "time": "s", "memory at most": "MB"})
+    table.add("all", count, seconds, peak)
+    table.add("in the cache", cached, None, None)
+    table.add("skipped, with a reason", len(skips), None, None)
+    reasons = results.table("reasons of skips", {"images": ""})
+    for reason, number in Counter(skip["reason"] for skip in skips).most_common():
+        reasons.add(f"`{reason}`", number)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

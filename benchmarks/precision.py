@@ -1,10 +1,16 @@
-"""What each way to encode and to store costs in precision: --dtype, --tiling, --compile, --store-dtype.
+"""What each way to encode and to store costs in precision: `--dtype`, `--tiling`, `--compile`, `--store-dtype`.
 
     python benchmarks/precision.py            # `tiny` on three photos; SD 1.5's architecture with random weights
     python benchmarks/precision.py --quick    # `tiny` on one small photo, nothing compiled
 
-The reference is diffusers' AutoencoderKL in float32 on the CPU, in its own memory layout, image by image. Times are not
-what this is for: benchmarks/encode.py has those.
+The reference is diffusers' `AutoencoderKL` in float32 on the CPU, in its own memory layout, image by image. `tiny` sees
+three photos that it never saw in its training, SD 1.5's architecture has random weights. "mean" is the root mean square
+of the error in standard deviations of the latent, "std" that of the relative error. "decoded" is the PSNR of the
+decoded mean against the decoded mean of the reference. "photo" is how much nearer the reference is to the photo itself.
+
+std is stored as it is. What fewer bits of it would cost stands in the last table: the error of a sample in standard
+deviations of the latent, and what would be saved of an SD 1.5 sample at 512. That is no reason for another kind of
+tensor.
 """
 
 import math
@@ -14,6 +20,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import numpy as np
@@ -22,6 +29,7 @@ import typer
 from diffusers import AutoencoderKL
 from encode import save_vae
 from PIL import Image
+from results import Results, run
 from torch import Tensor
 
 from latentprep.prepare.devices import quiet_libraries
@@ -96,22 +104,22 @@ def make_modes(
         return lambda n: Latent(exact[n].mean.to(dtype).float(), exact[n].std.to(dtype).float())
 
     return {
-        "float32 (on a CPU the default)": encoded(),
+        "float32, on a CPU the default": encoded(),
         "float32, in a batch of 4": encoded(batch=4),
-        **({"--compile": encoded(compiled=True)} if compiles else {}),
-        "--dtype float16": encoded(torch.float16),
-        "--dtype bfloat16": encoded(torch.bfloat16),
-        f"--tiling {tile}": encoded(tiling=tile),
-        "--store-dtype float16 (the default)": stored(torch.float16),
-        "--store-dtype bfloat16": stored(torch.bfloat16),
+        **({"`--compile`": encoded(compiled=True)} if compiles else {}),
+        "`--dtype float16`": encoded(torch.float16),
+        "`--dtype bfloat16`": encoded(torch.bfloat16),
+        f"`--tiling {tile}`": encoded(tiling=tile),
+        "`--store-dtype float16`, the default": stored(torch.float16),
+        "`--store-dtype bfloat16`": stored(torch.bfloat16),
     }
 
 
 @torch.inference_mode()
 def measure_modes(
-    title: str, folder: VaeFolder, photos: list[np.ndarray], *, compiles: bool, trained: bool
+    results: Results, title: str, folder: VaeFolder, photos: list[np.ndarray], *, compiles: bool, trained: bool
 ) -> list[Latent]:
-    """Print the table of one VAE; returns the reference. Only of a trained one the photo itself says anything."""
+    """The table of one VAE; returns the reference. Only of a trained one the photo itself says anything."""
     vae = AutoencoderKL.from_pretrained(folder.path).eval()  # the decoder too
     exact = []
     for photo in photos:
@@ -121,16 +129,17 @@ def measure_modes(
     def decode(latents: list[Latent]) -> list[Tensor]:
         return [vae.decode(latent.mean).sample for latent in latents]
 
-    def photo_psnr(decoded: list[Tensor]) -> float:
-        errors = [rms(image.clamp(-1, 1) - to_images(photo)) for image, photo in zip(decoded, photos, strict=True)]
-        return sum(decibels(error, 2) for error in errors) / len(errors)
+    def photo_psnr(decoded: list[Tensor]) -> list[float]:
+        pairs = zip(decoded, photos, strict=True)
+        return [decibels(rms(image.clamp(-1, 1) - to_images(photo)), 2) for image, photo in pairs]
 
     restored = decode(exact)
+    if trained:
+        table = results.table(f"{title}: photos, decoded again", {"PSNR": "dB"})
+        for name, value in zip(PHOTOS, photo_psnr(restored), strict=False):
+            table.add(name, value)
     tile = min(256, photos[0].shape[0] // 2)
-    sizes = ", ".join(sorted({f"{photo.shape[1]}x{photo.shape[0]}" for photo in photos}))
-    print(f"\n{title}, {sizes}" + (f": decoded PSNR {photo_psnr(restored):.2f} dB" if trained else ""))
-    last = f" {'PSNR lost':>12}" if trained else ""
-    print(f"{'':36} {'mean':>10} {'std':>10} {'decoded':>10}{last}")
+    table = results.table(title, {"mean": "", "std": "", "decoded": "dB", **({"photo": "dB"} if trained else {})})
     for name, mode in make_modes(folder, photos, exact, tile, compiles).items():
         found = [mode(n) for n in range(len(photos))]
         pairs = list(zip(found, exact, strict=True))
@@ -141,8 +150,8 @@ def measure_modes(
             decibels(rms(image - wanted), float(wanted.max() - wanted.min()))
             for image, wanted in zip(decoded, restored, strict=True)
         ]
-        lost = f" {round(photo_psnr(restored) - photo_psnr(decoded), 4) + 0:9.4f} dB" if trained else ""
-        print(f"{name:36} {mean:10.1e} {std:10.1e} {sum(levels) / len(levels):7.1f} dB{lost}", flush=True)
+        lost = fmean(photo_psnr(restored)) - fmean(photo_psnr(decoded))
+        table.add(name, mean, std, fmean(levels), *([round(lost, 4) + 0.0] if trained else []))
     return exact
 
 
@@ -156,18 +165,18 @@ def log_code(std: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 # name -> bits a value, and what a reader gets back, of std [N,C,h*w]: N images of one shard
 CODES: dict[str, tuple[float, Callable[[Tensor], Tensor]]] = {
-    "float16 (the default)": (16, lambda std: std.half().float()),
+    "float16, the default": (16, lambda std: std.half().float()),
     "bfloat16": (16, lambda std: std.bfloat16().float()),
     "8 bits of its logarithm, per channel": (8, lambda std: log_code(std, (0, 2))),
     "8 bits of its logarithm": (8, lambda std: log_code(std, (0, 1, 2))),
     "float8_e4m3": (8, lambda std: std.to(torch.float8_e4m3fn).float()),
     "one for each image and channel": (0, lambda std: std.square().mean(2, keepdim=True).sqrt().expand_as(std)),
-    "none (--store mean)": (0, torch.zeros_like),
+    "none, `--store mean`": (0, torch.zeros_like),
 }
 
 
-def measure_std(exact: list[Latent]) -> None:
-    """Print what cheaper kinds of std would cost and save.
+def measure_std(results: Results, exact: list[Latent]) -> None:
+    """What cheaper kinds of std would cost and save.
 
     A sample is mean + std * noise, so the difference of two with the same noise is (std' - std) * noise: its RMS over
     all noise is that of std' - std.
@@ -175,33 +184,29 @@ def measure_std(exact: list[Latent]) -> None:
     length = min(latent.std[0, 0].numel() for latent in exact)  # the same number of values of each photo
     std = torch.stack([latent.std[0].flatten(1)[:, :length] for latent in exact])
     spread = torch.stack([latent.mean.std() for latent in exact])[:, None, None]
-    print(f"\nstd of these latents: median {float((std / spread).median()):.4f} of the latent's standard deviation")
-    print(f"{'':36} {'sample':>10} {'bits':>10} {'of a sample saved (SD 1.5 at 512)':>36}")
+    table = results.table("std in fewer bits", {"error of a sample": "", "bits": "", "saved of a sample": "%"})
     for name, (bits, code) in CODES.items():
         error = rms((code(std) - std) / spread)
         saved = (16 - bits) / 8 * 4 * 64 * 64 / SAMPLE_BYTES
-        print(f"{name:36} {error:10.1e} {bits:10} {saved:36.1%}")
+        table.add(name, error, bits, 100 * saved)
 
 
 def main(
+    results: Results,
     side: Annotated[int, typer.Option(help="Side of the images for SD 1.5's architecture, in pixels.")] = 256,
     quick: Annotated[bool, typer.Option("--quick", help="Only tiny, on one small photo, nothing compiled.")] = False,
 ) -> None:
     quiet_libraries()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"torch {torch.__version__} on {device}; errors against AutoencoderKL in float32 on the CPU:")
-    print("mean, sample: RMS, in standard deviations of the latent; std: RMS of the relative error;")
-    print("decoded: PSNR of the decoded mean against the decoded mean of the reference")
     tiny = open_vae(find_model("tiny"))
     photos = open_photos(128, 1) if quick else open_photos(None, len(PHOTOS))
-    exact = measure_modes("tiny, photos it never saw", tiny, photos, compiles=not quick, trained=True)
+    exact = measure_modes(results, "`tiny`", tiny, photos, compiles=not quick, trained=True)
     if not quick:
         with tempfile.TemporaryDirectory() as folder:
             save_vae(Path(folder))
-            title = "SD 1.5's architecture, random weights"
-            measure_modes(title, open_vae(Path(folder)), open_photos(side, len(PHOTOS)), compiles=True, trained=False)
-    measure_std(exact)
+            title, others = f"SD 1.5's architecture at {side}x{side}", open_photos(side, len(PHOTOS))
+            measure_modes(results, title, open_vae(Path(folder)), others, compiles=True, trained=False)
+    measure_std(results, exact)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -1,10 +1,15 @@
-"""How fast a training loop reads: LatentLoader against tensors in memory, and against how other tools store latents.
+"""How fast a training loop reads: `LatentLoader` against tensors in memory, and against how other tools store latents.
 
     python benchmarks/read.py                # MosaicML streaming takes part where it is installed
 
-Samples as of Stable Diffusion 1.5 at 512x512 (mean, std and cond in float16: 184 kB each), random order, one process,
-warm files. All contenders of a table run in turn on the same samples; compare the ratios. Then: smaller samples in more
-shards, what workers change, and what it costs when no file is in memory yet.
+Samples are as of Stable Diffusion 1.5 at 512x512 (mean, std and cond in float16: 184 kB each), of random numbers. They
+are read in random order, in one process, from warm files. All contenders of a table run in turn on the same samples;
+the ratio is to the first row. Then: smaller samples in five times as many shards, what workers change, of which each
+hands its batches over through shared memory, and what it costs when no file is in memory yet.
+
+`index_select` takes mean, std and cond of a batch from one tensor each in RAM. "deterministic" reads mean and cond,
+"random" the std too; the draw comes on top, on the CPU. The `.npz` are one for each image and one for its text, in
+float32, as kohya's sd-scripts caches them.
 """
 
 import os
@@ -21,6 +26,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from results import Results, run
 
 from latentprep import LatentDataset, LatentLoader
 from latentprep.cache.cond import write_uncond
@@ -127,10 +133,10 @@ def load(folder: Path) -> Ram:
 
 def read_in_each_way(folder: Path, ram: Ram, batch_size: int) -> dict[str, Callable[[], None]]:
     return {
-        "index_select from RAM of mean, std and cond": read_ram(ram, batch_size),
-        "LatentLoader, deterministic: mean and cond": read_cache(folder, batch_size, "deterministic"),
-        "LatentLoader, random: mean, std and cond": read_cache(folder, batch_size, "random"),
-        "LatentLoader, random, and the draw on the CPU": read_cache(folder, batch_size, "random", draw=True),
+        "`index_select` from RAM": read_ram(ram, batch_size),
+        "`LatentLoader`, deterministic": read_cache(folder, batch_size, "deterministic"),
+        "`LatentLoader`, random": read_cache(folder, batch_size, "random"),
+        "`LatentLoader`, random, and the draw": read_cache(folder, batch_size, "random", draw=True),
     }
 
 
@@ -209,8 +215,8 @@ def drop_pages(folder: Path) -> None:
         os.close(descriptor)
 
 
-def compare(contenders: dict[str, Callable[[], None]], rounds: int, count: int) -> None:
-    """Print samples/s of every contender, and of the first one's; all take turns, and the first turn is not counted."""
+def compare(results: Results, title: str, contenders: dict[str, Callable[[], None]], rounds: int, count: int) -> None:
+    """Samples/s of every contender, and of the first one's; all take turns, and the first turn is not counted."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for n in range(rounds + 1):
         for name, epoch in contenders.items():
@@ -220,11 +226,13 @@ def compare(contenders: dict[str, Callable[[], None]], rounds: int, count: int) 
                 times[name].append(time.perf_counter() - started)
     medians = {name: statistics.median(values) for name, values in times.items()}
     base = next(iter(medians.values()))
+    table = results.table(title, {"rate": "samples/s", "of the first": "%"})
     for name, seconds in medians.items():
-        print(f"{name:56} {count / seconds:10,.0f} {base / seconds:9.1%}", flush=True)
+        table.add(name, count / seconds, 100 * base / seconds)
 
 
 def main(
+    results: Results,
     num_shards: Annotated[int, typer.Option(help="Shards of the cache.")] = 4,
     rows: Annotated[int, typer.Option(help="Samples in each.")] = 500,
     batch_size: Annotated[int, typer.Option(help="Samples in a batch.")] = 32,
@@ -235,29 +243,21 @@ def main(
         folder = Path(temporary) / "cache"
         write_cache(folder, num_shards, rows)
         ram = load(folder)
-        print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, batches of {batch_size}")
-        print(f"{f'{count} samples of 184 kB in {num_shards} shards':56} {'samples/s':>10} {'of that':>9}")
         contenders = read_in_each_way(folder, ram, batch_size)
-        contenders["an .npz for each image and text, as kohya's"] = read_npz(Path(temporary) / "npz", ram, batch_size)
+        contenders["`.npz` files"] = read_npz(Path(temporary) / "npz", ram, batch_size)
         streaming = import_streaming()
         if streaming is not None:
             contenders["MosaicML streaming, local"] = read_mds(Path(temporary) / "mds", ram, batch_size, streaming)
-        compare(contenders, rounds, count)
-        if streaming is None:
-            print("MosaicML streaming is not installed")
+        compare(results, "184 kB a sample", contenders, rounds, count)
 
         small = Path(temporary) / "small"
         write_cache(small, num_shards * 5, rows // 5 * 2, (4, 32, 32), width=156)
         number = num_shards * 5 * (rows // 5 * 2)
-        print(f"\n{f'{number} samples of 40 kB in {num_shards * 5} shards':56} {'samples/s':>10} {'of that':>9}")
-        compare(read_in_each_way(small, load(small), batch_size), rounds, number)
+        compare(results, "40 kB a sample", read_in_each_way(small, load(small), batch_size), rounds, number)
 
-        print("\nworkers, of which each hands its batches over through shared memory")
-        compare(
-            {f"{n} workers": read_cache(folder, batch_size, "random", workers=n) for n in (0, 1, 2, 4)}, rounds, count
-        )
+        with_workers = {f"{n} workers": read_cache(folder, batch_size, "random", workers=n) for n in (0, 1, 2, 4)}
+        compare(results, "workers, random", with_workers, rounds, count)
 
-        print("\ncold files: nothing of the cache is in memory (a cache of its own, opened anew for every epoch)")
         other = Path(temporary) / "other"
         write_cache(other, num_shards, rows)
 
@@ -265,8 +265,9 @@ def main(
             drop_pages(other)
             read_cache(other, batch_size, "random")()
 
-        compare({"warm": lambda: read_cache(other, batch_size, "random")(), "cold": cold}, rounds, count)
+        both = {"warm": lambda: read_cache(other, batch_size, "random")(), "cold": cold}
+        compare(results, "a cache that is opened anew for every epoch", both, rounds, count)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -2,8 +2,8 @@
 
     python benchmarks/repeated_prompts.py                      # 100,000 images, FLUX.1 at 1024
 
-For each way that captions may be: prompts that are encoded and stored if each shard has its own, and their bytes;
-against those of a run, where each prompt of several shards is in one cond file (plan/shared.py).
+For each way that captions may be: prompts that are encoded and stored if each shard has its own, and their bytes in
+float16; against those of a run, where each prompt of several shards is in one cond file.
 """
 
 import random
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Annotated
 
 import typer
+from results import Results, run
 
 from latentprep.geometry import Geometry
 from latentprep.prepare.models.families import FAMILIES
@@ -44,6 +45,7 @@ def cut(count: int, name: str, resolution: int, shard_bytes: int) -> list[list[i
 
 
 def main(
+    results: Results,
     count: Annotated[int, typer.Option(help="Images.")] = 100_000,
     family: Annotated[str, typer.Option(help="One of " + ", ".join(WIDTHS) + ".")] = "FLUX.1",
     resolution: Annotated[int, typer.Option(help="Of the buckets, in pixels.")] = 1024,
@@ -51,22 +53,21 @@ def main(
 ) -> None:
     draw, shards = random.Random(1), cut(count, family, resolution, shard_megabytes * 1_000_000)
     nbytes = bytes_of_prompt(family)
-    print(f"{count:,} images, {family}: {len(shards):,} shards; a prompt has {nbytes / 1e6:.2f} MB")
+    results.table("the cache", {"shards": "", "cond of a prompt": "MB"}).add(family, len(shards), nbytes / 1e6)
     captions: dict[str, Callable[[int], int]] = {
         "every caption its own": lambda n: n,
         "one class prompt": lambda n: 0,
         "1,000 class captions": lambda n: draw.randrange(1000),
     }
-    print(f"{'':24}{'a shard its own':>16}{'GB':>8}{'a run':>10}{'GB':>8}")
+    columns = {"if each shard has its own": "", "they take": "GB", "in a run": "", "these take": "GB"}
+    table = results.table("prompts that are encoded and stored", columns)
     for name, caption_of in captions.items():
         caption = [caption_of(n) for n in range(count)]
         of_shard = [{caption[n] for n in shard} for shard in shards]
         stored = Counter(prompt for prompts in of_shard for prompt in prompts)
-        print(
-            f"{name:24}{stored.total():>16,}{stored.total() * nbytes / 1e9:>8,.1f}"
-            f"{len(stored):>10,}{len(stored) * nbytes / 1e9:>8,.1f}"
-        )
+        own, shared = stored.total(), len(stored)
+        table.add(name, own, own * nbytes / 1e9, shared, shared * nbytes / 1e9)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -2,9 +2,11 @@
 
     python benchmarks/scale.py
 
-Only cache.json is made up; the shards it names share one pair of real files.
+Only cache.json is made up; the shards it names share one pair of real files. It is read in a process of its own; its
+memory is the maximum resident set size.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -15,6 +17,7 @@ from typing import Annotated
 
 import typer
 from read import write_cache
+from results import Results, run
 
 from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.storage import Storage
@@ -34,17 +37,17 @@ def write_manifest(folder: Path, num_shards: int, rows: int) -> None:
 
 
 MEASURE = """
-import resource, sys, time
-from latentprep import BucketBatchSampler, LatentDataset, LatentLoader
+import json, resource, sys, time
 def report(what, started):
     seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    print(f"{what:44} {seconds:7.2f} s   {memory:7,.0f} MB at most so far", flush=True)
-import torch
+    print(json.dumps([what, seconds, memory]))
 started = time.perf_counter()
-report("after import torch", started)
+import torch
+report("import torch", started)
+from latentprep import BucketBatchSampler, LatentDataset
 started = time.perf_counter()
 data = LatentDataset(sys.argv[1], latent_sampling_method="deterministic")
-report(f"opened: {len(data.manifest.shards):,} shards, {len(data):,} samples", started)
+report("opening the cache", started)
 started = time.perf_counter()
 sampler = BucketBatchSampler(data, 32)
 batches = iter(sampler)
@@ -52,23 +55,29 @@ first = next(batches)
 report("the sampler's first batch", started)
 started = time.perf_counter()
 data.__getitems__(first)
-report("that batch, of as many shards, read", started)
+report("reading that batch, of as many shards", started)
 started = time.perf_counter()
 for _ in range(10_000):
     next(batches)
-report("10,000 batches more of the sampler", started)
+report("10,000 more of the sampler", started)
 """
 
 
 def main(
+    results: Results,
     num_shards: Annotated[int, typer.Option(help="Shards of the cache.")] = 50_000,
     rows: Annotated[int, typer.Option(help="Samples in each.")] = 2_000,
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_manifest(Path(folder), num_shards, rows)
-        print(f"cache.json: {os.path.getsize(Path(folder) / 'cache.json') / 1e6:.0f} MB")
-        subprocess.run([sys.executable, "-c", MEASURE, folder], check=True)
+        size = results.table("the cache", {"shards": "", "samples": "", "cache.json": "MB"})
+        size.add("", num_shards, num_shards * rows, os.path.getsize(Path(folder) / "cache.json") / 1e6)
+        command = [sys.executable, "-c", MEASURE, folder]
+        lines = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()
+    steps = results.table("one after the other", {"time": "s", "memory at most so far": "MB"})
+    for line in lines:
+        steps.add(*json.loads(line))
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -2,10 +2,11 @@
 
     python benchmarks/text_memory.py                      # a T5 of 2 GB, bfloat16 on disk, in three dtypes
 
-Each run is `latentprep encode --only text` in a process of its own, over latents that another run has made. The kernel
-counts a file that is mapped as resident too, though it may drop those pages at any time: so the peak of anonymous
-memory, which nothing but swap can take back, is given apart. It is read every 20 ms, less what such a process has
-once it has imported its libraries. In float16 transformers keeps T5's `wo` in float32, which counts as weights here.
+Each run is `latentprep encode --only text` in a process of its own, over latents that another run has made. The T5 has
+random weights, and bfloat16 on disk. The kernel counts a file that is mapped as resident too, though it may drop those
+pages at any time: so the peak of anonymous memory, which nothing but swap can take back, is given apart. It is read
+every 20 ms, less what such a process has once it has imported its libraries. In float16 transformers keeps T5's `wo` in
+float32, which counts as weights here. In bfloat16 the file itself is mapped.
 """
 
 import json
@@ -21,6 +22,7 @@ from typing import Annotated
 import torch
 import typer
 from drawn import draw
+from results import Results, run
 from safetensors.torch import save_file
 
 TOKENIZER = Path(__file__).parent.parent / "latentprep" / "tiny" / "tokenizer"
@@ -111,6 +113,7 @@ def watch(command: list[str]) -> Peak:
 
 
 def main(
+    results: Results,
     gigabytes: Annotated[float, typer.Option(help="Size of the T5 on disk.")] = 2.0,
     stored: Annotated[str, typer.Option(help="Its number type on disk: bfloat16, float16 or float32.")] = "bfloat16",
     dtypes: Annotated[str, typer.Option(help="Of the runs, with commas between them.")] = "bfloat16,float32,float16",
@@ -124,7 +127,10 @@ def main(
             (images / f"{n:05}.txt").write_text(f"picture number {n}")
         idle = watch([sys.executable, "-c", IMPORTS])
         on_disk = sum(sizes.values()) * getattr(torch, stored).itemsize
-        print(f"T5 of {on_disk / 1e9:.2f} GB in {stored}; libraries alone {idle.anonymous / 1e9:.2f} GB anonymous")
+        columns = {"weights": "GB", "anonymous": "GB", "of the weights": "times", "resident": "GB"}
+        table = results.table("most memory of the text pass", columns)
+        table.add(f"the file, in {stored}", on_disk / 1e9, None, None, None)
+        table.add("libraries alone", None, idle.anonymous / 1e9, None, idle.resident / 1e9)
         for dtype in dtypes.split(","):
             in_memory = count_bytes(sizes, getattr(torch, dtype))
             command = [
@@ -136,10 +142,8 @@ def main(
             texts = [path for path in Path(folder, dtype).rglob("*.text.safetensors") if has_cond(path)]
             assert texts, "nothing was encoded"
             anonymous = peak.anonymous - idle.anonymous
-            print(
-                f"--dtype {dtype:<9} weights {in_memory / 1e9:5.2f} GB   anonymous {anonymous / 1e9:5.2f} GB: "
-                f"{anonymous / in_memory:.2f} times   resident {peak.resident / 1e9:5.2f} GB"
-            )
+            numbers = (in_memory / 1e9, anonymous / 1e9, anonymous / in_memory, peak.resident / 1e9)
+            table.add(f"`--dtype {dtype}`", *numbers)
 
 
 def has_cond(path: Path) -> bool:
@@ -151,4 +155,4 @@ def has_cond(path: Path) -> bool:
 if __name__ == "__main__":
     if not os.path.exists("/proc/self/status"):
         raise SystemExit("text_memory.py: needs /proc, which Linux has")
-    typer.run(main)
+    run(main)

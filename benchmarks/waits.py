@@ -2,12 +2,12 @@
 
     python benchmarks/waits.py
 
-The first takes a batch of 8 images of 512x512 in 25 ms, an H100's rate, and leaves the cores alone meanwhile: what
-counts is the share of the time that it is busy. The second takes no time: what counts is how many images come, against
-what the threads that decode give by themselves. Both write latents of the right shape. All runs are in one process.
+Both devices are faked. The first takes a batch of 8 images of 512x512 in 25 ms, an H100's rate, and leaves the cores
+alone meanwhile: what counts is the share of the time that it is busy. Its images are BMP files of 512x512. The second
+takes no time: what counts is how many images come, against what the threads that decode give by themselves. Its images
+are JPEG files of 1600x1200. Both write latents of the right shape. All runs are in one process.
 """
 
-import os
 import statistics
 import tempfile
 import time
@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from drawn import draw
+from results import Results, run
 
 from latentprep.geometry import Geometry
 from latentprep.options import EncodeOptions, TextOptions
@@ -104,11 +105,11 @@ def folders(root: Path) -> Iterator[Path]:
 
 
 def main(
+    results: Results,
     count: Annotated[int, typer.Option(help="Images of each kind.")] = 600,
     rounds: Annotated[int, typer.Option(help="Runs of each.")] = 3,
 ) -> None:
     quiet_libraries()
-    print(f"torch {torch.__version__}, {os.cpu_count()} cores; {count} images, medians of {rounds} runs")
     with tempfile.TemporaryDirectory() as name:
         root = Path(name)
         caches = folders(root)
@@ -123,13 +124,12 @@ def main(
             alone.append(count // 2 / decode(plan(root / "jpeg", next(caches))))
             together.append(count // 2 / encode(plan(root / "jpeg", next(caches)), StandIn(0.0)))
     share, rate = statistics.median(busy), statistics.median(rates)
-    print(f"a device of 25 ms for {BATCH} images of {SIDE}x{SIDE}, BMP files:")
-    print(f"    busy {share:.1%} of the time; {rate:.0f} images/s of {BATCH / 0.025:.0f}")
+    results.table("a device of 25 ms", {"busy": "%", "rate": "images/s"}).add("BMP files", 100 * share, rate)
     ratio = statistics.median(one / other for one, other in zip(together, alone, strict=True))
-    print(f"a device of no cost, JPEG files of 1600x1200 to {SIDE}:")
     pace, limit = statistics.median(together), statistics.median(alone)
-    print(f"    {pace:.1f} images/s, {ratio:.1%} of the {limit:.1f} that are decoded alone")
+    columns = {"rate": "images/s", "decoding alone": "images/s", "of that": "%"}
+    results.table("a device of no cost", columns).add("JPEG files", pace, limit, 100 * ratio)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

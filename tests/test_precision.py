@@ -262,12 +262,12 @@ def test_without_a_compiler_there_is_one_line(run, images, tmp_path, monkeypatch
     assert not (tmp_path / "c" / "cache.json").exists()
 
 
-def test_the_benchmark_prints_a_row_for_every_mode(monkeypatch, capsys):
+def test_the_benchmark_has_a_row_for_every_mode(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    importlib.import_module("precision").main(quick=True)
-    lines = capsys.readouterr().out.splitlines()
-    errors = {line[:36].strip(): float(line[36:].split()[0]) for line in lines if " dB " in line[36:]}
-    assert errors.keys() >= {"float32 (on a CPU the default)", "--dtype float16", "--dtype bfloat16", "--tiling 64"}
-    assert errors["float32 (on a CPU the default)"] < 1e-5
+    results = importlib.import_module("results").Results()
+    importlib.import_module("precision").main(results, quick=True)
+    errors = {found.what.replace("`", ""): found.value for found in results.records if found.column == "mean"}
+    assert errors.keys() >= {"float32, on a CPU the default", "--dtype float16", "--dtype bfloat16", "--tiling 64"}
+    assert errors["float32, on a CPU the default"] < 1e-5
     assert errors["--dtype float16"] < errors["--dtype bfloat16"] < errors["--tiling 64"]
-    assert sum("%" in line for line in lines) == 7
+    assert sum(found.unit == "%" for found in results.records) == 7
