@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 NAMES = (
     "README.md", "docs/getting-started.md", "docs/captions.md", "docs/images.md", "docs/models.md", "docs/caches.md",
     "docs/reader.md", "docs/training.md", "docs/recipes.md", "docs/coming-from.md", "docs/options.md",
-    "docs/fidelity.md", "docs/measured.md", "docs/troubleshooting.md", "docs/faq.md",
+    "docs/fidelity.md", "docs/speed.md", "docs/measured.md", "docs/troubleshooting.md", "docs/faq.md",
 )  # fmt: skip
 PAGES = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 TEXT = "\n".join(PAGES.values())
