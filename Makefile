@@ -36,16 +36,9 @@ lowest: .venv-lowest/.installed
 newest:
 	.ci/newest
 
+# docs/measured.md, by all scripts of benchmarks/ (ONLY=decode,read: by those alone, and the rows of the others stay)
 bench: $(VENV)/.installed-test
-	$(PYTHON) benchmarks/read.py
-	$(PYTHON) benchmarks/scale.py
-	$(PYTHON) benchmarks/decode.py
-	$(PYTHON) benchmarks/encode.py
-	$(PYTHON) benchmarks/waits.py
-	$(PYTHON) benchmarks/precision.py
-	$(PYTHON) benchmarks/cond_dtype.py
-	$(PYTHON) benchmarks/memory.py
-	$(PYTHON) benchmarks/pillow_samples.py
+	$(PYTHON) benchmarks/measure.py --only "$(ONLY)"
 
 clean:
 	rm -rf $(VENV) .venv-docs .venv-lowest .venv-newest demo dist build site
