@@ -113,7 +113,7 @@ def test_skips_of_a_run_that_did_not_finish_heal_too(encode, images, tmp_path, m
     ("part", "options"),
     [
         *((part, ()) for part in ("split_alpha", "to_srgb", "choose_crops", "place_weight", "cut", "new_hash")),
-        *((part, ()) for part in ("decode_sound", "lying_size", "resize_part")),
+        *((part, ()) for part in ("decode_sound", "unturned_size", "resize_part")),
         *((part, ("--no-draft",)) for part in ("resize_part", "check_jpeg")),
     ],
 )

@@ -61,10 +61,10 @@ def decode(
             if options.animated == "skip":
                 raise DecodeError("animated", f"a {image.format} of several frames, and --animated skip")
             notes.append("first_frame")
-        lying = lying_size(placement, orientation)
+        unturned = unturned_size(placement, orientation)
         with decoding():  # no seek(0): the first frame is there, and Pillow has none of that number in a PSD
             has_more_bits = keeps_high_byte(image)
-            divisor = draft(image, lying, options)
+            divisor = draft(image, unturned, options)
         load_rows(image, data)
         notes += ["high_byte"] if has_more_bits else []
         color, alpha = split_alpha(image)
@@ -74,7 +74,7 @@ def decode(
         rgb = fill_background(rgb, alpha, options.background, options.weights == "alpha", notes)
     if divisor > 1:  # before it is turned: the picture ends within the last row and column of a reduced JPEG
         notes.append("draft")
-        rgb = resize(rgb, lying, (height / divisor, width / divisor), options)
+        rgb = resize(rgb, unturned, (height / divisor, width / divisor), options)
     if orientation in TRANSPOSE:
         notes.append("oriented")
         rgb = rgb.transpose(TRANSPOSE[orientation])
@@ -93,9 +93,9 @@ def decode_plain(
             size, (width, height), orientation = oriented_size(image), image.size, read_orientation(image)
             if size != item.size or image.mode not in ("RGB", "L") or not is_srgb(image):
                 return None
-            lying = lying_size(placement, orientation)
+            unturned = unturned_size(placement, orientation)
             with decoding():
-                divisor = draft(image, lying, options)
+                divisor = draft(image, unturned, options)
         pixels = decode_sound(data, (height, width), divisor)
     except DecodeError:  # the usual way says it in the usual words
         return None
@@ -103,20 +103,20 @@ def decode_plain(
         return None
     notes += ["draft"] if divisor > 1 else []
     extent = (height / divisor, width / divisor)
-    if options.by_torch and not placement.enlarges(size) and lying != (height, width):
-        # before it is turned; a reduced JPEG is resized as it lies, in the usual way too
+    if options.by_torch and not placement.enlarges(size) and unturned != (height, width):
+        # before it is turned; a reduced JPEG is resized before it is turned in the usual way too
         columns_first = orientation >= 5 and divisor == 1
-        rgb = Image.fromarray(shrink(pixels, lying, extent, columns_first))
+        rgb = Image.fromarray(shrink(pixels, unturned, extent, columns_first))
     else:
         rgb = Image.fromarray(pixels)
-        rgb = resize(rgb, lying, extent, options) if divisor > 1 else rgb
+        rgb = resize(rgb, unturned, extent, options) if divisor > 1 else rgb
     if orientation in TRANSPOSE:
         notes.append("oriented")
         rgb = rgb.transpose(TRANSPOSE[orientation])
     return rgb
 
 
-def lying_size(placement: Placement, orientation: int) -> Size:
+def unturned_size(placement: Placement, orientation: int) -> Size:
     """The size that an image is resized to, as its file has it: before it is turned upright."""
     return placement.resized_size if orientation < 5 else placement.resized_size[::-1]
 
