@@ -10,11 +10,11 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from io import BytesIO
-from pathlib import PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, Any, NoReturn, cast
 
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from latentprep.keys import suffix_of
 from latentprep.records import Size
 
 # Formats that Pillow only recognises, or would hand to another program: EPS, WMF, and IPTC, in which any may lie.
@@ -113,7 +113,8 @@ def missing_extra(suffix: str) -> str:
 
 
 def is_image_name(name: str) -> bool:
-    return PurePosixPath(name).suffix.lower() in image_suffixes()
+    """Whether a file is taken for an image, by its name or plain path."""
+    return suffix_of(name) in image_suffixes()
 
 
 def decoder_versions() -> str:
@@ -139,21 +140,19 @@ class CountedFile:
     """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+        self._file, self._read = file, file.read
         self._left = MAX_READS
 
-    def _count(self) -> None:
-        self._left -= 1
-        if self._left < 0:
-            raise DecodeError("too_large", f"a file of more than {MAX_READS:,} pieces")
-
     def read(self, size: int = -1) -> bytes:
-        self._count()
-        return self._file.read(size)
+        self._left -= 1
+        return self._read(size) if self._left >= 0 else self._refuse()
 
     def readline(self, size: int = -1) -> bytes:
-        self._count()
-        return self._file.readline(size)
+        self._left -= 1
+        return self._file.readline(size) if self._left >= 0 else self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise DecodeError("too_large", f"a file of more than {MAX_READS:,} pieces")
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)

@@ -2,12 +2,14 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import regex  # re's syntax, with a limit of time
 
 from latentprep.errors import UserError
+from latentprep.keys import name_of, split_suffix, suffix_of
 from latentprep.options import CAPTION_COLUMN, TextOptions
 from latentprep.prepare.source.door import TEXTS
 from latentprep.prepare.source.kohya_metadata import read_captions_file
@@ -55,9 +57,9 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         word = regex.compile(options.word_regex) if options.word_regex else None
     except regex.error as error:
         raise UserError(f"--word-regex {options.word_regex}: not a regular expression ({error}).") from None
-    keys = {item.key for item in listing.items} | {skip.key for skip in listing.skips}
-    stems = Counter(map(stem, keys))
     suffixes = list_suffixes(listing, options)
+    keys = listing.keys() if has_others(listing, options) else set()
+    stems = Counter(map(stem, keys))
     sidecars = list_sidecars(listing, stems, suffixes)
     check_column(listing, sidecars, options)
     has_files = options.caption_from in ("auto", "file")
@@ -70,7 +72,7 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         listing, sidecars = replace(listing, items=chosen, excluded=listing.excluded + left), {}
     items: list[Item] = []
     skips: list[Skip] = []
-    for item in listing.items:
+    for item in listing.take_items():
         try:
             captions, origin = _find_texts(item.key, listing, suffixes, sidecars, metadata, word, options)
         except TooSlowError:
@@ -78,7 +80,8 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         except UserError as error:
             skips.append(item.skip("bad_caption", str(error)))
         else:
-            items.append(replace(item, captions=decorate(tidy(captions), options), caption_origin=origin))
+            own = decorate(tidy(captions), options)
+            items.append(Item(item.key, item.size, item.nbytes, item.version, own, origin))
     with_sidecar = {name for name, _ in sidecars}
     texts = {*TEXTS, *filter(is_text, suffixes)}
     used = set(sidecars.values())
@@ -90,14 +93,25 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         + unmatched,
         shared=sorted(name for name, count in stems.items() if count > 1 and name in with_sidecar),
         skips=skips,
-        num_long=len({stem(i.key) for i in items if f".{i.caption_origin}" in suffixes and "\n" in i.captions[0]}),
+        num_long=count_long(items, suffixes) if sidecars else 0,
         ignored=Counter(
-            _suffix(key) or PurePosixPath(key).name
+            suffix_of(key) or name_of(key)
             for key in listing.others
-            if key not in used and _suffix(key) not in texts and PurePosixPath(key).name not in READERS
+            if key not in used and suffix_of(key) not in texts and name_of(key) not in READERS
         ),
         excluded=listing.excluded,
     )
+
+
+def has_others(listing: Listing, options: TextOptions) -> bool:
+    """Whether there are files that may say something of an image."""
+    return bool(listing.others) or options.captions_file is not None
+
+
+def count_long(items: Iterable[Item], suffixes: tuple[str, ...]) -> int:
+    """Caption files of several lines that are taken as one caption."""
+    of_files = (item for item in items if f".{item.caption_origin}" in suffixes)
+    return len({stem(item.key) for item in of_files if "\n" in item.captions[0]})
 
 
 def list_suffixes(listing: Listing, options: TextOptions) -> tuple[str, ...]:
@@ -122,9 +136,9 @@ def is_text(suffix: str) -> bool:
 def list_sidecars(listing: Listing, stems: Counter[str], suffixes: tuple[str, ...]) -> dict[tuple[str, str], str]:
     """(stem, suffix) -> key of the files that caption one image; texts also if there is no such image."""
     return {
-        (stem(key), suffix): key
+        (name, suffix): key
         for key in listing.others
-        if (suffix := _suffix(key)) in suffixes and (suffix in TEXTS or stem(key) in stems)
+        if (suffix := suffix_of(key)) in suffixes and ((name := stem(key)) in stems or suffix in TEXTS)
     }
 
 
@@ -143,10 +157,6 @@ def is_asked(options: TextOptions) -> bool:
     return options.caption_columns != (CAPTION_COLUMN,)
 
 
-def _suffix(key: str) -> str:
-    return PurePosixPath(key).suffix.lower()
-
-
 def _find_texts(
     key: str,
     listing: Listing,
@@ -161,8 +171,9 @@ def _find_texts(
     If a column was asked for, a .json goes before a .txt: img2dataset writes both.
     """
     asked = options.caption_columns if is_asked(options) else None
+    name = stem(key) if sidecars else ""
     for suffix in sorted(suffixes, key=is_text) if asked else suffixes:
-        if (sidecar := sidecars.get((stem(key), suffix))) is None:
+        if (sidecar := sidecars.get((name, suffix))) is None:
             continue
         if not is_text(suffix):
             if (texts := read_json(listing, sidecar, asked, JSON_COLUMNS)) is not None:
@@ -196,10 +207,12 @@ def decorate(captions: tuple[str, ...], options: TextOptions) -> tuple[str, ...]
 
     Prefix and suffix are joined by a space, as in kohya's sd-scripts (library/train_util.py, process_caption).
     """
-    prefix, suffix, trigger = options.caption_prefix, options.caption_suffix.strip(), options.trigger.strip()
+    prefix, suffix, trigger = options.caption_prefix.strip(), options.caption_suffix.strip(), options.trigger.strip()
+    if not (prefix or suffix or trigger):
+        return captions
     found = []
     for caption in captions:
-        text = " ".join(filter(None, (prefix.strip(), caption, suffix)))
+        text = " ".join(filter(None, (prefix, caption, suffix)))
         if trigger and not re.match(rf"{re.escape(trigger)}(?!\w)", text, re.IGNORECASE):
             text = f"{trigger}, {text}" if text else trigger
         found.append(text)
@@ -217,7 +230,7 @@ def caption_from_name(key: str, word: "regex.Pattern[str] | None" = None, joiner
 
     Raises UserError for an expression that takes longer than REGEX_SECONDS: some take for ever.
     """
-    text = NUMBERS_AT_START.sub("", PurePosixPath(key).stem)
+    text = NUMBERS_AT_START.sub("", split_suffix(name_of(key))[0])
     if word is not None:
         try:
             text = joiner.join(match.group() for match in word.finditer(text, timeout=REGEX_SECONDS))

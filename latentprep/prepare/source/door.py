@@ -1,8 +1,7 @@
 """The door through which images, masks, captions and metadata come: what a source must be able to do."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import IO, Protocol
+from typing import IO, NamedTuple, Protocol
 
 from latentprep.records import Skip
 
@@ -13,8 +12,7 @@ class NotRegularError(OSError):
     """A pipe, a socket, a device, a link or a folder in the place of a file."""
 
 
-@dataclass(frozen=True, slots=True)
-class File:
+class File(NamedTuple):
     """One file of a source, as it is listed. Without `open` (which raises OSError) all of it is read for its header."""
 
     key: str  # its path in the source, POSIX style; an image whose key has an empty part, "." or ".." is a skip
@@ -49,4 +47,8 @@ class Source(Protocol):
 
     def is_there(self) -> bool:
         """False if the whole source is gone, and not only one of its files: a disk that is not mounted any more."""
+        return True
+
+    def can_open(self, key: str) -> bool:
+        """False for a file that cannot be opened now: reading it will say why. Asked of images that the cache knows."""
         return True

@@ -17,7 +17,8 @@ class Joined(Source):
     def list(self) -> Iterator[File | Skip]:
         for name, source in self.sources.items():
             for found in source.list():
-                yield replace(found, key=f"{name}/{found.key}")
+                key = f"{name}/{found.key}"
+                yield found._replace(key=key) if isinstance(found, File) else replace(found, key=key)
 
     def read(self, key: str, limit: int) -> bytes:
         name, _, rest = key.partition("/")

@@ -3,14 +3,17 @@
 import fnmatch
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from io import BytesIO
 from pathlib import PurePosixPath
+from types import MappingProxyType
 from typing import IO
 
 from latentprep.errors import UserError
 from latentprep.human import human_bytes, printable
+from latentprep.keys import split_suffix
 from latentprep.prepare.images.pillow import (
     DecodeError,
     describe,
@@ -21,8 +24,9 @@ from latentprep.prepare.images.pillow import (
     oriented_size,
 )
 from latentprep.prepare.source.door import File, NotRegularError, Source
-from latentprep.records import Item, Skip
+from latentprep.records import Item, Size, Skip
 
+MANY_SIZES = 2**16  # that are remembered
 MAX_VERSION = 2**63 - 1  # it is stored as an int64
 # what systems put beside photos: thumbnails of a Synology, an archive's forks of macOS, bins
 EXCLUDED = ("@eaDir", "__MACOSX", "#recycle", "$RECYCLE.BIN", "lost+found")
@@ -38,11 +42,27 @@ class Listing:
     others: dict[str, int]  # key -> bytes of the files that are no images: captions and the like. All sorted by key
     excluded: Counter[str] = field(default_factory=Counter)  # pattern -> files that it left out
 
+    def take_items(self) -> Iterator[Item]:
+        """The items, each of which is forgotten here: whoever makes others of them has them in memory once."""
+        self.items.reverse()
+        while self.items:
+            yield self.items.pop()
 
-def list_images(source: Source, exclude: Sequence[str] = (), count: Callable[[int], object] = int) -> Listing:
+    def keys(self) -> set[str]:
+        """Of all that looks like an image."""
+        return {item.key for item in self.items} | {skip.key for skip in self.skips}
+
+
+def list_images(
+    source: Source,
+    exclude: Sequence[str] = (),
+    count: Callable[[int], object] = int,
+    known: Mapping[str, Item] = MappingProxyType({}),
+) -> Listing:
     """Every image of a source, but those that a pattern leaves out, or one of EXCLUDED. Raises UserError.
 
-    `count` hears of each file that was looked at.
+    `count` hears of each file that was looked at. `known`: images whose header need not be read if their file has the
+    same bytes and version, by key.
     """
     images: dict[str, Item | Skip] = {}
     others: dict[str, int] = {}
@@ -55,8 +75,10 @@ def list_images(source: Source, exclude: Sequence[str] = (), count: Callable[[in
                 excluded[pattern] += 1
             elif isinstance(found, Skip):
                 images[found.key] = found
+            elif (item := known.get(found.key)) is not None and is_same(item, found) and source.can_open(found.key):
+                images[found.key] = item
             elif not is_plain(found.key):
-                if is_image_name(found.key):
+                if is_image_name(PurePosixPath(found.key).name):
                     images[found.key] = Skip(found.key, "unreadable", "its name leads outside of the source")
             elif is_image_name(found.key):
                 images[found.key] = read_item(found, source)
@@ -77,7 +99,7 @@ def list_images(source: Source, exclude: Sequence[str] = (), count: Callable[[in
         raise UserError(
             f"SOURCE {source.where}: no images ({found_instead}). Expected files such as .jpg, .png or .webp."
         )
-    in_order = [images[key] for key in sorted(images)]
+    in_order = sorted(images.values(), key=lambda entry: entry.key)
     return Listing(
         source,
         [entry for entry in in_order if isinstance(entry, Item)],
@@ -93,24 +115,32 @@ class Patterns:
     def __init__(self, patterns: Sequence[str]) -> None:
         """With a slash in it a pattern is of a whole key, else of a name: that of the file or of a folder above it."""
         self._of_keys = [(pattern, compile_pattern(pattern)) for pattern in patterns if "/" in pattern]
-        self._of_names = [(pattern, compile_pattern(pattern)) for pattern in patterns if "/" not in pattern]
-        self._known: dict[str, str | None] = {}  # name of a folder -> the pattern that leaves it out
+        names = [pattern for pattern in patterns if "/" not in pattern]
+        self._of_names = [(pattern, compile_pattern(pattern)) for pattern in names]
+        self._fits_any = re.compile("|".join(map(fnmatch.translate, names)) or r"(?!)").match
+        self._known: dict[str, str | None] = {"": None}  # a folder -> the pattern that leaves it out
 
     def find(self, key: str) -> str | None:
         """The first pattern that leaves a key out; None: none does."""
         for pattern, matches in self._of_keys:
             if matches(key):
                 return pattern
-        *folders, name = key.split("/")
-        for folder in folders:
-            if folder not in self._known:
-                self._known[folder] = self._find_name(folder)
-            if self._known[folder] is not None:
-                return self._known[folder]
-        return self._find_name(name)
+        folder, _, name = key.rpartition("/")
+        if folder not in self._known:
+            names = (self._find_name(name) for name in folder.split("/"))
+            self._known[folder] = next((pattern for pattern in names if pattern is not None), None)
+        above = self._known[folder]
+        return above if above is not None else self._find_name(name)
 
     def _find_name(self, name: str) -> str | None:
-        return next((pattern for pattern, matches in self._of_names if matches(name)), None)
+        if not self._fits_any(name):
+            return None
+        return next(pattern for pattern, matches in self._of_names if matches(name))
+
+
+def is_same(item: Item, file: File) -> bool:
+    """Whether a file is still the one that an item was made of."""
+    return item.nbytes == file.nbytes and item.version == file.version & MAX_VERSION
 
 
 def compile_pattern(pattern: str) -> Callable[[str], object]:
@@ -125,6 +155,8 @@ def is_image(key: str) -> bool:
 
 def is_plain(key: str) -> bool:
     """Whether a key is a path inside its source, and the only way to write it: archives hold names of any kind."""
+    if not (key.startswith((".", "/")) or key.endswith("/") or "//" in key or "/." in key or "\0" in key):
+        return key != ""  # the usual case, in a third of the time
     return {"", ".", ".."}.isdisjoint(key.split("/")) and "\0" not in key
 
 
@@ -139,7 +171,7 @@ def read_item(file: File, source: Source) -> Item | Skip:
         return skip("too_large", f"{human_bytes(nbytes)} is more than any image of --max-megapixels has")
     try:
         with open_file(file, source) as opened, open_image(opened) as image:
-            return Item(key, oriented_size(image), nbytes, version)
+            return Item(key, shared(oriented_size(image)), nbytes, version)
     except NotRegularError as error:
         return skip("unreadable", str(error))
     except OSError as error:
@@ -156,6 +188,12 @@ def read_item(file: File, source: Source) -> Item | Skip:
     return skip("not_an_image", detail)
 
 
+@lru_cache(MANY_SIZES)
+def shared(size: Size) -> Size:
+    """The same tuple for images of the same size: a tuple takes as much memory as its item."""
+    return size
+
+
 def open_file(file: File, source: Source) -> IO[bytes]:
     """A file for its header. Raises OSError."""
     return file.open() if file.open is not None else BytesIO(source.read(file.key, max_bytes()))
@@ -168,4 +206,6 @@ def stem(key: str) -> str:
     belongs to its sample `1`; here that is an image of its own, in a tar as in a folder, and `a v1.5.png` has its
     caption in `a v1.5.txt`.
     """
-    return PurePosixPath(key).with_suffix("").as_posix()
+    if not is_plain(key):  # of a source that says so
+        return PurePosixPath(key).with_suffix("").as_posix()
+    return split_suffix(key)[0]

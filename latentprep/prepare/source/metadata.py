@@ -9,6 +9,7 @@ from typing import Any
 
 from latentprep.errors import UserError
 from latentprep.human import human_bytes, printable
+from latentprep.keys import name_of
 from latentprep.prepare.source.door import NotRegularError
 from latentprep.prepare.source.listing import Listing
 
@@ -26,7 +27,7 @@ Line = tuple[str, dict[str, Any]]  # where it stands; column -> value
 
 def list_tables(listing: Listing) -> list[str]:
     """Keys of the metadata files of a source."""
-    return [key for key in listing.others if PurePosixPath(key).name in READERS]
+    return [key for key in listing.others if name_of(key) in READERS]
 
 
 def read_metadata(listing: Listing, columns: tuple[str, ...]) -> dict[str, list[str]]:
@@ -73,7 +74,7 @@ def read_rows(listing: Listing, columns: tuple[str, ...], advice: str) -> Iterat
     Raises UserError, with `advice` if there is no such column.
     """
     for name in list_tables(listing):
-        for where, row in READERS[PurePosixPath(name).name](listing, name, (FILE_NAME, *columns), advice):
+        for where, row in READERS[name_of(name)](listing, name, (FILE_NAME, *columns), advice):
             image = row[FILE_NAME]
             if not isinstance(image, str):
                 raise UserError(f"{where}: expected a text as {FILE_NAME!r}, got {_short(image)}.")

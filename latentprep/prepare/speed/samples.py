@@ -1,7 +1,7 @@
 """Which images are measured: some of a source, or pictures that are drawn."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,7 @@ class Sample(Source):
         for found in self.source.list():
             if isinstance(found, File) and is_image(found.key) and is_plain(found.key):
                 if find_pattern(found.key) is None:
-                    images.append(replace(found, open=None))  # it can be opened until the next is listed
+                    images.append(found._replace(open=None))  # it can be opened until the next is listed
             else:
                 yield found
         images.sort(key=lambda file: file.key)
