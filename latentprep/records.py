@@ -34,6 +34,11 @@ class Item:
         return Skip(self.key, reason, detail, self.nbytes, self.version)
 
     @property
+    def fingerprint(self) -> tuple[str, int, int]:
+        """That of its row."""
+        return self.key, self.nbytes, self.version
+
+    @property
     def row(self) -> "Row":
         return Row(self.key, self.nbytes, self.version, self.captions)
 

@@ -1,12 +1,14 @@
 """What systems do otherwise. Windows deletes, replaces and reads no file that another has open, mapped or locked;
-Linux's glibc keeps what a thread has freed for that thread.
+Linux's glibc keeps what a thread has freed for that thread. And when Python looks for objects in circles.
 """
 
 import ctypes
+import gc
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -42,3 +44,17 @@ def share_freed_memory() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # musl has none
     if mallopt is not None:
         mallopt(M_ARENA_MAX, 2)
+
+
+@contextmanager
+def rare_collections() -> Iterator[None]:
+    """Objects that live long are not looked through for circles: of a million images Python would do so a dozen times.
+
+    New ones still are, so that circles which images leave behind do not add up.
+    """
+    before = gc.get_threshold()
+    gc.set_threshold(50_000, 20, 1000)  # new objects; and so often those that outlived that, and all
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)

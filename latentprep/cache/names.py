@@ -6,7 +6,7 @@ from typing import Any
 
 from latentprep.cache.schema import FORMAT
 from latentprep.recipe import LatentsRecipe, TextRecipe, digest_of
-from latentprep.records import Row
+from latentprep.records import Item, Row
 
 MANIFEST, SKIPPED = "cache.json", "skipped.jsonl"
 FOLDER = "shards"
@@ -56,7 +56,7 @@ def is_ours(name: str) -> bool:
     )
 
 
-def make_unit_id(rows: Iterable[Row], recipe: LatentsRecipe, contents: Sequence[str] = ()) -> str:
+def make_unit_id(rows: Iterable[Item | Row], recipe: LatentsRecipe, contents: Sequence[str] = ()) -> str:
     """Digest of what goes into a latents file: the recipe, and every row's key, size and version.
 
     `contents` are the content hashes of rows for which those are known to tell nothing, "" for the others.
@@ -65,13 +65,14 @@ def make_unit_id(rows: Iterable[Row], recipe: LatentsRecipe, contents: Sequence[
     return digest_of([FORMAT, recipe.to_json(), [row.fingerprint for row in rows], *known])
 
 
-def make_text_id(shard: str, rows: Iterable[Row], recipe: Mapping[str, Any], dead: Iterable[int] = ()) -> str:
+def make_text_id(shard: str, rows: Iterable[Item | Row], recipe: Mapping[str, Any], dead: Iterable[int] = ()) -> str:
     """Digest of what goes into a text file: the text recipe in JSON, all that its rows say, and which have no prompts.
 
     Those are the rows that were dead when it was made, by their numbers.
     """
     silent = [sorted(dead)] if dead else []
-    return digest_of([shard, recipe, [[*row.fingerprint, row.captions] for row in rows], *silent])[:16]
+    said = [(row.key, row.nbytes, row.version, row.captions) for row in rows]
+    return digest_of([shard, recipe, said, *silent])[:16]
 
 
 def make_cond_id(prompts: Sequence[str], recipe: TextRecipe) -> str:

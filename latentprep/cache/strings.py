@@ -57,10 +57,11 @@ class StringLists(Sequence[list[str]]):
 
     def __init__(self, strings: Strings, name: str, rows: torch.Tensor) -> None:
         check_offsets(name, rows, len(strings))
-        self.strings, self.rows = strings, rows.tolist()
+        self.strings, self.ends = strings, rows.numpy()
+        self._ends = np.require(self.ends, requirements=["C", "A"]).data
 
     def __len__(self) -> int:
-        return len(self.rows) - 1
+        return len(self.ends) - 1
 
     @overload
     def __getitem__(self, row: int) -> list[str]: ...
@@ -71,7 +72,20 @@ class StringLists(Sequence[list[str]]):
             return [self[n] for n in range(*row.indices(len(self)))]
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        return self.strings[self.rows[row] : self.rows[row + 1]]
+        return self.strings[self._ends[row] : self._ends[row + 1]]
+
+
+def join_lists(parts: Sequence[StringLists]) -> StringLists:
+    """Rows of several lists as those of one, in memory of its own: no file stays open for them."""
+    data = torch.from_numpy(np.concatenate([part.strings.data for part in parts]))
+    tensors = {"": data, "_offsets": join_offsets([part.strings.offsets for part in parts])}
+    return StringLists(Strings(tensors, ""), "_rows", join_offsets([part.ends for part in parts]))
+
+
+def join_offsets(parts: Sequence[np.ndarray]) -> torch.Tensor:
+    """Offsets that go on where those before them end."""
+    lengths = np.concatenate([np.diff(part) for part in parts])
+    return torch.from_numpy(np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)]))
 
 
 def check_offsets(name: str, offsets: torch.Tensor, end: int) -> None:

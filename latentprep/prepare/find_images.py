@@ -43,13 +43,17 @@ class Images:
         return in_order(self.masks, self.controls)
 
 
-def find_images(options: EncodeOptions, progress: Progress) -> Images:
-    """Every image with its captions, masks and control images. Raises UserError."""
+def find_images(options: EncodeOptions, progress: Progress, known: Mapping[str, Item] | None = None) -> Images:
+    """Every image with its captions, masks and control images. Raises UserError.
+
+    `known`: images whose header need not be read if their file has the same bytes and version, by key.
+    """
     sets = options.list_sets()
     # the cache, the masks and the control images may lie in a source, and are no images to encode
     own = [] if "://" in options.out else [Path(options.out)]
     own += [folder for part in sets for folder in part.partners]
-    found = {part.name: find_images_of(part, own, progress) for part in sets}
+    known_of = split_known(known or {}, [part.name for part in sets])
+    found = {part.name: find_images_of(part, own, progress, known_of[part.name]) for part in sets}
     if not options.sets:
         return found[""]
     counts = [len(images.captioned.items) for images in found.values()]
@@ -57,6 +61,18 @@ def find_images(options: EncodeOptions, progress: Progress) -> Images:
     for line in chain(*lines):
         progress.say(line)
     return join(str(options.source), found, make_facts(sets, counts))
+
+
+def split_known(known: Mapping[str, Item], names: Sequence[str]) -> dict[str, Mapping[str, Item]]:
+    """What is known of the images of each set, by their keys in its source."""
+    if names == [""]:
+        return {"": known}
+    found: dict[str, dict[str, Item]] = {name: {} for name in names}
+    for key, item in known.items():
+        name, _, rest = key.partition("/")
+        if name in found:
+            found[name][rest] = replace(item, key=rest)
+    return {**found}
 
 
 def describe_overlaps(sets: Sequence[ImageSet], found: Mapping[str, Images]) -> Iterator[str]:
@@ -101,12 +117,13 @@ def describe_without_masks(sets: Sequence[ImageSet]) -> Iterator[str]:
         yield f"masks    set {', '.join(names)}: none, so the images weigh evenly"
 
 
-def find_images_of(part: ImageSet, without: Sequence[Path], progress: Progress) -> Images:
+def find_images_of(part: ImageSet, without: Sequence[Path], progress: Progress, known: Mapping[str, Item]) -> Images:
     """The images of one set. Raises UserError, which names it."""
     with named(part):
         check_controls(part)
         with LateBar(progress, None, "list", "file") as bar:
-            listing = list_images(open_source(part.source, without=without), part.exclude, bar.update)
+            # an image that has a mask or control images is not known: the cache counts those with it
+            listing = list_images(open_source(part.source, without=without), part.exclude, bar.update, known)
         masks = list_masks(part.masks) if part.masks is not None else None
         controls = find_controls(part)
         listing = leave_out(listing, controls)

@@ -29,6 +29,7 @@ from latentprep.prepare.models.model_set import Models, open_models
 from latentprep.prepare.plan.buckets import describe_square, make_place, with_controls
 from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
 from latentprep.prepare.plan.shared import Prompter, Sharing, share_prompts
+from latentprep.prepare.plan.stored import list_known, read_shards
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
 from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable, told_what_text_needs
 from latentprep.prepare.source.content import hash_images
@@ -37,6 +38,7 @@ from latentprep.prepare.work.text import TextWorker
 from latentprep.progress import LateBar, Progress
 from latentprep.recipe import Recipe, tell_changes
 from latentprep.records import REASONS, Item, Placement, Skip
+from latentprep.system import rare_collections
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ def _key(skip: Skip) -> str:
     return skip.key
 
 
+@rare_collections()
 def prepare(
     options: EncodeOptions, progress: Progress, models: Models | None = None, images: Images | None = None
 ) -> Prepared:
@@ -126,8 +129,13 @@ def prepare(
     limit_pixels(options.max_pixels)
     say = progress.say
     storage = Storage(options.out)
+    manifest = None if options.overwrite else find_manifest(storage)
+    missing = find_missing(storage, manifest.shards) if manifest is not None else {}
+    shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
+    with LateBar(progress, len(shards), "read", "shard") as bar:
+        stored = read_shards(storage, shards, bar.update)
     with told_what_text_needs(options):
-        images = images or find_images(options, progress)
+        images = images or find_images(options, progress, {} if options.check_content else list_known(storage, stored))
     models = models or open_models(options, say)
     where, dtype = choose_where(options, models, say)
     text_where, text_dtype = choose_text_where(options, where, dtype, say)
@@ -135,7 +143,6 @@ def prepare(
     say_precision(recipe, dtype, say)
     if (line := describe_square(options.geometry, models.vae.factor * models.patch)) is not None:
         say(line)
-    manifest = None if options.overwrite else find_manifest(storage)
     leftovers = {} if options.overwrite else find_leftovers(storage, manifest)
     check_recipe(options, recipe, manifest, leftovers)
     leftovers = {name: left for name, left in leftovers.items() if left.recipe == recipe.latents.to_json()}
@@ -168,11 +175,8 @@ def prepare(
         check_content=options.check_content, only=options.only, sets=images.facts, cond_files=cond_files,
         place_controls=partial(place_controls, load) if options.control_size == "own" else None,
     )  # fmt: skip
-    missing = find_missing(storage, manifest.shards) if manifest is not None else {}
-    shards = [shard for shard in manifest.shards if shard.id not in missing] if manifest is not None else []
     known = [] if options.retry_skipped else known_skips
-    with LateBar(progress, len(shards), "read", "shard") as bar:
-        plan = planner.plan(storage, shards, known, leftovers, where.world_size > 1, bar.update)
+    plan = planner.plan(storage, stored, known, leftovers, where.world_size > 1)
     with told_what_text_needs(options):
         check_source(options, plan, manifest, leftovers)
     if where.world_size > 1 and len(plan.leftovers) < len(leftovers):

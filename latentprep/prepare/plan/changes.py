@@ -4,16 +4,15 @@ By key, size and time first, by content where those differ: so a touched file is
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
 
 import numpy as np
 
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
-from latentprep.errors import UnreadableError, UserError
+from latentprep.prepare.plan.stored import StoredRows
 from latentprep.records import Change, Item, Row
 
 HashFiles = Callable[[list[Item]], list[bytes | None]]  # 16 bytes each: content hash; None: cannot be read
@@ -24,29 +23,23 @@ Spot = tuple[int, int]  # a shard by its number, a row of it
 class ShardRows:
     """A shard's rows: what they say, and what they are to stand for."""
 
-    shard: Shard
-    recipe: dict[str, Any]  # that its text file was made with, in JSON; empty: it has none
-    stored: list[Row]
+    stored: StoredRows
     owner: list[Item | None]  # of each row: its item; None: a dead row
-    silent: tuple[int, ...] = ()  # rows that were dead when its text was made, and have no prompts
-    cond_files: tuple[str, ...] = ()  # that its text borrows from
 
-    def rows(self) -> list[Row]:
+    @property
+    def shard(self) -> Shard:
+        return self.stored.shard
+
+    def says(self) -> list[Item | Row]:
         """What the text file is to say; of a dead row, what it says."""
-        return [row if item is None else item.row for row, item in zip(self.stored, self.owner, strict=True)]
+        return [self.stored.row(n) if item is None else item for n, item in enumerate(self.owner)]
+
+    def rows(self) -> tuple[Row, ...]:
+        """The same as rows."""
+        return tuple(own.row if isinstance(own, Item) else own for own in self.says())
 
     def dead(self) -> tuple[int, ...]:
         return tuple(n for n, item in enumerate(self.owner) if item is None)
-
-
-def _open(storage: Storage, shard: Shard) -> ShardRows:
-    """The rows of a shard, none of them matched. Raises UserError."""
-    text = shard.open_text(storage) if shard.text_id else None
-    stored = text.rows() if text is not None else shard.open_latents(storage).rows()
-    if text is None:
-        return ShardRows(shard, {}, stored, [None] * len(stored))
-    recipe = text.metadata.get("recipe", {})
-    return ShardRows(shard, recipe, stored, [None] * len(stored), text.dead, text.cond_files)
 
 
 class Matching:
@@ -55,57 +48,53 @@ class Matching:
     def __init__(
         self,
         items: list[Item],
-        shards: list[Shard],
+        shards: Iterable[StoredRows],
         storage: Storage,
         hash_files: HashFiles,
         unread: Collection[str] = (),
         check_content: bool = False,
-        count: Callable[[int], object] = int,
     ) -> None:
         """`unread`: keys of images and folders that are there and cannot be read now: rows of theirs stay as they are.
 
-        With `check_content` equal names, sizes and times are no proof: the content is compared. `count` hears of each
-        shard that was read.
+        With `check_content` equal names, sizes and times are no proof: the content is compared.
         """
-        self.items = {item.key: item for item in items}
+        self.left = {item.key: item for item in items}  # those that have no row, by key
         self.check_content = check_content
         self.storage = storage
-        self.shards: list[ShardRows] = []
-        self.lost: list[str] = []  # what is wrong with the shards that cannot be read: as if they were not there
-        for shard in shards:
-            count(1)
-            try:
-                self.shards.append(_open(storage, shard))
-            except UnreadableError:
-                raise  # it may be whole
-            except UserError as error:
-                self.lost.append(str(error))
-        self.held: set[str] = set()  # keys of the items that have a row
+        self.shards = [ShardRows(stored, [None] * len(stored)) for stored in shards]
+        self.num_held = 0  # items that have a row
         self.changes: list[Change] = []  # of rows; the plan explains the items that have none
         self._digests: dict[int, np.ndarray] = {}
         self._hash_files = hash_files
         self._hashed: dict[str, bytes | None] = {}
-        # rows that count come first, so that no dead row takes an item from them
-        spots = [(s, n) for s, shard in enumerate(self.shards) for n in range(len(shard.stored))]
-        dead = {(s, n) for s, shard in enumerate(self.shards) for n in shard.shard.dead}
-        self._spots = sorted(spots, key=lambda spot: spot in dead)
-        self._dead = dead
+        self._dead = {(s, n) for s, own in enumerate(self.shards) for n in own.shard.dead}
         self.unread: set[str] = set()  # keys of the rows that stay, since their image cannot be read now
-        self._keep_unread(set(unread))
+        if unread:
+            self._keep_unread(set(unread))
         self._match_files()
         self._match_contents()
         self._match_elsewhere()
         self.outdated = self._find_outdated()  # keys of images that have another content now
 
     def _row(self, spot: Spot) -> Row:
-        return self.shards[spot[0]].stored[spot[1]]
+        return self.shards[spot[0]].stored.row(spot[1])
+
+    def _fingerprint(self, spot: Spot) -> tuple[str, int, int]:
+        """Key, bytes and version of a row."""
+        stored, n = self.shards[spot[0]].stored, spot[1]
+        return stored.key[n], stored.nbytes[n], stored.version[n]
 
     def _free(self) -> Iterator[Spot]:
-        return (spot for spot in self._spots if self.shards[spot[0]].owner[spot[1]] is None)
+        """Rows without an item. Those that count come first, so that no dead row takes an item from them."""
+        for s, own in enumerate(self.shards):
+            dead = frozenset(own.shard.dead)
+            yield from ((s, n) for n, item in enumerate(own.owner) if item is None and n not in dead)
+        yield from sorted(spot for spot in self._dead if self.shards[spot[0]].owner[spot[1]] is None)
 
     def _give(self, spot: Spot, item: Item, what: str = "", detail: str = "") -> None:
         self.shards[spot[0]].owner[spot[1]] = item
-        self.held.add(item.key)
+        self.left.pop(item.key)
+        self.num_held += 1
         if spot in self._dead:
             what = "returned"
         if what:
@@ -113,27 +102,33 @@ class Matching:
 
     def _stay(self, row: Row) -> Item:
         """What stands for a row whose image cannot be read now: the row as it is."""
-        self.items[row.key] = Item(row.key, (0, 0), row.nbytes, row.version, row.captions)
+        self.left[row.key] = Item(row.key, (0, 0), row.nbytes, row.version, row.captions)
         self.unread.add(row.key)
-        return self.items[row.key]
+        return self.left[row.key]
 
     def _keep_unread(self, unread: set[str]) -> None:
-        for spot in self._spots:
+        for spot in self._free():
             row = self._row(spot)
             above = {row.key, *map(str, PurePosixPath(row.key).parents)}
-            if spot not in self._dead and row.key not in self.items and above & unread:
+            if spot not in self._dead and row.key not in self.left and above & unread:
                 self._stay(row)
 
     def _match_files(self) -> None:
         if self.check_content:
-            self._hash([item for item in self.items.values() if item.key not in self.unread])
-        for spot in self._spots:
-            row = self._row(spot)
-            item = self.items.get(row.key)
-            if item is None or item.key in self.held or item.row.fingerprint != row.fingerprint:
+            self._hash([item for item in self.left.values() if item.key not in self.unread])
+        for s, own in enumerate(self.shards):
+            files = enumerate(zip(own.stored.key, own.stored.nbytes, own.stored.version, strict=True))
+            self._match_rows(((s, n), *file) for n, file in files if (s, n) not in self._dead)
+        self._match_rows((spot, *self._fingerprint(spot)) for spot in sorted(self._dead))
+
+    def _match_rows(self, rows: Iterable[tuple[Spot, str, int, int]]) -> None:
+        """Give rows, with their key, bytes and version, the items that they have as they are."""
+        for spot, key, nbytes, version in rows:
+            item = self.left.get(key)
+            if item is None or item.nbytes != nbytes or item.version != version:
                 continue
-            is_read = self.check_content and item.key not in self.unread
-            if not is_read or self._hashed[item.key] == self._digest(spot):
+            is_read = self.check_content and key not in self.unread
+            if not is_read or self._hashed[key] == self._digest(spot):
                 self._give(spot, item)
 
     def content_of(self, item: Item) -> str:
@@ -142,11 +137,15 @@ class Matching:
         return digest.hex() if digest is not None and item.key in self.outdated else ""
 
     def _match_contents(self) -> None:
-        pairs = [(spot, item) for spot in self._free() if (item := self.items.get(self._row(spot).key))]
-        pairs = [(p, item) for p, item in pairs if item.key not in self.held and item.nbytes == self._row(p).nbytes]
+        pairs: list[tuple[Spot, Item]] = []
+        for spot in self._free():
+            key, nbytes, _ = self._fingerprint(spot)
+            item = self.left.get(key)
+            if item is not None and item.nbytes == nbytes:
+                pairs.append((spot, item))
         self._hash([item for _, item in pairs])
         for spot, item in pairs:
-            if item.key in self.held:
+            if item.key not in self.left:
                 continue
             if self._hashed[item.key] is None and spot not in self._dead:
                 self._give(spot, self._stay(self._row(spot)))
@@ -154,24 +153,27 @@ class Matching:
                 self._give(spot, item, "touched")
 
     def _match_elsewhere(self) -> None:
-        sizes = {self._row(spot).nbytes for spot in self._free()}
-        candidates = [item for item in self.items.values() if item.key not in self.held and item.nbytes in sizes]
+        sizes = {self._fingerprint(spot)[1] for spot in self._free()}
+        candidates = [item for item in self.left.values() if item.nbytes in sizes]
         self._hash(candidates)
         sizes = {item.nbytes for item in candidates}
         free: defaultdict[bytes, deque[Spot]] = defaultdict(deque)
         for spot in self._free():
-            if self._row(spot).nbytes in sizes:
+            if self._fingerprint(spot)[1] in sizes:
                 free[self._digest(spot)].append(spot)
         for item in candidates:
             digest = self._hashed[item.key]
             if digest is not None and free[digest]:
                 spot = free[digest].popleft()
-                self._give(spot, item, "renamed", f"was {self._row(spot).key}")
+                self._give(spot, item, "renamed", f"was {self._fingerprint(spot)[0]}")
 
     def _find_outdated(self) -> set[str]:
-        keys = {self._row(spot).key for spot in self._free() if spot not in self._dead} - self.held
-        self.changes += [Change(key, "gone") for key in sorted(keys - self.items.keys())]
-        return keys & self.items.keys()
+        keys = {self._fingerprint(spot)[0] for spot in self._free() if spot not in self._dead}
+        if not keys:
+            return keys
+        held = {item.key for own in self.shards for item in own.owner if item is not None}
+        self.changes += [Change(key, "gone") for key in sorted(keys - held - self.left.keys())]
+        return keys & self.left.keys()
 
     def _hash(self, items: list[Item]) -> None:
         missing = list({item.key: item for item in items if item.key not in self._hashed}.values())

@@ -1,9 +1,11 @@
 """Items and what the cache already holds -> the units to do, and why each image is new, kept, changed or gone."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any
+from functools import cache
+from itertools import chain, groupby
+from typing import Any, TypeVar
 
 from latentprep.cache.leftovers import Leftover
 from latentprep.cache.names import make_text_id, make_unit_id
@@ -12,6 +14,7 @@ from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
+from latentprep.prepare.plan.stored import StoredRows, StoredShards, read_shards
 from latentprep.prepare.plan.tasks import TextTask
 from latentprep.recipe import Recipe, tell_changes
 from latentprep.recipe_words import name_options
@@ -19,6 +22,8 @@ from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip
 
 # an item's placement -> the same with the buckets of its control images, or the skip of an item that cannot have one
 PlaceControls = Callable[[Item, Placement], Placement | Skip]
+Planned = dict[tuple[str, *tuple[Size, ...]], tuple[list[Item], list[Placement]]]  # set, buckets -> rows, sorted by key
+T = TypeVar("T")
 LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
 
 
@@ -93,11 +98,10 @@ class Planner:
     def plan(
         self,
         storage: Storage,
-        shards: list[Shard],
+        stored: StoredShards,
         known_skips: list[Skip],
         leftovers: Mapping[str, Leftover],
         is_shared: bool = False,
-        count: Callable[[int], object] = int,
     ) -> Plan:
         """What there is to do for a cache of this recipe. Raises UserError for files that may be whole.
 
@@ -107,9 +111,9 @@ class Planner:
         If nothing has changed since an unfinished run, its units are those of this plan, and are known by their names.
         If something has, each whole shard of it is taken into the cache as it is, and what is left is cut into units.
         If several runs share the plan (`is_shared`), nothing of that is done: each plans at another time, and what the
-        others have done by then must not matter. `count` hears of each shard that was read.
+        others have done by then must not matter.
         """
-        plan = self._plan(storage, shards, known_skips, count=count)
+        plan = self._plan(storage, stored, known_skips)
         if is_shared:
             return self._narrow(replace(plan, leftovers=frozenset(leftovers) & {unit.id for unit in plan.units}))
         left_skips = [skip for leftover in leftovers.values() for skip in leftover.skips]
@@ -118,33 +122,32 @@ class Planner:
         ):
             return self._narrow(replace(plan, leftovers=frozenset(leftovers)))
         checked = (leftover.check(storage, self.cond_files) for leftover in leftovers.values())
-        taken = [shard for shard in checked if shard is not None]
-        return self._narrow(self._plan(storage, [*shards, *taken], [*known_skips, *left_skips], leftovers.keys()))
+        taken = read_shards(storage, [shard for shard in checked if shard is not None])
+        return self._narrow(self._plan(storage, stored + taken, [*known_skips, *left_skips], leftovers.keys()))
 
     def _plan(
         self,
         storage: Storage,
-        shards: list[Shard],
+        stored: StoredShards,
         known_skips: list[Skip],
         of_leftovers: Collection[str] = (),
-        count: Callable[[int], object] = int,
     ) -> Plan:
-        matching = Matching(self.items, shards, storage, self.hash_files, self.unread, self.check_content, count)
+        matching = Matching(self.items, stored.shards, storage, self.hash_files, self.unread, self.check_content)
         kept: list[Shard] = []
         tasks: list[TextTask] = []
         changes = list(matching.changes)
         explained = {change.key for change in changes}
         recipe = self.recipe.text.to_json()
         for matched in matching.shards:
-            dead, rows = matched.dead(), matched.rows()
+            dead, rows = matched.dead(), matched.says()
             shard = matched.shard.with_dead(dead).with_sets(list_runs((row.key for row in rows), self.sets))
             if not shard.num_images and shard.id in of_leftovers:
                 continue  # of no use, and in no manifest
             own = recipe_of(recipe, (row.key for row in live_rows(rows, dead)))
-            if self._is_current(matched, rows, dead, own) or not shard.num_images:
+            if self._is_current(matched.stored, rows, dead, own) or not shard.num_images:
                 kept.append(shard)  # what nobody reads needs no new text
             else:
-                tasks.append(TextTask(shard, tuple(rows), len(tasks)))
+                tasks.append(TextTask(shard, matched.rows(), len(tasks)))
                 changes += [change for change in explain_text(matched, self.recipe) if change.key not in explained]
 
         planned, left_out = self._place(matching, known_skips, changes)
@@ -152,45 +155,48 @@ class Planner:
         for number, pairs in enumerate(self._cut(planned)):
             items, placements = zip(*pairs, strict=True)
             contents = [matching.content_of(item) for item in items]
-            unit_id = make_unit_id([item.row for item in items], self.recipe.latents, contents)
+            unit_id = make_unit_id(items, self.recipe.latents, contents)
             units.append(Unit(unit_id, items, placements, number))
-        changes.sort(key=lambda change: (change.key, change.what))
+        changes.sort(key=lambda change: change.what)
+        changes.sort(key=lambda change: change.key)  # a tuple of both for each would take as much memory as the change
         return Plan(
-            tuple(units), tuple(tasks), tuple(kept), tuple(left_out), tuple(changes), len(matching.held),
-            tuple(sorted(matching.unread)), tuple(matching.lost),
+            tuple(units), tuple(tasks), tuple(kept), tuple(left_out), tuple(changes), matching.num_held,
+            tuple(sorted(matching.unread)), stored.lost,
         )  # fmt: skip
 
-    def _is_current(self, matched: ShardRows, rows: list[Row], dead: tuple[int, ...], recipe: dict[str, Any]) -> bool:
+    def _is_current(
+        self, stored: StoredRows, rows: Sequence[Item | Row], dead: tuple[int, ...], recipe: dict[str, Any]
+    ) -> bool:
         """Whether a shard's text says what its rows are to say, and those that count have prompts with cond."""
-        shard = matched.shard
-        is_whole = set(matched.cond_files) == set(shard.cond_files) and set(shard.cond_files) <= set(self.cond_files)
-        is_spoken = set(matched.silent) <= set(dead)
-        return is_whole and is_spoken and make_text_id(shard.id, rows, recipe, matched.silent) == shard.text_id
+        shard = stored.shard
+        is_whole = set(stored.cond_files) == set(shard.cond_files) and set(shard.cond_files) <= set(self.cond_files)
+        is_spoken = set(stored.silent) <= set(dead)
+        return is_whole and is_spoken and make_text_id(shard.id, rows, recipe, stored.silent) == shard.text_id
 
-    def _place(
-        self, matching: Matching, known_skips: list[Skip], changes: list[Change]
-    ) -> tuple[list[tuple[Item, Placement]], list[Skip]]:
-        """The items to encode with their placements, in the order of units; and those that are left out."""
+    def _place(self, matching: Matching, known_skips: list[Skip], changes: list[Change]) -> tuple[Planned, list[Skip]]:
+        """The items to encode with their placements, and those that are left out."""
         known = {skip.key: skip for skip in known_skips}
-        planned: list[tuple[Item, Placement]] = []
+        planned: Planned = defaultdict(lambda: ([], []))
         left_out = [skip for skip in self.skips if skip.key not in matching.unread]
-        for item in self.items:
-            if item.key in matching.held:
+        place = cache(self.place)  # few sizes are distinct
+        for item in sorted(self.items, key=lambda item: item.key):
+            if item.key not in matching.left:
                 continue
             before = known.get(item.key)
-            placed = self._place_item(item, before)
+            placed = self._place_item(item, before, place)
             if isinstance(placed, Skip):
                 left_out.append(placed)
             else:
-                planned.append((item, placed))
+                items, placements = planned[self._set_of(item), *placed.buckets]
+                items.append(item)
+                placements.append(placed)
                 what = "changed" if item.key in matching.outdated else "new"
                 changes.append(Change(item.key, what, f"was skipped: {before.reason}" if before is not None else ""))
-        planned.sort(key=lambda pair: (self._set_of(pair[0]), pair[1].buckets, pair[0].key))
         return planned, left_out
 
-    def _place_item(self, item: Item, before: Skip | None) -> Placement | Skip:
+    def _place_item(self, item: Item, before: Skip | None, place: PlaceImage) -> Placement | Skip:
         """Where an item goes, or why nowhere; `before` is how it was skipped before."""
-        verdict = self.place(item.size)
+        verdict = place(item.size)
         if not isinstance(verdict, Placement):
             return item.skip(*verdict)
         if before is not None and self._is_same(before, item):
@@ -200,10 +206,14 @@ class Planner:
     def _set_of(self, item: Item) -> str:
         return set_of(item.key) if self.sets else ""
 
-    def _cut(self, planned: list[tuple[Item, Placement]]) -> Iterator[list[tuple[Item, Placement]]]:
-        """The rows of units: each has images of one set, so that a rule of another changes none of its files."""
-        for _, rows in groupby(planned, key=lambda pair: self._set_of(pair[0])):
-            yield from cut_rows(list(rows), self.row_bytes, self.shard_bytes)
+    def _cut(self, planned: Planned) -> Iterator[list[tuple[Item, Placement]]]:
+        """The rows of units: each has images of one set, so that a rule of another changes none of its files.
+
+        `planned` is empty afterwards, so that its rows are not in memory twice.
+        """
+        for _, own in groupby(sorted(planned), key=lambda place: place[0]):
+            rows = chain.from_iterable(zip(*planned.pop(place), strict=True) for place in own)
+            yield from cut_rows(rows, self.row_bytes, self.shard_bytes)
 
     def _is_same(self, before: Skip, item: Item) -> bool:
         is_unchanged = (before.nbytes, before.version) == (item.nbytes, item.version)
@@ -235,7 +245,7 @@ def is_current(skip: Skip, conditions: Mapping[str, str]) -> bool:
     return skip.reason in REASONS and skip.condition != "" and skip == skip.under(conditions)
 
 
-def live_rows(rows: Sequence[Row], dead: Collection[int]) -> Iterator[Row]:
+def live_rows(rows: Sequence[T], dead: Collection[int]) -> Iterator[T]:
     """Rows but the dead ones, which are given by their numbers."""
     gone = frozenset(dead)
     return (row for n, row in enumerate(rows) if n not in gone)
@@ -243,28 +253,29 @@ def live_rows(rows: Sequence[Row], dead: Collection[int]) -> Iterator[Row]:
 
 def explain_text(matched: ShardRows, recipe: Recipe) -> Iterator[Change]:
     """Why a text file is written anew, image by image: its own caption, or prompts that are made otherwise."""
-    if not matched.recipe:
+    stored = matched.stored
+    if not stored.recipe:
         return  # its first
     now, known = recipe.text.to_json(), dict[str, str]()
 
     def list_fields(key: str) -> str:
         """What differs in the recipe of an image: of the sets only its own counts."""
         if (name := set_of(key)) not in known:
-            before, after = (name_options(recipe_of(made, [key])) for made in (matched.recipe, now))
+            before, after = (name_options(recipe_of(made, [key])) for made in (stored.recipe, now))
             known[name] = tell_changes(before, after)
         return known[name]
 
-    for row, item in zip(matched.stored, matched.owner, strict=True):
+    for n, item in enumerate(matched.owner):
         if item is None:
             continue
-        if item.row.captions != row.captions:
+        if item.captions != tuple(stored.caption[n]):
             yield Change(item.key, "caption")
         elif fields := list_fields(item.key):
             yield Change(item.key, "prompt", fields)
 
 
 def cut_rows(
-    rows: list[tuple[Item, Placement]], row_bytes: RowBytes, shard_bytes: int
+    rows: Iterable[tuple[Item, Placement]], row_bytes: RowBytes, shard_bytes: int
 ) -> Iterator[list[tuple[Item, Placement]]]:
     """Consecutive runs of rows, each of at most shard_bytes in either file, but of at least one row."""
     run: list[tuple[Item, Placement]] = []
