@@ -30,6 +30,7 @@ import torch
 import typer
 from encode import NoBar
 from PIL import Image
+from results import Results, run
 
 from latentprep.cache.group import LatentGroup
 from latentprep.cache.latents import Latents, write_latents
@@ -39,7 +40,7 @@ from latentprep.geometry import Geometry
 from latentprep.options import EncodeOptions, TextOptions
 from latentprep.prepare.devices import quiet_libraries
 from latentprep.prepare.encode import list_text_tasks
-from latentprep.prepare.engine import run
+from latentprep.prepare.engine import run as run_tasks
 from latentprep.prepare.finish import finish
 from latentprep.prepare.outcome import collect
 from latentprep.prepare.survey import Prepared, prepare
@@ -123,7 +124,7 @@ def write_cache(options: EncodeOptions) -> None:
     prepared = prepare(options, Silent())
     latents = collect(Zeros(prepared).run(prepared.plan.units), NoBar(0, ""))
     texts = collect(
-        run(prepared.text_worker(), list_text_tasks(prepared, latents.latents), prepared.where), NoBar(0, "")
+        run_tasks(prepared.text_worker(), list_text_tasks(prepared, latents.latents), prepared.where), NoBar(0, "")
     )
     finish(prepared, latents, texts, 0.0, 0.0)
 
@@ -159,9 +160,10 @@ def in_process(few: Path, many: Path, is_again: bool) -> tuple[float, int]:
 
 
 def main(
+    results: Results,
     count: Annotated[int, typer.Option(help="Files of the source.")] = 1_000_000,
     captions: Annotated[bool, typer.Option("--captions", help="Each image has its caption in a .txt.")] = False,
-    rounds: Annotated[int, typer.Option(help="Runs of each kind, of which the median counts.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Runs of each kind, of which the median counts.")] = 1,
 ) -> None:
     quiet_libraries()
     with tempfile.TemporaryDirectory() as temporary:
@@ -169,16 +171,15 @@ def main(
         for images, size in ((few, A_FOLDER), (many, count)):
             draw_tree(images, size, captions)
             write_cache(options_of(images, images.with_name(f"{images.name}-cache")))
+        table = results.table(
+            f"a folder of {count:,} images", {"files": "files/s", "memory a file": "bytes", "as fast": "times"}
+        )
         runs = [[in_process(few, many, is_again) for is_again in (False, True)] for _ in range(rounds)]
         medians = [statistics.median(seconds for seconds, _ in own) for own in zip(*runs, strict=True)]
         peaks = [max(nbytes for _, nbytes in own) for own in zip(*runs, strict=True)]
         for what, seconds, nbytes in zip(("planned for a new cache", "nothing to do"), medians, peaks, strict=True):
-            print(
-                f"{count:,} images, {what:24} {seconds:7.2f} s {count / seconds:9,.0f} images/s "
-                f"{nbytes / count:5.0f} bytes of memory an image"
-            )
-        print(f"nothing to do, against a new cache: {medians[0] / medians[1]:.2f} times as fast")
+            table.add(what, count / seconds, nbytes / count, medians[0] / seconds)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run(main)

@@ -26,7 +26,7 @@ SECTIONS: dict[str, tuple[str, ...] | dict[str, tuple[str, ...]]] = {
         "Encoding": ("encode", "waits"),
         "Decoding": ("decode",),
         "Reading": ("read", "scale"),
-        "Listing and planning": ("buckets", "repeated_prompts", "count_tokens"),
+        "Listing and planning": ("listing", "buckets", "repeated_prompts", "count_tokens"),
         "Memory": ("memory", "text_memory"),
         "Robustness": ("pillow_samples",),
     },
