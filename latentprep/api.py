@@ -29,6 +29,7 @@ from latentprep.geometry import Crop, Filter, Fit, Geometry
 from latentprep.option_files import expand
 from latentprep.options import (
     CAPTION_COLUMN,
+    CAPTION_ENCODING,
     DEFAULT_MODEL,
     Animated,
     CaptionFrom,
@@ -150,6 +151,7 @@ def encode(
     caption_column: Annotated[str | Sequence[str] | None, Option("NAME", "Column of metadata files, and of the .json files in tars, that holds captions; may be given again.", CAPTIONS, shown=CAPTION_COLUMN, of_set=True)] = None,
     caption_from: Annotated[CaptionFrom, Option(help="Where captions come from. auto: caption and metadata files, else the file name; file: those files alone; name: the file name; folder: the name of the folder; none: nowhere.", panel=CAPTIONS, of_set=True)] = "auto",
     caption_extension: Annotated[str, Option(".EXT", "Extension of caption files.", CAPTIONS, shown=".txt, .caption", of_set=True)] = "",
+    caption_encoding: Annotated[str, Option("utf-8|cp1252|NAME", "Encoding of caption and metadata files. A file that begins with a byte order mark is read by that.", CAPTIONS, of_set=True)] = CAPTION_ENCODING,
     caption_prefix: Annotated[str, Option("TEXT", "Put before each caption, with a space between.", CAPTIONS, of_set=True)] = "",
     caption_suffix: Annotated[str, Option("TEXT", "Put behind each caption, with a space between.", CAPTIONS, of_set=True)] = "",
     default_caption: Annotated[str, Option("TEXT|FILE.txt", "Caption of images without one in a file. If it names a .txt file, each line of that is a caption.", CAPTIONS, of_set=True)] = "",
@@ -195,8 +197,8 @@ def encode(
         "template": template, "placeholder": placeholder, "word_regex": word_regex, "joiner": joiner,
         "shuffle_tags": shuffle_tags, "tag_drop_out": tag_drop_out, "keep_tags": keep_tags, "wildcards": wildcards,
         "caption_lines": caption_lines, "caption_column": caption_column, "caption_from": caption_from,
-        "caption_extension": caption_extension, "caption_prefix": caption_prefix, "caption_suffix": caption_suffix,
-        "default_caption": default_caption, "trigger": trigger,
+        "caption_extension": caption_extension, "caption_encoding": caption_encoding, "caption_prefix": caption_prefix,
+        "caption_suffix": caption_suffix, "default_caption": default_caption, "trigger": trigger,
     }  # fmt: skip
     encoders: dict[str, Any] = {
         "include_cond": not no_cond, "cond_dtype": cond_dtype or None, "prompts_per_image": prompts_per_image,

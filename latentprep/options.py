@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 
 from latentprep.errors import UserError, check_choice
 from latentprep.geometry import Geometry
+from latentprep.human import shortened
 from latentprep.records import set_of
 
 Animated = Literal["first", "skip"]
@@ -23,6 +24,7 @@ ANIMATED, ONLY, STORES, DTYPES, COND_DTYPES, CAPTIONS_FROM, SHOWS, CONTROL_SIZES
     get_args(choices) for choices in (Animated, Only, Store, Dtype, CondDtype, CaptionFrom, Show, ControlSize)
 )
 CAPTION_COLUMN = "text"  # as in the Hub's imagefolder layout and in diffusers' training scripts
+CAPTION_ENCODING = "utf-8"
 DEFAULT_MODEL = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 
 
@@ -88,6 +90,7 @@ class TextOptions:
     caption_columns: tuple[str, ...] = (CAPTION_COLUMN,)  # of metadata files
     caption_from: str = "auto"  # file: caption and metadata files; auto: else the image's name
     caption_extension: str = ""  # of caption files; "": those that the source says
+    caption_encoding: str = CAPTION_ENCODING  # of caption and metadata files that have no byte order mark
     caption_prefix: str = ""  # put before each caption, and the suffix behind it
     caption_suffix: str = ""
     default_caption: tuple[str, ...] = ()  # of images that have none; where that is none, the file name is it
@@ -112,8 +115,10 @@ class TextOptions:
                 f"--word-regex {self.word_regex}: with --caption-from {self.caption_from} no caption comes from a file "
                 "name. Leave one of the two out."
             )
+        check_encoding(self.caption_encoding)
         for option, is_given in (
             ("--caption-extension", bool(self.caption_extension)),
+            ("--caption-encoding", self.caption_encoding != CAPTION_ENCODING),
             ("--caption-column", self.caption_columns != (CAPTION_COLUMN,)),
             ("--caption-lines", self.caption_lines),
             ("--default-caption", bool(self.default_caption)),
@@ -151,6 +156,19 @@ class TextOptions:
         if self.sets:
             return any(own.has_choices for own in self.sets.values())
         return self.template is not None or self.shuffle_tags or self.tag_drop_out > 0 or self.wildcards
+
+
+def check_encoding(name: str) -> None:
+    """Raise UserError unless Python knows an encoding of text by this name."""
+    try:
+        b"text".decode(name)
+    except UnicodeDecodeError:
+        pass  # an encoding, in which these bytes are no text
+    except (LookupError, ValueError):  # no such encoding, or one that decodes no text; a name with a NUL
+        raise UserError(
+            f"--caption-encoding {shortened(name)}: no encoding of text that Python knows. Expected one such as utf-8, "
+            "cp1252, latin-1, shift_jis or gb18030."
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -89,7 +89,7 @@ REASONS = {
     "animated": ("decoder", "it has several frames; skipped only with --animated skip"),
     "bad_caption": (
         "machine",
-        "its caption file cannot be read, is too long, or is neither UTF-8 nor UTF-16 with a byte order mark",
+        "its caption file cannot be read, is too long, or is not text in its encoding (--caption-encoding)",
     ),
     "bad_mask": ("decoder", "its mask cannot be read, or has another shape"),
     "no_control": ("decoder", "a folder of --control, or a column of --control-column, has no control image for it"),

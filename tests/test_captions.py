@@ -9,7 +9,10 @@ import sys
 import pytest
 import regex
 
+import latentprep
 from latentprep import LatentDataset
+from latentprep.cache.manifest import open_manifest
+from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.options import TextOptions
 from latentprep.prepare.source import metadata
@@ -91,15 +94,74 @@ def test_bad_regex(folder):
         captions(folder, word_regex="([")
 
 
+ADVICE = "Save it as UTF-8, or give its encoding, such as --caption-encoding cp1252."
+
+
 def test_captions_that_are_not_text_are_named_and_counted(folder):
     (folder / "b.txt").write_bytes(b"caf\xe9")
     (folder / "d.txt").write_bytes(b"\xff\xff\xff")
     found = add_captions(list_images(open_source(folder)), TextOptions())
     assert [(skip.key, skip.reason, skip.detail) for skip in found.skips] == [
-        ("b.png", "bad_caption", "b.txt: not UTF-8 text at byte 3. Save it as UTF-8."),
-        ("d.png", "bad_caption", "d.txt: not UTF-8 text at byte 0. Save it as UTF-8."),
+        ("b.png", "bad_caption", f"b.txt: not UTF-8 text at byte 3. {ADVICE}"),
+        ("d.png", "bad_caption", f"d.txt: not UTF-8 text at byte 0. {ADVICE}"),
     ]
     assert {item.key for item in found.items}.isdisjoint({"b.png", "d.png"})
+
+
+def test_captions_are_read_in_the_encoding_that_is_given(folder):
+    (folder / "b.txt").write_bytes("größer — 5 €".encode("cp1252"))
+    (folder / "metadata.jsonl").write_bytes('{"file_name": "c.png", "text": "naïve"}'.encode("cp1252"))
+    (folder / "sub" / "metadata.jsonl").unlink()
+    (folder / "sub" / "metadata.csv").write_bytes("file_name,text\ne.png,çà\n".encode("cp1252"))
+    found = found_captions(folder, caption_encoding="cp1252")
+    assert found["b.png"] == (("größer — 5 €",), "txt")
+    assert found["c.png"] == (("naïve",), "metadata")
+    assert found["sub/e.png"] == (("çà",), "metadata")
+    assert found["sub/b.png"] == (("with a mark",), "caption")  # UTF-8, as its mark says
+    assert found["d.png"] == (("größer",), "txt")  # UTF-16, likewise
+    (folder / "metadata.jsonl").unlink()
+    (folder / "sub" / "metadata.csv").unlink()
+    assert [skip.detail for skip in captions(folder, caption_encoding="ascii").skips] == [
+        f"b.txt: not ASCII text at byte 2. {ADVICE}"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "encoding"),
+    [("größer", "utf-32"), ("größer", "utf-32-be"), ("猫", "shift_jis"), ("猫", "iso2022_jp"), ("größer", "UTF_8")],
+)
+def test_any_encoding_of_text_that_python_knows_can_be_given(folder, text, encoding):
+    (folder / "metadata.jsonl").unlink()
+    (folder / "sub" / "metadata.jsonl").unlink()
+    (folder / "b.txt").write_bytes(text.encode(encoding))
+    assert found_captions(folder, caption_encoding=encoding)["b.png"][0] == (text,)
+
+
+@pytest.mark.parametrize("name", ["", "no-such", "hex", "rot13", "undefined", "cp1252\0", "../utf_8"])
+def test_an_encoding_that_is_none_is_refused_before_anything_is_read(name):
+    with pytest.raises(UserError, match=rf"^--caption-encoding {re.escape(ascii(name)[1:-1])}: no encoding of text"):
+        TextOptions(caption_encoding=name)
+
+
+def test_an_encoding_without_caption_files_is_refused():
+    with pytest.raises(UserError, match="--caption-encoding with --caption-from name: no caption file is read"):
+        TextOptions(caption_encoding="cp1252", caption_from="name")
+
+
+def test_an_encoding_is_remembered_and_a_set_may_have_its_own(run, images, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(images, other)
+    (images / "tall0.txt").write_bytes(b"caf\xe9")
+    (other / "tall0.txt").write_bytes("café".encode("cp850"))
+    table = f'caption_encoding = "cp1252"\n[[set]]\nsource = {str(images)!r}\n[[set]]\nsource = {str(other)!r}\n'
+    (tmp_path / "s.toml").write_text(f'{table}caption_encoding = "cp850"\n')
+    cache = tmp_path / "s.latents"
+    assert run("encode", tmp_path / "s.toml", *SMALL).code == 0
+    for name in ("images", "other"):
+        assert latentprep.inspect(cache, key=f"{name}/tall0.png")["caption"] == ["café"]
+    assert run("encode", images, "--out", tmp_path / "c", *SMALL, "--caption-encoding", "cp1252").code == 0
+    assert "nothing to do" in run("encode", "--again", tmp_path / "c").out
+    assert open_manifest(Storage(tmp_path / "c")).made_with.again["caption_encoding"] == "cp1252"
 
 
 def test_a_caption_file_that_cannot_be_read(folder):
@@ -471,25 +533,20 @@ def test_captions_that_cannot_be_meant_are_refused(folder, run, arguments, messa
     assert message in result.err
 
 
-@pytest.mark.parametrize(
-    ("encoding", "looks"),
-    [
-        ("utf-16-le", "; it looks like UTF-16 (little endian) without a byte order mark"),
-        ("utf-16-be", "; it looks like UTF-16 (big endian) without a byte order mark"),
-    ],
-)
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("text", ["a cat on a mat", "a café on a mat"])
-def test_utf_16_without_its_mark_is_a_skip_that_says_so(run, images, tmp_path, encoding, looks, text):
+def test_utf_16_without_its_mark_is_a_skip_that_says_so(run, images, tmp_path, encoding, text):
     (images / "tall0.txt").write_bytes(text.encode(encoding))
     out = run("encode", images, "--out", tmp_path / "c", *SMALL).out
     assert "skipped  1 bad_caption (tall0.png: tall0.txt: no" in out
-    assert f"{looks}. Save it as UTF-8.)" in out
+    assert f". It looks like {encoding} without a byte order mark: name that with --caption-encoding.)" in out
+    out = run("encode", images, "--out", tmp_path / "c", *SMALL, "--caption-encoding", encoding).out
+    assert "encoded  1 image" in out
+    assert latentprep.inspect(tmp_path / "c", key="tall0.png")["caption"] == [text]
 
 
 def test_a_caption_with_a_nul_is_a_skip(run, images, tmp_path):
     (images / "tall0.txt").write_bytes(b"a long cat\0 on a mat")
     out = run("encode", images, "--out", tmp_path / "c", *SMALL).out
-    assert (
-        "skipped  1 bad_caption (tall0.png: tall0.txt: not a text file, it has NUL characters. Save it as UTF-8.)"
-        in out
-    )
+    said = f"not a text file, it has NUL characters. {ADVICE}"
+    assert f"skipped  1 bad_caption (tall0.png: tall0.txt: {said})" in out

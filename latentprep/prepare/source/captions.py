@@ -63,7 +63,7 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
     sidecars = list_sidecars(listing, stems, suffixes)
     check_column(listing, sidecars, options)
     has_files = options.caption_from in ("auto", "file")
-    metadata = read_metadata(listing, options.caption_columns) if has_files else {}
+    metadata = read_metadata(listing, options.caption_columns, options.caption_encoding) if has_files else {}
     unmatched: list[str] = []
     if options.captions_file is not None:
         metadata, unmatched = read_captions_file(options.captions_file, listing, options)
@@ -170,16 +170,16 @@ def _find_texts(
 
     If a column was asked for, a .json goes before a .txt: img2dataset writes both.
     """
-    asked = options.caption_columns if is_asked(options) else None
+    asked, encoding = options.caption_columns if is_asked(options) else None, options.caption_encoding
     name = stem(key) if sidecars else ""
     for suffix in sorted(suffixes, key=is_text) if asked else suffixes:
         if (sidecar := sidecars.get((name, suffix))) is None:
             continue
         if not is_text(suffix):
-            if (texts := read_json(listing, sidecar, asked, JSON_COLUMNS)) is not None:
+            if (texts := read_json(listing, sidecar, asked, JSON_COLUMNS, encoding)) is not None:
                 return texts, suffix[1:]
             continue
-        text = read_text(listing, sidecar, MAX_CAPTION)
+        text = read_text(listing, sidecar, encoding, MAX_CAPTION)
         if options.caption_lines or options.first_line:
             lines = [line for line in text.splitlines() if line.strip()]
             return lines if options.caption_lines else lines[:1], suffix[1:]

@@ -34,11 +34,11 @@ def find_controls(part: ImageSet, missing: str = NO_FOLDER) -> Controls:
     if not part.control_columns:
         return Controls(tuple(folders))
     # all of the source: what is no target, such as the folder of another set's control images, may be named too
-    columns, alone = list_columns(open_source(part.source), part.control_columns)
+    columns, alone = list_columns(open_source(part.source), part.control_columns, part.text.caption_encoding)
     return Controls((*folders, *columns), alone)
 
 
-def list_columns(source: Source, columns: Sequence[str]) -> tuple[list[Partners], frozenset[str]]:
+def list_columns(source: Source, columns: Sequence[str], encoding: str) -> tuple[list[Partners], frozenset[str]]:
     """The images of a source that columns of its metadata files name, and those of them that are no targets.
 
     A target is what a metadata file has a row for. Raises UserError.
@@ -50,7 +50,7 @@ def list_columns(source: Source, columns: Sequence[str]) -> tuple[list[Partners]
     found: list[Partners] = []
     named, targets = set[str](), set[str]()
     for column in columns:
-        control_of = read_controls(listing, column)
+        control_of = read_controls(listing, column, encoding)
         partners = {key: as_partner(control, files) for key, control in control_of.items() if control is not None}
         found.append(Partners(source, {}, partners, column))
         targets |= control_of.keys()

@@ -8,7 +8,7 @@ from latentprep.errors import UserError
 from latentprep.human import counted, shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.source.listing import Listing, stem
-from latentprep.prepare.source.metadata import MAX_CAPTION, MAX_METADATA
+from latentprep.prepare.source.metadata import MAX_CAPTION, MAX_METADATA, decode
 
 SEPARATOR = ","  # between caption and tags, as sd-scripts' FineTuningDataset has it
 
@@ -21,7 +21,7 @@ def read_captions_file(path: Path, listing: Listing, options: TextOptions) -> tu
     """
     root = Path(listing.source.where).absolute()
     named: dict[str, list[str]] = {}
-    for image, fields in read_file(path).items():
+    for image, fields in read_file(path, options.caption_encoding).items():
         place = Path(image)
         key = place.relative_to(root) if place.is_absolute() and place.is_relative_to(root) else place
         named[key.as_posix()] = make_captions(path, image, fields, options)
@@ -36,14 +36,14 @@ def read_captions_file(path: Path, listing: Listing, options: TextOptions) -> tu
     return found, [name for name in named if name not in used]
 
 
-def read_file(path: Path) -> dict[str, dict[str, Any]]:
+def read_file(path: Path, encoding: str) -> dict[str, dict[str, Any]]:
     """Path of an image -> what is said of it. Raises UserError."""
     try:
         if path.stat().st_size > MAX_METADATA:
             raise UserError(f"{path}: too large, expected at most {MAX_METADATA:,} bytes.")
         if not path.is_file():
             raise UserError(f"{path}: no such file. Give a metadata file of sd-scripts.")
-        text = path.read_text(encoding="utf-8-sig")
+        text = decode(path.read_bytes(), str(path), encoding)
         if path.suffix.lower() == ".jsonl":
             lines = [json.loads(line) for line in text.splitlines() if line.strip()]
             found = {line["image_path"]: line for line in lines}

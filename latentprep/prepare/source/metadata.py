@@ -2,6 +2,7 @@
 
 import csv
 import json
+from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Collection, Iterator
 from io import StringIO
 from pathlib import PurePosixPath
@@ -22,6 +23,10 @@ MAX_METADATA = 2**30  # bytes of a metadata file, which is read as a whole
 FILE_NAME = "file_name"  # the column that names the image, relative to the metadata file
 CAPTION_ADVICE = "Say which holds the captions: --caption-column NAME."
 CONTROL_ADVICE = "Say which holds the control images: --control-column NAME."
+# first bytes of a file -> the encoding that they stand for
+MARKS = {
+    BOM_UTF8: "UTF-8", BOM_UTF32_LE: "UTF-32", BOM_UTF32_BE: "UTF-32", BOM_UTF16_LE: "UTF-16", BOM_UTF16_BE: "UTF-16",
+}  # fmt: skip
 Line = tuple[str, dict[str, Any]]  # where it stands; column -> value
 
 
@@ -30,14 +35,14 @@ def list_tables(listing: Listing) -> list[str]:
     return [key for key in listing.others if name_of(key) in READERS]
 
 
-def read_metadata(listing: Listing, columns: tuple[str, ...]) -> dict[str, list[str]]:
+def read_metadata(listing: Listing, columns: tuple[str, ...], encoding: str) -> dict[str, list[str]]:
     """Key -> captions, of every metadata file: what `columns` hold, in order; rows of one image add up.
 
     Raises UserError, naming file and line, for what is no such file, and for a column that it does not have.
     """
     captions: dict[str, list[str]] = {}
     num_characters = 0
-    for where, key, row in read_rows(listing, columns, CAPTION_ADVICE):
+    for where, key, row in read_rows(listing, columns, CAPTION_ADVICE, encoding):
         own = captions.setdefault(key, [])
         for column in columns:
             texts = texts_of(row[column], where, column)
@@ -48,14 +53,14 @@ def read_metadata(listing: Listing, columns: tuple[str, ...]) -> dict[str, list[
     return captions
 
 
-def read_controls(listing: Listing, column: str) -> dict[str, str | None]:
+def read_controls(listing: Listing, column: str, encoding: str) -> dict[str, str | None]:
     """Key -> the key of the control image that `column` names, beside the metadata file or below it; None: none.
 
     Every image of every metadata file is in it. Raises UserError, naming file and line, for what is no such file, for
     a column that it does not have, and for an image with two control images.
     """
     found: dict[str, str | None] = {}
-    for where, key, row in read_rows(listing, (column,), CONTROL_ADVICE):
+    for where, key, row in read_rows(listing, (column,), CONTROL_ADVICE, encoding):
         value = row[column] or None
         if not isinstance(value, str | None):
             raise UserError(f"{where}: expected the path of an image as {column!r}, got {_short(value)}.")
@@ -68,13 +73,15 @@ def read_controls(listing: Listing, column: str) -> dict[str, str | None]:
     return found
 
 
-def read_rows(listing: Listing, columns: tuple[str, ...], advice: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def read_rows(
+    listing: Listing, columns: tuple[str, ...], advice: str, encoding: str
+) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Of each row of every metadata file where it stands, the key of its image, and its values.
 
     Raises UserError, with `advice` if there is no such column.
     """
     for name in list_tables(listing):
-        for where, row in READERS[name_of(name)](listing, name, (FILE_NAME, *columns), advice):
+        for where, row in READERS[name_of(name)](listing, name, (FILE_NAME, *columns), advice, encoding):
             image = row[FILE_NAME]
             if not isinstance(image, str):
                 raise UserError(f"{where}: expected a text as {FILE_NAME!r}, got {_short(image)}.")
@@ -108,9 +115,9 @@ def check_columns(where: str, wanted: tuple[str, ...], there: Collection[str], a
             raise UserError(f"{where}: no column {column!r}, only {', '.join(map(repr, there)) or 'none'}.{hint}")
 
 
-def read_jsonl(listing: Listing, name: str, columns: tuple[str, ...], advice: str) -> Iterator[Line]:
+def read_jsonl(listing: Listing, name: str, columns: tuple[str, ...], advice: str, encoding: str) -> Iterator[Line]:
     """A JSON object a line."""
-    for number, line in enumerate(read_text(listing, name).split("\n"), 1):
+    for number, line in enumerate(read_text(listing, name, encoding).split("\n"), 1):
         if not line.strip():
             continue
         where = f"{name} line {number}"
@@ -124,9 +131,9 @@ def read_jsonl(listing: Listing, name: str, columns: tuple[str, ...], advice: st
         yield where, row
 
 
-def read_csv(listing: Listing, name: str, columns: tuple[str, ...], advice: str) -> Iterator[Line]:
+def read_csv(listing: Listing, name: str, columns: tuple[str, ...], advice: str, encoding: str) -> Iterator[Line]:
     """Values between commas; the first line names the columns."""
-    lines = csv.reader(StringIO(read_text(listing, name), newline=""), strict=True)
+    lines = csv.reader(StringIO(read_text(listing, name, encoding), newline=""), strict=True)
     try:
         header = next(lines, [])
         check_columns(name, columns, header, advice)
@@ -142,8 +149,8 @@ def read_csv(listing: Listing, name: str, columns: tuple[str, ...], advice: str)
         raise UserError(f"{name} line {lines.line_num}: not CSV ({error}).") from None
 
 
-def read_parquet(listing: Listing, name: str, columns: tuple[str, ...], advice: str) -> Iterator[Line]:
-    """A Parquet table, of which only `columns` are read: others may hold the images."""
+def read_parquet(listing: Listing, name: str, columns: tuple[str, ...], advice: str, _encoding: str) -> Iterator[Line]:
+    """A Parquet table, of which only `columns` are read: others may hold the images. Its texts are UTF-8 always."""
     try:
         from pyarrow import ArrowException, BufferReader, parquet
     except ModuleNotFoundError:
@@ -159,18 +166,20 @@ def read_parquet(listing: Listing, name: str, columns: tuple[str, ...], advice: 
         raise UserError(f"{name}: cannot be read as Parquet ({' '.join(str(error).split())[:200]}).") from None
 
 
-READERS: dict[str, Callable[[Listing, str, tuple[str, ...], str], Iterator[Line]]] = {
+READERS: dict[str, Callable[[Listing, str, tuple[str, ...], str, str], Iterator[Line]]] = {
     "metadata.jsonl": read_jsonl,
     "metadata.csv": read_csv,
     "metadata.parquet": read_parquet,
 }
 
 
-def read_json(listing: Listing, name: str, columns: tuple[str, ...] | None, usual: tuple[str, ...]) -> list[str] | None:
+def read_json(
+    listing: Listing, name: str, columns: tuple[str, ...] | None, usual: tuple[str, ...], encoding: str
+) -> list[str] | None:
     """The captions in the .json of one image: what all `columns` hold, or, if None are asked for, the first of the
     `usual` ones that is there; None if none is. Raises UserError."""
     try:
-        row = json.loads(read_text(listing, name, MAX_JSON))
+        row = json.loads(read_text(listing, name, encoding, MAX_JSON))
     except (ValueError, RecursionError):
         row = None
     if not isinstance(row, dict):
@@ -183,29 +192,34 @@ def read_json(listing: Listing, name: str, columns: tuple[str, ...] | None, usua
     return [text for column in columns for text in texts_of(row[column], name, column)]
 
 
-def read_text(listing: Listing, name: str, max_bytes: int = MAX_METADATA) -> str:
-    """Text of a file: UTF-8, or UTF-16 with its byte order mark. Raises UserError, also beyond `max_bytes`."""
-    data = read_bytes(listing, name, max_bytes)
-    encoding = "utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+def read_text(listing: Listing, name: str, encoding: str, max_bytes: int = MAX_METADATA) -> str:
+    """Text of a file. Raises UserError, also beyond `max_bytes`."""
+    return decode(read_bytes(listing, name, max_bytes), name, encoding)
+
+
+def decode(data: bytes, name: str, encoding: str) -> str:
+    """Text of the bytes of a file: by its byte order mark, else in `encoding`. Raises UserError, naming the file."""
+    marked = next((own for mark, own in MARKS.items() if data.startswith(mark)), None)
+    said = marked or encoding.upper()
     try:
-        text = data.decode(encoding)
-    except UnicodeDecodeError as error:
-        said = encoding.upper().removesuffix("-SIG")
-        raise UserError(f"{name}: not {said} text at byte {error.start}{seems(data)}. Save it as UTF-8.") from None
+        text = data.decode("utf-8-sig" if marked == "UTF-8" else said)
+    except UnicodeError as error:  # of some encodings it is no UnicodeDecodeError, and has no place
+        place = getattr(error, "start", 0)
+        raise UserError(f"{name}: not {said} text at byte {place}. {suggest(data, marked)}") from None
     if "\0" in text:
-        raise UserError(f"{name}: not a text file, it has NUL characters{seems(data)}. Save it as UTF-8.")
+        raise UserError(f"{name}: not a text file, it has NUL characters. {suggest(data, marked)}")
     return text
 
 
-def seems(data: bytes) -> str:
-    """What encoding bytes that are no UTF-8 look like: in UTF-16 every other byte of most texts is 0."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return ""
+def suggest(data: bytes, marked: str | None) -> str:
+    """What to do with bytes that are no text as they were read: in UTF-16 every other byte of most texts is 0."""
+    if marked:
+        return f"It begins with the mark of {marked}: save it anew."
     half = max(1, len(data) // 2)
-    for part, name in ((data[1::2], "little"), (data[::2], "big")):
+    for part, order in ((data[1::2], "le"), (data[::2], "be")):
         if part.count(0) > half / 2:
-            return f"; it looks like UTF-16 ({name} endian) without a byte order mark"
-    return ""
+            return f"It looks like utf-16-{order} without a byte order mark: name that with --caption-encoding."
+    return "Save it as UTF-8, or give its encoding, such as --caption-encoding cp1252."
 
 
 def read_bytes(listing: Listing, name: str, max_bytes: int) -> bytes:
