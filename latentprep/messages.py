@@ -115,11 +115,10 @@ def plan_text(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | 
             lines.append("most cropped")
             lines += [f"{-loss:>12.1%} {printable(key)}" for loss, key in worst if loss < 0]
             lines.append("")
-        upscaled = sum(placement.enlarges(item.size) for item, placement in plan.rows())
-        if upscaled:
-            lines.append(
-                f"enlarged: {counted(upscaled, 'image')} smaller than the bucket (--no-upscale keeps the pixels)"
-            )
+        enlarged = sorted(item.key for item, placement in plan.rows() if placement.enlarges(item.size))
+        if enlarged:
+            smaller = f"{counted(len(enlarged), 'image')} smaller than the bucket (--no-upscale keeps the pixels)"
+            lines.append(f"enlarged: {smaller}: {_name(enlarged)}")
     lines += disk_lines(prepared, sizes)
     lines += token_lines(prepared, lengths, sizes)
     to_encode = f", {estimate.num_prompts:,} to encode" if estimate is not None and estimate.num_prompts else ""

@@ -109,7 +109,7 @@ CONDITIONS = ("machine", "decoder", "limits", "encoder")
 
 # What had to be done to an image, other than resizing and cropping it; said as "12 images <words>".
 NOTES = {
-    "enlarged": "enlarged to fill the bucket (--no-upscale keeps the pixels)",
+    "enlarged": "enlarged to fill the bucket (latentprep inspect CACHE --list --enlarged; --no-upscale keeps pixels)",
     "oriented": "turned upright by the EXIF orientation",
     "icc_to_srgb": "converted to sRGB from an embedded colour profile",
     "icc_unusable": "with a colour profile that cannot be used, taken as if it were not there",

@@ -146,14 +146,14 @@ def run_inspect(cache: str, key: str | None, most_cropped: int) -> Summary:
         return Summary(summary.describe_sample(storage, key) if key else summary.summarize(storage, most_cropped))
 
 
-def run_list(cache: str, pattern: str) -> Iterator[dict[str, Any]]:
+def run_list(cache: str, pattern: str, only_enlarged: bool = False) -> Iterator[dict[str, Any]]:
     """Each image of a cache whose key fits a shell pattern, as plain JSON values. Raises UserError."""
     from latentprep.cache.readers import Reading
     from latentprep.look.rows import list_rows
 
     storage = Storage(cache)
     with Reading(storage):
-        yield from list_rows(storage, pattern)
+        yield from list_rows(storage, pattern, only_enlarged)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 import latentprep
-from tests.conftest import SMALL
+from tests.conftest import SMALL, gradient
 
 
 @pytest.fixture
@@ -40,8 +40,31 @@ def test_a_pattern_chooses(run, cache):
 def test_a_list_as_json_is_an_object_a_line(run, cache):
     (found,) = map(json.loads, run("inspect", cache, "--list", "tall1*", "--json").out.splitlines())
     assert found == {
-        "key": "tall1.png", "bucket": [64, 64], "original_size": [80, 64], "caption": ["picture number 1"],
+        "key": "tall1.png", "bucket": [64, 64], "original_size": [80, 64], "enlarged": False,
+        "caption": ["picture number 1"],
     }  # fmt: skip
+
+
+def test_images_that_were_enlarged_are_listed_by_the_command_that_is_told(run, images, tmp_path):
+    gradient(40, 48).save(images / "small.png")
+    gradient(24, 72).save(images / "narrow.png")
+    (images / "small.txt").write_text("a small one")
+    cache = tmp_path / "c"
+    planned = run("encode", images, "--out", cache, *SMALL, "--dry-run").out
+    assert (
+        "enlarged: 2 images smaller than the bucket (--no-upscale keeps the pixels): narrow.png, small.png" in planned
+    )
+    done = run("encode", images, "--out", cache, *SMALL).out
+    (told,) = re.findall(r" 2 images enlarged to .*\(latentprep (inspect CACHE .*);", done)
+    listed = run(*told.replace("CACHE", str(cache)).split())
+    lines = [line.split("\t") for line in sorted(listed.out.splitlines())]
+    assert lines == [["narrow.png", "32x96", "24x72", "narrow"], ["small.png", "64x64", "40x48", "a small one"]]
+    assert run("inspect", cache, "--list", "s*", "--enlarged").out.count("\n") == 1
+    rows = map(json.loads, run("inspect", cache, "--list", "--json").out.splitlines())
+    assert {row["key"] for row in rows if row["enlarged"]} == {"narrow.png", "small.png"}
+    none = run("inspect", cache, "--list", "wide*", "--enlarged")
+    assert none.err == f"error: --enlarged: none of the 10 images in {cache} was enlarged and fits wide*.\n"
+    assert run("inspect", cache, "--enlarged").err == "error: --enlarged: is for --list. Add it, or leave this out.\n"
 
 
 def test_images_that_are_gone_are_not_listed(run, images, cache):

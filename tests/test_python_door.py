@@ -35,7 +35,16 @@ COMMANDS = (
     latentprep.bench,
 )  # fmt: skip
 FUNCTIONS = (*COMMANDS, latentprep.preview, latentprep.report)
-OF_COMMANDS = ("help", "as_json", "as_list", "pattern", "sheet", "page", "is_quiet")  # options that no function has
+OF_COMMANDS = (
+    "help",
+    "as_json",
+    "as_list",
+    "only_enlarged",
+    "pattern",
+    "sheet",
+    "page",
+    "is_quiet",
+)  # options that no function has
 
 
 def encode_once(images, cache, **options):

@@ -19,6 +19,7 @@ JSON = switch("as_json", "--json", "Print JSON, for machines.")
 LIST = switch(
     "as_list", "--list", "List the images, one per line: path, bucket, original size, captions. PATTERN chooses some."
 )
+ENLARGED = switch("only_enlarged", "--enlarged", "Of --list: only images that were enlarged to fill their bucket.")
 PATTERN = Parameter(
     "pattern",
     Parameter.KEYWORD_ONLY,
@@ -55,7 +56,7 @@ OF_INSPECT, OF_PREVIEW, OF_REPORT = map(list_parameters, (api.inspect, api.previ
 SHARED = {parameter.name for parameter in OF_REPORT}
 KNOWN = {parameter.name for parameter in OF_INSPECT} | {"pattern", "num"}
 MORE = [option for option in options_of(api.preview) if option.name not in KNOWN] + [NUM]
-OPTIONS = [PATTERN, LIST, JSON, SHEET, PAGE, *MORE]  # that the command has, and its function not
+OPTIONS = [PATTERN, LIST, ENLARGED, JSON, SHEET, PAGE, *MORE]  # that the command has, and its function not
 # all that its errors may speak of
 PARAMETERS = OF_INSPECT + tuple(
     replace(p, option=replace(p.option, least=None, most=None)) if p.name == "num" else p
@@ -68,8 +69,10 @@ inspect_, preview_, report_ = unwrap(api.inspect), unwrap(api.preview), unwrap(a
 def inspect(arguments: dict[str, Any]) -> None:
     """Print tables, JSON or a list; or write a sheet or a page."""
     as_json, as_list = arguments.pop("as_json", False), arguments.pop("as_list", False)
-    pattern = arguments.pop("pattern", None)
+    only_enlarged, pattern = arguments.pop("only_enlarged", False), arguments.pop("pattern", None)
     sheet, page = arguments.pop("sheet", None), arguments.pop("page", None)
+    if only_enlarged and not as_list:
+        raise UserError("--enlarged: is for --list. Add it, or leave this out.")
     for flag, file, does in (("--preview", sheet, "draws"), ("--html", page, "makes a page")):
         others = {"--list": as_list, "--json": as_json, "--most-cropped": "most_cropped" in arguments}
         if file is not None and (given := [other for other, is_given in others.items() if is_given]):
@@ -90,7 +93,7 @@ def inspect(arguments: dict[str, Any]) -> None:
         if pattern is not None and not as_list:
             raise UserError(f"PATTERN {pattern}: is for --list and --preview. Add one of them, or leave it out.")
         if as_list:
-            list_images(arguments["cache"], "*" if pattern is None else pattern, as_json)
+            list_images(arguments["cache"], "*" if pattern is None else pattern, only_enlarged, as_json)
         else:
             print_summary(arguments, as_json)
 
@@ -150,12 +153,12 @@ def check_limits(function: Callable[..., Any], arguments: dict[str, Any]) -> Non
             raise typer.Exit(2)
 
 
-def list_images(cache: str, pattern: str, as_json: bool) -> None:
+def list_images(cache: str, pattern: str, only_enlarged: bool, as_json: bool) -> None:
     """Print each image as soon as it is read."""
     from latentprep.look.tables import row_line
     from latentprep.runs import run_list
 
-    for row in run_list(cache, pattern):
+    for row in run_list(cache, pattern, only_enlarged):
         if as_json:
             show_json(json.dumps(row))
         else:

@@ -15,10 +15,10 @@ NUM_GROUPS = 5  # of duplicates that are named
 NUM_KEYS = 5  # of each
 
 
-def list_rows(storage: Storage, pattern: str) -> Iterator[dict[str, Any]]:
-    """Key, bucket, original size and captions of each image whose key fits; sizes are (height, width).
+def list_rows(storage: Storage, pattern: str, only_enlarged: bool = False) -> Iterator[dict[str, Any]]:
+    """Key, bucket, original size, whether it was enlarged, and captions of each image whose key fits.
 
-    Raises UserError, also if none fits.
+    Sizes are (height, width). Raises UserError, also if none fits.
     """
     manifest, found = open_manifest(storage), False
     factor = manifest.latent.factor
@@ -26,14 +26,21 @@ def list_rows(storage: Storage, pattern: str) -> Iterator[dict[str, Any]]:
         latents, text = shard.open_latents(storage), shard.open_text(storage)
         for pixels, words, live in zip(latents.groups, text.groups, shard.live_rows(), strict=True):
             bucket = [side * factor for side in pixels.latent_mean.shape[-2:]]
+            is_enlarged = (pixels.resized_size > pixels.original_size[:, None]).any(2).any(1).tolist()
             for row in live.tolist():
                 key = words.key[row]
-                if fnmatchcase(key, pattern):
+                if fnmatchcase(key, pattern) and (is_enlarged[row] or not only_enlarged):
                     found = True
                     size = pixels.original_size[row].tolist()
-                    yield {"key": key, "bucket": bucket, "original_size": size, "caption": words.caption[row]}
+                    yield {
+                        "key": key, "bucket": bucket, "original_size": size, "enlarged": is_enlarged[row],
+                        "caption": words.caption[row],
+                    }  # fmt: skip
     if not found:
-        raise UserError(f"PATTERN {pattern}: none of the {manifest.num_images:,} images in {storage.root} fits it.")
+        of_all = f"none of the {manifest.num_images:,} images in {storage.root}"
+        if only_enlarged:
+            raise UserError(f"--enlarged: {of_all} was enlarged{f' and fits {pattern}' if pattern != '*' else ''}.")
+        raise UserError(f"PATTERN {pattern}: {of_all} fits it.")
 
 
 def find_duplicates(storage: Storage, manifest: Manifest) -> dict[str, Any]:
