@@ -84,7 +84,7 @@ def make_shots(
     places = [report.images.place(card.number) for card in report.cards]
     made = make_thumbnails(storage, manifest, places, reader, painter, limit, progress)
     return [
-        make_shot(card, found.jpeg, found.box, found.origin, found.warning)
+        make_shot(card, found.jpeg, found.width, found.box, found.origin, found.warning, found.weight)
         if isinstance(found, Thumbnail)
         else Shot(warning=found)
         for card, found in zip(report.cards, made, strict=True)

@@ -9,6 +9,7 @@ import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -381,6 +382,41 @@ def test_a_thumbnail_is_what_the_crop_keeps_and_the_open_card_shows_the_box(fold
     assert facts(item)["picture"] == "source image"
 
 
+def test_weights_are_shown_of_those_images_that_have_some(images, tmp_path):
+    alpha = Image.new("L", (64, 64), 255)
+    alpha.paste(0, (0, 0, 32, 64))
+    half = gradient(64, 64)
+    half.putalpha(alpha)
+    half.save(images / "half.png")
+    gradient(64, 64).save(images / "opaque.png")  # in the same bucket
+    latentprep.encode(images, tmp_path / "c", **OPTIONS)
+    found = cards(make(tmp_path / "c"))
+    uneven = {key for key, item in found.items() if float(item["data-weight"]) < 1}
+    assert {key for key, item in found.items() if item.select_one(".weight")} == uneven >= {"half.png", "tall1.png"}
+    data = found["half.png"].select_one(".weight img")["src"].removeprefix("data:image/jpeg;base64,")
+    weight = np.asarray(Image.open(io.BytesIO(base64.b64decode(data)))).astype(float)
+    assert weight.shape == (8, 8)
+    assert weight[:, :3].max() < 40
+    assert weight[:, 5:].min() > 215
+    assert words(found["half.png"].figcaption) == "loss weights of the crop: white 1, black 0"
+
+
+def test_weights_are_part_of_the_bytes_that_a_picture_may_take():
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.random((1, 1, 128, 128), np.float32)).half()
+    group = SimpleNamespace(
+        weight=weight, latent_mean=torch.zeros(1, 1, 4, 128, 128), original_size=torch.tensor([[1024, 1024]]),
+        resized_size=torch.tensor([[[1024, 1024]]]), crop=torch.tensor([[[0, 0, 1024, 1024]]]),
+    )  # fmt: skip
+    noise = Image.fromarray(rng.integers(0, 256, (192, 192, 3)).astype(np.uint8))
+    row = thumbnails.StoredRow("a.png", 1, [""], group)
+    shown = thumbnails.Shown(noise, np.zeros((1, 1, 3), np.uint8), False)
+    for limit in (4000, 16_000):
+        made = thumbnails.make_thumbnail(row, shown, None, limit)
+        assert limit // 8 < len(made.weight) <= limit // 4
+        assert len(made.jpeg) + len(made.weight) <= limit
+
+
 def test_padding_lies_outside_of_the_picture(images, tmp_path):
     shape = {"width": 64, "height": 64, **{name: OPTIONS[name] for name in ("model", "device", "progress")}}
     latentprep.encode(images, tmp_path / "c", **shape, fit="pad")
@@ -689,7 +725,7 @@ def test_a_sample_opens_by_keys_and_by_links(browser, cache, tmp_path):
     part = "document.querySelector('details[open] {}')".format
     width, box = browser.run(f"[{part('.frame')}.offsetWidth, {part('i')}.offsetWidth]")
     height = browser.run(f"{part('dl')}.offsetHeight")
-    assert width > 250
+    assert width == browser.run(f"{part('.frame img')}.naturalWidth")  # the whole image, and not enlarged
     assert 0 < box <= width
     assert height > 100
     browser.press("Escape")
@@ -702,6 +738,32 @@ def test_a_sample_opens_by_keys_and_by_links(browser, cache, tmp_path):
     assert browser.run(f"document.querySelector('{link}').contains(document.activeElement)")
     assert browser.messages == []
     assert key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("side", [40, 96, 600])
+def test_no_picture_is_shown_larger_than_it_is(browser, images, tmp_path, side):
+    gradient(3 * side, side).save(images / "wide.png")
+    gradient(8, 2400).save(images / "thin.png")  # a skip
+    latentprep.encode(images, tmp_path / "c", **{**OPTIONS, "resolution": max(64, side // 32 * 32)})
+    browser.resize(1280, 800, "light")
+    browser.open(write_page(tmp_path / "c", tmp_path))
+    browser.run("document.querySelectorAll('img').forEach(i => i.decode())")
+    larger = """[...document.querySelectorAll('img')].filter(i => !i.closest('.weight') && i.offsetParent).filter(i =>
+        getComputedStyle(i).objectFit !== 'scale-down' && i.getBoundingClientRect().width > i.naturalWidth + 1)
+        .map(i => i.alt)"""
+    assert browser.run(larger) == []
+    browser.run("document.querySelectorAll('#cards details').forEach(d => d.open = true)")
+    assert browser.run(larger) == []
+    seen = """[...document.querySelectorAll('#cards .frame img')].map(i => {
+        const [own, frame] = [i, i.parentElement].map(e => e.getBoundingClientRect());
+        const skew = i.naturalWidth / i.naturalHeight - own.width / own.height;
+        return [own.width, own.width / frame.width, own.height / frame.height, skew];
+    })"""
+    for width, across, down, skew in browser.run(seen):
+        assert width > 20
+        assert (across, down) == pytest.approx((1, 1), abs=0.02)  # all of it is in the frame
+        assert skew == pytest.approx(0, abs=0.1)
 
 
 @pytest.mark.slow

@@ -36,18 +36,21 @@ class Shot:
     """A picture of a page."""
 
     jpeg: str = ""  # base64; "": there is none
+    width: int = 0  # of the picture, in its own pixels
     frame: Frame | None = None
     origin: str = "none"  # what it was made of
     warning: str = ""
+    weight: str = ""  # base64 of a JPEG of its loss weights; "": all are 1
 
     @property
     def style(self) -> str:
-        """The frame in CSS: numbers alone."""
+        """The frame in CSS: numbers alone. The last two are how wide a frame may be: no picture is enlarged."""
         assert self.frame is not None
         own = self.frame
         names = ("r", own.ratio), *zip("ltwh", vars(own.cut).values(), strict=True), ("R", own.whole_ratio)
         more = *zip("LTWH", vars(own.whole).values(), strict=True), *zip("xyab", vars(own.crop).values(), strict=True)
-        return ";".join(f"--{name}:{value:.5g}" for name, value in (*names, *more))
+        widths = zip("pP", (100 * self.width / max(0.01, own.width) for own in (own.cut, own.whole)), strict=True)
+        return ";".join(f"--{name}:{value:.5g}" for name, value in (*names, *more, *widths))
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,12 @@ class Entry:
         return f"{self.card.score:.4f}" if self.card.score is not None else ""
 
 
-def make_shot(card: Card, jpeg: bytes, shown: Box, origin: str, warning: str) -> Shot:
-    """A picture of a card that shows a box of its resized image."""
-    return Shot(base64.b64encode(jpeg).decode(), frame_of(card.resized, card.crop, shown), origin, warning)
+def make_shot(card: Card, jpeg: bytes, width: int, shown: Box, origin: str, warning: str, weight: bytes) -> Shot:
+    """A picture of a card that shows a box of its resized image; `width` is that of the picture."""
+    frame = frame_of(card.resized, card.crop, shown)
+    return Shot(
+        base64.b64encode(jpeg).decode(), width, frame, origin, warning, base64.b64encode(weight).decode()
+    )  # fmt: skip
 
 
 def check_jinja() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import Manifest
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
@@ -26,6 +27,7 @@ from latentprep.sheet import fit, shrink
 QUALITIES = ((192, 85), (192, 70), (160, 60), (128, 55), (96, 50), (96, 30), (64, 30))
 BLOCK = 16  # images that are read at once
 MAX_DECODED = 2**26  # pixels that a VAE decodes for a page on a CPU: 256 images of 512x512, a few minutes
+WEIGHT_PART = 4  # of the bytes of a thumbnail, a quarter may be its weights
 AT_ONCE = 4  # threads at most: each may hold an image of 180 megapixels
 
 
@@ -37,6 +39,13 @@ class Thumbnail:
     box: Box  # the part of the resized image that it shows: top, left, height, width
     origin: str  # what it was made of
     warning: str = ""  # why it was not made of the image, or what is to be said of that
+    weight: bytes = b""  # a JPEG of its loss weights, black 0 and white 1, a pixel for each of a latent; b"": all are 1
+
+    @property
+    def width(self) -> int:
+        """Of the JPEG, in pixels."""
+        with Image.open(BytesIO(self.jpeg)) as opened:
+            return opened.width
 
 
 class Painter:
@@ -86,16 +95,26 @@ def make_thumbnails(
 
 def make_thumbnail(row: StoredRow, shown: Shown | str | None, painter: Painter, limit: int) -> Thumbnail | str:
     _, resized, box = geometry_of(row.group, 0)
+    weight = pack_weight(row.group, limit // WEIGHT_PART)
+    limit -= len(weight)
     if isinstance(shown, Shown):
         changed = "changed since it was encoded" if shown.is_changed else ""
-        return Thumbnail(pack(shown.whole, limit), (0, 0, *resized), "source image", changed)
+        return Thumbnail(pack(shown.whole, limit), (0, 0, *resized), "source image", changed, weight)
     latents = row.group.latent_mean[0, 0].float()
     try:
         painted, origin = painter.paint(latents)
     except UserError as error:
         return str(error)
     image = shrink(Image.fromarray(painted), painted.shape[:2])
-    return Thumbnail(pack(image, limit), box, f"latents: {origin}", shown or "")
+    return Thumbnail(pack(image, limit), box, f"latents: {origin}", shown or "", weight)
+
+
+def pack_weight(group: LatentGroup, limit: int) -> bytes:
+    """The loss weights of a row in its first view as a grey JPEG; nothing if all are 1."""
+    if group.weight is None or bool((group.weight[0, 0] == 1).all()):
+        return b""
+    grey = np.nan_to_num(group.weight[0, 0].float().numpy()).clip(0, 1) * 255
+    return pack(Image.fromarray(grey.round().astype(np.uint8)), limit)
 
 
 def read_whole(reader: Reader, keys: Iterable[str], limit: int) -> Iterator[bytes | None]:
@@ -113,7 +132,7 @@ def read_whole(reader: Reader, keys: Iterable[str], limit: int) -> Iterator[byte
 
 
 def pack(image: Image.Image, limit: int) -> bytes:
-    """An RGB image as JPEG, in the best of QUALITIES that takes at most `limit` bytes, or else the last."""
+    """An RGB or grey image as JPEG, in the best of QUALITIES that takes at most `limit` bytes, or else the last."""
     for side, quality in QUALITIES:
         scale = min(1.0, side / max(image.size))
         size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
