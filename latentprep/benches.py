@@ -1,6 +1,5 @@
 """What `bench` does, once its arguments are checked: each stage is measured for a share of the time there is."""
 
-import os
 import platform
 import secrets
 import shutil
@@ -18,7 +17,7 @@ from latentprep.progress import LateBar, Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 from latentprep.results import Benched
 from latentprep.speeds import Rates, advise
-from latentprep.system import share_freed_memory
+from latentprep.system import measure_load, share_freed_memory
 
 SHARES = {"decode": 0.2, "VAE": 0.4, "text": 0.2, "write": 0.12, "read": 0.08}  # of the seconds
 PREFIX = ".latentprep-bench-"
@@ -41,7 +40,7 @@ def run_bench(options: EncodeOptions, progress: Progress, seconds: float, *, is_
     from latentprep.read.speed import measure_read
 
     share_freed_memory()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None  # Windows has none
+    load = measure_load()
     started = time.perf_counter()
     left = {stage: share * seconds for stage, share in SHARES.items()}
     with ExitStack() as stack:

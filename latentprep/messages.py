@@ -20,6 +20,7 @@ from latentprep.prompts import make_prompts
 from latentprep.records import CHANGES, NOTES, Change, Size, Skip
 from latentprep.results import Encoded
 from latentprep.size_words import disk_lines, token_lines
+from latentprep.speed_words import describe_load
 
 if TYPE_CHECKING:
     from latentprep.prepare.work.events import Truncated
@@ -125,6 +126,7 @@ def plan_text(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | 
     lines.append(f"prompts: {prepared.options.text.prompts_per_image} per image{to_encode}")
     if estimate is not None:
         lines.append(f"time: about {human_seconds(estimate.seconds)} on this machine ({estimate.measured})")
+        lines += describe_load(estimate.load, estimate.cores, "without them it may take much less")
     lines.append("nothing was written (--dry-run)")
     return "\n".join(lines)
 

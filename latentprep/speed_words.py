@@ -24,7 +24,7 @@ def page(found: "Benched") -> str:
             *describe_vae(found.vae),
             *describe_text(found),
             *describe_files(found),
-            *describe_load(found),
+            *describe_load(found.load, found.decode.cores, "all of this may be faster, and what helps may be chance"),
             "",
             *describe_limit(found),
             *describe_advice(found),
@@ -97,17 +97,15 @@ def describe_files(found: "Benched") -> Iterator[str]:
     )
 
 
-def is_busy(found: "Benched") -> bool:
+def is_busy(load: float | None, cores: int) -> bool:
     """Whether others had more than a quarter of the cores."""
-    return found.load is not None and found.load > found.decode.cores / 4
+    return load is not None and load > cores / 4
 
 
-def describe_load(found: "Benched") -> Iterator[str]:
-    if is_busy(found):
-        yield (
-            f"note     other programs were at work (load {found.load:.1f} on {counted(found.decode.cores, 'core')}): "
-            "all of this may be faster, and what helps may be chance"
-        )
+def describe_load(load: float | None, cores: int, so: str) -> Iterator[str]:
+    """A line if other programs were at work while something was measured; `so` says what follows."""
+    if is_busy(load, cores):
+        yield f"note     other programs were at work (load {load:.1f} on {counted(cores, 'core')}): {so}"
 
 
 def describe_limit(found: "Benched") -> Iterator[str]:
@@ -138,7 +136,7 @@ def issue_line(found: "Benched") -> str:
     vae, best, text = found.vae, found.vae.best(), found.text
     versions = " ".join(f"{name} {version}" for name, version in found.versions.items())
     model = re.split(r"[/\\]", found.model.rstrip("/\\"))[-1]  # where it lies is nobody's business
-    load = f", load {found.load:.1f}" if is_busy(found) else ""
+    load = f", load {found.load:.1f}" if is_busy(found.load, found.decode.cores) else ""
     parts = [
         versions,
         f"{vae.device_name}, {counted(found.decode.cores, 'core')}{load}",

@@ -36,6 +36,11 @@ def patiently(act: Callable[[], T]) -> T:
     return act()
 
 
+def measure_load() -> float | None:
+    """How many cores programs kept busy in the last minute; None on Windows, which does not say it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
 def share_freed_memory() -> None:
     """Let threads that begin from now on use what others have freed: a run has many, and each hands on to the next.
 

@@ -1,6 +1,7 @@
 """encode --dry-run: a summary that says what the run will do, its parts for machines, and a bounded measurement."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 import latentprep
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.plan import estimate
+from latentprep.prepare.speed import timing
 from tests.conftest import SMALL, gradient
 
 
@@ -114,6 +116,27 @@ def test_prompts_of_a_run_that_was_killed_are_not_counted_again(run, images, tmp
     assert latentprep_json(encode(run, images, cache, "--dry-run", "--json", "--overwrite"))["prompts"] == 10
 
 
+def test_a_busy_machine_is_told_behind_the_time(run, images, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.25, 0, 0))
+    lines = encode(run, images, tmp_path / "c", "--dry-run").out.splitlines()
+    number = next(n for n, line in enumerate(lines) if line.startswith("time: about "))
+    assert lines[number + 1].startswith("note     other programs were at work (load 7.2 on ")
+    assert lines[number + 1].endswith("): without them it may take much less")
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.1, 0, 0))
+    assert "other programs" not in encode(run, images, tmp_path / "c", "--dry-run").out
+
+
+def test_a_moment_in_which_others_had_the_processor_does_not_count(monkeypatch):
+    clock, seconds = [0.0], iter([9.0, 0.8, 0.1, 0.9, 0.2, 0.3])
+
+    def work():
+        clock[0] += next(seconds)
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    assert estimate.time_again(work, 60) == pytest.approx(0.1)
+    assert next(seconds, None) is None  # the first warms up, and REPEATS count
+
+
 @pytest.mark.slow
 def test_what_would_take_long_is_measured_on_less(run, images, tmp_path, monkeypatch):
     clock = [0.0]
@@ -129,6 +152,7 @@ def test_what_would_take_long_is_measured_on_less(run, images, tmp_path, monkeyp
 
     monkeypatch.setattr(VaeEncoder, "_posterior", slow)
     monkeypatch.setattr(estimate, "time", Clock())
+    monkeypatch.setattr(timing, "time", Clock())
     options = ("--model", "tiny", "--resolution", 5120, "--no-cond", "--dry-run")
     result = run("encode", images, "--out", tmp_path / "c", *options)
     assert result.code == 0

@@ -15,16 +15,21 @@ from latentprep.cache.names import FOLDER, cond_name, make_uncond_id, uncond_nam
 from latentprep.cache.schema import TORCH_DTYPES
 from latentprep.cache.text import Text
 from latentprep.errors import UserError
+from latentprep.prepare.devices import count_cores
 from latentprep.prepare.images.load import load_pixels
 from latentprep.prepare.models.doors import PromptEncoder, TextModel
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.plan.shared import PlannedText
+from latentprep.prepare.speed.timing import repeat
 from latentprep.prepare.survey import Prepared
 from latentprep.prepare.work.cond import list_missing, told_if_memory_is_full
 from latentprep.records import Item, Placement, Size
+from latentprep.system import measure_load
 
 SAMPLES = 8  # images decoded for the estimate
 LIMIT = 4.0  # seconds for one measurement: what would take longer is measured on less of it
+AGAIN = 1 / 8  # of it may go into repeating what is short: other programs may have had the processor
+REPEATS = 5
 SMALLEST = 256 * 256  # pixels of the smallest image that the VAE is measured on
 LARGEST_COMPILED = 1024 * 1024  # with --compile, which takes a minute for each size, only one size is tried
 Probe = tuple[int, int, int]  # images, height, width
@@ -36,11 +41,13 @@ class Estimate:
     seconds: float
     num_prompts: int  # to encode
     measured: str
+    load: float | None  # cores that programs kept busy in the minute before; None: not known
+    cores: int
 
 
 def estimate_time(prepared: Prepared) -> Estimate | None:
     """Seconds for the images and prompts of a plan; None where no model is needed. Loads models, writes nothing."""
-    plan, models = prepared.plan, prepared.models
+    plan, models, load = prepared.plan, prepared.models, measure_load()
     rows = [
         pair for unit in plan.units if unit.id not in plan.leftovers
         for pair in zip(unit.items, unit.placements, strict=True)
@@ -58,7 +65,7 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
             count, taken = measure(lambda count: encoder.encode(texts[:count]), sorted({1, len(texts)}), int)
         seconds += taken / count * prompts
         measured.append(f"{count / taken:.0f} prompts/s")
-    return Estimate(seconds, prompts, ", ".join(measured)) if measured else None
+    return Estimate(seconds, prompts, ", ".join(measured), load, count_cores()) if measured else None
 
 
 def open_text(prepared: Prepared, text: TextModel) -> PromptEncoder:
@@ -113,32 +120,41 @@ def measure(
 ) -> tuple[T, float]:
     """A probe and its seconds: the last before one that is expected to take over `limit` seconds.
 
-    The first is always tried. Each is done twice: the first time warms up.
+    The first is always tried. Each is done twice or more often: the first time warms up.
     """
     for probe, larger in zip(probes, [*probes[1:], None], strict=True):
-        seconds = time_twice(lambda probe=probe: work(probe))  # type: ignore[misc]
+        seconds = time_again(lambda probe=probe: work(probe), limit * AGAIN)  # type: ignore[misc]
         if larger is None or 2 * seconds * cost(larger) / cost(probe) > limit:
             break
     return probe, seconds
 
 
-def time_twice(work: Callable[[], object]) -> float:
-    """Seconds of the second call: the first warms up."""
+def time_again(work: Callable[[], object], limit: float) -> float:
+    """Seconds of a call, the least of up to REPEATS that take `limit` seconds together. The one before warms up."""
     work()
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+    return min(repeat(work, limit, REPEATS))
 
 
 def measure_decode(prepared: Prepared, rows: list[tuple[Item, Placement]]) -> float:
-    """Seconds that all threads together take to decode the images: measured on some, for LIMIT at most."""
-    load_options, done, started = prepared.load_options, 0, time.perf_counter()
-    for item, placement in rows[:: -(-len(rows) // SAMPLES)]:
-        load_pixels(item, placement, load_options)
+    """Seconds that all threads together take to decode the images: measured on some, for LIMIT at most.
+
+    If these are decoded soon, they are again, and the least counts: the first time warms up.
+    """
+    some, done, started = rows[:: -(-len(rows) // SAMPLES)], 0, time.perf_counter()
+
+    def decode_all() -> None:
+        for pair in some:
+            load_pixels(*pair, prepared.load_options)
+
+    for pair in some:
+        load_pixels(*pair, prepared.load_options)
         done += 1
         if time.perf_counter() - started > LIMIT:
             break
-    return (time.perf_counter() - started) / done * len(rows) / prepared.threads
+    taken = time.perf_counter() - started
+    if taken < LIMIT * AGAIN:
+        taken = min(repeat(decode_all, LIMIT * AGAIN, REPEATS))
+    return taken / done * len(rows) / prepared.threads
 
 
 def count_prompts(prepared: Prepared) -> int:
