@@ -68,7 +68,11 @@ def run_bench(options: EncodeOptions, progress: Progress, seconds: float, *, is_
             has_std = prepared.recipe.latents.store == "mean+std"
             read = measure_read(f"{root}/read", has_std, left["read"], bar.update)
     write_text = write.bytes_per_second / text.num_bytes if text is not None else None
-    now = Rates(decode.with_threads, vae.now(), write.per_second, text.per_second if text else None, write_text)
+    now = Rates(
+        decode.with_threads, vae.own().per_second, write.per_second, text.per_second if text else None, write_text
+    )
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    advised = advise(now, decode, vae, text, write, num_devices)
     return Benched(
         model=options.model,
         source=None if is_drawn else str(options.source),
@@ -82,7 +86,9 @@ def run_bench(options: EncodeOptions, progress: Progress, seconds: float, *, is_
         read=read,
         now=now,
         best=replace(now, vae=vae.best().per_second),
-        advice=advise(now, decode, vae, text, torch.cuda.device_count() if torch.cuda.is_available() else 0),
+        advice=advised.found,
+        unsure=advised.unsure,
+        tried=advised.tried,
     )
 
 

@@ -226,6 +226,8 @@ class Benched:
     now: Rates  # of a run as it stands
     best: Rates  # the same, with the VAE in its best batch size
     advice: tuple[Advice, ...]  # what would make a run faster, the best first; (): nothing that was tried
+    unsure: tuple[str, ...]  # what seems to, but was measured once
+    tried: tuple[str, ...]
 
     @property
     def limit(self) -> str:

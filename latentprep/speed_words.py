@@ -128,7 +128,9 @@ def describe_advice(found: "Benched") -> Iterator[str]:
         yield f"{head}{own.what}: {gain}{own.why}"
         head = " " * len(head)
     if not found.advice:
-        yield f"{head}none of the options that were tried"
+        yield f"{head}none{' for certain' * bool(found.unsure)} of {'; '.join(found.tried)}"
+    if found.unsure:
+        yield f"unsure   {', '.join(found.unsure)}: was measured once; more --seconds measure more often"
 
 
 def issue_line(found: "Benched") -> str:

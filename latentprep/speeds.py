@@ -19,6 +19,7 @@ class DecodeSpeed:
     with_threads: float  # images/s of all threads, by the clock
     num_measured: int  # images that all threads have decoded
     cores: int
+    num_rounds: int  # of which the median counts, of each number of threads at least
     with_cores: float | None = None  # images/s with a thread for each core; None: there are no more cores than threads
 
     @property
@@ -52,10 +53,10 @@ class VaeSpeed:
     batches: tuple[BatchSpeed, ...]
     ends: tuple[str, ...] = ()  # for each number type: why no larger batch was tried
 
-    def now(self) -> float:
-        """Images/s of a run as it stands: its own batch size, or the next smaller one that was measured."""
+    def own(self) -> BatchSpeed:
+        """That of a run as it stands: its own batch size, or the next smaller one that was measured."""
         own = [batch for batch in self.batches if batch.dtype == self.dtype and batch.batch_size <= self.batch_size]
-        return max(own, key=lambda batch: batch.batch_size).per_second
+        return max(own, key=lambda batch: batch.batch_size)
 
     def best(self, dtype: str | None = None) -> BatchSpeed:
         """The fastest batch size of a number type; None: that of a run."""
@@ -149,48 +150,77 @@ class Advice:
     why: str
 
 
+@dataclass(frozen=True)
+class Change:
+    """Something that could be done otherwise."""
+
+    what: str  # an option with its value, or words
+    then: Rates  # what the stages would do
+    why: str
+    num_measured: int  # times that the numbers were measured on which it rests, at least
+    tried: str = ""  # all values that were tried, if there are more
+
+    def gain(self, now: Rates) -> float:
+        """How many times as fast a whole run would be."""
+        return now.seconds / self.then.seconds
+
+
 def list_changes(
-    now: Rates, decode: DecodeSpeed, vae: VaeSpeed, text: TextSpeed | None, num_devices: int
-) -> Iterator[tuple[str, Rates, str]]:
-    """What could be changed, what the stages would do then, and why."""
+    now: Rates, decode: DecodeSpeed, vae: VaeSpeed, text: TextSpeed | None, write: WriteSpeed, num_devices: int
+) -> Iterator[Change]:
+    """All that was tried."""
     if decode.with_cores is not None:
         why = f"decodes {decode.with_cores:.3g} images/s, not {now.decode:.3g}"
-        yield f"--workers {decode.cores}", replace(now, decode=decode.with_cores), why
-    best = vae.best()
-    if best.batch_size != vae.batch_size:
+        then = replace(now, decode=decode.with_cores)
+        yield Change(f"--workers {decode.cores}", then, why, decode.num_rounds)
+    own, best = vae.own(), vae.best()
+    others = [b.batch_size for b in vae.batches if b.dtype == vae.dtype and b.batch_size != own.batch_size]
+    if others:
         why = f"the VAE makes {best.per_second:.3g} images/s, not {now.vae:.3g}"
-        yield f"--batch-size {best.batch_size}", replace(now, vae=best.per_second), why
+        tried = f"--batch-size {', '.join(map(str, others))}"
+        then = replace(now, vae=best.per_second) if best != own else now
+        count = min(own.num_measured, best.num_measured)
+        yield Change(f"--batch-size {best.batch_size}", then, why, count, tried)
     for dtype in dict.fromkeys(batch.dtype for batch in vae.batches):
         found = [b for b in vae.batches if b.dtype == dtype and not b.num_retried]
         if dtype != vae.dtype and found:
             fastest = max(found, key=lambda batch: batch.per_second)
             why = f"the VAE makes {fastest.per_second:.3g} images/s in batches of {fastest.batch_size}; other numbers"
-            yield f"--dtype {dtype}", replace(now, vae=fastest.per_second), why
+            then, count = replace(now, vae=fastest.per_second), min(own.num_measured, fastest.num_measured)
+            yield Change(f"--dtype {dtype}", then, why, count)
     if num_devices > 1 and vae.device.startswith("cuda"):
         is_with = now.text is not None and text is not None and text.device == vae.device
         texts = now.text * num_devices if is_with and now.text is not None else now.text
         why = f"at most, with {num_devices} devices that decode and write no faster"
-        yield "--devices all", replace(now, vae=now.vae * num_devices, text=texts), why
+        yield Change("--devices all", replace(now, vae=now.vae * num_devices, text=texts), why, own.num_measured)
     if text is not None and now.write_text is not None and text.cond_dtype not in ("int8", "float32"):
-        why = "cond takes 53% of the space"
-        yield "--cond-dtype int8", replace(now, write_text=now.write_text / 0.53), why
+        then = replace(now, write_text=now.write_text / 0.53)
+        yield Change("--cond-dtype int8", then, "cond takes 53% of the space", write.num_measured)
     faster = replace(now, write=now.write * 4, write_text=now.write_text * 4 if now.write_text is not None else None)
-    yield "a faster disk for --out", faster, "if it were 4 times as fast"
+    yield Change("a faster disk for --out", faster, "if it were 4 times as fast", write.num_measured)
+
+
+@dataclass(frozen=True)
+class Advices:
+    """What was tried, and what came of it."""
+
+    found: tuple[Advice, ...]  # what would make a whole run at least 5% faster, the best first
+    unsure: tuple[str, ...]  # what seems to, but was measured once
+    tried: tuple[str, ...]
 
 
 def advise(
-    now: Rates, decode: DecodeSpeed, vae: VaeSpeed, text: TextSpeed | None, num_devices: int = 0
-) -> tuple[Advice, ...]:
-    """What would make a whole run at least 5% faster, the best first; `num_devices` are those of CUDA."""
-    gains = [Advice(what, now.seconds / then.seconds, why) for what, then, why in list_changes(
-        now, decode, vae, text, num_devices)]  # fmt: skip
-    found = sorted(
-        (own for own in gains if own.gain is not None and own.gain >= WORTH), key=lambda own: -(own.gain or 0)
-    )
+    now: Rates, decode: DecodeSpeed, vae: VaeSpeed, text: TextSpeed | None, write: WriteSpeed, num_devices: int = 0
+) -> Advices:
+    """What of all that was tried would help; `num_devices` are those of CUDA."""
+    changes = list(list_changes(now, decode, vae, text, write, num_devices))
+    good = sorted((own for own in changes if own.gain(now) >= WORTH), key=lambda own: -own.gain(now))
+    found = [Advice(own.what, own.gain(now), own.why) for own in good if own.num_measured > 1]
     if text is not None and text.device == "cpu" and num_devices and now.text_share >= 1 - 1 / WORTH:
         why = f"the text encoders take {now.text_share:.0%} of a run on the CPU; not measured there"
         found.append(Advice("--text-device cuda", None, why))
-    return tuple(found)
+    unsure = tuple(own.what for own in good if own.num_measured < 2)
+    return Advices(tuple(found), unsure, tuple(own.tried or own.what for own in changes))
 
 
 def choose_evenly(count: int, most: int, seed: int) -> Sequence[int]:

@@ -22,7 +22,16 @@ from latentprep.prepare.speed.models import OneVae, list_dtypes, list_sizes
 from latentprep.prepare.speed.peaks import peak_of
 from latentprep.prepare.speed.samples import Sample
 from latentprep.prepare.speed.timing import rate, repeat
-from latentprep.speeds import BatchSpeed, DecodeSpeed, Rates, TextSpeed, VaeSpeed, advise, choose_evenly
+from latentprep.speeds import (
+    BatchSpeed,
+    DecodeSpeed,
+    Rates,
+    TextSpeed,
+    VaeSpeed,
+    WriteSpeed,
+    advise,
+    choose_evenly,
+)
 from tests.conftest import TINY, gradient
 
 SHORT = {"model": "tiny", "resolution": 128, "seconds": 1, "device": "cpu", "progress": False, "workers": 2}
@@ -73,7 +82,7 @@ def test_the_command_prints_json_with_every_part(images, desk, run):
     found = json.loads(result.out)
     assert found.keys() == {
         "model", "source", "versions", "seconds", "load", "decode", "vae", "text", "write", "read", "now", "best",
-        "advice", "limit", "line",
+        "advice", "unsure", "tried", "limit", "line",
     }  # fmt: skip
     assert found["text"] is None
     assert found["now"]["text_share"] == 0
@@ -325,12 +334,13 @@ def test_peaks_are_those_of_the_very_card(name, dtype, tera):
 
 # what limits, and what would help: pure
 
-DECODE = DecodeSpeed((("JPG 1600x1200", 8),), 0, 50.0, 4, 180.0, 40, 4)
+DECODE = DecodeSpeed((("JPG 1600x1200", 8),), 0, 50.0, 4, 180.0, 40, 4, 5)
+WRITE = WriteSpeed("/", 1e9, 10**8, 1e6, 5)
 TEXT = TextSpeed("cuda", "float16", 1000.0, 32, 5, 12.0, 118_000.0, "float16")
 
 
 def make_vae(*batches, batch_size=8):
-    """A VAE in float16: (number type, batch size, images/s, images that overflowed)."""
+    """A VAE in float16: (number type, batch size, images/s, images that overflowed), each measured five times."""
     made = [BatchSpeed(dtype, size, rate_, 5, 1e12, None, retried) for dtype, size, rate_, retried in batches]
     return VaeSpeed("cuda", "a GPU", (512, 512), (512, 512), "float16", batch_size, tuple(made))
 
@@ -357,14 +367,14 @@ def test_a_runs_time_is_that_of_both_passes():
 
 def test_a_run_as_it_stands_has_its_own_batch_size_or_the_next_smaller_one():
     vae = make_vae(("float16", 4, 40, 0), ("float16", 8, 50, 0), ("float16", 16, 60, 0), ("float32", 8, 90, 0))
-    assert vae.now() == 50
-    assert replace(vae, batch_size=12).now() == 50
+    assert vae.own().per_second == 50
+    assert replace(vae, batch_size=12).own().per_second == 50
     assert vae.best().per_second == 60
 
 
 def advice(now, *, decode=DECODE, vae=None, text=None, num_devices=1):
     vae = vae or make_vae(("float16", 8, now.vae, 0))
-    return {own.what: own.gain for own in advise(now, decode, vae, text, num_devices)}
+    return {own.what: own.gain for own in advise(now, decode, vae, text, WRITE, num_devices).found}
 
 
 MORE_CORES = replace(DECODE, threads=4, cores=16, with_cores=400.0)
@@ -399,6 +409,38 @@ def test_only_what_makes_a_whole_run_faster_is_advised(now, given, wanted):
     assert advice(now, **given) == {
         what: gain if gain is None else pytest.approx(gain, rel=0.01) for what, gain in wanted.items()
     }
+
+
+ONCE = replace(TWO_SIZES, batches=(TWO_SIZES.batches[0], replace(TWO_SIZES.batches[1], num_measured=1)))
+
+
+@pytest.mark.parametrize(
+    ("now", "given", "unsure"),
+    [
+        (Rates(180, 50, 900), {"vae": ONCE}, "--batch-size 16"),
+        (Rates(180, 50, 900), {"vae": replace(ONCE, batches=ONCE.batches[::-1])}, "--batch-size 16"),
+        (Rates(25, 50, 900), {"decode": replace(MORE_CORES, num_rounds=1)}, "--workers 16"),
+        (Rates(180, 50, 25), {"write": replace(WRITE, num_measured=1)}, "a faster disk for --out"),
+    ],
+)
+def test_no_advice_rests_on_one_measurement(now, given, unsure):
+    more = {"decode": DECODE, "vae": make_vae(("float16", 8, 50, 0)), "text": None, "write": WRITE, **given}
+    advised = advise(now, **more, num_devices=1)
+    assert (advised.found, advised.unsure) == ((), (unsure,))
+
+
+def test_what_was_tried_is_named_if_nothing_helps(images, desk):
+    found = latentprep.bench("images", **{**SHORT, "no_cond": True})
+    one = replace(found, advice=(), unsure=(), tried=("--batch-size 1, 4", "--workers 2"))
+    assert "\nhelps    none of --batch-size 1, 4; --workers 2\n" in repr(one)
+    once = replace(one, unsure=("--workers 2",))
+    assert "\nhelps    none for certain of --batch-size 1, 4; --workers 2\n" in repr(once)
+    assert "\nunsure   --workers 2: was measured once; more --seconds measure more often\n" in repr(once)
+    vae = make_vae(("float16", 8, 60, 0), ("float16", 1, 50, 0), ("float16", 4, 50, 0), ("float32", 8, 9, 0))
+    assert advise(Rates(180, 60, 900, 1000, 900), MORE_CORES, vae, TEXT, WRITE, 2).tried == (
+        "--workers 16", "--batch-size 1, 4", "--dtype float32", "--devices all", "--cond-dtype int8",
+        "a faster disk for --out",
+    )  # fmt: skip
 
 
 def test_the_best_advice_comes_first():

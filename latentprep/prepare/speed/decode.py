@@ -39,12 +39,15 @@ def measure_decode(
         raise UserError(f"SOURCE {prepared.options.source}: none of its images can be decoded ({broken[0]}).")
     bucket = Counter(placement.bucket for _, placement in good).most_common(1)[0][0]
     kept = [own for item, placement in good if placement.bucket == bucket and (own := pixels[item.key]) is not None]
-    with_threads, num_measured = decode_together(prepared, good, threads, seconds / parts, count)
-    with_cores = decode_together(prepared, good, cores, seconds / parts, count)[0] if cores > threads else None
+    with_threads, num_measured, num_rounds = decode_together(prepared, good, threads, seconds / parts, count)
+    with_cores = None
+    if cores > threads:
+        with_cores, _, more = decode_together(prepared, good, cores, seconds / parts, count)
+        num_rounds = min(num_rounds, more)
     kinds = Counter(f"{item.key.rpartition('.')[2].upper()} {item.size[1]}x{item.size[0]}" for item, _ in good)
     speed = DecodeSpeed(
         tuple(kinds.most_common()), num_broken + len(broken), per_core, threads, with_threads, num_measured, cores,
-        with_cores,
+        num_rounds, with_cores,
     )  # fmt: skip
     return speed, bucket, np.stack(kept[:KEPT])
 
@@ -93,8 +96,8 @@ def decode_alone(
 
 def decode_together(
     prepared: Prepared, rows: Rows, threads: int, seconds: float, count: Callable[[int], object]
-) -> tuple[float, int]:
-    """Images/s of threads that decode one image after the other, and how many were measured.
+) -> tuple[float, int, int]:
+    """Images/s of threads that decode one image after the other, how many were measured, and in how many rounds.
 
     The first images of all threads warm up. Each round ends in the midst of work, so that no thread waits for others.
     """
@@ -114,4 +117,4 @@ def decode_together(
             rounds.append(time.perf_counter() - begun)
     finally:
         loader.stop(wait=True)
-    return rate(of_round, rounds), of_round * len(rounds)
+    return rate(of_round, rounds), of_round * len(rounds), len(rounds)
