@@ -18,7 +18,7 @@ from latentprep.prepare.plan.tokens import Lengths, TextSizes
 from latentprep.prepare.survey import Prepared
 from latentprep.prompts import make_prompts
 from latentprep.records import CHANGES, NOTES, Change, Size, Skip
-from latentprep.results import Encoded
+from latentprep.results import Encoded, text_line
 from latentprep.size_words import disk_lines, token_lines
 from latentprep.speed_words import describe_load
 
@@ -99,6 +99,8 @@ def plan_text(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | 
     if lines:
         lines.append("")
     lines.append(f"plan     {prepared.options.out}: {summary_of_changes(prepared) or 'nothing to do'}")
+    if plan.num_text_items:
+        lines.append(f"         {text_line(plan.num_text_items)}; latents left alone")
     lines.append(f"         {counted(plan.num_kept_items, 'image')} there already")
     lines += skip_lines(plan.skips)
     rows: dict[Size, list[float]] = {}
@@ -131,6 +133,13 @@ def plan_text(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | 
     return "\n".join(lines)
 
 
+def count_change(what: str, count: int) -> str:
+    """So many images of one of CHANGES: 3 new, 1 caption changed."""
+    if what == "caption":
+        return f"{counted(count, 'caption')} changed"
+    return f"{count:,} with prompts made otherwise" if what == "prompt" else f"{count:,} {what}"
+
+
 def change_lines(changes: Sequence[Change]) -> list[str]:
     """How many images each kind of change is for, and the first of them with its reason."""
     lines = []
@@ -159,7 +168,7 @@ def describe_change(change: Change) -> str:
 def summary_of_changes(prepared: Prepared) -> str:
     """3 new, 1 renamed, ... in the order of CHANGES; what was found of an unfinished run is said apart."""
     counts = Counter(change.what for change in prepared.plan.changes)
-    parts = [f"{counts[what]:,} {what}" for what in CHANGES if counts[what]]
+    parts = [count_change(what, counts[what]) for what in CHANGES if counts[what]]
     found = sum(len(unit.items) for unit in prepared.plan.units if unit.id in prepared.plan.leftovers)
     if found:
         parts.append(f"of the new {found:,} encoded by a run that did not finish")
@@ -188,7 +197,7 @@ def outcome_text(prepared: Prepared, outcome: Outcome) -> str:
     if prepared.manifest is not None or prepared.plan.num_kept_items:
         lines.append(f"         {summary_of_changes(prepared) or 'no image changed'}")
     if outcome.num_retexted:
-        lines.append(f"         new text for {counted(outcome.num_retexted, 'image')}; latents left alone")
+        lines.append(f"         {text_line(outcome.num_retexted)}; latents left alone")
     if outcome.num_encoded or outcome.num_retexted:
         lines.append(
             "         waited for " + ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in outcome.waits.items())

@@ -67,7 +67,7 @@ class Encoded:
             f"  {counted(self.num_cached, 'image')} cached, {self.num_encoded:,} {did}, {took}{self.seconds:.1f} s",
         ]
         if self.num_retexted:
-            lines.append(f"  new text for {counted(self.num_retexted, 'image')}")
+            lines.append(f"  {text_line(self.num_retexted)}")
         if self.skips:
             reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.num_skipped.items())
             lines.append(f"  skipped: {reasons}")
@@ -120,6 +120,11 @@ class Summary(dict[str, Any]):
         return "\n".join(line.rstrip() for line in page.getvalue().splitlines())
 
     __str__ = __repr__
+
+
+def text_line(count: int) -> str:
+    """Of images whose latents stay: a text file holds all images of its shard, also if one caption has changed."""
+    return f"the text of {counted(count, 'image')} is written anew, in whole shards"
 
 
 @dataclass(frozen=True, repr=False)

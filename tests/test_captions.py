@@ -496,7 +496,7 @@ def test_tags_are_shuffled_behind_the_trigger(run, folder, tmp_path):
     assert "nothing to do" in again.out
     changed = run(*(word if word != "sks, dog" else "sks, cat" for word in options))
     assert changed.code == 0
-    assert "new text for 6 images; latents left alone" in changed.out
+    assert "the text of 6 images is written anew, in whole shards; latents left alone" in changed.out
 
 
 @pytest.mark.slow

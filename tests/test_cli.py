@@ -88,7 +88,7 @@ def test_changed_text_touches_no_latents(run, images, tmp_path, change):
     else:
         template = ("--template", "style_filewords", "--placeholder", "xyz")
     result = encode_once(run, images, tmp_path / "c", *template)
-    assert "new text for 8 images; latents left alone" in result.out
+    assert "the text of 8 images is written anew" in result.out
     after = files(tmp_path / "c" / "shards")
     assert {name: data for name, data in after.items() if ".latents." in name}.items() <= before.items()
     assert len(after) == len(before)  # the old text file is gone
@@ -446,7 +446,7 @@ def test_no_cond_takes_the_stored_cond_away(run, images, tmp_path):
     encode_once(run, images, tmp_path / "c")
     assert list((tmp_path / "c").glob("uncond.*.safetensors"))
     result = encode_once(run, images, tmp_path / "c", "--no-cond")
-    assert "new text for 8 images" in result.out
+    assert "the text of 8 images is written anew" in result.out
     encode_once(run, images, tmp_path / "fresh", "--no-cond")
     assert files(tmp_path / "fresh") == files(tmp_path / "c")
 

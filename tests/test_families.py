@@ -442,7 +442,7 @@ def test_other_settings_rewrite_the_text_alone(model, images, tmp_path, run):
     latents = {path: path.stat().st_mtime_ns for path in cache.rglob("*.latents.*")}
     long = run("encode", images, *options, "--max-tokens", 150, "--clip-skip", 2, "--emphasis")
     assert long.code == 0, long.err
-    assert "new text for 8 images; latents left alone" in long.out
+    assert "the text of 8 images is written anew" in long.out
     assert latents == {path: path.stat().st_mtime_ns for path in cache.rglob("*.latents.*")}
     data = LatentDataset(cache)
     assert data.__getitems__([0]).cond["prompt_embeds"].shape[1] == 154

@@ -323,3 +323,16 @@ def test_one_setting_of_prompts_gives_the_cond_of_a_fresh_cache(run, images, tmp
     for n in range(len(found)):
         assert found.key(n) == wanted.key(n)
         assert torch.equal(found[n].cond["prompt_embeds"], wanted[n].cond["prompt_embeds"])
+
+
+def test_one_caption_is_not_said_to_be_many(run, images, tmp_path):
+    """Its whole shard has its text written anew, which is another thing."""
+    options = ("--out", tmp_path / "c", *SMALL)
+    assert run("encode", images, *options).code == 0
+    (images / "tall0.txt").write_text("another one")
+    planned = run("encode", images, *options, "--dry-run").out
+    done = run("encode", images, *options).out
+    anew = "         the text of 8 images is written anew, in whole shards; latents left alone\n"
+    assert f"plan     {tmp_path / 'c'}: 1 caption changed\n{anew}" in planned
+    assert f"         1 caption changed\n{anew}" in done
+    assert "8 with prompts made otherwise" in run("encode", images, *options, "--prompts-per-image", 2).out

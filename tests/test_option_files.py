@@ -64,7 +64,7 @@ def test_a_cache_is_made_again_without_typing_anything(run, desk, monkeypatch):
     assert "1 caption" in result.out
     assert "../c is complete with 7 images; nothing to do" in run("encode", "--again", "../c").out
     changed = run("encode", "--again", "../c", "--trigger", "xyz")  # another one, and it is remembered
-    assert "new text for 7 images" in changed.out
+    assert "the text of 7 images is written anew" in changed.out
     assert "nothing to do" in run("encode", "--again", "../c").out
     assert open_manifest(Storage("../c")).made_with.again["trigger"] == "xyz"
 

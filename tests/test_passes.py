@@ -84,7 +84,7 @@ def test_new_images_of_a_cache_with_cond(run, images, tmp_path):
     (images / "tall0.txt").write_text("another caption", encoding="utf-8")
     result = run(*command, "--only", "text")
     assert "only     text: 1 image without latents left for later" in result.err
-    assert "new text for" in result.out
+    assert "is written anew" in result.out
     assert json.loads(run("inspect", out, "--json").out)["images"] == 8
     (images / "tall1.txt").write_text("another caption again", encoding="utf-8")
     result = run(*command, "--only", "latents")
