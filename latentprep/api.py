@@ -340,7 +340,7 @@ def report(
 def verify(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
-    source: Annotated[str | Path | None, Option("DIR", "Folder of the images: names those that have changed, are gone or are new.")] = None,
+    source: Annotated[str | Path | None, Option("DIR", "Folder of the images: names those that have changed, were renamed, are gone or are new.")] = None,
     masks: Annotated[str | Path | None, Option("DIR", "Folder of the masks that the weights came from, if it is elsewhere now.")] = None,
     control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Folder of the control images, if it is elsewhere now; may be given again.")] = None,
     re_encode: Annotated[int, Option("N", "Encode N random images of --source and their prompts again, and compare.", least=0)] = 0,

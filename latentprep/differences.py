@@ -69,7 +69,7 @@ class Compared:
     only_a: tuple[str, ...]  # keys
     only_b: tuple[str, ...]
     changed: tuple[str, ...]  # in both, with other content
-    moved: tuple[tuple[str, str], ...]  # the same content under another key: in A, in B
+    renamed: tuple[tuple[str, str], ...]  # the same content under another key: in A, in B
     captions: tuple[str, ...]  # keys in A of images whose captions differ
     captions_shown: tuple[tuple[str, str, str], ...]  # of the first of them: key, captions in A, in B
     num_prompts: tuple[int, int]  # only in A, only in B
@@ -94,7 +94,7 @@ class Compared:
             "a": self.a, "b": self.b, "same": self.is_same,
             "images": dict(zip("ab", self.num_images, strict=True)),
             "only_a": list(self.only_a), "only_b": list(self.only_b), "changed": list(self.changed),
-            "moved": [{"a": old, "b": new} for old, new in self.moved], "captions": list(self.captions),
+            "renamed": [{"a": old, "b": new} for old, new in self.renamed], "captions": list(self.captions),
             "captions_shown": [{"key": key, "a": old, "b": new} for key, old, new in self.captions_shown],
             "prompts_only": dict(zip("ab", self.num_prompts, strict=True)),
             "recipe": list(self.recipe), "latent": list(self.latent), "sets": list(self.sets),
@@ -105,7 +105,7 @@ class Compared:
         }  # fmt: skip
 
     def list_keys(self) -> Iterator[str]:
-        """A line for each image that differs: how, its key, and of one that moved the key in B; with tabs between."""
+        """A line for each image that differs: how, its key, and if it was renamed the key in B; with tabs between."""
         for name, keys in self._keys().items():
             for key in keys:
                 yield "\t".join([name, *map(printable, (key,) if isinstance(key, str) else key)])
@@ -121,7 +121,7 @@ class Compared:
 
     def _differs(self) -> bool:
         found = (
-            self.only_a, self.only_b, self.changed, self.moved, self.captions, self.recipe, self.latent, self.sets,
+            self.only_a, self.only_b, self.changed, self.renamed, self.captions, self.recipe, self.latent, self.sets,
             self.buckets, self.skips, any(self.num_prompts),
         )  # fmt: skip
         return any(found) or not (self.latents.is_zero and self.cond.is_zero)
@@ -134,8 +134,8 @@ class Compared:
 
     def _keys(self) -> dict[str, Sequence[str | tuple[str, ...]]]:
         return {
-            "only in A": self.only_a, "only in B": self.only_b, "other content": self.changed, "moved": self.moved,
-            "other captions": self.captions,
+            "only in A": self.only_a, "only in B": self.only_b, "changed": self.changed, "renamed": self.renamed,
+            "caption": self.captions,
         }  # fmt: skip
 
     def _images(self) -> Iterator[str]:

@@ -30,7 +30,7 @@ def diff(a, b, **options):
 
 def differences(result):
     """The fields of a result that say that something differs, but for the numbers."""
-    names = ("only_a", "only_b", "changed", "moved", "captions", "recipe", "latent", "sets", "buckets", "skips")
+    names = ("only_a", "only_b", "changed", "renamed", "captions", "recipe", "latent", "sets", "buckets", "skips")
     return {name: getattr(result, name) for name in (*names, "problems") if getattr(result, name)}
 
 
@@ -84,7 +84,7 @@ def test_equal_caches_do_not_differ_however_they_are_cut_into_shards(run, images
     assert shown.out.endswith(f"{cache} and {tmp_path / 'b'}: nothing differs\n")
 
 
-def test_another_image_a_moved_one_and_another_caption(run, images, cache, other, tmp_path):
+def test_another_image_a_renamed_one_and_another_caption(run, images, cache, other, tmp_path):
     gradient(50, 50).save(other / "new.png")
     (other / "wide0.png").unlink()
     gradient(128, 40).rotate(90).save(other / "wide1.png")
@@ -95,7 +95,7 @@ def test_another_image_a_moved_one_and_another_caption(run, images, cache, other
     found = differences(result)
     assert found == {
         "only_a": ("wide0.png",), "only_b": ("new.png",), "changed": ("wide1.png",),
-        "moved": (("wide2.png", "zebra\x1b.png"),), "captions": ("tall0.png", "wide2.png"),
+        "renamed": (("wide2.png", "zebra\x1b.png"),), "captions": ("tall0.png", "wide2.png"),
         "buckets": (("96x32", 4, 3), ("64x64", 4, 5)),
     }  # fmt: skip
     assert result.captions_shown[0] == ("tall0.png", "picture number 0", "quite another picture")
@@ -104,8 +104,8 @@ def test_another_image_a_moved_one_and_another_caption(run, images, cache, other
     shown = run("diff", cache, tmp_path / "b", "--list")
     assert shown.code == 1
     assert shown.out.splitlines()[:6] == [
-        "only in A\twide0.png", "only in B\tnew.png", "other content\twide1.png",
-        "moved\twide2.png\tzebra\\x1b.png", "other captions\ttall0.png", "other captions\twide2.png",
+        "only in A\twide0.png", "only in B\tnew.png", "changed\twide1.png",
+        "renamed\twide2.png\tzebra\\x1b.png", "caption\ttall0.png", "caption\twide2.png",
     ]  # fmt: skip
     assert "\x1b" not in shown.out
     assert "  tall0.png: 'picture number 0' -> 'quite another picture'\n" in shown.out
@@ -127,7 +127,7 @@ def test_equal_images_meet_one_by_one(images, other, tmp_path):
             shutil.copy(images / "wide0.png", folder / f"{folder.name}{n}.png")
         encode(folder, tmp_path / f"c{count}")
     result = diff(tmp_path / "c3", tmp_path / "c2")
-    assert result.moved == (("images0.png", "other0.png"), ("images1.png", "other1.png"))
+    assert result.renamed == (("images0.png", "other0.png"), ("images1.png", "other1.png"))
     assert (result.only_a, result.only_b) == (("images2.png",), ())
 
 
@@ -288,7 +288,7 @@ def test_sets_are_compared_by_name(images, other, tmp_path):
     assert result.captions == tuple(sorted(f"one/{path.name}" for path in images.glob("*.png")))
     result = diff(tmp_path / "a", tmp_path / "c")
     assert result.sets == ("three: only in B", "two: only in A")
-    assert len(result.moved) == 8
+    assert len(result.renamed) == 8
 
 
 def test_text_recipes_differ_in_the_words_of_options(images, cache, tmp_path):
@@ -464,7 +464,7 @@ def test_caches_at_urls_are_compared(run, images, other):
         assert run("encode", folder, "--out", where, *SMALL, "--shard-size", "30kB").code == 0
     shown = run("diff", *places)
     assert shown.code == 1
-    assert "other captions   1: tall0.png\n" in shown.out
+    assert "caption          1: tall0.png\n" in shown.out
     assert run("diff", places[0], places[0]).code == 0
 
 

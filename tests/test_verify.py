@@ -280,6 +280,20 @@ def test_source_tells_changed_gone_and_new_images_apart(run, cache, images):
     }  # fmt: skip
 
 
+def test_source_says_renamed_as_encode_does(run, cache, images):
+    (images / "wide0.png").rename(images / "other.png")
+    (images / "tall0.png").write_bytes((images / "tall2.png").read_bytes())
+    (images / "tall2.png").unlink()
+    gradient(200, 200).save(images / "new.bmp")  # larger than what is gone
+    found = json.loads(run("verify", cache, "--source", images, "--json").out)["problems"]
+    assert [(p["name"], p["problem"]) for p in found] == [
+        ("tall0.png", "changed"), ("tall2.png", "gone"), ("other.png", "renamed"), ("new.bmp", "new"),
+    ]  # fmt: skip
+    assert found[2]["detail"] == "was wide0.png, with the same content"
+    changes = run("encode", images, "--out", cache, *SMALL, "--flip", "--dry-run", "--list").out
+    assert "renamed  other.png  (was wide0.png)\n" in changes
+
+
 def test_reencode_gives_what_is_stored(run, cache, images):
     result = run("verify", cache, "--source", images, "--re-encode", 5)
     assert result.code == 0

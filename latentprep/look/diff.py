@@ -46,7 +46,7 @@ def compare(a: Storage, b: Storage, samples: int | None, seed: int, progress: Pr
         only_a=keys_of(one, match.only_a),
         only_b=keys_of(other, match.only_b),
         changed=keys_of(one, match.changed[:, 0]),
-        moved=tuple(sorted((one.keys[i], other.keys[j]) for i, j in match.moved.tolist())),
+        renamed=tuple(sorted((one.keys[i], other.keys[j]) for i, j in match.renamed.tolist())),
         captions=captions,
         captions_shown=captions_shown,
         num_prompts=(len(one.prompt) - len(prompts), len(other.prompt) - len(prompts)),
@@ -69,7 +69,7 @@ class Match:
     pairs: np.ndarray  # the same key, or the same content under another
     alike: np.ndarray  # of the pairs, those of the same content
     changed: np.ndarray  # those of other content
-    moved: np.ndarray  # those of another key
+    renamed: np.ndarray  # those of another key
     only_a: np.ndarray  # [n]
     only_b: np.ndarray
 
@@ -80,17 +80,17 @@ def match_rows(one: Catalog, other: Catalog) -> Match:
     rest_a, rest_b = without(len(one.key), same_key[:, 0]), without(len(other.key), same_key[:, 1])
     known_a, known_b = rest_a[one.content[rest_a] != UNKNOWN], rest_b[other.content[rest_b] != UNKNOWN]
     found = pair_up(one.content[known_a], other.content[known_b])
-    moved = np.stack([known_a[found[:, 0]], known_b[found[:, 1]]], axis=1)
-    pairs = np.concatenate([same_key, moved])
+    renamed = np.stack([known_a[found[:, 0]], known_b[found[:, 1]]], axis=1)
+    pairs = np.concatenate([same_key, renamed])
     content_a, content_b = one.content[pairs[:, 0]], other.content[pairs[:, 1]]
     is_known = (content_a != UNKNOWN) & (content_b != UNKNOWN)
     return Match(
         pairs,
         alike=pairs[is_known & (content_a == content_b)],
         changed=pairs[is_known & (content_a != content_b)],
-        moved=moved,
-        only_a=np.setdiff1d(rest_a, moved[:, 0]),
-        only_b=np.setdiff1d(rest_b, moved[:, 1]),
+        renamed=renamed,
+        only_a=np.setdiff1d(rest_a, renamed[:, 0]),
+        only_b=np.setdiff1d(rest_b, renamed[:, 1]),
     )
 
 

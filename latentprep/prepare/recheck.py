@@ -1,6 +1,7 @@
 """A cache against the images it came from: are they still the same, and does encoding them again give the same?"""
 
-from collections.abc import Callable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -33,13 +34,13 @@ def compare_source(
 ) -> list[Problem]:
     """Whether every cached image is still there with the same content, and every image there is in the cache.
 
-    Reads every image, whatever its time says.
+    Reads every image, whatever its time says. What differs is told in words of CHANGES, as encode tells it.
     """
     rows = list(live_rows(storage, manifest))
-    problems = []
+    problems, gone = [], dict[str, tuple[int, bytes]]()  # key -> bytes, content hash
     listed = frozenset(originals.keys)  # images, and folders that cannot be listed
     hashes = hash_images(originals.source, originals.partners, ((key, nbytes) for key, nbytes, _ in rows))
-    for (key, _, digest), found in zip(rows, hashes, strict=True):
+    for (key, nbytes, digest), found in zip(rows, hashes, strict=True):
         progress(1)
         if found is None and not listed.isdisjoint({key, *map(str, PurePosixPath(key).parents)}):
             problems.append(
@@ -48,12 +49,26 @@ def compare_source(
                 )
             )
         elif found is None:
-            problems.append(Problem(key, "gone", "in the cache, and not in the folder"))
+            gone[key] = nbytes, digest
         elif found != digest:
             problems.append(Problem(key, "changed", "its content is not what was encoded"))
     known = {key for key, _, _ in rows} | {skip.key for skip in read_skips(storage)}
-    new = (key for key in originals.keys if key not in known)
-    return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in new]
+    new = [key for key in originals.keys if key not in known]
+    renamed = find_renamed(originals, gone, new)
+    old = set(renamed.values())
+    problems += [Problem(key, "gone", "in the cache, and not in the folder") for key in gone if key not in old]
+    problems += [Problem(key, "renamed", f"was {was}, with the same content") for key, was in renamed.items()]
+    return problems + [Problem(key, "new", "in the folder, and not in the cache") for key in new if key not in renamed]
+
+
+def find_renamed(originals: Originals, gone: Mapping[str, tuple[int, bytes]], new: Sequence[str]) -> dict[str, str]:
+    """The keys of new images that have the content of one that is gone, each with the key of that."""
+    left: defaultdict[bytes, list[str]] = defaultdict(list)
+    for key, (_, digest) in gone.items():
+        left[digest].append(key)
+    most = max((nbytes for nbytes, _ in gone.values()), default=0)
+    hashes = hash_images(originals.source, originals.partners, ((key, most) for key in new if gone))
+    return {key: left[found].pop(0) for key, found in zip(new, hashes, strict=False) if found and left.get(found)}
 
 
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:
