@@ -49,7 +49,17 @@ from latentprep.options import (
 )
 from latentprep.progress import Progress, open_progress
 from latentprep.results import Benched, Compacted, Encoded, Merged, Summary, Verified, join_runs
-from latentprep.sets import Origin, as_columns, as_folders, as_tuple, check_controls, join_weights, make_sets, make_text
+from latentprep.sets import (
+    OWN,
+    Origin,
+    as_columns,
+    as_folders,
+    as_tuple,
+    check_controls,
+    join_weights,
+    make_sets,
+    make_text,
+)
 
 if TYPE_CHECKING:
     from latentprep.previews import Pictures
@@ -247,6 +257,17 @@ def find_named(source: Path) -> tuple[Path, list[tuple[ImageSet, ...]]]:
     return (source if named else runs[0]["source"].where), named
 
 
+def recall_texts(cache: str) -> dict[str, TextOptions]:
+    """How the captions of a cache were found, by the names of its sets; that of a single source is "". Raises UserError."""
+    parameters = list_parameters(encode)
+    # of captions alone: a template makes prompts of them, and may be gone
+    names = {p.name for p in parameters if p.option.of_set and p.option.panel == CAPTIONS} - {"template", "placeholder"}
+    (run,) = expand_encode({"again": cache})
+    sets, common = run["source"].sets, {name: value for name, value in run.items() if name in names}
+    own = [{name: value for name, value in one.items() if name in {*names, *OWN}} for one in sets]
+    return {part.name: part.text for part in make_sets(own, common, parameters)} or {"": make_text(common)}
+
+
 def find_pictures(
     source: str | Path | None, model: str | Path | None, vae: str | Path | None, device: str
 ) -> "Pictures":
@@ -340,7 +361,7 @@ def report(
 def verify(
     cache: Annotated[str | Path, Option("CACHE", "A cache folder.", is_argument=True)],
     *,
-    source: Annotated[str | Path | None, Option("DIR", "Folder of the images: names those that have changed, were renamed, are gone or are new.")] = None,
+    source: Annotated[str | Path | None, Option("DIR", "Folder of the images: names those that have changed, were renamed, are gone or are new, and captions that differ.")] = None,
     masks: Annotated[str | Path | None, Option("DIR", "Folder of the masks that the weights came from, if it is elsewhere now.")] = None,
     control: Annotated[str | Path | Sequence[str | Path] | None, Option("DIR", "Folder of the control images, if it is elsewhere now; may be given again.")] = None,
     re_encode: Annotated[int, Option("N", "Encode N random images of --source and their prompts again, and compare.", least=0)] = 0,
@@ -364,7 +385,7 @@ def verify(
 
     where, named = (None, []) if source is None else find_named(Path(source))
     return run_verify(
-        str(cache), open_progress(progress, keywords_of(verify)), source=where, named=named,
+        str(cache), open_progress(progress, keywords_of(verify)), source=where, named=named, recall_texts=recall_texts,
         masks=path_or_none(masks), controls=as_folders("--control", control), re_encode=re_encode, seed=seed,
         model=name_or_none(model), vae=name_or_none(vae), text_encoders=names_given(text_encoder), no_cond=no_cond,
         device=device,

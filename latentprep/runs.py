@@ -1,6 +1,6 @@
 """What each public function does, once its arguments are checked. Its errors speak of options, as all of them do."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,7 +9,7 @@ from latentprep.cache.storage import Storage
 from latentprep.differences import Compared
 from latentprep.errors import UserError
 from latentprep.log_file import Log, log_path
-from latentprep.options import EncodeOptions, ImageSet
+from latentprep.options import EncodeOptions, ImageSet, TextOptions
 from latentprep.progress import LateBar, Progress
 from latentprep.quiet import quiet_logs, quiet_warnings
 from latentprep.results import Compacted, Encoded, Merged, Summary, Verified
@@ -173,6 +173,7 @@ def run_verify(
     *,
     source: Path | None,
     named: Sequence[tuple[ImageSet, ...]],
+    recall_texts: Callable[[str], Mapping[str, TextOptions]],
     masks: Path | None,
     controls: tuple[Path, ...],
     re_encode: int,
@@ -197,15 +198,17 @@ def run_verify(
     if source is not None and problems:
         not_compared = f"{source}: not compared; mend the cache first"
     elif source is not None and manifest is not None:
-        from latentprep.prepare.recheck import compare_source, reencode
+        from latentprep.prepare.recheck import compare_captions, compare_source, reencode
         from latentprep.prepare.recheck_source import find_originals
         from latentprep.prepare.recheck_text import find_text, reencode_text
 
         with Reading(storage), quiet_warnings, named_as_option():
             sets = choose_sets(source, named, manifest) if named else ()
-            originals = find_originals(storage, manifest, source, masks, controls, sets)
+            texts = remember_texts(cache, recall_texts, progress)
+            originals = find_originals(storage, manifest, source, masks, controls, sets, texts)
             with progress.bar(manifest.num_images, "source") as bar:
                 problems += compare_source(storage, manifest, originals, bar.update)
+            problems += compare_captions(storage, manifest, originals)
             if re_encode:
                 with quiet_logs:
                     text = None if no_cond else find_text(manifest, model, vae, text_encoders)
@@ -229,6 +232,17 @@ def run_verify(
         not_compared=not_compared,
         differences=differences,
     )
+
+
+def remember_texts(
+    cache: str, recall_texts: Callable[[str], Mapping[str, TextOptions]], progress: Progress
+) -> Mapping[str, TextOptions]:
+    """How the captions of a cache were found, by the names of its sets; nothing, which is said, if it is not known."""
+    try:
+        return recall_texts(cache)
+    except UserError as error:
+        progress.say(f"captions not compared: {error}")
+        return {}
 
 
 def choose_sets(source: Path, named: Sequence[tuple[ImageSet, ...]], manifest: "Manifest") -> tuple[ImageSet, ...]:

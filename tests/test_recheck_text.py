@@ -220,7 +220,7 @@ def test_a_row_without_a_caption_is_found_and_a_prompt_of_several_images_is_name
         return replace(text, groups=[group.having(caption=[[], *list(group.caption)[1:]])])
 
     rewrite(cache, empty)
-    assert check()[0] == [("0.png", "prompt"), ("1.png", "cond")]
+    assert check()[0] == [("0.png", "caption"), ("0.png", "prompt"), ("1.png", "cond")]
 
 
 def test_a_recipe_that_made_other_prompts_is_found(cache, check):

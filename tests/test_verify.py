@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -292,6 +293,44 @@ def test_source_says_renamed_as_encode_does(run, cache, images):
     assert found[2]["detail"] == "was wide0.png, with the same content"
     changes = run("encode", images, "--out", cache, *SMALL, "--flip", "--dry-run", "--list").out
     assert "renamed  other.png  (was wide0.png)\n" in changes
+
+
+def test_source_names_captions_that_differ(run, images, tmp_path):
+    cache, options = tmp_path / "c", (*SMALL, "--trigger", "sks", "--caption-encoding", "cp1252")
+    (images / "tall3.txt").write_bytes(b"caf\xe9")
+    assert run("encode", images, "--out", cache, *options).code == 0
+    assert run("verify", cache, "--source", images).code == 0
+    (images / "tall0.txt").write_text("another one\x1b")
+    (images / "tall1.txt").write_bytes(b"\0")
+    (images / "wide2.txt").write_text("a new one")
+    (images / "tall2.txt").unlink()
+    result = run("verify", cache, "--source", images, "--json")
+    found = {p["name"]: (p["problem"], p["detail"]) for p in json.loads(result.out)["problems"]}
+    assert found == {
+        "tall0.png": ("caption", "'sks, picture number 0' in the cache, 'sks, another one\\\\x1b' now"),
+        "tall1.png": ("caption", found["tall1.png"][1]),
+        "tall2.png": ("caption", "'sks, picture number 2' in the cache, 'sks, tall2' now"),
+        "wide2.png": ("caption", "'sks, wide2' in the cache, 'sks, a new one' now"),
+    }
+    assert found["tall1.png"][1].startswith("tall1.txt: not a text file")
+    assert result.code == 1
+
+
+def test_captions_of_sets_are_found_as_each_set_says(run, images, tmp_path):
+    shutil.copytree(images, tmp_path / "b")
+    sets = f"[[set]]\nsource = {str(images)!r}\n[[set]]\nsource = 'b'\ncaption_from = 'name'\n"
+    (tmp_path / "s.toml").write_text(f'trigger = "sks"\n{sets}')
+    cache = tmp_path / "s.latents"
+    assert run("encode", tmp_path / "s.toml", *SMALL).code == 0
+    assert run("verify", cache, "--source", tmp_path / "s.toml").code == 0
+    for folder in (images, tmp_path / "b"):
+        (folder / "tall0.txt").write_text("another")
+    result = run("verify", cache, "--source", tmp_path / "s.toml")
+    assert [line.split(":")[0].split() for line in result.out.splitlines()[:-1]] == [["caption", "images/tall0.png"]]
+    (tmp_path / "s.toml").rename(tmp_path / "t.toml")
+    result = run("verify", cache, "--source", tmp_path / "t.toml")
+    assert f"captions not compared: SOURCE {tmp_path / 's.toml'}: cannot be read" in result.err
+    assert result.code == 0
 
 
 def test_reencode_gives_what_is_stored(run, cache, images):

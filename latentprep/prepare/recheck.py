@@ -12,6 +12,7 @@ from latentprep.cache.manifest import Manifest, read_skips
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.prepare.devices import choose_device
 from latentprep.prepare.images.load import LoadOptions, load_pixels
 from latentprep.prepare.images.pillow import limit_pixels, max_pixels
@@ -69,6 +70,22 @@ def find_renamed(originals: Originals, gone: Mapping[str, tuple[int, bytes]], ne
     most = max((nbytes for nbytes, _ in gone.values()), default=0)
     hashes = hash_images(originals.source, originals.partners, ((key, most) for key in new if gone))
     return {key: left[found].pop(0) for key, found in zip(new, hashes, strict=False) if found and left.get(found)}
+
+
+def compare_captions(storage: Storage, manifest: Manifest, originals: Originals) -> Iterator[Problem]:
+    """What images have other captions now than in the cache, or some that cannot be read."""
+    bad = {skip.key: skip.detail for skip in originals.bad_captions}
+    for entry in manifest.shards:
+        text = entry.open_text(storage)
+        for words, live in zip(text.groups, entry.live_rows(), strict=True):
+            for row in live.tolist():
+                key, before = words.key[row], tuple(words.caption[row])
+                after = originals.captions.get(key, before)
+                if key in bad:
+                    yield Problem(key, "caption", bad[key])
+                elif after != before:
+                    old, new = (shortened(" | ".join(captions)) for captions in (before, after))
+                    yield Problem(key, "caption", f"{old!r} in the cache, {new!r} now")
 
 
 def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:

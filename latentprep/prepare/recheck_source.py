@@ -1,7 +1,7 @@
 """The images that a cache is compared with: those of its source, or of its sets, as they are now."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from latentprep.cache.manifest import Manifest
@@ -10,12 +10,14 @@ from latentprep.errors import UserError
 from latentprep.human import counted, shortened
 from latentprep.options import ImageSet, TextOptions
 from latentprep.prepare.find_images import join_sources, leave_out, named
+from latentprep.prepare.source.captions import add_captions
 from latentprep.prepare.source.controls import find_controls
 from latentprep.prepare.source.door import Source
 from latentprep.prepare.source.listing import list_images
 from latentprep.prepare.source.masks import list_masks
 from latentprep.prepare.source.partners import Partners, in_order
 from latentprep.prepare.source.sources import open_source
+from latentprep.records import Skip
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,8 @@ class Originals:
     masks: Partners | None
     controls: tuple[Partners, ...]
     keys: tuple[str, ...]  # of images, and of folders that cannot be listed
+    captions: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of images, if it is known how to find them
+    bad_captions: tuple[Skip, ...] = ()  # those that cannot be read
 
     @property
     def partners(self) -> tuple[Partners, ...]:
@@ -39,13 +43,16 @@ def find_originals(
     masks: Path | None,
     controls: tuple[Path, ...] = (),
     sets: Sequence[ImageSet] = (),
+    texts: Mapping[str, TextOptions] | None = None,
 ) -> Originals:
     """The images in `where` now, or those of the sets that it names.
 
-    Without sets, `masks` and `controls` are where masks and control images are now.
+    Without sets, `masks` and `controls` are where masks and control images are now. `texts`: how captions are found, by
+    names of sets, and "" of a single source.
 
     Raises UserError if a source or its masks are not there, or if they are not those of this cache.
     """
+    texts = texts or {}
     if not sets:
         names = [facts.name for facts in manifest.sets]
         if names and not any((where / name).exists() for name in names):
@@ -53,11 +60,11 @@ def find_originals(
             raise UserError(f"--source {where}: holds none of the cache's sets ({some}). Give their .toml file.")
         made_with = manifest.made_with
         own = ImageSet(
-            "", where, TextOptions(), made_with.exclude, find_masks(manifest, masks),
+            "", where, texts.get("", TextOptions()), made_with.exclude, find_masks(manifest, masks),
             controls or tuple(map(Path, made_with.control)), made_with.control_columns,
         )  # fmt: skip
         check_num_controls(manifest, own)
-        return list_originals(storage, own, "--masks")
+        return list_originals(storage, own, "--masks", with_captions="" in texts)
     if masks is not None:
         raise UserError(f"--masks {masks}: the sets of {where} say where their masks are. Leave it out.")
     if controls:
@@ -69,9 +76,13 @@ def find_originals(
     for part in sets:
         with named(part):
             exclude = (*manifest.made_with.exclude, *part.exclude)
-            found[part.name] = list_originals(storage, replace(part, exclude=exclude))
+            own = replace(part, exclude=exclude, text=texts.get(part.name, part.text))
+            found[part.name] = list_originals(storage, own, with_captions=part.name in texts)
     return Originals(
-        *join_sources(str(where), found), tuple(f"{name}/{key}" for name, own in found.items() for key in own.keys)
+        *join_sources(str(where), found),
+        tuple(f"{name}/{key}" for name, own in found.items() for key in own.keys),
+        {f"{name}/{key}": captions for name, own in found.items() for key, captions in own.captions.items()},
+        tuple(replace(skip, key=f"{name}/{skip.key}") for name, own in found.items() for skip in own.bad_captions),
     )
 
 
@@ -97,7 +108,9 @@ def check_num_controls(manifest: Manifest, part: ImageSet) -> None:
         )
 
 
-def list_originals(storage: Storage, part: ImageSet, option: str = "--weights") -> Originals:
+def list_originals(
+    storage: Storage, part: ImageSet, option: str = "--weights", *, with_captions: bool = False
+) -> Originals:
     missing = "no such folder. Give that of this cache's masks."
     masks = list_masks(part.masks, option, missing) if part.masks is not None else None
     without = [*([Path(storage.path)] if storage.is_local else []), *part.partners]
@@ -105,4 +118,9 @@ def list_originals(storage: Storage, part: ImageSet, option: str = "--weights") 
     controls = find_controls(part, "no such folder. Give that of this cache's control images.")
     listing = leave_out(list_images(source, part.exclude), controls)
     keys = (*(item.key for item in listing.items), *(skip.key for skip in listing.skips))
-    return Originals(listing.source, masks, controls.partners, keys)
+    found = Originals(listing.source, masks, controls.partners, keys)
+    if not with_captions:
+        return found
+    captioned = add_captions(listing, part.text)
+    captions = {item.key: item.captions for item in captioned.items}
+    return replace(found, captions=captions, bad_captions=tuple(captioned.skips))
