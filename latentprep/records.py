@@ -81,7 +81,7 @@ class Change:
 
 # Why an item is not in the cache, and what that depends on: one of CONDITIONS.
 REASONS = {
-    "not_an_image": ("decoder", "Pillow knows no such format"),
+    "not_an_image": ("decoder", "its bytes are of no image format that Pillow knows"),
     "unreadable": ("decoder", "its header cannot be read, or its pixels cannot be decoded"),
     "truncated": ("decoder", "the file ends before its pixels do"),
     "damaged": ("limits", "a JPEG that gave a warning when it was decoded; skipped only with --strict-images"),

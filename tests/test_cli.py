@@ -176,7 +176,10 @@ def test_dry_run_shows_the_plan_and_writes_nothing(run, images, tmp_path):
     assert re.search(
         r"time: about 1 s on this machine \(.* images/s at \w+ in batches of 1, .* prompts/s\)", result.out
     )
-    assert "skipped  1 not_an_image (bad.jpg: no image format that Pillow knows (.jpg))" in result.out
+    assert (
+        "skipped  1 not_an_image (bad.jpg: its bytes are of no image format that Pillow knows, whatever its .jpg says)"
+        in result.out
+    )
     assert re.search(r"96x32 +4 +5\.9% +5\.9%", result.out)
     assert re.search(r"64x64 +4 +20\.0% +20\.0%", result.out)
     assert "nothing was written (--dry-run)" in result.out

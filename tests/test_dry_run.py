@@ -58,7 +58,10 @@ def test_list_has_a_line_for_every_image_and_skip(run, images, tmp_path):
     (images / "bad.png").write_text("x")
     lines = encode(run, images, tmp_path / "c", "--dry-run", "--list").out.splitlines()
     assert lines[:8] == [f"new      {name}{n}.png" for name in ("tall", "wide") for n in range(4)]
-    assert lines[8] == "skipped  bad.png (not_an_image: no image format that Pillow knows (.png))"
+    assert (
+        lines[8]
+        == "skipped  bad.png (not_an_image: its bytes are of no image format that Pillow knows, whatever its .png says)"
+    )
 
 
 def test_json_is_an_object_a_line_and_nothing_else(run, images, tmp_path):

@@ -149,13 +149,17 @@ def test_heic_without_the_plugin_says_what_to_install(tmp_path, monkeypatch):
     (tmp_path / "x.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
     skip = load(tmp_path / "x.heic")
     assert skip.reason == "not_an_image"
-    assert skip.detail == "no image format that Pillow knows (.heic); pip install 'latentprep[heif]'"
+    assert (
+        skip.detail
+        == "its bytes are of no image format that Pillow knows, whatever its .heic says; pip install 'latentprep[heif]'"
+    )
 
 
 def test_heic_with_the_plugin_is_not_told_to_install_it(tmp_path):
     need("x.heic")
     for name, content, detail in (
-        ("no.heic", b"no image", "no image format that Pillow knows (.heic)"), ("empty.heic", b"", "empty file"),
+        ("no.heic", b"no image", "its bytes are of no image format that Pillow knows, whatever its .heic says"),
+        ("empty.heic", b"", "empty file"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)
         assert load(tmp_path / name).detail == detail

@@ -226,7 +226,7 @@ def test_one_bad_image_never_stops_the_sheet(cache, images, drawn, monkeypatch):
     assert len(drawn.cards) == 8
     says = {key: card.pictures[0].says for key, card in drawn.by_key.items()}
     assert "No such file" in says["wide0.png"]
-    assert says["wide1.png"].startswith("changed since: no image format")
+    assert says["wide1.png"].startswith("changed since: its bytes are of no image format")
     assert says["wide2.png"].startswith("changed since: ")
     assert says["tall0.png"] == "changed since: was 64x80 when listed, now 50x50: run again"
     assert (says["tall1.png"], drawn.by_key["tall1.png"].warnings) == ("", ["changed since it was encoded"])

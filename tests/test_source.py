@@ -108,7 +108,11 @@ def test_headers_are_read_without_decoding(tmp_path, monkeypatch):
     ("content", "reason", "detail"),
     [
         (b"", "not_an_image", "empty file"),
-        (b"plain text, not a picture", "not_an_image", "no image format that Pillow knows (.png)"),
+        (
+            b"plain text, not a picture",
+            "not_an_image",
+            "its bytes are of no image format that Pillow knows, whatever its .png says",
+        ),
         (b"\x89PNG\r\n\x1a\n" + b"\0" * 30, "unreadable", ""),
         (b"\xff\xd8\xff\xe0\0\x10JFIF", "unreadable", ""),
     ],
@@ -318,3 +322,10 @@ def test_a_pattern_that_leaves_nothing_is_said(run, messy, tmp_path):
     assert re.search(r"error: SOURCE .*: no images \(\d+ files are left out by \*, @eaDir, __MACOSX\)", result.err)
     result = run("encode", messy, "--out", tmp_path / "c", *SMALL, "--exclude", "/")
     assert "error: --exclude '/': expected a pattern such as '*_mask.png' or 'raw/*'." in result.err
+
+
+def test_a_broken_file_of_a_known_format_is_not_said_to_be_of_an_unknown_one(tmp_path):
+    (tmp_path / "a.tif").write_bytes(b"no tiff")
+    gradient(8, 8).save(tmp_path / "b.png")
+    (skip,) = list_images(open_source(tmp_path)).skips
+    assert skip.detail == "its bytes are of no image format that Pillow knows, whatever its .tif says"

@@ -21,6 +21,7 @@ from latentprep.records import Size
 NOT_OPENED = ("BUFR", "EPS", "GRIB", "HDF5", "IPTC", "MPEG", "WMF")
 WITH_A_PLUGIN = {".heic": "heif", ".heif": "heif", ".hif": "heif", ".jxl": ""}  # suffix -> our extra that reads it
 DECODERS = ("pillow", "pillow-heif", "simplejpeg")  # packages that decide whether a file can be decoded
+NO_FORMAT = "its bytes are of no image format that Pillow knows"
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 MAX_CHUNKS = 100_000  # of a PNG: Pillow takes 30 seconds for a million; 12,000 are usual in one of 100 MB
 MAX_CHUNK = 64_000_000  # bytes of one that holds no pixels; Pillow keeps several copies
@@ -50,7 +51,7 @@ def decoding() -> Iterator[None]:
     except (DecodeError, MemoryError):
         raise
     except UnidentifiedImageError as error:
-        raise DecodeError("not_an_image", "no image format that Pillow knows") from error  # its words hold an address
+        raise DecodeError("not_an_image", NO_FORMAT) from error  # its words hold an address
     except Image.DecompressionBombError as error:
         raise DecodeError("too_large", f"{str(error).partition(',')[0]} (--max-megapixels)") from error
     except Exception as error:

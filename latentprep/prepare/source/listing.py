@@ -15,6 +15,7 @@ from latentprep.errors import UserError
 from latentprep.human import human_bytes, printable
 from latentprep.keys import split_suffix
 from latentprep.prepare.images.pillow import (
+    NO_FORMAT,
     DecodeError,
     describe,
     is_image_name,
@@ -182,7 +183,7 @@ def read_item(file: File, source: Source) -> Item | Skip:
         if error.reason != "not_an_image":  # it is the header that was read, and not the pixels
             return skip("unreadable" if error.reason == "truncated" else error.reason, error.detail)
     extra = missing_extra(PurePosixPath(key).suffix)
-    detail = "empty file" if nbytes == 0 else f"no image format that Pillow knows ({PurePosixPath(key).suffix})"
+    detail = "empty file" if nbytes == 0 else f"{NO_FORMAT}, whatever its {PurePosixPath(key).suffix} says"
     if extra and nbytes:
         detail += f"; pip install 'latentprep[{extra}]'"
     return skip("not_an_image", detail)
