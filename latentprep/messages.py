@@ -62,6 +62,9 @@ def source_text(prepared: Prepared) -> str:
         )
     if captioned.without_image:
         lines.append(f"         captions without an image: {_name(captioned.without_image)}")
+    if captioned.second:
+        files = counted(len(captioned.second), "caption file")
+        lines.append(f"         {files} not read, since the image has a .txt too: {_name(captioned.second)}")
     if captioned.ignored:
         suffixes = [suffix for suffix, _ in captioned.ignored.most_common()]
         lines.append(

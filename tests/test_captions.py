@@ -52,6 +52,18 @@ def test_files_that_are_neither_images_nor_captions_are_counted(folder, run):
     assert "         4 files of other kinds left out: .mp4, " in result.err
 
 
+def test_a_second_caption_file_of_an_image_is_named(folder, run):
+    (folder / "b.caption").write_text("not this")
+    (folder / "lost.caption").write_text("nobody's")
+    found = captions(folder)
+    assert found.second == ["b.caption"]
+    assert found_captions(folder)["b.png"] == (("the letter b",), "txt")
+    said = run("encode", folder, "--model", "tiny", "--dry-run").err
+    assert "         1 caption file not read, since the image has a .txt too: b.caption\n" in said
+    assert captions(folder, caption_extension=".caption").second == []
+    assert "not read" not in run("encode", folder, "--model", "tiny", "--dry-run", "--caption-from", "name").err
+
+
 def test_sidecar_then_metadata_then_file_name(folder):
     found = captions(folder)
     assert {item.key: (item.captions, item.caption_origin) for item in found.items} == {

@@ -253,6 +253,7 @@ def join_captioned(found: Mapping[str, Captioned]) -> Captioned:
         sum((own.origins for own in found.values()), Counter()),
         keys_of(lambda own: own.without_image),
         keys_of(lambda own: own.shared),
+        keys_of(lambda own: own.second),
         [replace(skip, key=f"{name}/{skip.key}") for name, own in found.items() for skip in own.skips],
         sum(own.num_long for own in found.values()),
         sum((own.ignored for own in found.values()), Counter()),

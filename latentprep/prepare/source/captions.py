@@ -40,6 +40,7 @@ class Captioned:
     origins: Counter[str]
     without_image: list[str]  # sidecars that belong to no image, and images that only metadata knows
     shared: list[str]  # stems that several images share, so that one sidecar captions them all
+    second: list[str]  # caption files that are not read, since their image has a better one
     skips: list[Skip]  # images whose caption cannot be read
     num_long: int  # sidecars of several lines that are taken as one caption
     ignored: Counter[str]  # suffix -> how many files that are neither images nor captions
@@ -85,6 +86,12 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
     with_sidecar = {name for name, _ in sidecars}
     texts = {*TEXTS, *filter(is_text, suffixes)}
     used = set(sidecars.values())
+    of_text = list(filter(is_text, suffixes))
+
+    def has_better(name: str, suffix: str) -> bool:
+        """Whether an image has a caption file that counts before that with a suffix."""
+        return suffix in of_text and any((name, better) in sidecars for better in of_text[: of_text.index(suffix)])
+
     return Captioned(
         items,
         Counter(item.caption_origin for item in items),
@@ -92,6 +99,7 @@ def add_captions(listing: Listing, options: TextOptions) -> Captioned:
         + [key for key in metadata if key not in keys]
         + unmatched,
         shared=sorted(name for name, count in stems.items() if count > 1 and name in with_sidecar),
+        second=[key for (name, suffix), key in sidecars.items() if name in stems and has_better(name, suffix)],
         skips=skips,
         num_long=count_long(items, suffixes) if sidecars else 0,
         ignored=Counter(
