@@ -95,17 +95,20 @@ def describe_captions(prepared: Prepared) -> list[str]:
     return lines
 
 
-def plan_text(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | None, sizes: TextSizes) -> str:
-    """What a run would do: the --dry-run page. Each kind of change first, the totals last."""
+def plan_text(prepared: Prepared, totals: Sequence[str]) -> str:
+    """What a run would do: the --dry-run page. Each kind of change and of skip first, the totals last."""
     plan = prepared.plan
-    lines = change_lines(plan.changes)
-    if lines:
-        lines.append("")
-    lines.append(f"plan     {prepared.options.out}: {summary_of_changes(prepared) or 'nothing to do'}")
+    lines = [*change_lines(plan.changes), *skip_lines(plan.skips)]
+    return "\n".join([*lines, *([""] if lines else ()), *totals])
+
+
+def list_totals(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | None, sizes: TextSizes) -> list[str]:
+    """Lines of what a run would do, without what --list says of each image."""
+    plan = prepared.plan
+    lines = [f"plan     {prepared.options.out}: {summary_of_changes(prepared) or 'nothing to do'}"]
     if plan.num_text_items:
         lines.append(f"         {text_line(plan.num_text_items)}; latents left alone")
     lines.append(f"         {counted(plan.num_kept_items, 'image')} there already")
-    lines += skip_lines(plan.skips)
     rows: dict[Size, list[float]] = {}
     for _, placement in plan.rows():
         rows.setdefault(placement.bucket, []).append(cropped_away(placement))
@@ -133,7 +136,7 @@ def plan_text(prepared: Prepared, estimate: Estimate | None, lengths: Lengths | 
         lines.append(f"time: about {human_seconds(estimate.seconds)} on this machine ({estimate.measured})")
         lines += describe_load(estimate.load, estimate.cores, "without them it may take much less")
     lines.append("nothing was written (--dry-run)")
-    return "\n".join(lines)
+    return lines
 
 
 def count_change(what: str, count: int) -> str:

@@ -28,6 +28,7 @@ class Encoded:
     failures: tuple[str, ...]
     seconds: float  # of the run; of a dry run: about what it would take
     report: str  # the page that `latentprep encode` prints
+    totals: str = ""  # of a dry run the same without what it says of single images
     is_dry_run: bool = False
     is_strict: bool = False  # whether a skipped image is a fault
     absent: tuple[int, ...] = ()  # ranks that are still at work: the last of them commits the cache
@@ -92,6 +93,7 @@ def join_runs(runs: list[Encoded]) -> Encoded:
         failures=tuple(f"{run.cache}: {failure}" for run in runs for failure in run.failures),
         seconds=sum(run.seconds for run in runs),
         report="\n\n".join(run.report for run in runs),
+        totals="\n\n".join(run.totals for run in runs),
         is_dry_run=first.is_dry_run,
         is_strict=first.is_strict,
         absent=tuple(sorted({rank for run in runs for rank in run.absent})),

@@ -120,7 +120,7 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
         lengths = measure_lengths(prepared)
         sizes = measure_texts(prepared, lengths)
         found = estimate_time(prepared)
-    plan = prepared.plan
+    plan, totals = prepared.plan, messages.list_totals(prepared, found, lengths, sizes)
     return Encoded(
         cache=options.out,
         num_cached=plan.num_kept_items,
@@ -130,7 +130,8 @@ def estimate(options: EncodeOptions, progress: Progress) -> Encoded:
         skips=plan.skips,
         failures=(),
         seconds=found.seconds if found is not None else 0.0,
-        report=messages.plan_text(prepared, found, lengths, sizes),
+        report=messages.plan_text(prepared, totals),
+        totals="\n".join(totals),
         is_dry_run=True,
         num_prompts=found.num_prompts if found is not None else 0,
     )

@@ -64,6 +64,15 @@ def test_list_has_a_line_for_every_image_and_skip(run, images, tmp_path):
     )
 
 
+def test_what_the_list_says_is_not_said_again(run, images, tmp_path):
+    (images / "bad.png").write_text("x")
+    out = encode(run, images, tmp_path / "c", "--dry-run", "--list").out
+    assert out.count("not in the cache") == out.count("--list") == 0
+    assert out.count("new      tall0.png") == out.count("not_an_image") == 1
+    assert f"\n\nplan     {tmp_path / 'c'}: 8 new\n" in out
+    assert "\nnothing was written (--dry-run)\n" in out
+
+
 def test_json_is_an_object_a_line_and_nothing_else(run, images, tmp_path):
     encode(run, images, tmp_path / "c")
     (images / "wide0.png").rename(images / "z.png")

@@ -92,7 +92,7 @@ def encode(arguments: dict[str, Any]) -> None:
         for value in result.list_json():
             show_json(json.dumps(value))
     elif not (is_quiet and result.ok):
-        show("\n".join([*([*list_lines(result), ""] if as_list else ()), result.report]))
+        show("\n".join([*list_lines(result), "", result.totals]) if as_list else result.report)
     raise typer.Exit(0 if result.ok or is_dry_run else 1)
 
 
