@@ -68,6 +68,11 @@ class Log:
         """Writes what ends the block too, if it fails and the log is open."""
         try:
             yield
+        except KeyboardInterrupt as stop:
+            notes = getattr(stop, "__notes__", [])  # what is kept, and how to go on
+            self.write("\n".join(["ended    stopped by the user", *(f"         {note}" for note in notes)]))
+            stop.log = self  # type: ignore[attr-defined]
+            raise
         except BaseException as error:
             self.write(f"ended    {type(error).__name__}: {error}")
             raise

@@ -265,16 +265,21 @@ def kept_text(out: str) -> str:
     return f"Stopped; {' and '.join(parts)} {is_or_are} safe in {out}" if parts else "Stopped; nothing was encoded yet"
 
 
+def command_to_go_on(out: str, arguments: list[str]) -> str:
+    """What to type; --overwrite would throw away what is safe, once it has deleted the old cache."""
+    if not Storage(out).exists(MANIFEST_NAME):
+        arguments = [word for word in arguments if word != "--overwrite"]
+    return shlex.join(["latentprep", *arguments])
+
+
 def interrupted_text(out: str | None, arguments: list[str]) -> str:
-    """What is safe, and what to type to go on; --overwrite would throw it away, once it has deleted the old cache.
+    """What is safe, and what to type to go on.
 
     `out` is None if the run had not begun.
     """
     if out is None:
         return f"\nStopped before the run began. To start it, type:\n  {shlex.join(['latentprep', *arguments])}"
-    if not Storage(out).exists(MANIFEST_NAME):
-        arguments = [word for word in arguments if word != "--overwrite"]
-    return f"\n{kept_text(out)}. To go on, type:\n  {shlex.join(['latentprep', *arguments])}"
+    return f"\n{kept_text(out)}. To go on, type:\n  {command_to_go_on(out, arguments)}"
 
 
 def skip_lines(skips: Sequence[Skip]) -> list[str]:

@@ -87,7 +87,27 @@ def test_how_a_run_ended_stands_in_it(images, tmp_path, monkeypatch):
     monkeypatch.setattr(encode, "finish", stop)
     with pytest.raises(KeyboardInterrupt):
         latentprep.encode(images, tmp_path / "c", **OPTIONS)
-    assert read_log(tmp_path / "c.log")[-1].endswith("ended    KeyboardInterrupt: ")
+    assert [line.partition(" ")[2] for line in read_log(tmp_path / "c.log")[-2:]] == [
+        "ended    stopped by the user",
+        f"         Stopped; 1 finished shard is safe in {tmp_path / 'c'}. The same call goes on from there.",
+    ]
+
+
+def test_a_log_names_the_command_that_goes_on(run, images, tmp_path, monkeypatch):
+    from latentprep.prepare import encode
+
+    def stop(*_):
+        raise KeyboardInterrupt(2)
+
+    monkeypatch.setattr(encode, "finish", stop)
+    result = run("encode", images, "--out", tmp_path / "a b", *SMALL)
+    assert result.code == 130
+    lines = [line.partition(" ")[2] for line in read_log(tmp_path / "a b.log")]
+    assert lines[-3] == "ended    stopped by the user"
+    assert "1 finished shard is safe in" in lines[-2]
+    assert lines[-1].strip() == result.err.splitlines()[-1].strip()
+    monkeypatch.undo()
+    assert lines[-1].startswith(f"         latentprep encode {images} --out '{tmp_path / 'a b'}' --model tiny")
 
 
 def test_a_strange_name_is_escaped(images, tmp_path):

@@ -66,7 +66,7 @@ def encode(arguments: dict[str, Any]) -> None:
     """Plan, encode and report; the exit code tells the truth."""
     quiet()
     from latentprep.cli.stop import end_if_stuck, stoppable
-    from latentprep.messages import interrupted_text, list_lines
+    from latentprep.messages import command_to_go_on, interrupted_text, list_lines
 
     is_dry_run = arguments.get("dry_run", False)
     as_list, as_json = arguments.pop("as_list", False), arguments.pop("as_json", False)
@@ -84,7 +84,10 @@ def encode(arguments: dict[str, Any]) -> None:
                 results.append(encode_(**run))  # noqa: PERF401  # one frame less between a command and its work
             result = join_runs(results)
     except KeyboardInterrupt as stop:
-        say(interrupted_text(getattr(stop, "cache", None), sys.argv[1:]))
+        out, log = getattr(stop, "cache", None), getattr(stop, "log", None)
+        say(interrupted_text(out, sys.argv[1:]))
+        if out is not None and log is not None:
+            log.write(f"         {command_to_go_on(out, sys.argv[1:])}")
         code = 128 + (stop.args[0] if stop.args else 2)
         end_if_stuck(code)
         raise typer.Exit(code) from None
