@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator, Mapping
@@ -16,7 +17,7 @@ from latentprep.progress import Lines, Progress
 
 EVERY = 60  # seconds between two lines of a pass
 NONE = "none"  # as --log
-MARK = b" latentprep "  # in the first line of a log
+HEAD = re.compile(rb"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d \S* latentprep \S+ encode \{")  # how the first line of a log begins
 # a pipe is not waited for, and no link is followed; Windows has none of these
 FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW", "O_BINARY"))
 
@@ -95,7 +96,7 @@ def append(path: Path, text: str) -> None:
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | FLAGS, 0o644)
     with open(descriptor, "r+b", buffering=0) as file:
         head = file.read(100) if stat.S_ISREG(os.fstat(descriptor).st_mode) else b"\0"
-        if head and MARK not in head:
+        if head and HEAD.match(head) is None:
             raise OSError(errno.EEXIST, "it is there, and is no log of latentprep")
         file.write(text.encode("utf-8", "replace"))
 

@@ -44,7 +44,7 @@ def run_report(
     remarks, storage = Remarks(progress), Storage(cache)
     with Reading(storage), quiet_warnings, kept_limit(), quiet_logs:
         manifest = open_manifest(storage)
-        with progress.bar(num_looked(manifest, num), "latents") as bar:
+        with progress.bar(num_looked(manifest), "latents") as bar:
             report = make_report(storage, manifest, num, seed, bar.update)
         reader = find_reader(storage, manifest, pictures, remarks)
 

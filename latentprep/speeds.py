@@ -189,8 +189,8 @@ def list_changes(
             then, count = replace(now, vae=fastest.per_second), min(own.num_measured, fastest.num_measured)
             yield Change(f"--dtype {dtype}", then, why, count)
     if num_devices > 1 and vae.device.startswith("cuda"):
-        is_with = now.text is not None and text is not None and text.device == vae.device
-        texts = now.text * num_devices if is_with and now.text is not None else now.text
+        is_with = text is not None and text.device == vae.device
+        texts = now.text * num_devices if now.text is not None and is_with else now.text
         why = f"at most, with {num_devices} devices that decode and write no faster"
         yield Change("--devices all", replace(now, vae=now.vae * num_devices, text=texts), why, own.num_measured)
     if text is not None and now.write_text is not None and text.cond_dtype not in ("int8", "float32"):

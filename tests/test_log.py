@@ -78,6 +78,21 @@ def test_a_log_that_cannot_be_written_stops_no_run(run, images, tmp_path):
     assert result.err.count("x.log: cannot be written (No such file or directory); --log FILE takes another") == 1
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "what latentprep does\n",
+        "2026-01-01 latentprep notes\n",
+        "2026-01-01 10:00:00 latentprep is slow\n",
+        " latentprep ",
+    ],
+)
+def test_notes_that_speak_of_us_are_no_log(images, tmp_path, text):
+    (tmp_path / "c.log").write_text(text)
+    latentprep.encode(images, tmp_path / "c", **OPTIONS)
+    assert (tmp_path / "c.log").read_text() == text
+
+
 def test_how_a_run_ended_stands_in_it(images, tmp_path, monkeypatch):
     from latentprep.prepare import encode
 

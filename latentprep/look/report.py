@@ -40,7 +40,7 @@ def make_report(storage: Storage, manifest: Manifest, num: int, seed: int, progr
     summary = summarize(storage, 0)
     images = list_all(storage, manifest)
     order = np.random.default_rng(seed % 2**64).permutation(len(images))
-    looked = look_at(storage, manifest, images, np.sort(order[: max(num, MOST_LOOKED)]), progress)
+    looked = look_at(storage, manifest, images, np.sort(order[:MOST_LOOKED]), progress)
     words = count_words(storage, manifest)
     found = find_all(storage, manifest, images, looked)
     chosen = sorted(found.images().union(order[:num].tolist()))
@@ -59,9 +59,9 @@ def make_report(storage: Storage, manifest: Manifest, num: int, seed: int, progr
     )
 
 
-def num_looked(manifest: Manifest, num: int) -> int:
-    """How many images' latents a report reads."""
-    return min(manifest.num_images, max(num, MOST_LOOKED))
+def num_looked(manifest: Manifest) -> int:
+    """How many images' latents a report reads; its gallery has fewer at most."""
+    return min(manifest.num_images, MOST_LOOKED)
 
 
 def group_skips(skips: list[Skip]) -> list[tuple[int, list[Skip]]]:
