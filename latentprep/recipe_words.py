@@ -1,7 +1,7 @@
 """What differs between two recipes, in the words of options."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from latentprep.recipe import recipe_changes
@@ -24,11 +24,6 @@ TEXT_OPTIONS = {
     "store_dtype": "--cond-dtype", "fill": "filling of short prompts", "pad_to": "padding of prompts",
 }  # fmt: skip
 NEGATED = ("geometry.upscale", "images.draft")
-
-
-def name_options(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A text recipe in JSON, with the name that the number type of cond has as an option."""
-    return {"cond_dtype" if name == "store_dtype" else name: value for name, value in recipe.items()}
 
 
 def describe_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
@@ -56,7 +51,7 @@ def value_in_words(at: str, value: Any) -> str:
         return "target" if at == "control_size" else "none"
     if at == "geometry.size" and isinstance(value, list):
         return "x".join(map(str, reversed(value)))
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def describe_views(before: list[str], after: list[str]) -> Iterator[str]:
@@ -67,6 +62,22 @@ def describe_views(before: list[str], after: list[str]) -> Iterator[str]:
     num_old, num_new = len(before) // (1 + old), len(after) // (1 + new)
     if num_old != num_new:
         yield f"--crops {num_old} -> {num_new}"
+
+
+# fact of a set -> its name in tables, and how its value is said
+SET_FACTS: dict[str, tuple[str, Callable[[Any], str]]] = {
+    "repeats": ("repeats", str),
+    "sample_weight": ("weight of the loss", "{:g}".format),
+    "caption_dropout": ("captions left out", "{:.0%}".format),
+    "flip": ("may be mirrored", lambda value: "yes" if value else "no"),
+}
+
+
+def describe_set_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:
+    """'weight of the loss 1 -> 0.5' for all that differs between what readers know of two sets."""
+    for fact, (name, say) in SET_FACTS.items():
+        if before[fact] != after[fact]:
+            yield f"{name} {say(before[fact])} -> {say(after[fact])}"
 
 
 def describe_text_changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[str]:

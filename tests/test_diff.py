@@ -13,6 +13,7 @@ from latentprep.cache import manifest as manifests
 from latentprep.cache.storage import Storage
 from latentprep.look import latent_distances
 from latentprep.look.catalog import hashes_of, pair_up
+from latentprep.recipe_words import describe_set_changes
 from tests.conftest import SMALL, gradient, make_model
 from tests.test_python_door import SMALL as OPTIONS
 from tests.test_verify import put, rewrite
@@ -284,7 +285,7 @@ def test_sets_are_compared_by_name(images, other, tmp_path):
     encode(sets(repeats=3, trigger="sks"), tmp_path / "b")
     encode([*sets()[:1], {"name": "three", "source": other}], tmp_path / "c")
     result = diff(tmp_path / "a", tmp_path / "b")
-    assert "one: repeats: 1 -> 3" in result.sets
+    assert "one: repeats 1 -> 3" in result.sets
     assert result.captions == tuple(sorted(f"one/{path.name}" for path in images.glob("*.png")))
     result = diff(tmp_path / "a", tmp_path / "c")
     assert result.sets == ("three: only in B", "two: only in A")
@@ -487,3 +488,12 @@ def test_pairs_are_those_of_a_dictionary():
             places.setdefault(value, []).append(number)
         wanted = [(n, places[value].pop(0)) for n, value in enumerate(one.tolist()) if places.get(value)]
         assert list(map(tuple, pair_up(one, other).tolist())) == wanted
+
+
+def test_what_changed_in_a_set_is_told_in_words():
+    before = {"name": "a", "repeats": 1, "sample_weight": 1.0, "caption_dropout": 0.0, "flip": True}
+    after = {"name": "a", "repeats": 3, "sample_weight": 0.5, "caption_dropout": 0.25, "flip": False}
+    assert list(describe_set_changes(before, after)) == [
+        "repeats 1 -> 3", "weight of the loss 1 -> 0.5", "captions left out 0% -> 25%", "may be mirrored yes -> no",
+    ]  # fmt: skip
+    assert not list(describe_set_changes(before, before))

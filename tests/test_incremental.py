@@ -62,8 +62,8 @@ CASES = [
     ("broken in the middle", lambda i: (i / "wide1.png").write_bytes((i / "wide1.png").read_bytes()[:-40]), (),
      0, 0, 0, 0, ["changed wide1.png"]),
     ("template", lambda i: None, ("--template", "subject_filewords", "--placeholder", "sks"), 0, 8, 0, 4,
-     [f'prompt {kind}{n}.png (placeholder: "" -> "sks"; seed: null -> 0; template: null ->' for kind in ("tall", "wide")
-      for n in range(4)]),
+     [f'prompt {kind}{n}.png (--placeholder "" -> sks; --seed none -> 0; --template none ->'
+      for kind in ("tall", "wide") for n in range(4)]),
 ]  # fmt: skip
 
 
@@ -129,7 +129,10 @@ def test_another_text_encoder_changes_text_files_only(run, images, tmp_path, mod
     assert run("encode", images, "--model", model, *options).code == 0
     before = files(tmp_path / "c" / "shards")
     planned = run("encode", images, "--model", other, *options, "--dry-run", "--list").out
-    assert re.search(r'prompt +tall0.png +\(text_encoder: "[0-9a-f]{32}" -> "[0-9a-f]{32}"\)', planned)
+    assert re.search(
+        r"prompt +tall0.png +\(another text encoder \(--model, --text-encoder\): [0-9a-f]{32} -> [0-9a-f]{32}\)",
+        planned,
+    )
     result = run("encode", images, "--model", other, *options)
     assert "encoded  9 prompts in" in result.out
     assert {n: d for n, d in before.items() if ".latents." in n}.items() <= files(tmp_path / "c" / "shards").items()

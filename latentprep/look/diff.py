@@ -17,7 +17,7 @@ from latentprep.look.latent_distances import measure_latents
 from latentprep.look.summary import count_buckets
 from latentprep.progress import Progress
 from latentprep.recipe import tell_changes
-from latentprep.recipe_words import describe_changes, describe_text_changes
+from latentprep.recipe_words import describe_changes, describe_set_changes, describe_text_changes
 
 
 def compare(a: Storage, b: Storage, samples: int | None, seed: int, progress: Progress) -> Compared:
@@ -141,7 +141,7 @@ def compare_sets(before: Manifest, after: Manifest) -> Iterator[str]:
     for name in sorted(mine.keys() | theirs.keys()):
         if name not in mine or name not in theirs:
             yield f"{name}: only in {'A' if name in mine else 'B'}"
-        elif changes := tell_changes(mine[name], theirs[name]):
+        elif changes := "; ".join(describe_set_changes(mine[name], theirs[name])):
             yield f"{name}: {changes}"
 
 

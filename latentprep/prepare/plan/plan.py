@@ -16,8 +16,8 @@ from latentprep.prepare.plan.buckets import PlaceImage
 from latentprep.prepare.plan.changes import HashFiles, Matching, ShardRows
 from latentprep.prepare.plan.stored import StoredRows, StoredShards, read_shards
 from latentprep.prepare.plan.tasks import TextTask
-from latentprep.recipe import Recipe, tell_changes
-from latentprep.recipe_words import name_options
+from latentprep.recipe import Recipe
+from latentprep.recipe_words import describe_text_changes
 from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip, Unit, set_of
 
 # an item's placement -> the same with the buckets of its control images, or the skip of an item that cannot have one
@@ -261,8 +261,9 @@ def explain_text(matched: ShardRows, recipe: Recipe) -> Iterator[Change]:
     def list_fields(key: str) -> str:
         """What differs in the recipe of an image: of the sets only its own counts."""
         if (name := set_of(key)) not in known:
-            before, after = (name_options(recipe_of(made, [key])) for made in (stored.recipe, now))
-            known[name] = tell_changes(before, after)
+            before, after = (recipe_of(made, [key]) for made in (stored.recipe, now))
+            said = "; ".join(describe_text_changes(before, after))
+            known[name] = said or "other options of its set" * (before != after)
         return known[name]
 
     for n, item in enumerate(matched.owner):
