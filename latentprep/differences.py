@@ -40,9 +40,9 @@ class Distance:
 class Distances:
     """The distances of what both caches have: of images with the same content, or of prompts."""
 
-    num_shared: int  # that both have
-    num_compared: int = 0
-    num_unlike: int = 0  # of other shapes: of images another bucket, crop or view
+    num_shared: int  # images or prompts that both caches have
+    num_compared: int = 0  # of these, how many were compared
+    num_unlike: int = 0  # could not be compared: images of another bucket, crop or view; prompts with other cond shapes
     unlike: tuple[str, ...] = ()  # the first of them
     why_not: str = ""  # why none can be compared
     distances: Mapping[str, Distance] = field(default_factory=dict)  # latent_mean, latent_std, weight, ...; cond
@@ -78,14 +78,14 @@ class Compared:
     sets: tuple[str, ...]
     buckets: tuple[tuple[str, int, int], ...]  # WxH, images in A, in B, if these differ
     skips: tuple[tuple[str, str, str], ...]  # key, reason in A, in B; "": not skipped
-    libraries: str  # that made them, if they differ; this counts as no difference
+    libraries: str  # versions of the libraries that made the caches, if they differ; is_same ignores this
     latents: Distances
     cond: Distances
     problems: tuple[tuple[str, Problem], ...]  # "A" or "B", and which of its files cannot be read
 
     @property
     def is_same(self) -> bool:
-        """Whether nothing differs of what was compared, and all files can be read."""
+        """Whether nothing that was compared differs, and all files could be read."""
         return not self.problems and not self._differs()
 
     def to_json(self) -> dict[str, Any]:
@@ -207,7 +207,10 @@ def listed(shown: Sequence[str], count: int) -> str:
 
 
 def distance_of(values: "np.ndarray", name_of: Callable[[int], str]) -> Distance:
-    """Of the distances [n] of images or prompts, n at least 1; `name_of` gives the key of one. NaN is the largest."""
+    """Mean and worst of the distances [n] of images or prompts; n is 1 or more. NaN counts as the largest.
+
+    name_of: number of an image or prompt -> its key or text.
+    """
     import numpy as np
 
     worst_first = np.argsort(-np.nan_to_num(values, nan=np.inf), kind="stable")[:NUM_WORST].tolist()

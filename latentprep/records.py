@@ -23,11 +23,11 @@ def set_of(key: str) -> str:
 class Item:
     """One image of a source, before decoding."""
 
-    key: str  # path relative to the source, POSIX style, with its extension; of a member of a tar, that of its tar/name
+    key: str  # path in the source, with / and extension; in a tar: path of the tar, a slash, the name in the tar
     size: Size  # after EXIF orientation
     nbytes: int  # with its mask and its control images
     version: int  # joined with those of its mask and its control images
-    captions: tuple[str, ...] = ()  # one or more, once they were looked for; "" where there is nothing to say
+    captions: tuple[str, ...] = ()  # empty until captions are searched; then one or more, "" if there is no caption
     caption_origin: str = ""  # where they came from: txt, caption, json, metadata, filename
 
     def skip(self, reason: str, detail: str) -> "Skip":
@@ -45,7 +45,7 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What a text file says of one image: all of it may change without touching a pixel."""
+    """What a text file says of one image. All of this may change while the pixels stay the same."""
 
     key: str
     nbytes: int
@@ -79,7 +79,7 @@ class Change:
     detail: str = ""
 
 
-# Why an item is not in the cache, and what that depends on: one of CONDITIONS.
+# reason -> (one of CONDITIONS: what has to change before the item is tried again, the reason in words)
 REASONS = {
     "not_an_image": ("decoder", "its bytes are of no image format that Pillow knows"),
     "unreadable": ("decoder", "its header cannot be read, or its pixels cannot be decoded"),
@@ -103,7 +103,7 @@ REASONS = {
     "out_of_memory": ("machine", "the device, or this machine, cannot hold this one image; the next run tries again"),
 }
 
-# A skip counts while its condition is the same as when it was skipped; that of "machine" never is.
+# A skip stays valid while the value of its condition is unchanged. "machine" always counts as changed.
 CONDITIONS = ("machine", "decoder", "limits", "encoder")
 
 
@@ -139,10 +139,10 @@ class Skip:
     detail: str
     nbytes: int = -1
     version: int = -1
-    condition: str = ""  # under which it was skipped while encoding; empty: it is looked at in every run
+    condition: str = ""  # the value of its condition when it was skipped; "": every run tries the item again
 
     def under(self, conditions: Mapping[str, str]) -> "Skip":
-        """The skip with its condition, of those of a run: name -> value, for each of CONDITIONS."""
+        """The skip with the value of its condition. conditions: name -> value in this run, for each of CONDITIONS."""
         return replace(self, condition=conditions[REASONS[self.reason][0]])
 
 
@@ -168,9 +168,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an image goes: resized to `resized_size`, then a box is kept: `crop`, in the middle, unless --crop differs.
+    """How an image becomes its bucket: it is resized to `resized_size`, then the box `crop` of it is kept.
 
-    The box has the bucket's size. With --fit pad it reaches beyond the resized image: top or left is negative.
+    The box has the bucket's size and is in the middle, unless --crop says otherwise. With --fit pad it reaches beyond
+    the resized image: then top or left is negative.
     """
 
     bucket: Size
@@ -180,7 +181,7 @@ class Placement:
 
     @property
     def buckets(self) -> tuple[Size, ...]:
-        """What images have in common that are encoded and read together."""
+        """Its bucket and those of its control images. Images with equal ones are encoded and read together."""
         return self.bucket, *self.controls
 
     def enlarges(self, size: Size) -> bool:

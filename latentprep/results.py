@@ -21,18 +21,18 @@ class Encoded:
 
     cache: str  # where it is: a folder, or a URL
     num_cached: int  # images in the cache now
-    num_encoded: int  # of them by this run; of a dry run: to be encoded
-    num_retexted: int  # images whose text alone was made anew, or is to be
-    changes: tuple[Change, ...]  # the images that there was something to do for, and why
+    num_encoded: int  # how many of them this run encoded; in a dry run: how many it would encode
+    num_retexted: int  # images that got only a new text, or in a dry run would get one
+    changes: tuple[Change, ...]  # the images for which there was something to do, and why
     skips: tuple[Skip, ...]  # the images that are not in the cache, and why
     failures: tuple[str, ...]
-    seconds: float  # of the run; of a dry run: about what it would take
+    seconds: float  # that the run took; in a dry run: an estimate of what it would take
     report: str  # the page that `latentprep encode` prints
     totals: str = ""  # of a dry run the same without what it says of single images
     is_dry_run: bool = False
     is_strict: bool = False  # whether a skipped image is a fault
-    absent: tuple[int, ...] = ()  # ranks that are still at work: the last of them commits the cache
-    num_prompts: int = 0  # that this run encoded; of a dry run: to be encoded
+    absent: tuple[int, ...] = ()  # ranks that are still at work: the one that ends last commits the cache
+    num_prompts: int = 0  # prompts that this run encoded; in a dry run: would encode
 
     @property
     def ok(self) -> bool:
@@ -79,7 +79,7 @@ class Encoded:
 
 
 def join_runs(runs: list[Encoded]) -> Encoded:
-    """What became of several runs of one call, as one result; their caches lie in one folder."""
+    """Several runs of one call as one result. `cache` is the folder that holds all their caches."""
     first = runs[0]
     if len(runs) == 1:
         return first
@@ -105,7 +105,7 @@ class Summary(dict[str, Any]):
     """What is in a cache, or of one image in it: plain JSON values, which print as tables."""
 
     def table(self) -> Any:
-        """It as rich's tables."""
+        """The summary as tables of rich."""
         from latentprep.look.tables import render_sample, render_summary
 
         return render_sample(self) if "key" in self else render_summary(self)
@@ -218,21 +218,21 @@ class Merged:
 
 @dataclass(frozen=True, repr=False)
 class Benched:
-    """What bench() measured. Rates are a second's."""
+    """What bench() measured. Rates are per second."""
 
     model: str
     source: str | None  # None: pictures that were drawn
     versions: Mapping[str, str]  # of Python and of the libraries
-    seconds: float  # that all of it took, with loading the models
-    load: float | None  # cores that other programs kept busy in the minute before; None: not known
+    seconds: float  # that the whole bench took, including the loading of the models
+    load: float | None  # cores that other programs used in the minute before; None: not known
     decode: DecodeSpeed
     vae: VaeSpeed
     text: TextSpeed | None  # None: no text encoder was asked for
     write: WriteSpeed
     read: ReadSpeed
-    now: Rates  # of a run as it stands
-    best: Rates  # the same, with the VAE in its best batch size
-    advice: tuple[Advice, ...]  # what would make a run faster, the best first; (): nothing that was tried
+    now: Rates  # of a run with the present settings
+    best: Rates  # the same, with the batch size at which the VAE is fastest
+    advice: tuple[Advice, ...]  # what would make a run faster, the best first; empty if nothing that was tried would
     unsure: tuple[str, ...]  # what seems to, but was measured once
     tried: tuple[str, ...]
 

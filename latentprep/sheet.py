@@ -1,4 +1,4 @@
-"""A contact sheet: cards of pictures with a few words, drawn with Pillow alone. What the pictures are, others know."""
+"""A contact sheet: cards of pictures with a few words, drawn with Pillow alone. What they show is not known here."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Picture:
     title: str
     image: Image.Image | None  # RGB
     crop: CropBox | None = None
-    says: str = ""  # across it: why there is none
+    says: str = ""  # text across it: why there is no image, or what is wrong with it
     is_marked: bool = False  # its title stands out
 
 
@@ -166,7 +166,7 @@ def fit(size: tuple[float, float]) -> Size:
 
 
 def shrink(picture: Image.Image, size: Size) -> Image.Image:
-    """A picture at the size at which one of `size` is shown; smaller ones stay as they are, in the shape of it."""
+    """A picture at the size at which an image of `size` is shown: fit(size) if one side is over SIDE, else `size`."""
     height, width = fit(size) if max(size) > SIDE else size
     if (picture.height, picture.width) == (height, width):
         return picture

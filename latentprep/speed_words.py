@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def short(number: float) -> str:
-    """Three digits, and no fewer than there are before the point: 0.123, 12.3, 12,345."""
+    """A number in three significant digits, or with all digits before the point: 0.123, 12.3, 12,345."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 

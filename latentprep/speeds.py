@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from latentprep.records import Size
 
-WORTH = 1.05  # what an option must gain of a whole run to be named
+WORTH = 1.05  # times as fast: an option must make a whole run so much faster to be named
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class WriteSpeed:
 
     @property
     def per_second(self) -> float:
-        """Images."""
+        """Images/s."""
         return self.bytes_per_second / self.image_bytes
 
 
@@ -115,7 +115,7 @@ class Rates:
 
     @property
     def images_per_second(self) -> float:
-        """Of the first pass: that of its slowest stage, since they all work at once."""
+        """Images/s of the first pass: those of its slowest stage, since all stages work at once."""
         return min(self.decode, self.vae, self.write)
 
     @property

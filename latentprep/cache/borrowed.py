@@ -16,7 +16,8 @@ from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text
 from latentprep.errors import UnreadableError, UserError
 
-Kind = tuple[torch.dtype, tuple[int | None, ...]]  # dtype and shape of a row; None: a length of its own
+# dtype and shape of one prompt's cond; None in the shape: this length differs from prompt to prompt
+Kind = tuple[torch.dtype, tuple[int | None, ...]]
 
 
 class CondFiles:
@@ -36,7 +37,10 @@ class CondFiles:
         return {**self.__dict__, "_opened": {}}  # memory maps are opened anew in each process
 
     def of(self, text: Text) -> "TextCond":
-        """The cond of a text's prompts. Raises UserError if it borrows what is not there."""
+        """The cond of the prompts of a text file.
+
+        Raises UserError if a cond file is missing or damaged, has no such row, or does not fit the text file.
+        """
         lenders = [self[cond_file] for cond_file in text.cond_files]
         for number, row in text.borrowed:
             if row >= len(lenders[number].prompt):
@@ -80,7 +84,7 @@ class TextCond:
         return {name: self.row(name, prompt) for name in self.kinds}
 
     def places(self) -> list[tuple[str, int] | None]:
-        """Of each prompt the cond file that it is borrowed from, and the row in it; None: it is the text's own."""
+        """For each prompt: (cond file, row in it) if its cond is borrowed; None if the text file has it."""
         names = self.text.cond_files
         return [*[None] * self._own, *((names[number], row) for number, row in self._borrowed)]
 
@@ -100,9 +104,10 @@ class TextCond:
 
 
 def find_cond_files(storage: Storage, named: Mapping[str, Stamp], others: bool) -> dict[str, Stamp]:
-    """id -> stamp of the cond files that are there: those that a manifest names, if they have the size that it says.
+    """id -> stamp of the cond files that exist: those of `named` (the manifest's), if they have the right size.
 
-    With `others`, those too that an unfinished run has left, if they are as they were written. Raises UnreadableError.
+    With `others`, also those that an unfinished run left, if their seal fits. Raises UnreadableError if one of these
+    cannot be read.
     """
     sizes = storage.sizes(FOLDER)
     found = {name: stamp for name, stamp in named.items() if sizes.get(cond_name(name)) == stamp.nbytes}
@@ -111,7 +116,7 @@ def find_cond_files(storage: Storage, named: Mapping[str, Stamp], others: bool) 
             try:
                 found[match[1]] = check_seal(storage, match[0])
             except UnreadableError:
-                raise  # it may be whole
+                raise  # the file may be intact, so it must not count as missing
             except (UserError, FileNotFoundError):
                 continue
     return found

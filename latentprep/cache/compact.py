@@ -1,4 +1,4 @@
-"""Rewrites the shards of which many rows are dead. Needs no model and no image."""
+"""Rewrites shards that have many dead rows. Needs no model and no image."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from latentprep.cache.text import write_text
 from latentprep.errors import UnreadableError, UserError
 from latentprep.recipe import digest_of
 
-MIN_SHARE = 0.2  # of a shard's rows that are to be dead before it is rewritten, unless asked for otherwise
+MIN_SHARE = 0.2  # default of --min-share: a shard is rewritten if at least this share of its rows is dead
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,11 @@ class Compacted:
 
 
 def compact(storage: Storage, min_share: float, count: Callable[[int], object] = int) -> Compacted:
-    """Rewrite every shard whose share of dead rows is at least `min_share`, and no less than one of them.
+    """Rewrite every shard that has a dead row and a share of dead rows of at least `min_share`.
 
-    A shard whose bytes are not those that were written is left alone, and named. The new shards are written first, then
-    the manifest, and only then the old ones go. `count` hears of each shard that was rewritten. Raises UserError.
+    A shard without live rows is removed. A damaged shard is left alone and named in the result. The new shards are
+    written first, then the manifest; only then the old files are deleted. count(1) is called for each shard rewritten
+    or removed. Raises UserError if the manifest is missing or damaged, or if a file cannot be read or written.
     """
     manifest = open_manifest(storage)
     skips = read_skips(storage)
@@ -47,7 +48,7 @@ def compact(storage: Storage, min_share: float, count: Callable[[int], object] =
                 made = _rewrite(storage, shard)
                 count(1)
             except UnreadableError:
-                raise  # it may be whole, and nobody is to delete it
+                raise  # the file may be intact: if it counted as damaged, the advice would be to delete it
             except UserError as error:
                 damaged.append(str(error))
         shards.append(made)
@@ -71,7 +72,7 @@ def would_rewrite(shard: Shard, min_share: float = MIN_SHARE) -> bool:
 
 
 def _rewrite(storage: Storage, shard: Shard) -> Shard | None:
-    """The shard without its dead rows; None if nothing else is in it. Raises UserError if a file is damaged."""
+    """Write the shard without its dead rows; None if all rows are dead. Raises UserError if a file is damaged."""
     if not shard.num_images:
         return None
     shard.check(storage)

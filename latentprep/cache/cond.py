@@ -35,7 +35,7 @@ class CondFile:
 
 
 def write_cond(storage: Storage, cond_file: str, cond: CondFile) -> Stamp:
-    """Write a cond file. Raises UserError, and what a remote raises."""
+    """Write a cond file. Raises WriteError (a UserError) if that fails, on a remote too."""
     return storage.write_atomic(cond_name(cond_file), cond.pack())
 
 
@@ -78,7 +78,7 @@ def put_prompt_cond(tensors: Tensors, cond: Conds, num_tokens: np.ndarray | None
 
 
 def take_prompt_cond(tensors: Tensors, num_prompts: int, metadata: dict[str, Any]) -> tuple[Conds, np.ndarray | None]:
-    """Cond of a file's P prompts, and their tokens [P] int32. Raises ValueError."""
+    """Cond of a file's P prompts, and the number of tokens of each, [P] int32 or None. Raises ValueError."""
     num_tokens, max_tokens = tensors.get("num_tokens"), metadata.get("max_tokens")
     if num_tokens is not None and (num_tokens.dtype != torch.int32 or list(num_tokens.shape) != [num_prompts]):
         raise ValueError(f"num_tokens is {num_tokens.dtype} {list(num_tokens.shape)}, expected int32 [{num_prompts}]")

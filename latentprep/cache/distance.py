@@ -6,7 +6,7 @@ from torch import Tensor
 
 from latentprep.cache.int8 import POSITIONS
 
-EXACT = ("_mask", POSITIONS)  # how names of masks and positions end: these are the same, or they are others
+EXACT = ("_mask", POSITIONS)  # endings of the names of masks and positions: these must be equal, no distance is taken
 
 
 def larger(one: float, other: float) -> float:
@@ -15,6 +15,6 @@ def larger(one: float, other: float) -> float:
 
 
 def difference_of(fresh: Tensor, stored: Tensor) -> float:
-    """How far [T,D] or [D] are from each other: their worst token, in standard deviations of all of `fresh`."""
+    """Root mean square difference of the worst token of two [T,D] or [D], in standard deviations of `fresh`."""
     spread = float(fresh.std()) or 1.0  # all of one value: then the difference itself counts
     return float((fresh - stored).square().mean(-1).sqrt().max()) / spread

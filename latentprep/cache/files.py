@@ -1,4 +1,4 @@
-"""One safetensors file of a cache: written with a seal and a header of ours, opened and checked as a stranger's.
+"""One safetensors file of a cache: written with a seal and our header; opened and checked like a file from a stranger.
 
 The header's metadata is a single JSON value, because safetensors does not keep the order of several.
 """
@@ -21,7 +21,7 @@ METADATA_KEY = "latentprep"
 
 
 def pack(kind: str, tensors: Tensors, metadata: dict[str, Any]) -> bytes:
-    """The bytes of a file."""
+    """The bytes of a safetensors file with these tensors, and with metadata, kind, format and seal in its header."""
     fields = {**metadata, "kind": kind, "format": FORMAT, FIELD: EMPTY}
     header = json.dumps(fields, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return seal(to_bytes(tensors, {METADATA_KEY: header}))
@@ -72,7 +72,7 @@ def check_groups(metadata: dict[str, Any]) -> list[tuple[str, int]]:
 
 
 def damaged(storage: Storage, name: str, error: Exception) -> UserError:
-    """What is said of a file that is not what it should be."""
+    """The error for a file that is damaged, or is not ours; `error` gives the reason."""
     reason = f"no {error}" if isinstance(error, KeyError) else str(error)
     return UserError(
         f"{storage.locate(name)}: damaged, or no shard of latentprep ({' '.join(reason.split())[:300]}). "
@@ -81,7 +81,7 @@ def damaged(storage: Storage, name: str, error: Exception) -> UserError:
 
 
 def _not_opened(storage: Storage, where: str) -> UserError:
-    """Why a file could not be opened: safetensors says "not found" of all of them, forbidden ones too."""
+    """The error for a file that safetensors did not find: it says "not found" also if reading is not allowed."""
     error = OSError("it could not be opened a moment ago")
     try:
         if storage.is_local:

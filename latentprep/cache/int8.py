@@ -14,16 +14,19 @@ from latentprep.cache.ragged import Cond, Conds, Ragged, row_shape, stack_rows, 
 from latentprep.cache.schema import COND_DTYPES
 from latentprep.cache.strings import Tensors
 
-BLOCK = 32  # values of a scale; benchmarks/cond_dtype.py has the errors of 32, 64 and 128
+BLOCK = 32  # values that share a scale; benchmarks/cond_dtype.py measures the errors of 32, 64 and 128
 LARGEST = 127
-AT_ONCE = 2**18  # values in float32 that become another dtype: 1 MB stays in the cache of a core
+AT_ONCE = 2**18  # float32 values that are converted at once: 1 MB stays in the cache of a CPU core
 SCALE = "_scale"
 SCALE_DTYPE = torch.float16
 POSITIONS = "_ids"  # how the names of positions end
 
 
 def store_as(conds: Conds, dtype: str) -> Conds:
-    """Cond [P,...] float32 as it is stored. With int8, what has no tokens, few values or positions stays float32."""
+    """Cond [P,...] float32 => as it is stored with `dtype`, one of COND_DTYPES.
+
+    With int8, float32 stays for: positions, cond without tokens, and tokens of fewer than 32 values.
+    """
     stored: Conds = {}
     for name, cond in conds.items():
         kind = dtype_of(name, cond, dtype)
@@ -39,8 +42,8 @@ def store_as(conds: Conds, dtype: str) -> Conds:
 def dtype_of(name: str, cond: Cond, dtype: str) -> torch.dtype:
     """The number type that cond of this name and shape has on disk with `dtype`, one of COND_DTYPES.
 
-    Not packed are pooled embeddings, which are a single vector of a prompt. Positions have to be exact: bfloat16 does
-    not have all numbers above 256.
+    With int8, pooled embeddings stay float32: they are a single vector for each prompt. Positions must be exact, so
+    they are never int8 or bfloat16: bfloat16 cannot hold all integers above 256.
     """
     kind = COND_DTYPES[dtype]
     if name.endswith(POSITIONS):
@@ -51,7 +54,7 @@ def dtype_of(name: str, cond: Cond, dtype: str) -> torch.dtype:
 
 
 def nbytes_of(num_values: int, dtype: str) -> int:
-    """What so many values of cond take on disk, but for the few that are not packed."""
+    """Bytes on disk of num_values values of cond; as if all were packed, though a few are not (see dtype_of)."""
     scales = -(-num_values // BLOCK) * SCALE_DTYPE.itemsize if dtype == "int8" else 0
     return num_values * COND_DTYPES[dtype].itemsize + scales
 
@@ -69,7 +72,7 @@ def pack(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Tensor, scale: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What pack gave, of one or more tokens => [...,D] in a dtype."""
+    """packed [...,D] int8 and scale [...,D/32 rounded up] float16, from pack => [...,D] in `dtype`."""
     if dtype == torch.float32 or not packed.is_cpu:
         return _multiply(packed, scale).to(dtype)
     found = torch.empty(packed.shape, dtype=dtype)

@@ -1,4 +1,4 @@
-"""The latents file of a shard, and that of a unit which is not finished: written, opened, checked."""
+"""The latents file of a shard, and the partial file of an unfinished unit: written, opened, checked."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from latentprep.records import Row
 
 @dataclass(frozen=True, eq=False)
 class Latents:
-    """What a latents file holds; the tensors of an open one are views of the mapped file."""
+    """What a latents file holds. Tensors of an open file use the mapped memory of the file: no copy."""
 
     groups: list[LatentGroup]
     metadata: dict[str, Any]
@@ -27,7 +27,7 @@ class Latents:
         return tuple((group.label, len(group), group.shape) for group in self.groups)  # type: ignore[misc]
 
     def rows(self) -> list[Row]:
-        """What was known of every row when it was encoded, through all groups."""
+        """A Row for each image, group after group, with what was known when it was encoded; without captions."""
         return rows_of(self.groups)
 
     def take(self, live: list[np.ndarray]) -> "Latents":
@@ -44,12 +44,12 @@ class Latents:
 
 
 def write_latents(storage: Storage, shard: str, latents: Latents) -> Stamp:
-    """Write the latents file of a shard. Raises UserError, and what a remote raises."""
+    """Write the latents file of a shard. Raises WriteError (a UserError) if that fails, on a remote too."""
     return storage.write_atomic(latents_name(shard), latents.pack())
 
 
 def write_partial(storage: Storage, unit: str, latents: Latents) -> Stamp:
-    """Write the first rows of a unit that is not finished. Such a file is in no manifest."""
+    """Write the first rows of an unfinished unit. No manifest names such a file. Raises WriteError if that fails."""
     return storage.write_atomic(partial_name(unit), latents.pack("partial"))
 
 

@@ -1,4 +1,4 @@
-"""What runs that did not finish left behind: latents files to take up, and scraps to clear away."""
+"""Files that unfinished runs left: latents files that can be used again, and files that are deleted."""
 
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -30,7 +30,7 @@ from latentprep.records import Skip
 
 @dataclass(frozen=True)
 class Leftover:
-    """A latents file that no manifest names, by its header: its bytes were not checked yet."""
+    """A latents file that no manifest names, as its header describes it. Its bytes are not checked yet: see check()."""
 
     id: str
     recipe: dict[str, Any]  # the latents part, in JSON
@@ -44,9 +44,10 @@ class Leftover:
         return sum(rows for _, rows, _ in self.groups)
 
     def check(self, storage: Storage, cond_files: Collection[str] = ()) -> Shard | None:
-        """The shard, if its latents are as they were written; with a text, if there is a whole one.
+        """The shard, if the seal of its latents file fits, else None. It has a text file if an intact one is there.
 
-        `cond_files`: ids of those that are there, from which a text may borrow. Raises UnreadableError.
+        cond_files: ids of the cond files that exist; a text file that borrows from another one is not used.
+        Raises UnreadableError if a file exists but cannot be read.
         """
         latents_file = _find(storage, latents_name(self.id))
         if latents_file is None:
@@ -76,7 +77,7 @@ def _find(storage: Storage, name: str) -> Stamp | None:
     try:
         return check_seal(storage, name)
     except UnreadableError:
-        raise  # it may be whole: to make it again would be a waste
+        raise  # the file may be intact, and to make it again would waste time
     except (UserError, FileNotFoundError):
         return None
 
@@ -110,7 +111,7 @@ def find_leftover(storage: Storage, id: str, text_ids: Iterable[str] = ()) -> Le
 
 
 def clear_temporaries(storage: Storage) -> None:
-    """Delete what a killed run was just writing; only for who holds the lock."""
+    """Delete the temporary files of killed runs. The caller must hold the lock."""
     for name in (*storage.names(), *storage.names(FOLDER)):
         if is_temporary(name):
             storage.delete_unless_open(name)

@@ -20,20 +20,21 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import LockedError, UserError
 
 NAME = LOCK_NAME
-PATIENCE = 0.5  # seconds for a lock: who only looks whether it is free holds it for a moment
-MOMENT = 0.02
+PATIENCE = 0.5  # seconds to wait for a lock: a process that only checks whether it is free holds it for a moment
+MOMENT = 0.02  # seconds between two attempts
 RANK_NAME = re.compile(r"\.lock\.\d+-of-(\d+)")  # beside it, of each of several runs that share the work
 
 
 @contextmanager
 def hold(storage: Storage, share: tuple[int, int] | None = None, *, beside_ranks: bool = False) -> Iterator[None]:
-    """Keep every other latentprep from writing to this cache. The folder is made, and removed if nothing was written.
+    """Keep every other latentprep from writing to this cache. The folder is created, and removed if it stays empty.
 
-    `share` is rank and world size of a run that works beside others. It keeps away all that do not belong to these, and
-    a second run of its rank. With `beside_ranks` the caller is one of these runs, and the others may go on.
+    share: (rank, world size) of a run that shares the work with others. Runs of the other ranks may write too; all
+    other runs, and a second run of the same rank, may not. beside_ranks: the caller is one of these runs, and the locks
+    of the others are ignored.
 
-    Raises LockedError that says who holds it, or UserError if the folder holds another program's files. A remote cache
-    has no lock: there, same work writes the same files.
+    Raises LockedError with the process that holds the lock, or UserError if the folder has files of another program or
+    cannot be locked. A remote cache has no lock: there, the same work writes the same files.
     """
     if not storage.is_local:
         yield
@@ -74,17 +75,17 @@ def _lock(storage: Storage, path: Path) -> Iterator[None]:
         try:
             path.write_text(json.dumps(_myself()), encoding="utf-8")
         except OSError as error:
-            if not system.is_in_use(error):  # Windows may let nobody write to a file that is locked, its holder neither
+            if not system.is_in_use(error):  # on Windows not even the holder of a lock may write to the locked file
                 raise UserError(f"{path}: cannot be written ({error.strerror or error}).") from None
         yield
     finally:
-        # Here nothing may fail: it would hide what went wrong before. What is left behind is locked anew, or empty.
-        # First unlink, then release: whoever opened the file meanwhile sees that it lost its name, and tries again.
+        # Errors are suppressed here: they would hide an earlier one. If the file stays, the next run locks it again.
+        # Unlink first, then release: a process that opened the file meanwhile sees that its name is gone, and retries.
         with suppress(OSError):
             path.unlink(missing_ok=True)
         with suppress(OSError):
             lock.release()
-        if system.IS_WINDOWS:  # which unlinks no open file: so if this can be done, nobody has it
+        if system.IS_WINDOWS:  # Windows does not unlink open files: if this works, no other process has it open
             with suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -100,8 +101,8 @@ def _check_free(storage: Storage, paths: list[Path]) -> None:
         except Timeout:
             raise _locked(storage, path) from None
         except (OSError, NotImplementedError):
-            continue  # it cannot be told
-        with suppress(OSError):  # its holder was killed: as if it had unlinked it itself
+            continue  # whether it is held cannot be known, so it counts as free
+        with suppress(OSError):  # the process that held it was killed before it could delete the file
             path.unlink(missing_ok=True)
         lock.release()
 

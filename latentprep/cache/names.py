@@ -50,7 +50,10 @@ def is_temporary(name: str) -> bool:
 
 
 def is_ours(name: str) -> bool:
-    """Whether a name is one that latentprep gives: to files of shards, of cond and of ranks, or while it writes."""
+    """Whether latentprep gives this name to a file: of a shard, of cond, of a rank, or a temporary one.
+
+    cache.json, skipped.jsonl, the locks and the files of readers do not count.
+    """
     return is_temporary(name) or any(
         pattern.fullmatch(name) for pattern in (SHARD_NAME, COND_NAME, PARTIAL_NAME, UNCOND_NAME, PART_NAME)
     )
@@ -59,16 +62,16 @@ def is_ours(name: str) -> bool:
 def make_unit_id(rows: Iterable[Item | Row], recipe: LatentsRecipe, contents: Sequence[str] = ()) -> str:
     """Digest of what goes into a latents file: the recipe, and every row's key, size and version.
 
-    `contents` are the content hashes of rows for which those are known to tell nothing, "" for the others.
+    contents: the content hash of each row whose content changed while key, size and version stayed; "" for other rows.
     """
     known = [list(contents)] if any(contents) else []
     return digest_of([FORMAT, recipe.to_json(), [row.fingerprint for row in rows], *known])
 
 
 def make_text_id(shard: str, rows: Iterable[Item | Row], recipe: Mapping[str, Any], dead: Iterable[int] = ()) -> str:
-    """Digest of what goes into a text file: the text recipe in JSON, all that its rows say, and which have no prompts.
+    """Digest, 16 hex digits, of what goes into a text file: the shard's id, the text recipe in JSON, and all its rows.
 
-    Those are the rows that were dead when it was made, by their numbers.
+    dead: the numbers of the rows that were dead when the file was made; they have no prompts, and count in the digest.
     """
     silent = [sorted(dead)] if dead else []
     said = [(row.key, row.nbytes, row.version, row.captions) for row in rows]

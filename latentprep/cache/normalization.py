@@ -22,7 +22,7 @@ class Normalization:
 
     shift: Numbers  # one number, or one per channel of what the denoiser sees
     scale: Numbers  # the same
-    patch: int = 1  # so many latents, each way, become one of patch * patch times as many channels
+    patch: int = 1  # patch x patch latent pixels become one pixel with patch * patch times as many channels
 
     def __post_init__(self) -> None:
         if self.patch not in PATCHES:
@@ -35,10 +35,10 @@ class Normalization:
     def apply(self, latents: "Tensor", in_place: bool = False) -> "Tensor":
         """[B,C,h,w] float32, unscaled => [B,C*patch*patch,h/patch,w/patch] float32, as the denoiser sees it.
 
-        in_place: the latents are nobody else's, and may be overwritten.
+        in_place: the latents may be overwritten.
 
-        One number is multiplied by. Several are the spread of each channel, by which pipelines divide (diffusers,
-        pipeline_flux2.py): so is done here, and every bit is theirs.
+        A single scale is multiplied. With one scale for each channel the code divides by 1 / scale, as pipelines divide
+        by the std of each channel (diffusers, pipeline_flux2.py): so the result is theirs to the bit.
         """
         found = patchify(latents, self.patch)
         if not in_place:
@@ -52,9 +52,10 @@ class Normalization:
         return found
 
     def patch_weight(self, weight: "Tensor", channels: int) -> "Tensor":
-        """A loss weight of each latent in the shape of what the denoiser sees: [B,1,h,w] => one that multiplies it.
+        """Loss weights [B,1,h,w] => in a shape that can be multiplied with what the denoiser sees.
 
-        `channels` are those of the latents. Without patches the weight stays as it is.
+        Without patches: [B,1,h,w], unchanged. With patches: [B,C*patch*patch,h/patch,w/patch]; C: `channels`, those of
+        the latents.
         """
         return weight if self.patch == 1 else patchify(weight.expand(-1, channels, -1, -1), self.patch)
 
@@ -80,11 +81,11 @@ def check_channels(normalization: Normalization, channels: int) -> None:
 
 
 def normalization_of_config(config: Any, channels: int) -> Normalization:
-    """What a VAE's config asks for; `config` is diffusers' own, in which defaults are filled in. Raises ValueError.
+    """The normalization of a VAE's config; `config` is diffusers' own object, which has all defaults.
 
-    As diffusers does: of a VAE with latents_mean and latents_std the shift_factor is not looked at
-    (diffusers, pipeline_stable_diffusion_xl.py), of all others it is subtracted, where there is one
-    (pipeline_stable_diffusion_3.py, pipeline_flux.py).
+    As in diffusers: if a VAE has latents_mean and latents_std, its shift_factor is ignored
+    (pipeline_stable_diffusion_xl.py). Otherwise the shift_factor, if there is one, is subtracted
+    (pipeline_stable_diffusion_3.py, pipeline_flux.py). Raises ValueError for numbers that no VAE has.
     """
     factor = _number("scaling_factor", config.get("scaling_factor", 1.0))  # some classes have none
     if not SCALE_LIMITS[0] <= factor <= SCALE_LIMITS[1]:

@@ -1,4 +1,4 @@
-"""Cond of P prompts: one tensor if all have the same number of tokens, else rows of their own lengths (Ragged)."""
+"""Cond of P prompts: one tensor if all have the same number of tokens, else a Ragged, with a length for each."""
 
 from collections.abc import Sequence
 
@@ -44,7 +44,7 @@ Conds = dict[str, Cond]
 
 
 def row_shape(cond: Cond) -> tuple[int | None, ...]:
-    """The shape of a prompt's cond; None stands for a length of its own."""
+    """The shape of one prompt's cond; None stands for a length that differs from prompt to prompt."""
     return (None, *cond.values.shape[1:]) if isinstance(cond, Ragged) else tuple(cond.shape[1:])
 
 
@@ -92,7 +92,7 @@ def take_conds(conds: Conds, rows: Sequence[int] | np.ndarray) -> Conds:
 def pad(rows: Sequence[Tensor], fill: str, at_least: int = 1) -> tuple[Tensor, Tensor]:
     """Rows [T,D...] as one tensor [B,longest T,D...], and their lengths [B] int64; `fill` is one of FILLS.
 
-    The tensor has at least so many tokens. A row may have none, and is filled up with zeros then.
+    at_least: the smallest number of tokens of the result. A row without tokens is filled with zeros.
     """
     longest = max(at_least, *map(len, rows))
 
@@ -111,7 +111,7 @@ def mask_of(lengths: Tensor, longest: int) -> Tensor:
 
 
 def put_cond(tensors: Tensors, conds: Conds) -> None:
-    """Add the tensors of all that is stored of the prompts."""
+    """Add cond to the tensors of a file: cond/<name>, and cond/<name>_offsets if prompts differ in length."""
     for name, cond in conds.items():
         if isinstance(cond, Ragged):
             tensors[f"cond/{name}"] = cond.values.contiguous()

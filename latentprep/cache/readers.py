@@ -1,7 +1,7 @@
-"""Who reads a cache: readers hold a shared lock, and files that nobody needs any more go once nobody holds it.
+"""Readers of a cache hold a shared lock. Files that the manifest no longer names are deleted once nobody holds it.
 
-So what a reader has opened it can read to its end, whatever encode and compact do meanwhile. If locks cannot be had, on
-a remote and on some network disks, such files stay for a day.
+So a reader can read to the end what it has opened, whatever encode and compact do meanwhile. Where there are no locks
+(Windows, a remote, some network disks), such files are deleted after a day.
 """
 
 import errno
@@ -17,7 +17,7 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 
 NAME = ".readers"  # the file that is locked; it is empty
-SUPERSEDED_NAME = ".superseded.json"  # name of a file -> when nobody needed it any more, in seconds since 1970
+SUPERSEDED_NAME = ".superseded.json"  # name of a file -> since when no manifest names it, in seconds since 1970
 GRACE = 24 * 3600  # seconds
 # a pipe of that name is not waited for, and no link is followed; Windows has none of these
 FLAGS = sum(getattr(os, name, 0) for name in ("O_CLOEXEC", "O_NONBLOCK", "O_NOFOLLOW"))
@@ -28,7 +28,7 @@ class Reading:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        # in a folder that is no cache nothing is made
+        # the lock file is created only if the folder is a cache
         self._descriptor = _open(storage, os.O_RDONLY, may_make=os.path.isfile(storage.locate(MANIFEST)))
         if self._descriptor is not None and not _lock(self._descriptor, exclusive=False):
             self.close()
@@ -49,13 +49,14 @@ class Reading:
             self.close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Reading, (self.storage,)  # in a process that is spawned; its parent holds the lock meanwhile
+        return Reading, (self.storage,)  # a spawned process takes the lock itself; until then its parent holds it
 
 
 def free(storage: Storage, names: Iterable[str], named: Collection[str] = ()) -> list[str]:
-    """Delete files that the manifest does not name, as far as no reader can need them; returns those that went.
+    """Delete files that the manifest does not name, if no reader can need them; returns those that were deleted.
 
-    `named` are those that it names: a file of theirs may have waited to be deleted, and be needed again.
+    named: the files that the manifest names. One of them may still be on the list of files to delete after a day; it is
+    taken off that list.
     """
     names = list(names)
     if not names and storage.is_local:
@@ -76,7 +77,10 @@ def invite_readers(storage: Storage) -> None:
 
 
 def list_waiting(storage: Storage, names: list[str]) -> list[str]:
-    """Of files that the manifest does not name those that stay because somebody may read them. Writes nothing."""
+    """Those of `names` that are kept because somebody may read them. Writes nothing.
+
+    names: files that the manifest does not name.
+    """
     descriptor = _open(storage, os.O_RDONLY, may_make=False)
     try:
         if descriptor is not None and _lock(descriptor, exclusive=True) is False:
@@ -99,7 +103,7 @@ def _alone(storage: Storage) -> Iterator[bool | None]:
 
 
 def _open(storage: Storage, flags: int, may_make: bool = True) -> int | None:
-    """The file to lock, made if it is not there and may be; None if there can be none."""
+    """Descriptor of the lock file; it is created if it is missing and may_make is true. None if it cannot be opened."""
     if not storage.is_local or not os.path.isdir(storage.path):
         return None
     path = storage.locate(NAME)
@@ -115,7 +119,10 @@ def _open(storage: Storage, flags: int, may_make: bool = True) -> int | None:
 
 
 def _lock(descriptor: int, *, exclusive: bool) -> bool | None:
-    """Whether the lock could be had; None if this system or disk has no locks. A shared one is waited for."""
+    """Whether the lock was taken; None if this system or disk has no locks.
+
+    A shared lock waits until it is free; an exclusive one does not wait.
+    """
     try:
         import fcntl
     except ImportError:  # Windows
@@ -128,9 +135,9 @@ def _lock(descriptor: int, *, exclusive: bool) -> bool | None:
 
 
 def _free_after_a_day(storage: Storage, names: list[str], named: Collection[str]) -> list[str]:
-    """Delete, of these files and of those written down before, the ones that nobody has needed for a day.
+    """Delete the files that no manifest has named for a day: of `names`, and of the list in SUPERSEDED_NAME.
 
-    The others are written down with the time.
+    The others are written to this list, with the time since when. Returns the files that were deleted.
     """
     now, known = time.time(), _superseded(storage)
     since = {name: min(known.get(name, now), now) for name in {*names, *known} if name not in named}

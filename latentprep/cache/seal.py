@@ -30,7 +30,10 @@ def is_sealed(data: bytes) -> bool:
 
 
 def check_seal(storage: Storage, name: str) -> Stamp:
-    """Bytes and hash of a file that no manifest knows, if it is as it was written. Raises UserError."""
+    """Size and hash of a file that no manifest knows, if its seal fits.
+
+    Raises UserError if it does not, UnreadableError if the file cannot be read, FileNotFoundError if it is missing.
+    """
     try:
         data = storage.read(name)
     except FileNotFoundError:
@@ -43,7 +46,10 @@ def check_seal(storage: Storage, name: str) -> Stamp:
 
 
 def check_stamp(storage: Storage, name: str, stamp: Stamp) -> None:
-    """Raise UserError unless a file has the bytes that the manifest promises: before anything is made of them."""
+    """Raise UserError unless a file has the size and hash in `stamp`; call it before a new file is made of it.
+
+    Raises UnreadableError (a UserError) if it cannot be read or is missing.
+    """
     try:
         found = storage.stamp(name)
     except OSError as error:

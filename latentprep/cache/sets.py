@@ -1,4 +1,4 @@
-"""Sets: images of one source with their own captions and weight. A cache may hold several; rows know theirs by key."""
+"""Sets: images of one source with their own captions and weight. A cache may hold several; a key begins with one."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,7 +29,10 @@ Runs = tuple[tuple[Annotated[int, Meta(ge=0, lt=MAX_SETS)], Annotated[int, Meta(
 
 
 def list_runs(keys: Iterable[str], sets: Sequence[SetFacts]) -> Runs:
-    """The sets of rows in their order, as runs. What no set has any more counts as the first: such rows are dead."""
+    """The sets of some rows, in the order of the rows, as runs.
+
+    A row whose set is gone counts as one of the first set; such rows are dead.
+    """
     if not sets:
         return ()
     numbers = {facts.name: number for number, facts in enumerate(sets)}
@@ -49,7 +52,7 @@ def to_runs(numbers: Iterable[int]) -> Runs:
 
 
 def recipe_of(recipe: Mapping[str, Any], keys: Iterable[str]) -> dict[str, Any]:
-    """A text recipe in JSON as it counts for some rows: of the sets, only theirs."""
+    """A text recipe in JSON with only those sets that these rows belong to."""
     if "sets" not in recipe:
         return dict(recipe)
     names = set(map(set_of, keys))

@@ -1,4 +1,4 @@
-"""A shard: rows that are stored together, in a latents file and a text file; from its birth to its end one object."""
+"""Shard: rows that are stored together, in a latents file and a text file. It is one object from encode to compact."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -15,21 +15,21 @@ from latentprep.cache.sets import Runs
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_text
 
-NamePart = Annotated[str, Meta(pattern="^[0-9A-Za-z]+$")]  # of a file's name: it is not to lead anywhere else
+NamePart = Annotated[str, Meta(pattern="^[0-9A-Za-z]+$")]  # part of a file name: it cannot point outside the folder
 
 
 @dataclass(frozen=True)
 class Shard:
-    """Rows of the same images in two files. Raises ValueError for rows that cannot be."""
+    """The rows of some images, in two files. Raises ValueError if rows, dead rows and sets do not fit each other."""
 
     id: NamePart  # of the unit that it was made from
     groups: Groups
     latents_file: Stamp
     text_id: Annotated[str, Meta(pattern="^[0-9A-Za-z]*$")] = ""  # "": it has no text yet
     text_file: Stamp | None = None
-    dead: tuple[int, ...] = ()  # rows that count no longer, numbered through all groups, rising
+    dead: tuple[int, ...] = ()  # numbers of dead rows, counted across all groups, ascending
     cond_files: tuple[Annotated[str, Meta(pattern=f"^{COND_ID.pattern}$")], ...] = ()  # that its text borrows from
-    sets: Runs = ()  # in a cache of several sets: the number of the set of each row, through all groups
+    sets: Runs = ()  # in a cache of several sets: the set of each row, as runs across all groups
 
     def __post_init__(self) -> None:
         if not self.groups or self.num_rows > self.latents_file.nbytes:
@@ -70,12 +70,12 @@ class Shard:
         return found | {self.text_name: self.text_file} if self.text_file is not None else found
 
     def live_rows(self) -> list[np.ndarray]:
-        """For each group the numbers of its rows that count, counted in the group."""
+        """For each group: the numbers of its live rows, counted from the start of the group."""
         edges = np.cumsum([rows for _, rows, _ in self.groups])[:-1]
         return [np.flatnonzero(part) for part in np.split(self._is_live(), edges)]
 
     def live_numbers(self) -> np.ndarray:
-        """The numbers of its rows that count, through all groups."""
+        """The numbers of its live rows, counted across all groups."""
         return np.flatnonzero(self._is_live())
 
     def _is_live(self) -> np.ndarray:

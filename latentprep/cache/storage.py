@@ -16,7 +16,7 @@ from latentprep import system
 from latentprep.errors import UnreadableError, UserError, WriteError
 from latentprep.human import human_bytes
 
-LARGEST_JSON = 2**30  # bytes of a manifest: 50,000 shards need 20 MB, and no crafted one is to fill the memory
+LARGEST_JSON = 2**30  # bytes: the manifest of 50,000 shards has 20 MB; the limit stops a hostile file that fills memory
 CHUNK = 2**22
 
 
@@ -80,7 +80,7 @@ class Storage:
         return bytes(self.fs.cat_file(self.locate(name)))
 
     def read_json(self, name: str) -> bytes:
-        """All bytes of a manifest or a list of skips. Raises FileNotFoundError; ValueError for one without measure."""
+        """All bytes of a manifest or of skipped.jsonl. Raises FileNotFoundError; ValueError above LARGEST_JSON."""
         size = self.size(name)
         if size > LARGEST_JSON:
             raise ValueError(f"{human_bytes(size)} is more than any latentprep writes")
@@ -122,9 +122,9 @@ class Storage:
     def write_atomic(self, name: str, data: bytes) -> Stamp:
         """All of the bytes under the final name, or nothing.
 
-        Local: temporary file in the same folder, fsync, rename, fsync of the folder. Remote: one put. Windows replaces
-        no file that is open: one with the same bytes counts as written.
-        Raises WriteError if the disk is full or read-only, and whatever a remote says.
+        Local: temporary file in the same folder, fsync, rename, fsync of the folder. Remote: one put. Windows cannot
+        replace a file that is open; if that file already has the same bytes, it counts as written.
+        Raises WriteError if the file cannot be written, on a remote too.
         """
         stamp = Stamp.of(data)
         if not self.is_local:
@@ -139,7 +139,7 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             temporary = target.with_name(
                 f".{target.name}.{randbits(63)}.tmp"
-            )  # machines may share numbers of processes
+            )  # random, not the process id: two machines may write to one folder with the same process id
             try:
                 with open(temporary, "wb") as file:
                     file.write(data)
@@ -147,7 +147,7 @@ class Storage:
                     os.fsync(file.fileno())
                 self._replace(temporary, target, stamp)
             except BaseException:
-                with suppress(OSError):  # it would hide what went wrong; the next run clears it away
+                with suppress(OSError):  # its error would hide the first one; the next run deletes the temporary file
                     temporary.unlink(missing_ok=True)
                 raise
             _sync_folder(target.parent)
@@ -177,9 +177,9 @@ class Storage:
             raise UserError(f"{self.locate(name)}: cannot delete ({error.strerror or error}).") from error
 
     def delete_unless_open(self, name: str) -> bool:
-        """Remove a file that nobody needs; whether it is gone: on Windows it stays if somebody has it open.
+        """Delete a file that nobody needs; returns whether it is gone. On Windows a file that is open stays.
 
-        Raises UserError.
+        Raises UserError if it cannot be deleted for another reason.
         """
         try:
             self.fs.rm_file(self.locate(name))

@@ -30,7 +30,7 @@ class Strings(Sequence[str]):
             raise ValueError(f"{name} is {data.dtype} {list(data.shape)}, expected uint8 bytes")
         check_offsets(f"{name}_offsets", offsets, len(data))
         self.data, self.offsets = data.numpy(), offsets.numpy()
-        # memoryviews: a tenth of numpy's time an access; a crafted file may have its offsets at an odd address
+        # memoryviews: an access takes a tenth of numpy's time. require: offsets of a hostile file may be unaligned
         self._bytes, self._ends = self.data.data, np.require(self.offsets, requirements=["C", "A"]).data
 
     def __len__(self) -> int:

@@ -21,7 +21,8 @@ from latentprep.recipe_words import describe_changes, describe_set_changes, desc
 
 
 def compare(a: Storage, b: Storage, samples: int | None, seed: int, progress: Progress) -> Compared:
-    """What differs. Of the images and prompts that both have, the numbers of `samples` random ones; None: of all.
+    """What differs between two caches. Latents and cond are compared for `samples` random images and prompts that both
+    have; None: for all.
 
     Raises UserError if one of them is no cache. A file that cannot be read is a problem, and the rest is compared.
     """

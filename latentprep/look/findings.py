@@ -17,7 +17,7 @@ from latentprep.look.words import Words
 NUM_WORST, NUM_PAIRS = 12, 12  # that are shown
 NUM_GROUPS, NUM_EACH = 6, 6  # of duplicates
 LARGE_LOSS = 0.25  # share of an image
-MEANS, STDS = 1.0, (0.5, 2.0)  # of a channel, that are unusual: beyond, or outside
+MEANS, STDS = 1.0, (0.5, 2.0)  # a channel is unusual if its mean is beyond the one, or its std outside of the other
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Findings:
 
 
 def find_all(storage: Storage, manifest: Manifest, images: Images, looked: Looked) -> Findings:
-    """Raises UserError."""
+    """Images that stand out, of all kinds. Raises UserError."""
     num_double, num_groups, groups = group_duplicates(storage, manifest, NUM_GROUPS, NUM_EACH)
     doubles = [(count, [number_of(images, place) for place in places]) for count, places in groups]
     count = num_compared(len(looked.images), looked.averaged.shape[1])

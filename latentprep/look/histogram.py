@@ -27,7 +27,7 @@ class Histogram:
 
 
 def of_shares(values: np.ndarray) -> Histogram:
-    """Shares of 0 to 1: those of nothing by themselves, then by steps of 5%, as far as there are any."""
+    """Shares of 0 to 1: a bar for those of exactly 0, then one for each step of 5% up to the largest share."""
     steps = np.ceil(np.round(values.astype(np.float64), 6) * 20).astype(int)  # 0; 1: up to 5%; ...
     counts = np.bincount(steps, minlength=2)
     labels = ["0%", *(f"{5 * n - 5}% to {5 * n}%" for n in range(1, len(counts)))]

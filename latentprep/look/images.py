@@ -18,7 +18,7 @@ def image_statistics(storage: Storage, manifest: Manifest, num_named: int) -> tu
     """
     factor = manifest.latent.factor
     by_bucket: defaultdict[tuple[int, int], list[np.ndarray]] = defaultdict(list)
-    worst: list[tuple[float, int, int, int]] = []  # share, shard, group, row
+    worst: list[tuple[float, int, int, int]] = []  # share, -shard, -group, -row: of equals the first is the largest
     notes: Counter[str] = Counter()
     for n, shard in enumerate(manifest.shards):
         latents = shard.open_latents(storage)

@@ -151,7 +151,7 @@ def cut(chunk: Chunk, one: LatentGroup, other: LatentGroup) -> Iterator[Chunk]:
 def compare_rows(
     sums: Sums, chunk: Chunk, one: LatentGroup, other: LatentGroup, views: Sequence[tuple[int, int]]
 ) -> None:
-    """Add up the pairs of a chunk. `views` are those that both have; of a pair those count that have the same crop."""
+    """Add up the pairs of a chunk. `views`: those that both have; only those with equal crop and resized size count."""
     sums.is_read[chunk.numbers] = True
     if one.latent_mean.shape[2:] != other.latent_mean.shape[2:] or not views:
         sums.is_unlike[chunk.numbers] = True

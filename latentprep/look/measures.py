@@ -16,7 +16,7 @@ from latentprep.look.images import cropped_away
 from latentprep.look.samples import distances, means_and_stds
 from latentprep.records import Size
 
-MOST_LOOKED = 20_000  # images whose latents are read: of larger caches chance takes so many
+MOST_LOOKED = 20_000  # images whose latents are read, at most, unless a report shows more; chosen at random
 BLOCK = 2**22  # numbers of latents that are in memory at once
 LIMIT, NUM_BINS = 5.0, 60  # of the histogram of all numbers: -5 to 5
 GRID = 4  # latents are averaged to 4x4 to be compared

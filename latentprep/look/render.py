@@ -165,7 +165,7 @@ def render(report: Report, shots: Sequence[Shot], skipped: Mapping[str, bytes], 
 
 
 def bar(count: int, most: int) -> float:
-    """Percent that a bar is long; one that counts anything can be seen."""
+    """The length of a bar in percent, at least 0.75, so that it can be seen."""
     return max(0.75, 100 * count / max(1, most))
 
 

@@ -34,7 +34,7 @@ def measure_crop(group: LatentGroup) -> np.ndarray:
 
 
 def measure_weight(group: LatentGroup) -> np.ndarray:
-    """[N,V]: how much of the loss is lost to weights: 1 less their mean."""
+    """[N,V]: how much of the loss weights take away: 1 minus the mean weight of each view."""
     if group.weight is None:
         return np.zeros(group.latent_mean.shape[:2])
     found: np.ndarray = 1 - group.weight.double().mean((2, 3)).numpy()
@@ -93,9 +93,9 @@ RANKINGS = {
 def choose_samples(
     storage: Storage, manifest: Manifest, show: str, num: int, seed: int, pattern: str | None, key: str | None
 ) -> tuple[list[Sample], int]:
-    """Up to `num` samples, and of how many images they are chosen: of all, of those that fit a shell pattern, or one.
+    """Up to `num` samples, and from how many images they were chosen: all, those that fit a shell pattern, or one key.
 
-    By chance they are in the order of the cache, else the first stands out most. If all views of all these images fit
+    Random samples are in the order of the cache; else the first stands out most. If all views of all these images fit
     into `num`, all are shown; else one of each image, in turn, or the one that stands out most.
 
     Raises UserError if none fits, or stands out.

@@ -206,7 +206,7 @@ def describe_sample(storage: Storage, key: str) -> dict[str, Any]:
 
 
 def describe_latents(group: LatentGroup, row: int) -> dict[str, Any]:
-    """Geometry and statistics of one row; of the views the first."""
+    """Geometry and statistics of one row: of its first view, but the crops of all views."""
     mean, std, weight = group.latent_mean[row, 0].float(), group.latent_std, group.weight
     plane = weight[row, 0].float() if weight is not None else None
     controls = [(name, values[row, 0].float()) for name, values in group.controls.items()]

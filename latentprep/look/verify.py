@@ -176,7 +176,7 @@ def check_latents(manifest: Manifest, latents: Latents, file: str) -> list[Probl
 
 
 def check_skips(storage: Storage, manifest: Manifest, keys: Counter[str]) -> list[Problem]:
-    """Whether the skipped and the cached are two different sets."""
+    """Whether any key is both skipped and cached, and whether the number of skips is the manifest's."""
     try:
         skips = read_skips(storage)
     except UserError as error:

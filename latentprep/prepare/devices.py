@@ -39,7 +39,10 @@ def choose_device(asked: str, local_rank: int | None = None, option: str = "--de
 
 
 def choose_devices(device: str, devices: str | None, local_rank: int | None = None) -> tuple[tuple[str, ...], str]:
-    """The devices that --devices asks for, all or names between commas, or else --device; and why. Raises UserError."""
+    """The devices of --devices ("all", or names with commas between), or else the one of --device; and why.
+
+    Raises UserError.
+    """
     import torch
 
     if devices is None:
@@ -111,7 +114,9 @@ def choose_dtype(dtype: str, device: str) -> str:
 
 
 def default_batch_size(device: str, buckets: Iterable[Size]) -> int:
-    """1 on a CPU, where more gain nothing (benchmarks/encode.py); on a GPU as many pixels as 8 images of 512x512."""
+    """Images that the VAE sees at once. On a CPU 1: more gain nothing (benchmarks/encode.py). On a GPU as many of the
+    largest bucket as have the pixels of 8 images of 512x512, at least 1.
+    """
     if device == "cpu":
         return 1
     return max(1, 8 * 512 * 512 // max((height * width for height, width in buckets), default=1))
@@ -147,7 +152,10 @@ class BatchLimit:
         self.said = ""
 
     def run(self, work: Callable[[P], T], pixels: P) -> list[T]:
-        """`work` on all of [N,H,W,...], in as few parts as fit. Raises OutOfMemoryError."""
+        """What `work` gives for pixels [N,H,W,...]: one result for each part, in as few parts as fit into memory.
+
+        Raises OutOfMemoryError.
+        """
         _, height, width = pixels.shape[:3]
         results: list[T] = []
         start = 0
@@ -162,7 +170,7 @@ class BatchLimit:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-            # here, and not above: the exception holds the tensors that did not fit
+            # after `except`, since inside it the exception still holds the tensors that did not fit
             empty_cache()
             if count == 1:
                 image = f"one image of {width}x{height}"

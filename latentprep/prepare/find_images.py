@@ -102,7 +102,7 @@ def describe_overlaps(sets: Sequence[ImageSet], found: Mapping[str, Images]) -> 
 
 
 def describe_balance(sets: Sequence[ImageSet], counts: Sequence[int]) -> Iterator[str]:
-    """A line for each set that was to have as many samples as others, and has more: no image is left out."""
+    """A line for each set with repeats = "auto" that has more images than the others have samples: none is left out."""
     others = count_given(sets, counts)
     for part, count in zip(sets, counts, strict=True):
         if part.repeats is None and count > others > 0:
@@ -154,7 +154,7 @@ def leave_out(listing: Listing, controls: Controls) -> Listing:
 
 
 def check_controls(part: ImageSet) -> None:
-    """Raise UserError if control images are the targets themselves, or if the targets lie among them."""
+    """Raise UserError if a folder of control images is the source itself, or holds it."""
     source = part.source.resolve()
     for folder in part.controls:
         if folder.resolve() in (source, *source.parents):

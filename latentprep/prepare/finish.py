@@ -88,7 +88,7 @@ def finish(prepared: Prepared, latents: Tally, texts: Tally, seconds: float, enc
 
 
 def list_limits(latents: Tally, texts: Tally) -> list[str]:
-    """What an overfull memory has taught, of each pass the first."""
+    """How a full memory made batches smaller: the first message of each pass."""
     limits = (
         [result.batch_limit for result in results if result.batch_limit] for results in (latents.latents, texts.texts)
     )
@@ -179,7 +179,7 @@ def hand_in(
 
 
 def plan_digest(prepared: Prepared) -> str:
-    """What all ranks of a run have in common."""
+    """Digest of a plan: the ranks of a run must have the same one, else they have planned different work."""
     plan = prepared.plan
     tasks = [[task.id, [[*row.fingerprint, row.captions] for row in task.rows]] for task in plan.text_tasks]
     kept = [[shard.id, shard.text_id, shard.dead] for shard in plan.kept]

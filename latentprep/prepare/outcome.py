@@ -11,7 +11,7 @@ from latentprep.cache.storage import Stamp
 from latentprep.prepare.work.events import Event, Failure, LatentsResult, Step, TextResult, Truncated
 from latentprep.records import Skip
 
-STAGES = ("decode", "encode", "text", "write")  # that a device may wait for; "load" is a model's
+STAGES = ("decode", "encode", "text", "write")  # what a device may wait for; not "load", the loading of a model
 
 
 @dataclass(eq=False)
@@ -92,7 +92,7 @@ class Outcome:
     notes: Counter[str]
     failures: list[str]
     num_retried: int
-    batch_limits: list[str]  # what an overfull memory has taught, of each pass
+    batch_limits: list[str]  # how a full memory made batches smaller: the first message of each pass
     cleared: tuple[int, int]  # files of unfinished runs that were of no use, and their bytes
     seconds: float  # of the whole run
     encode_seconds: float  # of its units, without the loading of models

@@ -43,8 +43,8 @@ def open_colors(
     device: str,
     seed: int,
 ) -> tuple[Colors, str]:
-    """The cache's own VAE; without it a linear map, or without images false colours, and why. No model is downloaded
-    unless it was named.
+    """How latents become colours, and why not by the cache's own VAE ("": they do). Without it a linear map is fitted
+    to images; without these the colours are false. No model is downloaded unless it was named.
 
     Raises UserError if a VAE was named, and is not the cache's.
     """

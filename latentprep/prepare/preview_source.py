@@ -27,7 +27,7 @@ from latentprep.prepare.source.sources import NoSourceError, open_source
 from latentprep.records import Box, Item, Placement, Size, Skip
 from latentprep.sheet import shrink
 
-MAX_PIXELS = 180_000_000  # of an image, and of what is kept of it: as encode has it, unless --max-megapixels says more
+MAX_PIXELS = 180_000_000  # of an image, and of its bucket: the default of encode's --max-megapixels
 Say = Callable[[str], None]
 Place = tuple[int, int, int]  # shard, group, row
 
@@ -132,7 +132,7 @@ def lies_outside(box: Box, resized: Size) -> bool:
 
 
 def open_reader(storage: Storage, manifest: Manifest, where: Path, sets: Sequence[ImageSet], say: Say) -> Reader:
-    """Reads images by their keys: nothing is listed but masks and control images. Tells what is not there.
+    """A Reader of a cache's images by key. Only masks and control images are listed. `say` hears what is not there.
 
     Raises UserError if there is no source.
     """

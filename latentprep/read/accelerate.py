@@ -1,7 +1,8 @@
 """What the reader does for accelerate (1.0 to 1.15), so that its loops see each sample once.
 
 `Accelerator.prepare` wraps the sampler of a DataLoader: each process takes every n-th batch of it (BatchSamplerShard).
-So the sampler has to give the batches of all ranks in turn. Nobody tells it that it was wrapped: it looks who calls.
+So the sampler has to give the batches of all ranks in turn. It is not told that it was wrapped: it finds out from the
+call stack.
 It has no batch_size, since its batches differ. accelerate before 1.14 refuses that, unless even_batches=False.
 """
 
@@ -30,7 +31,10 @@ def refuse_dispatch(asking: FrameType | None) -> None:
 
 
 def find_caller(asking: FrameType | None, name: str) -> Any:
-    """The object of this class of accelerate.data_loader that called, through whatever stands between; or None."""
+    """The nearest caller on the stack that is an instance of class `name` of accelerate.data_loader; None if none is.
+
+    asking: the frame to start from.
+    """
     module = sys.modules.get("accelerate.data_loader")
     while module is not None and asking is not None:
         caller = asking.f_locals.get("self")

@@ -1,4 +1,4 @@
-"""Arguments of the reader's classes, checked: what cannot be meant is refused in one line that names it."""
+"""Checks of the arguments of the reader's classes: a wrong value raises a UserError that names the argument."""
 
 from operator import index
 from operator import index as as_index
@@ -15,7 +15,8 @@ SAMPLING_METHODS = get_args(SamplingMethod)
 
 
 def check_int(name: str, value: object, low: int | None = None, high: int | None = None) -> int:
-    """An argument as an int, numpy's too. Raises UserError for anything else, below `low` and above `high`."""
+    """An argument as an int; numpy integers are accepted. Raises UserError for a bool, for anything that is no integer,
+    and for a number below `low` or above `high`."""
     try:
         if isinstance(value, bool):
             raise TypeError
@@ -75,7 +76,7 @@ def check_sampling_method(value: Any) -> SamplingMethod:
 
 
 def check_use_weight(value: Any) -> UseWeight:
-    """`use_weight`. Raises UserError for anything but a bool, "raw" or a floor of 0 to 1."""
+    """`use_weight`, checked. Raises UserError unless it is a bool, "raw", or a minimum weight: a float from 0 to 1."""
     is_floor = isinstance(value, float) and 0 <= value <= 1
     if isinstance(value, bool) or is_floor or (isinstance(value, str) and value == "raw"):
         return value  # type: ignore[no-any-return]
@@ -83,7 +84,7 @@ def check_use_weight(value: Any) -> UseWeight:
 
 
 def check_index(index: object) -> int:
-    """The index of one sample. Raises UserError for what is none."""
+    """The index of one sample as an int. Raises UserError for anything that is no integer, such as a slice."""
     try:
         return as_index(index)  # type: ignore[arg-type]
     except TypeError:
@@ -97,7 +98,7 @@ def check_index(index: object) -> int:
 
 
 def check_indices(indices: Any) -> np.ndarray:
-    """The indices of a batch as [B] int64. Raises UserError for what are none."""
+    """The indices of a batch as [B] int64. Raises UserError if there are none, or if they are no integers."""
     samples = np.asarray(indices)
     if not samples.size:
         raise UserError("a batch of no indices: expected at least one.")

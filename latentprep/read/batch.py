@@ -1,4 +1,4 @@
-"""LatentBatch: what a training loop is handed. Nothing in it is computed before it is asked for."""
+"""LatentBatch: what a training loop gets. Samples, control latents and cond are computed when they are first used."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -34,17 +34,18 @@ def cond_model_elsewhere(prompts: list[str]) -> Cond:
 
 @dataclass(eq=False, repr=False)
 class LatentBatch(Generic[CondT, WeightT]):
-    """B samples of one bucket. Numbers stay as stored until they are asked for, so that little crosses to the GPU."""
+    """B samples of one bucket. Latents and cond keep their stored dtype until used: few bytes go to the GPU."""
 
     index: Tensor  # [B] int64: indices into the dataset
     latent_mean: Tensor  # [B,C,h,w] in the store dtype; unscaled
     latent_std: Tensor | None  # the same; None: the mean is the sample
     noise_seed: Tensor | None  # [B] int64: what each sample's draw starts from
     normalization: Normalization
-    # name -> [B,T,D] as stored; int8 has its scales beside it, as <name>_scale (cache/int8.py). `cond` has the numbers
+    # name -> [B,T,D] or [B,D] as stored. int8 has its scales under <name>_scale (cache/int8.py); `cond` is unpacked
     stored_cond: dict[str, Tensor] | None
     prompts: list[str] | StoredPrompts  # B
-    stored_weight: Tensor | None  # [B,1,h,w] float32: loss weight of every latent pixel; None without use_weight
+    # [B,1,h,w] float32: loss weight of every latent pixel, after the rule of use_weight; None without use_weight
+    stored_weight: Tensor | None
     original_size: Tensor  # [B,2] int32: height, width before the resize
     resized_size: Tensor  # [B,2] int32
     crop: Tensor  # [B,4] int32: top, left, height, width in the resized image
@@ -53,9 +54,9 @@ class LatentBatch(Generic[CondT, WeightT]):
     stored_control: dict[str, Tensor] = field(default_factory=dict)  # of each control image: like latent_mean
     fields: dict[str, Tensor] = field(default_factory=dict)  # name -> [B,...]: what else the cache holds of each sample
     loss_weight: float | Tensor = 1.0  # of all samples, or of each: [B] float32
-    set_numbers: np.ndarray | None = None  # [B]: of the samples' sets; None: the cache has no sets
+    set_numbers: np.ndarray | None = None  # [B]: the set of each sample, as an index into set_names; None: no sets
     set_names: tuple[str, ...] = ()
-    member: int = 0  # of a LatentMix: the number of the dataset that the samples are from
+    member: int = 0  # with a LatentMix: which of its datasets the samples are from, counted from 0
     cond_model: CondModel | None = None  # makes cond of cond_text, if the dataset makes prompts of its own
     dtype: torch.dtype | None = None  # of latent_sample, control, weight and cond, as `to` was told; None: float32
     _drawn: Tensor | None = None
@@ -98,12 +99,11 @@ class LatentBatch(Generic[CondT, WeightT]):
     def latent_sample(self) -> Tensor:
         """[B,C,h,w] float32, as the denoiser sees it: (patchify(mean + std * noise) - shift) * scale.
 
-        With `to(dtype)` it is given in that.
+        After `batch.to(dtype)` it has that dtype. Without a std, or with "deterministic", there is no noise. FLUX.2's
+        denoiser sees patches: [B,4C,h/2,w/2].
 
-        FLUX.2's denoiser sees patches: [B,4C,h/2,w/2].
-
-        Drawn on the batch's device, the first time it is asked for; the same batch gives the same sample, on every
-        device up to rounding.
+        The noise is drawn on the batch's device when this is first used. The same batch gives the same sample; on
+        another device it is the same up to rounding.
         """
         if self._drawn is None and torch.is_inference_mode_enabled():
             with torch.inference_mode(False):  # a sample that is kept must be fit for training too
@@ -118,9 +118,9 @@ class LatentBatch(Generic[CondT, WeightT]):
 
     @property
     def control(self) -> list[Tensor] | None:
-        """Latents of each sample's control images, one or more: [B,C,h,w] each, like latent_sample; None without.
+        """Latents of the control images: one [B,C,h,w] for each, scaled like latent_sample; None if there are none.
 
-        In the order of --control. There is no draw: they are the posterior's mean, as editing pipelines take it.
+        They are in the order of --control. They are the posterior's mean, without noise, as in the editing pipelines.
         """
         if not self.stored_control:
             return None
@@ -131,7 +131,7 @@ class LatentBatch(Generic[CondT, WeightT]):
     def weight(self) -> WeightT:
         """Loss weight of every number that the denoiser sees, like latent_sample: [B,1,h,w]; None without use_weight.
 
-        Of patches it is [B,4C,h/2,w/2], since the four latent pixels of one may weigh differently.
+        If the denoiser sees patches it is [B,4C,h/2,w/2], since the four pixels of a patch may weigh differently.
         """
         if self.stored_weight is None:
             return None  # type: ignore[return-value]  # WeightT is None then
@@ -140,15 +140,16 @@ class LatentBatch(Generic[CondT, WeightT]):
 
     @property
     def set(self) -> list[str]:
-        """B names: the set that each sample is of, if the cache has several; else ""."""
+        """B names: the set of each sample; "" if the cache has no sets."""
         if self.set_numbers is None:
             return [""] * len(self)
         return [self.set_names[number] for number in self.set_numbers.tolist()]
 
     @property
     def sample_weight(self) -> Tensor:
-        """[B] float32: how much each sample's loss counts, as the dataset's sample_weight and its set's say.
+        """[B] float32: how much each sample's loss counts: the dataset's sample_weight times that of its set.
 
+        Use it like this:
         `(batch.sample_weight * loss.mean((1, 2, 3))).mean()`
         """
         if isinstance(self.loss_weight, Tensor):
@@ -157,13 +158,17 @@ class LatentBatch(Generic[CondT, WeightT]):
 
     @property
     def cond(self) -> CondT:
-        """Text embeddings: {"prompt_embeds": [B,T,D], ...}, stored ones in latent_sample's dtype; None without.
+        """Text embeddings: {"prompt_embeds": [B,T,D], ...}, in the dtype of latent_sample; None if there are none.
+
+        Positions ("..._ids") stay float32, masks are bool. Cond of a cond_model keeps its dtype, unless `to(dtype)` was
+        called.
 
         If the prompts of a model differ in length, shorter ones are padded to the longest of the batch, and
         {"prompt_embeds_mask": [B,T] bool} says which tokens are their own; `cond_lengths` says how many. The padding
-        is what the model's family wants: zeros, or the last vector again, as in stable-diffusion-webui.
+        is what the model's family wants: zeros, or the last vector again, as in stable-diffusion-webui. Some families
+        want a minimum length, too.
 
-        Where a cond_model makes them, it is called the first time they are asked for, and the result is kept.
+        If there is a cond_model, it is called when this is first used, and its result is kept.
         """
         if self.stored_cond is not None:
             return finish_cond(self.stored_cond, self.cond_lengths, self.dtype or torch.float32)  # type: ignore[return-value]
@@ -181,8 +186,8 @@ class LatentBatch(Generic[CondT, WeightT]):
     def time_ids(self) -> Tensor:
         """[B,6] float32 for SDXL: original height and width, crop top and left, target height and width.
 
-        As diffusers' train_text_to_image_sdxl.py makes them: the crop's corner in the resized image, and for a mirrored
-        view in the mirrored one; the target is the crop's size.
+        They are made as in diffusers' train_text_to_image_sdxl.py. Crop top and left: the corner of the crop in the
+        resized image; for a mirrored view, in the mirrored resized image. The target is the size of the crop.
         """
         top, left, height, width = self.crop.unbind(1)
         mirrored = self.resized_size[:, 1] - left - width
@@ -202,10 +207,10 @@ class LatentBatch(Generic[CondT, WeightT]):
         dtype: torch.dtype | None = None,
         non_blocking: bool = False,
     ) -> "LatentBatch[CondT, WeightT]":
-        """The batch on another device; with a dtype, latent_sample, control, weight and cond are given in it.
+        """The batch on another device; with a dtype, latent_sample, control, weight and cond get that dtype.
 
-        They are computed in float32 all the same. time_ids, sizes and masks keep their types.
-        `batch.to(torch.bfloat16)` changes the dtype alone.
+        Latents are still computed in float32 first. time_ids, sizes, masks and position ids keep their dtypes.
+        `batch.to(torch.bfloat16)` changes only the dtype. Raises UserError for a dtype that is not floating-point.
         """
         if isinstance(device, torch.dtype):
             device, dtype = None, device

@@ -17,7 +17,7 @@ def mix(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     return state
 
 
-# what a counter is for, so that no two choices share one
+# the purposes of random numbers: each choice mixes its own number in, so no two choices get the same random numbers
 FLIP, NOISE, PROMPT, CAPTION, DROP, CROP, SPLIT, TURN = range(1, 9)
 
 
@@ -27,10 +27,11 @@ def fractions(draws: np.ndarray) -> np.ndarray:
 
 
 def permute(numbers: np.ndarray, count: int, *parts: int) -> np.ndarray:
-    """Where a random permutation of range(count), which `parts` decide, puts some numbers: [n] int64. Holds no memory.
+    """Where a random permutation of range(count) puts some numbers [n]: [n] int64. `parts` are its seed.
 
-    A Feistel network on two numbers a x b >= count that adds in the place of xor, and walks on from what is no number
-    of the range: Black and Rogaway, Ciphers with Arbitrary Finite Domains (2002), their generalized Feistel cipher.
+    No table of the permutation is made. It is a Feistel network on a grid of a x b >= count numbers. It adds instead of
+    xor, and is applied again to every result outside the range (cycle walking): the generalized Feistel cipher of Black
+    and Rogaway, Ciphers with Arbitrary Finite Domains (2002).
     """
     a = isqrt(count - 1) + 1
     b = -(-count // a)

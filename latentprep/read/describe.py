@@ -28,7 +28,7 @@ def show_tensors(tensors: dict[str, Tensor]) -> str:
 
 
 def show_cond(rows: dict[str, tuple[dtype, tuple[int | None, ...]]]) -> str:
-    """prompt_embeds [T,768] float16, pooled [768] float16: of a prompt."""
+    """prompt_embeds [T,768] float16, pooled [768] float16: names, shapes and dtypes of one prompt's cond."""
     return ", ".join(
         f"{printable(name)} {show_shape(shape)} {show_dtype(kind)}" for name, (kind, shape) in rows.items()
     )

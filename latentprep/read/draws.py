@@ -24,11 +24,14 @@ class Draws:
         return mix(self.seed, what, self.epoch, self.samples)
 
     def happens(self, what: int, share: "float | np.ndarray") -> np.ndarray:
-        """[B] bool: true for this share of all samples; a share for each may be given, [B]."""
+        """[B] bool: true with this probability; `share` is one number, or one for each sample [B]."""
         return fractions(self.numbers(what)) < share
 
     def pick(self, what: int, count: int, span: slice = slice(None)) -> np.ndarray:
-        """[b] int64 below count, for a part of the samples: repetitions of an image take its choices in turn."""
+        """[n] int64 from 0 to count - 1, for the n samples of `span`.
+
+        The start is random for each image and epoch; the repetitions of an image then take the choices in turn.
+        """
         start = (mix(self.seed, what, self.epoch, self.images[span]) % np.uint64(count)).astype(np.int64)
         picked: np.ndarray = (start + self.repetitions[span]) % count
         return picked

@@ -26,13 +26,13 @@ class Index:
         chosen: Mapping[int, np.ndarray] | None = None,
         sets: Sequence[SetFacts] = (),
     ) -> None:
-        """chosen: of some groups, by number, the rows [n] that are samples, rising; of the others all live ones are."""
+        """chosen: group number -> its rows [n] that are samples, ascending. In other groups all live rows are."""
         self.repeats, self._shards, self._chosen, self._sets = repeats, shards, chosen, sets
         # (shard, group in it) by group number: the groups of all shards in a row
         self.groups = [(s, n) for s, shard in enumerate(shards) for n in range(len(shard.groups))]
         shapes = [shape for shard in shards for _, _, shape in shard.groups]
         counts = [rows for shard in shards for _, rows, _ in shard.groups]
-        self._live: dict[int, np.ndarray] = {}  # group -> its rows that are samples, if not all are
+        self._live: dict[int, np.ndarray] = {}  # group -> its rows that are samples; only groups where some are not
         for group, (shard, number) in enumerate(self.groups):
             if shards[shard].dead:
                 self._live[group] = shards[shard].live_rows()[number]
@@ -87,7 +87,7 @@ class Index:
 
     @cached_property
     def digest(self) -> str:
-        """16 hex digits that are others if the samples are, or stand in another order."""
+        """16 hex digits: a hash of which samples there are and of their order."""
         parts = blake2b(digest_size=8)
         for shard in self._shards:
             parts.update(repr((shard.id, shard.groups, shard.dead)).encode())
@@ -98,7 +98,7 @@ class Index:
         return parts.hexdigest()
 
     def rows(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Of each group that has samples its number, and the rows [n] that are samples."""
+        """(group number, its rows [n] that are samples) for each group that has samples."""
         for group, count in enumerate(np.diff(self._starts).tolist()):
             if count:
                 yield group, self._live[group] if group in self._live else np.arange(count)
@@ -115,7 +115,7 @@ class Index:
         return Index(self._shards, self.repeats, every, self._sets)
 
     def check(self, indices: np.ndarray) -> np.ndarray:
-        """Indices [S] as numbers of 0 or more. Raises IndexError for what is no sample."""
+        """Indices [S] with negative ones counted from the end: 0 to len - 1. Raises IndexError for one out of range."""
         outside = indices[(indices < -len(self)) | (indices >= len(self))]
         if len(outside):
             raise IndexError(f"index {outside[0]} of a dataset of {len(self)}")
@@ -123,14 +123,17 @@ class Index:
         return found
 
     def find(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of samples [S] the group and the row in it, each [S] int64.
+        """The group of each sample [S], and its row in the group: two [S] int64.
 
-        Negative indices count from the end. Raises IndexError.
+        Negative indices count from the end. Raises IndexError for one out of range.
         """
         return self.find_images(self._repeats.split(self.check(indices))[0])
 
     def split_samples(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of samples [S] of 0 or more their image and its repetition, each [S] int64; beyond the end it goes on."""
+        """The image of each sample [S], and which repetition of the image it is: two [S] int64.
+
+        Samples are 0 or more. A sample beyond the last starts over, with further repetitions.
+        """
         return self._repeats.split(samples)
 
     def join_samples(self, images: np.ndarray, repetitions: np.ndarray) -> np.ndarray:
@@ -138,7 +141,7 @@ class Index:
         return self._repeats.join(images, repetitions)
 
     def find_images(self, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of images [S] the group and the row in it, each [S] int64."""
+        """The group of each image [S], and its row in the group: two [S] int64."""
         groups = np.searchsorted(self._starts, images, side="right") - 1
         rows = images - self._starts[groups]
         live = self._live_starts[groups]

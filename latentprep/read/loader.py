@@ -19,17 +19,18 @@ from latentprep.read.sampler import BucketBatchSampler
 
 
 class LatentLoader(Generic[CondT, WeightT]):
-    """Batches of a LatentDataset, or of several in a list. Each `for` is one epoch, also if it is left before its end.
+    """Batches of a LatentDataset, or of several in a list. Each `for` loop is one epoch, even if you leave it early.
 
-    A list is a LatentMix, which has more to say: proportions, images that several datasets have.
+    A list becomes a LatentMix. Make a LatentMix yourself to set proportions, or to let equal images take turns.
 
-    batch_size is clamped to the size of the data, and gradient_step to len(data) // batch_size, as in
+    batch_size is at most the size of the data, and gradient_step at most len(data) // batch_size, as in
     stable-diffusion-webui. rank and world_size are torch.distributed's if it is initialized, else torchrun's RANK and
     WORLD_SIZE; they are looked up when an epoch begins. `Accelerator.prepare` and Lightning leave a LatentLoader as it
-    is: it shares out the epoch itself, and only batch.to(device) is left to do. num_workers, pin_memory and further
-    keywords go to torch's DataLoader.
+    is: the loader itself gives each rank its share of the epoch, and only batch.to(device) is left to do. num_workers,
+    pin_memory and further keywords go to torch's DataLoader.
 
-    Position and epoch are those of its `sampler`: set_epoch of either will do.
+    Position and epoch are kept in its `sampler`: call set_epoch of the loader or of the sampler.
+    Raises UserError for wrong arguments.
     """
 
     end_of_dataloader = False  # whether the loop has the last batch of an epoch: accelerate's GradientState asks
@@ -66,7 +67,7 @@ class LatentLoader(Generic[CondT, WeightT]):
         self.dataloader: DataLoader[LatentBatch[CondT, WeightT]] = DataLoader(
             data, batch_sampler=self._asked, collate_fn=LatentDataset.collate, **dataloader_options
         )
-        # without workers and the like DataLoader would add a tenth to the time of a batch, and nothing else
+        # without workers, pinned memory and other options, a DataLoader would only make each batch a tenth slower
         self._is_plain = not any(dataloader_options.values())
 
     @property
@@ -80,7 +81,7 @@ class LatentLoader(Generic[CondT, WeightT]):
         return self.sampler
 
     def __getattr__(self, name: str) -> Any:
-        """What a DataLoader says of its workers: accelerate's skip_first_batches makes another one like it."""
+        """Attributes of the DataLoader, such as num_workers: accelerate's skip_first_batches reads them."""
         if name.startswith("_") or name == "dataloader":  # asked for by copy and pickle, before there is any
             raise AttributeError(name)
         return getattr(self.dataloader, name)
@@ -130,10 +131,10 @@ class LatentLoader(Generic[CondT, WeightT]):
         yield from self.dataloader
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the loop stands, as JSON values to be saved with a checkpoint; workers that read ahead do not count.
+        """The position of the loop, as JSON values for a checkpoint. Batches that workers read ahead do not count.
 
-        All ranks give the same. load_state_dict goes on with the samples that remain of the epoch, also with another
-        batch size or on another number of ranks.
+        All ranks return the same. load_state_dict goes on with the rest of the epoch; batch size and number of ranks
+        may then be others.
         """
         return self.sampler.state_dict()
 
@@ -146,7 +147,7 @@ class LatentLoader(Generic[CondT, WeightT]):
 
 
 class Asked:
-    """What a DataLoader is to read next: it takes its batch_sampler once and for all."""
+    """The batch_sampler of the DataLoader. It can be given only once, so each epoch puts its batches in here."""
 
     batches: Iterator[list[int]] = iter(())
 

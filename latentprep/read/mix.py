@@ -20,35 +20,37 @@ from latentprep.read.dataset import LatentDataset, make_epoch
 from latentprep.read.order import Batches, EpochIndices
 
 SAME_IMAGES = ("each", "in turn")
-MAX_DATASETS = 4  # whose images take turns: a part of each is kept for each of up to 12 epochs
+# with same_images="in turn". The turns repeat after lcm(1, 2, 3, 4) = 12 epochs at most; each of these needs a part of
+# every dataset in memory
+MAX_DATASETS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Member(Generic[CondT, WeightT]):
-    """What batches of a mix come from: a dataset, or a part of it that has its turn in some epochs."""
+    """A dataset that batches of a mix come from; with "in turn", its part for the epochs of one phase."""
 
     data: LatentDataset[CondT, WeightT]
-    number: int  # of the dataset
-    phase: int = 0  # it is read in epochs with epoch % num_phases == phase
-    indices: np.ndarray | None = None  # [n] int64: of a part, where its samples stand in the dataset
+    number: int  # of the dataset, in LatentMix.datasets
+    phase: int = 0  # this member is read in the epochs with epoch % (number of phases) == phase
+    indices: np.ndarray | None = None  # [n] int64: index in the dataset of each sample of the part; None: no part
 
 
 class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
     """Several LatentDatasets in one loader: `LatentLoader([a, b])`, or a DataLoader with a BucketBatchSampler of it.
 
-    A batch is from one dataset, and of one bucket; batch.member says which dataset, and batch.index counts in it. Each
-    dataset has its own resolution, repeats, seed, sample_weight and so on.
+    A batch is from one dataset and one bucket. batch.member is the number of the dataset, and batch.index has indices
+    into that dataset. Each dataset keeps its own resolution, repeats, seed, sample_weight and so on.
 
-    proportions: how much of an epoch is of each dataset, as numbers of any sum. The epoch is as long as all datasets
-        together; images of a small one come several times, a large one goes on in the next epochs. Without it an epoch
-        has every sample of every dataset.
-    same_images: "each": an image that is in two datasets comes from both. "in turn": images that several datasets have
-        (with equal content, such as one folder encoded at several resolutions) come once an epoch, each time from
-        another dataset. This opens all files of all of them once.
+    proportions: how much of an epoch comes from each dataset; the numbers may have any sum. An epoch has as many
+        samples as all datasets together. It has images of a small dataset several times; a large dataset goes on in the
+        next epochs. Without proportions an epoch has every sample of every dataset.
+    same_images: "each": an image that is in two datasets comes from both. "in turn": an image that several datasets
+        have (with equal content, such as one folder encoded at several resolutions) comes once an epoch, each time from
+        another dataset. For this all files of all datasets are opened once. Not together with proportions.
 
-    With either, epochs may differ by some batches; the length of a loader is that of one that has the most.
+    With either option, epochs may differ by some batches; the length of a loader is that of the longest epoch.
 
-    Raises UserError.
+    Raises UserError for wrong arguments.
     """
 
     def __init__(
@@ -93,7 +95,7 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
         ]
 
     def __len__(self) -> int:
-        """Samples of an epoch, about so many: with proportions or in turn epochs may differ by some."""
+        """Samples of an epoch; with proportions about so many, with "in turn" the number of the longest epoch."""
         return self._length
 
     def __repr__(self) -> str:
@@ -115,7 +117,7 @@ class LatentMix(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT]):
 
     def samples_before(self, epoch: int) -> list[int]:
         """Samples of each bucket that all epochs before have taken."""
-        if self.proportions is not None:  # the buckets round at different epochs, so that no epoch is short of many
+        if self.proportions is not None:  # offsets: buckets round up in different epochs, so no epoch is much shorter
             return [floor(epoch * rate + offset) for rate, offset in zip(self._rates, self._offsets, strict=True)]
         phases = (self._members[number].phase for number in self._member_of)
         turns = ((epoch + self._phases - 1 - phase) // self._phases for phase in phases)
@@ -223,7 +225,7 @@ def list_turns(
 ) -> "tuple[list[Member[CondT, WeightT]], int]":
     """For each phase and dataset the part of it whose images have their turn there; and how many phases there are.
 
-    An image that R datasets have starts with one of them, as its content says, and moves on by one each epoch.
+    If R datasets have an image, a hash of its content chooses the first of them; each epoch takes the next one.
     """
     if len(datasets) > MAX_DATASETS:
         raise UserError(f"same_images: {len(datasets)} datasets, expected at most {MAX_DATASETS} that take turns.")

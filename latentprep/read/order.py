@@ -1,8 +1,10 @@
 """Epoch: which samples make each batch of an epoch, on each rank. Arithmetic on numbers; no files, no state.
 
-The samples of a bucket have an order that seed and epoch decide, whatever the batch size and the ranks. Steps take them
-from its start, so that where an epoch stands is how many samples of each bucket were taken: it can go on with another
-batch size, or on another number of ranks.
+Seed and epoch decide the order of the samples of a bucket; batch size and number of ranks do not. Steps take samples
+from the start of this order. So the position in an epoch is the number of samples taken from each bucket, and the epoch
+can go on with another batch size, or on another number of ranks.
+
+Shapes: [B] is one number for each bucket here; [S] one for each sample; [n] one for each step or batch.
 """
 
 from collections.abc import Iterator
@@ -16,8 +18,8 @@ from latentprep.read.counters import permute
 from latentprep.read.position import Stretch
 
 SHUFFLE_SAMPLES, SHUFFLE_BATCHES = 1, 2  # what a random stream is for
-LARGE = 2**22  # samples of a bucket whose order is computed and not kept
-SAMPLES_AT_ONCE = 4096  # about so many samples are worked out together: Python's time is for each such piece
+LARGE = 2**22  # if a bucket has more samples, their order is computed when needed, and no table of it is kept
+SAMPLES_AT_ONCE = 4096  # so many samples, about, are computed in one numpy call, so that Python's own time is small
 
 
 class Samples(Protocol):
@@ -27,16 +29,19 @@ class Samples(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
     def counts_at_most(self) -> list[np.ndarray]:
-        """Samples of each bucket [B] that an epoch takes at most; of epochs that differ, one array for each kind."""
+        """[B]: the most samples of each bucket that an epoch takes; if epochs differ, one array for each kind."""
 
     def sizes_of_buckets(self) -> list[int]:
         """Samples that each bucket holds."""
 
     def samples_before(self, epoch: int) -> list[int]:
-        """Samples of each bucket that all epochs before this one take. An epoch takes the difference to the next."""
+        """How many samples of each bucket the epochs before this one take together.
+
+        This epoch takes samples_before(epoch + 1) - samples_before(epoch).
+        """
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
-        """Indices [B] of samples, given by their numbers in a bucket. Beyond its size they are its next repetition."""
+        """Indices [S] of samples, by their numbers [S] in a bucket; a number beyond its size is a next repetition."""
 
     def describe_state(self) -> dict[str, Any]:
         """What a position in an epoch depends on, name -> JSON value."""
@@ -76,8 +81,9 @@ class EpochIndices(list[int]):
 class Steps:
     """How the samples of all buckets are cut into steps, and the share of each rank in each of them.
 
-    A step takes batch_size samples for each rank, of one bucket. The rest of a bucket makes one or two steps more, in
-    which each rank gets at least one sample.
+    A full step takes batch_size samples of one bucket for each rank. The samples that are left make one short step. If
+    they are fewer than the ranks, they and the last full step make two steps; if that is not possible, some samples
+    come again. Each rank gets a sample in every step. With drop_last the rest is left out.
     """
 
     def __init__(self, counts: np.ndarray, batch_size: int, world_size: int, drop_last: bool) -> None:
@@ -86,8 +92,8 @@ class Steps:
         step = batch_size * world_size
         whole, left = np.divmod(counts, step)
         is_left = (left > 0) & (not drop_last)
-        # fewer left than ranks: the last whole step and the rest become two steps. If there is no whole step, or ranks
-        # take one sample each, the first samples of the bucket come again
+        # if fewer are left than there are ranks, the last full step and the rest become two steps. If there is no full
+        # step, or if batch_size is 1, the first samples of the bucket's order come again
         is_few = is_left & (left < world_size)
         is_shared = is_few & (whole > 0) & (batch_size > 1)
         first = np.where(is_few, world_size, left * is_left)
@@ -182,10 +188,11 @@ class Epoch:
         return Batches(samples[np.lexsort((samples, batch_of))], edges)
 
     def _numbers(self, bucket: int, places: np.ndarray) -> np.ndarray:
-        """Samples of a bucket, by their numbers in it, at places of the epoch's order behind what was taken.
+        """[S] int64: numbers in the bucket of the samples at `places` [S]; place 0 is the first that was not taken yet.
 
-        The order goes through the bucket again and again, each time shuffled anew; an epoch goes on where the last one
-        ended. If an epoch reaches a sample once more, the number counts on: it is the sample's next repetition.
+        The order passes through the bucket again and again, and every pass is shuffled anew. An epoch begins where the
+        last one ended. If an epoch reaches a sample a second time, its number is one bucket size larger: this means the
+        next repetition of the sample.
         """
         size = self._sizes[bucket]
         first_pass, first = divmod(self._before[bucket], size)
@@ -198,7 +205,7 @@ class Epoch:
         return found
 
     def _shuffled(self, bucket: int, number: int, size: int, places: np.ndarray) -> np.ndarray:
-        """What stands at places of a bucket's order, in one pass through it."""
+        """[S]: the samples' numbers at `places` [S] of a bucket's shuffled order; `number`: which pass through it."""
         if size > LARGE:  # in a table it would take seconds to shuffle, at the start of every epoch
             return permute(places, size, self._seed, number, SHUFFLE_SAMPLES, bucket)
         if (bucket, number) not in self._orders:

@@ -22,9 +22,9 @@ def groups_of(index: Index, shards: OpenShards) -> Iterator[tuple[int, np.ndarra
 
 
 def choose_keys(index: Index, shards: OpenShards, keys: str | Iterable[str] | Callable[[str], object] | None) -> Chosen:
-    """The rows whose key fits a pattern such as "birds/*.png", stands in a list, or for which a function gives true.
+    """The rows whose key fits a pattern such as "birds/*.png", is in a list, or makes a function return true.
 
-    Raises UserError if there are none, or a key of the list is not there.
+    Raises UserError if no row is chosen, or if a key of the list is not in the dataset.
     """
     if isinstance(keys, str):
         pattern = keys
@@ -80,7 +80,10 @@ def _choose(index: Index, shards: OpenShards, fits: Callable[[str], object], mes
 
 
 def split_by_content(index: Index, shards: OpenShards, edge: float, seed: int) -> tuple[Chosen, Chosen]:
-    """The rest, and the images whose hash, 0 to 1, is below the edge. Raises UserError if one side has none."""
+    """(rest, part): part has the images whose hash, as a number from 0 to 1, is below `edge`; rest has all others.
+
+    Raises UserError if one side has no image.
+    """
     rest, part = {}, {}
     for number, rows, group in groups_of(index, shards):
         is_part = fractions(mix(seed, SPLIT, group.digest[rows])) < edge

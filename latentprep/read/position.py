@@ -21,20 +21,26 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Position:
-    """Where an epoch stands: behind these stretches of it."""
+    """A position in an epoch: all steps of these stretches were taken."""
 
     epoch: int = 0
     stretches: tuple[Stretch, ...] = ()
 
     def split(self, batch_size: int, world_size: int) -> tuple[tuple[Stretch, ...], int]:
-        """The stretches that were taken with others, and the step behind them at which these go on."""
+        """(earlier stretches, steps already taken with this batch_size and world_size after them).
+
+        The last stretch is taken apart only if it had the same batch_size and world_size.
+        """
         last = self.stretches[-1] if self.stretches else None
         if last is not None and (last.batch_size, last.world_size) == (batch_size, world_size):
             return self.stretches[:-1], last.num_steps
         return self.stretches, 0
 
     def after(self, num_steps: int, batch_size: int, world_size: int) -> "Position":
-        """The position after this many steps with these; if its last stretch had them, they count from its start."""
+        """The position after num_steps steps with this batch_size and world_size.
+
+        If the last stretch had the same two, num_steps counts from the start of that stretch.
+        """
         before, _ = self.split(batch_size, world_size)
         stretch = (Stretch(batch_size, world_size, num_steps),) if num_steps else ()
         return Position(self.epoch, before + stretch)

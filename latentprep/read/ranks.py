@@ -24,7 +24,8 @@ def find_rank() -> tuple[int, int]:
 
 
 def check_rank(rank: int | None, world_size: int | None) -> tuple[int, int] | None:
-    """Both as they are given; None: neither is. Raises UserError for ranks that there are not."""
+    """(rank, world_size) as given; None if neither is given. Raises UserError if only one is, or unless
+    0 <= rank < world_size."""
     if rank is None and world_size is None:
         return None
     rank = rank if rank is None else check_int("rank", rank)

@@ -97,7 +97,7 @@ class SampleReader:
                 )  # fmt: skip
 
     def _pieces(self, groups: np.ndarray, edges: np.ndarray) -> Iterator[list[slice]]:
-        """The spans of the batches, in groups: a group ends before the next batch that must open a file."""
+        """The spans of the batches, in pieces: a piece ends before the next batch that must open a file."""
         spans = [slice(first, last) for first, last in pairwise(edges.tolist())]
         start = 0
         while start < len(spans):
@@ -116,7 +116,7 @@ class SampleReader:
         noise_seed: Tensor | None,
         **fields: Any,
     ) -> LatentBatch:
-        if torch.is_autocast_enabled("cpu"):  # it makes torch.cat fail for the other 16-bit dtype
+        if torch.is_autocast_enabled("cpu"):  # autocast makes torch.cat fail for a 16-bit dtype other than its own
             with torch.autocast("cpu", enabled=False):
                 return self._make(rows, prompts, seeds, is_dropped, noise_seed, **fields)
         use_weight = self.sampling.use_weight

@@ -1,4 +1,4 @@
-"""Repeats: which sample is which repetition of which image, where images may have other numbers of repeats."""
+"""Repeats: which sample is which repetition of which image; each image may have a number of repeats of its own."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Level(NamedTuple):
-    """Some rounds in a row in which the same images stand."""
+    """Consecutive rounds that have the same images."""
 
     first_round: int
     first_sample: int
@@ -21,7 +21,7 @@ class Repeats:
     """
 
     def __init__(self, num_images: int, counts: "np.ndarray | int") -> None:
-        """counts: of each image [n] or of all, how often it stands there; 1 or more."""
+        """counts: the number of repeats of each image [n], or one number for all images; 1 or more."""
         self.num_images, self._counts = num_images, counts
         self._levels: list[Level] = []
         rounds, samples = 0, 0
@@ -37,7 +37,7 @@ class Repeats:
         return self.num_samples
 
     def split(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Of samples [S] their image and its repetition, each [S] int64, from 0."""
+        """The image of each sample [S], and which repetition of it the sample is: two [S] int64, both from 0."""
         if len(self._levels) == 1:
             repetitions, images = np.divmod(samples, self.num_images)
             return images, repetitions

@@ -16,15 +16,15 @@ if TYPE_CHECKING:
 
 LOWEST, HIGHEST = 2**12, 2**57  # user addresses on 64-bit systems lie between these
 
-MAX_TABLE = 2**60  # numbers of a table: tensors count theirs in 63 bits
+MAX_TABLE = 2**60  # elements of the tensor in read_memory: torch counts the elements of a tensor in 63 bits
 
 
 class Run(NamedTuple):
     """Consecutive samples of a batch that stand in one group."""
 
     group: "OpenGroup"
-    images: np.ndarray  # [n] int64: their rows in what there is of every image
-    views: np.ndarray  # [n] int64: their rows in what there is of every view
+    images: np.ndarray  # [n] int64: their row numbers in fields with one row for each image
+    views: np.ndarray  # [n] int64: their row numbers in fields with one row for each view of each image
     span: slice  # where they are in the batch
 
 
@@ -32,11 +32,11 @@ Kind = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape of a row
 
 
 class Addresses:
-    """Where one field lies in memory: of each open group the address of its first row, and the kind of its rows."""
+    """Where one field lies in memory: the first row's address in each open group, and the rows' dtype and shape."""
 
     def __init__(self, num_groups: int) -> None:
         self.first = np.zeros(num_groups, np.int64)
-        self.kind = np.zeros(num_groups, np.int64)  # a number of `kinds`; 0: not open, or rows not one behind the other
+        self.kind = np.zeros(num_groups, np.int64)  # an index into `kinds`; 0: group not open, or rows not contiguous
         self.kinds: list[Kind | None] = [None]
 
     def put(self, group: int, tensor: Tensor | None) -> None:
@@ -55,14 +55,17 @@ class Addresses:
 
 
 class RowAddresses(NamedTuple):
-    """Of each sample [n] where the rows of its group begin, and their kind."""
+    """For each sample [n]: the address of the first row of its group, and the rows' dtype and shape."""
 
     first: np.ndarray
     kind: np.ndarray
     kinds: list[Kind | None]
 
     def read(self, rows: np.ndarray, span: slice) -> Tensor | None:
-        """[n,...]: rows [n] of the samples of a span; None if they are not of one kind, or cannot be read so."""
+        """[n,...]: the rows with the numbers `rows` [n], for the n samples of `span`.
+
+        None if their dtypes or shapes differ, or if they cannot be read by address: then they are gathered otherwise.
+        """
         kinds, first = self.kind[span], self.first[span]
         kind = self.kinds[int(kinds[0])]
         if kind is None or (kinds != kinds[0]).any():
@@ -74,14 +77,14 @@ class RowAddresses(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class OpenRows:
-    """Rows of samples, of which all groups are open."""
+    """The rows of n samples whose groups are all open."""
 
-    opened: "dict[int, OpenGroup]"  # held, so that no file is unmapped meanwhile
-    addresses: dict[str, RowAddresses]  # of fields: of the samples that span cuts these out of
-    span: slice
+    opened: "dict[int, OpenGroup]"  # held, so that no file is unmapped while its rows are read
+    addresses: dict[str, RowAddresses]  # field -> addresses for all samples of the call that opened the groups
+    span: slice  # which of those samples these n are
     groups: np.ndarray  # [n] int64: the group of each sample
-    images: np.ndarray  # [n] int64: its row in what there is of every image
-    views: np.ndarray  # [n] int64: its row in what there is of every view
+    images: np.ndarray  # [n] int64: its row number in fields with one row for each image
+    views: np.ndarray  # [n] int64: its row number in fields with one row for each view of each image
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -153,25 +156,28 @@ def gather(parts: list[tuple[Tensor, np.ndarray]]) -> Tensor:
 
 
 def read_memory(addresses: np.ndarray, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """[n,*shape]: rows that lie at these addresses [n], which the caller knows to be mapped and to stay so.
+    """[n,*shape]: a copy of the rows at these addresses [n]. The caller must keep them mapped until this returns.
 
-    index_select reads any rows of one tensor with one call and all threads; one call for each file costs three times as
-    much (benchmarks/read.py, 40 kB a sample). So all memory is seen as one tensor with overlapping rows, one starting
-    at each word. Only the rows asked for are read.
+    index_select reads any rows of one tensor with one call and all threads. One call for each file takes three times as
+    long (benchmarks/read.py, 40 kB a sample). So the memory of the process is treated as one tensor with overlapping
+    rows, one of which starts at each word. Only the wanted rows are read.
     """
     nbytes = math.prod(shape) * dtype.itemsize
     low, high = int(addresses.min()), int(addresses.max())
     word = 8
-    while (nbytes | low | int(np.bitwise_or.reduce(addresses))) % word:  # tensors of a foreign file may lie anywhere
+    while (nbytes | low | int(np.bitwise_or.reduce(addresses))) % word:  # a file that others wrote may be unaligned
         word //= 2
     rows = torch.from_numpy((addresses - low) // word)
     size, offset = ((high - low) // word + 1, nbytes // word), (low - LOWEST) // word
-    # the table has no name: what prints the variables of a frame would read memory that is not there
+    # no variable may hold this tensor: a debugger that prints local variables would read unmapped memory and crash
     return memory(word).as_strided(size, (1, 1), offset).index_select(0, rows).view(dtype).view(len(addresses), *shape)
 
 
 @cache
 def memory(word: int) -> Tensor:
-    """All memory that a process may have, as numbers of so many bytes. Most of it is not there: do not touch it."""
+    """All user addresses, LOWEST to HIGHEST, as one tensor of integers of `word` bytes (1, 2, 4 or 8).
+
+    Most of these addresses are not mapped: to read one of those ends the process.
+    """
     kind = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}[word]
     return torch.frombuffer((ctypes.c_byte * (HIGHEST - LOWEST)).from_address(LOWEST), dtype=kind)

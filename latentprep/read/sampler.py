@@ -18,20 +18,21 @@ from latentprep.read.ranks import check_rank, find_rank
 
 
 class BucketBatchSampler(Sampler[list[int]]):
-    """Batches of one bucket; every sample exactly once in an epoch, all ranks together.
+    """Batches of one bucket each. All ranks together get every sample exactly once an epoch, with two exceptions below.
 
-    batch_size: samples of a batch at most, on each rank. rank, world_size: torch.distributed's if it is initialized,
-    else torchrun's RANK and WORLD_SIZE, both looked up when an epoch begins; or say them.
+    batch_size: the most samples of a batch, on each rank. rank, world_size: give both, or neither; then they are those
+    of torch.distributed if it is initialized, else torchrun's RANK and WORLD_SIZE, looked up when an epoch begins.
 
-    Every rank gets the same bucket at the same step, and as many steps. What is left over in a bucket makes a short
-    batch, or is left out with drop_last, which is warned of. If the rest of a bucket is too small to give every rank
-    one more, some of its samples come a second time in the epoch, so that no rank waits for the others for ever; that
-    is warned of, and `num_repeated` says how many. `num_dropped` says how many an epoch leaves out.
+    At each step all ranks get the same bucket, and all ranks have the same number of steps. The samples that are left
+    over in a bucket make a short batch; drop_last leaves them out, with a warning. If too few are left for every rank,
+    they share two steps with the last full batches. If that is not possible (the bucket has no full step, or
+    batch_size=1), some samples come a second time in the epoch, with a warning, so that no rank waits for ever.
+    `num_repeated` and `num_dropped` say how many samples an epoch has twice or leaves out.
 
-    Each `for` is an epoch with an order and draws of its own, also if it is left before its end. set_epoch says which
-    is the next. state_dict and load_state_dict go on in mid-epoch, also with another batch size or on another number
-    of ranks. If accelerate prepares a DataLoader with this sampler, each process gets its share. Holds 4 bytes a
-    sample, of buckets of more than 4 million none, and 4 bytes a batch.
+    Each `for` loop is an epoch with its own order and noise, even if you leave it early. set_epoch chooses the next
+    one. state_dict and load_state_dict go on in mid-epoch; batch size and number of ranks may then be others. If
+    accelerate prepares a DataLoader with this sampler, each process gets its share. Memory: 4 bytes for each sample
+    (none for buckets of more than 4 million samples), and 4 bytes for each step.
 
     Raises UserError if drop_last would leave no batch at all.
     """
@@ -57,7 +58,8 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.seed = check_int("seed", seed)
         self._warned: set[str] = set()
         self.position = Position()  # where the next `for` begins: one that has begun moves it to the next epoch
-        self._at = self._begun = self.position  # behind the batches that the last `for` gave, and where it began
+        # _at: the position after the batches that the last `for` gave. _begun: where that `for` began
+        self._at = self._begun = self.position
         self._look_at(self._steps(self.world_size), self.world_size)
 
     @property
@@ -80,7 +82,7 @@ class BucketBatchSampler(Sampler[list[int]]):
 
     @property
     def num_repeated(self) -> int:
-        """Samples that a whole epoch has a second time."""
+        """How many samples a whole epoch has a second time."""
         return self._steps(self.world_size).num_repeated
 
     def _steps(self, world_size: int) -> Steps:
@@ -108,7 +110,7 @@ class BucketBatchSampler(Sampler[list[int]]):
             )
 
     def _warn(self, message: str) -> None:
-        """Once for each thing that is to be said."""
+        """Show a warning, but each message only once."""
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, stacklevel=4)
@@ -171,9 +173,9 @@ class BucketBatchSampler(Sampler[list[int]]):
         self.stand(begun, Position(begun.epoch + 1))
 
     def begin(self, world_size: int) -> tuple[Position, Epoch, int]:
-        """Where a `for` begins: the position, the epoch's batches, and the first of them that is left.
+        """Begin a `for` loop: the position, the epoch's steps, and the number of the first step that was not taken.
 
-        The next `for` is of the next epoch, whether this one runs to its end or not.
+        After this the next `for` is the next epoch, even if this one ends early. Raises UserError if there is no batch.
         """
         begun = self._at = self._begun = replace(self.position)  # an object of its own
         self.position = Position(begun.epoch + 1)
@@ -192,7 +194,10 @@ class BucketBatchSampler(Sampler[list[int]]):
             self.position = self._at = Position(begun.epoch + 1)
 
     def stand(self, begun: Position, position: Position) -> None:
-        """Say how far the `for` is that began there: what state_dict gives. Of several the last that began counts."""
+        """Note that the `for` that began at `begun` is at `position` now; state_dict returns this.
+
+        If several `for` loops are running, only the one that began last is noted.
+        """
         if self._begun is begun:
             self._at = position
 
@@ -203,9 +208,10 @@ class BucketBatchSampler(Sampler[list[int]]):
         )  # fmt: skip
 
     def state_dict(self, next_batch: int | None = None) -> dict[str, Any]:
-        """Where an epoch stands, as JSON values: behind all batches given out, or after `next_batch` of the next `for`.
+        """The position in an epoch, as JSON values: after all batches given out, or after `next_batch` batches.
 
-        If that goes on with another batch size or number of ranks, batches count from there.
+        next_batch counts from the start of the epoch that the next `for` gives. If batch size or number of ranks has
+        changed in mid-epoch, it counts from that change.
         """
         rank_and_size = self.samples_per_batch, self.world_size
         position = self._at
@@ -214,7 +220,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         return {**position.to_json(*rank_and_size), **self._describe()}
 
     def _describe(self) -> dict[str, Any]:
-        """What has to be the same where an epoch goes on."""
+        """All that must be the same to go on in an epoch, name -> JSON value."""
         same = {name: getattr(self, name) for name in ("seed", "shuffle", "drop_last")}
         return {"num_samples": len(self.data), **same, **self.data.describe_state()}
 

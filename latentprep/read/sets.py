@@ -1,4 +1,4 @@
-"""The sets of a cache: what each of its images has of its own, other than the place in an epoch."""
+"""The sets of a cache: what a sample gets from its set, other than repeats (index.py)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +11,8 @@ from latentprep.cache.sets import SetFacts
 class SetTable:
     """Values that samples get from their set.
 
-    numbers [B]: the sets of samples; None: the cache has no sets. If all samples have the same, it is one float.
+    The argument `numbers` [B] has the set of each sample, as a number; None: the cache has no sets. If the value is the
+    same for all samples, a method returns one float instead of [B].
     """
 
     def __init__(self, sets: Sequence[SetFacts]) -> None:
@@ -26,14 +27,14 @@ class SetTable:
         return [list(own) for own in facts]
 
     def weights(self, numbers: np.ndarray | None, factor: float) -> "float | np.ndarray":
-        """[B] float32: how much the loss of each sample counts; factor: the dataset's own sample_weight."""
+        """[B] float32: how much each sample's loss counts: its set's sample_weight times `factor`, the dataset's."""
         if numbers is None or (self._weights == 1).all():
             return factor
         weights: np.ndarray = self._weights[numbers] * np.float32(factor)
         return weights
 
     def dropouts(self, numbers: np.ndarray | None, of_dataset: float | None) -> "float | np.ndarray":
-        """[B]: how often the caption is left out, 0..1; of_dataset: the dataset's own, which counts first."""
+        """[B]: how often the caption is left out, 0..1. of_dataset, if given, is used for all instead."""
         if numbers is None or of_dataset is not None or not self._dropouts.any():
             return of_dataset or 0.0
         dropouts: np.ndarray = self._dropouts[numbers]

@@ -9,13 +9,14 @@ from latentprep.read.loader import LatentLoader
 from latentprep.speeds import ReadSpeed
 
 BATCH_SIZE = 8
-MOST = 20  # epochs
+MOST = 20  # epochs that are timed, after the one that warms up
 
 
 def measure_read(cache: str, has_std: bool, seconds: float, count: Callable[[int], object]) -> ReadSpeed:
-    """Samples/s with draws from the posterior, if it has a std, and with cond; the first epoch warms up.
+    """Samples/s of reading, with cond, and with noise if there is a std; the median of all epochs but the first.
 
-    Raises UserError.
+    seconds: the time limit for all epochs; two are always read. count: called with the number of samples of each batch.
+    Raises UserError if the cache cannot be read.
     """
     data = LatentDataset(cache, latent_sampling_method="random" if has_std else "deterministic")
     loader = LatentLoader(data, BATCH_SIZE)

@@ -29,7 +29,7 @@ class Channel:
         self.is_stopped = False  # by a signal, whose exception a library may have swallowed
 
     def send(self, message: object) -> None:
-        """Raises Unheard."""
+        """Send a message to the parent. Raises Unheard if it listens no longer."""
         with self.lock:
             if self.is_stopped or not self.is_whole:  # or a message was interrupted in its midst
                 raise Unheard

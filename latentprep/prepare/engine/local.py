@@ -90,7 +90,7 @@ class Pool:
                     break
 
     def _start(self, slot: int, left: deque[Any]) -> None:
-        """Start a process. In a thread, which no KeyboardInterrupt ends half-way, with a process that nobody knows."""
+        """Start a process, from a thread: a KeyboardInterrupt cannot end that half-way and leave a lost process."""
         import torch
 
         with ThreadPoolExecutor(1, thread_name_prefix="start") as starter:
@@ -137,7 +137,10 @@ class Pool:
             child.connection.send(task)
 
     def _bury(self, child: Child) -> Iterator[Event]:
-        """A process has ended: what it had and has not done is tried once more, the second time it is a failure."""
+        """A process has ended. Each task that it has not done is tried once more; the second time it is a Failure.
+
+        Raises UserError if two processes in a row ended before they began.
+        """
         child.process.join()
         child.connection.close()
         self.children.remove(child)

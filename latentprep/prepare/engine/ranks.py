@@ -63,9 +63,9 @@ def hand_in(storage: Storage, part: Part) -> None:
 
 
 def read_parts(storage: Storage, base: str) -> list[Part]:
-    """What has been handed in for the cache as it is, by rank. Raises UserError for what is none.
+    """The parts that were handed in for the cache as it is, by rank. Raises UserError for one that cannot be read.
 
-    What an earlier run has left is no part of it: another manifest has taken its place.
+    Parts that an earlier run has left are not among them: they were planned for another manifest.
     """
     parts = []
     for name in storage.names():

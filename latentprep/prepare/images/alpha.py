@@ -1,4 +1,4 @@
-"""Transparency: what of an image is its colour, what its alpha, and what stands where nothing is seen."""
+"""Transparency: an image -> its colour and its alpha; and which colour the VAE sees under transparent pixels."""
 
 import numpy as np
 from PIL import Image
@@ -35,9 +35,9 @@ def fill_background(
 ) -> Image.Image:
     """What the VAE is to see of a transparent image.
 
-    background: "keep", the stored colour; "#rrggbb", the image laid over that colour; or "auto". Then the stored colour
-    is kept where alpha is a weight, except for pixels that are fully transparent and hold no picture: these become
-    white. Where alpha is no weight, "auto" lays the image over white.
+    background "keep": the stored colour. "#rrggbb": the image laid over that colour. "auto": if alpha is the loss
+    weight, the stored colour, but white for fully transparent pixels that hold no picture; else the image laid over
+    white.
     """
     if background == "keep":
         return rgb

@@ -15,10 +15,10 @@ SIXTEEN_BITS_AS_I = ("PPM", "PNG")  # formats that give their 16-bit grey as 32-
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, notes: list[str], cicp: Cicp | None = None) -> Image.Image:
-    """The image as RGB in sRGB; an embedded ICC profile is honoured, with its perceptual intent, cICP before it.
+    """The image as RGB in sRGB: by cICP if it is given, else by its ICC profile, with perceptual intent.
 
-    16-bit grey is scaled to 8 bits (Pillow's convert clips it), and so are floats, where they lie in 0..1. LAB without
-    a profile is D50, as TIFF has it. A profile that cannot be used is noted and passed over.
+    16-bit grey is scaled to 8 bits (Pillow's convert clips it), and so are floats if they lie in 0..1. LAB without a
+    profile is taken as D50, as in TIFF. A profile that cannot be used is noted and passed over.
     Raises DecodeError, also for floats and 32-bit integers of another range.
     """
     image = _to_8_bits(image, notes)

@@ -18,7 +18,7 @@ def choose_crops(
     """`count` boxes of the bucket's size in the resized image.
 
     mode: "center"; "random", decided by (seed, key); or "focus", where the saliency map has its largest sum.
-    Several boxes share out the longer way that a box can go: each lies in a part of its own of that way.
+    Several boxes divide the axis along which a box can move farther: each box moves within its own part of it.
     """
     top, left, height, width = placement.crop
     down, right = placement.resized_size[0] - height, placement.resized_size[1] - width
@@ -53,7 +53,7 @@ def saliency_map(image: Image.Image, weight: Image.Image | None = None) -> np.nd
 
     The sum of two maps, each with a mean of 1: edges (how much brightness changes to the next pixel), and how far the
     blurred colour is from the mean colour of the image, after Achanta et al., "Frequency-tuned salient region
-    detection", CVPR 2009. Where the image has a weight map, they count as much as it says.
+    detection", CVPR 2009. The sum is multiplied by the weight map, if there is one.
     """
     scale = MAP_SIDE / max(image.size)
     size = (max(2, round(image.width * scale)), max(2, round(image.height * scale)))
@@ -71,7 +71,10 @@ def saliency_map(image: Image.Image, weight: Image.Image | None = None) -> np.nd
 
 
 def find_focus(profile: np.ndarray, side: int, box: int, part: Part) -> int:
-    """The offset of the box of `box` pixels that covers most of a profile along `side` pixels; of equals the middle."""
+    """The offset in `part` at which a box of `box` pixels covers the largest sum of a profile of `side` pixels.
+
+    profile [n] is the saliency along one axis. Of several equal offsets the middle one.
+    """
     total = np.concatenate([[0.0], profile.cumsum()])
     edges = np.linspace(0, side, len(total))
     offsets = np.arange(part[0], part[1] + 1)

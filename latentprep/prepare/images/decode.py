@@ -44,7 +44,7 @@ def decode(
 ) -> tuple[Image.Image, Image.Image | None]:
     """An image file as upright sRGB, and its alpha as "L" if it has transparency. Raises DecodeError.
 
-    At its own size; a JPEG that was reduced, or that decode_plain shrinks, at its placement's.
+    It has its own size; a JPEG that was decoded at reduced size, or shrunk by decode_plain, has that of its placement.
     """
     if options.draft and (found := decode_plain(data, item, placement, options, notes)) is not None:
         return found, None
@@ -62,7 +62,7 @@ def decode(
                 raise DecodeError("animated", f"a {image.format} of several frames, and --animated skip")
             notes.append("first_frame")
         unturned = unturned_size(placement, orientation)
-        with decoding():  # no seek(0): the first frame is there, and Pillow has none of that number in a PSD
+        with decoding():  # no seek(0): the first frame is open already, and Pillow counts the frames of a PSD from 1
             has_more_bits = keeps_high_byte(image)
             divisor = draft(image, unturned, options)
         load_rows(image, data)
@@ -85,7 +85,7 @@ def decode(
 def decode_plain(
     data: bytes, item: Item, placement: Placement, options: "LoadOptions", notes: list[str]
 ) -> Image.Image | None:
-    """The same of a JPEG without damage that is sRGB as it is, without Pillow's copies; None for any other file."""
+    """What decode gives for an undamaged JPEG that is sRGB already, without Pillow's copies; None for other files."""
     if not data.startswith(JPEG_MAGIC):
         return None
     try:
@@ -97,7 +97,7 @@ def decode_plain(
             with decoding():
                 divisor = draft(image, unturned, options)
         pixels = decode_sound(data, (height, width), divisor)
-    except DecodeError:  # the usual way says it in the usual words
+    except DecodeError:  # decode meets the error again, and reports it
         return None
     if pixels is None:
         return None

@@ -47,9 +47,10 @@ def check_jpeg(data: bytes) -> tuple[bytes, str]:
 
 
 def decode_sound(data: bytes, size: Size, divisor: int) -> np.ndarray | None:
-    """[H,W,3] uint8: a JPEG of this size at a fraction of it, in its own RGB or grey; None if that gives any warning.
+    """[H,W,3] uint8: a JPEG of `size`, decoded at 1/`divisor` of its sides; None if decoding gives any warning.
 
-    The same pixels as Pillow's. What takes check_jpeg and Pillow two passes over the data takes one here.
+    The pixels are Pillow's: no profile is applied, and grey becomes RGB. One pass over the data does what takes two
+    with check_jpeg and Pillow.
     Raises DecodeError for a JPEG of too many scans or segments.
     """
     check_scans(read_outline(data))
@@ -134,7 +135,7 @@ def find_warning(data: bytes) -> str:
     """The first warning or error of libjpeg-turbo, "" for none. An eighth of the size is decoded: all of the data is
     read for that, at under half the time of a whole decode.
 
-    What it does not support is no damage: Pillow says whether it can decode that.
+    A JPEG of a kind that it does not support is not damaged: Pillow says later whether it can decode it.
     """
     try:
         _, _, colors, _ = simplejpeg.decode_jpeg_header(data)

@@ -29,7 +29,7 @@ PIXEL_CHUNKS = (b"IDAT", b"fdAT")
 MAX_READS = 1_000_000  # of a file's headers: Pillow reads them piece by piece in Python, a million a second at best
 MAX_PYTHON_PIXELS = 4_000_000  # of formats that Pillow decodes in Python: half a million to 6 million a second
 MAX_BYTES_PER_PIXEL = 8  # 16-bit RGBA, stored as it is
-FAST_DECODERS = ("SGI16",)  # those that are Python in name only
+FAST_DECODERS = ("SGI16",)  # in Image.DECODERS with the ones written in Python, but fast
 
 
 class DecodeError(Exception):
@@ -160,7 +160,7 @@ class CountedFile:
 
 
 def open_image(file: IO[bytes]) -> Image.Image:
-    """An image by its header; nothing is decoded. Raises DecodeError, also for one that takes no end of time or memory.
+    """An image by its header; nothing is decoded. Raises DecodeError, also for one that takes unbounded time or memory.
 
     Bounds beyond --max-megapixels: the chunks of a PNG, the pieces of any file, the pixels of formats that Pillow
     decodes in Python, and those of a TIFF's tiles and strips.
@@ -219,7 +219,7 @@ def check_chunks(file: IO[bytes]) -> None:
 
 
 def find_chunk(data: bytes, wanted: bytes) -> bytes | None:
-    """The content of a PNG's first chunk of a name that stands before its pixels."""
+    """The content of a PNG's first chunk of a name, if it stands before the pixels; else None."""
     file = BytesIO(data)
     for name, length in list_chunks(file):
         if name == wanted:

@@ -28,8 +28,8 @@ def shrink(pixels: np.ndarray, size: Size, extent: tuple[float, float], columns_
 
     extent: (height, width) of the picture in the array, from its top left corner; a reduced JPEG may end within its
     last row and column.
-    columns_first: as Pillow does it once the picture lies on its side. Between the two passes numbers are rounded and
-    cut off at 0 and 255, so that their order makes 0.15 levels on average.
+    columns_first: as Pillow resizes a picture that was turned by 90 degrees before. Between the two passes numbers are
+    rounded and cut off at 0 and 255, so their order changes the pixels, by 0.15 levels on average.
     """
     import torch
 

@@ -31,11 +31,11 @@ class ShardRows:
         return self.stored.shard
 
     def says(self) -> list[Item | Row]:
-        """What the text file is to say; of a dead row, what it says."""
+        """What the text file is to say: of a live row its item, of a dead row the row as it is stored."""
         return [self.stored.row(n) if item is None else item for n, item in enumerate(self.owner)]
 
     def rows(self) -> tuple[Row, ...]:
-        """The same as rows."""
+        """What says() gives, as Rows."""
         return tuple(own.row if isinstance(own, Item) else own for own in self.says())
 
     def dead(self) -> tuple[int, ...]:
@@ -132,7 +132,7 @@ class Matching:
                 self._give(spot, item)
 
     def content_of(self, item: Item) -> str:
-        """The content hash of an item that differs from what stands under its name, size and time; "" for others."""
+        """With --check-content: the content hash, in hex, of an item whose row has another content; "" for others."""
         digest = self._hashed.get(item.key) if self.check_content else None
         return digest.hex() if digest is not None and item.key in self.outdated else ""
 

@@ -24,7 +24,7 @@ from latentprep.records import REASONS, Change, Item, Placement, Row, Size, Skip
 PlaceControls = Callable[[Item, Placement], Placement | Skip]
 Planned = dict[tuple[str, *tuple[Size, ...]], tuple[list[Item], list[Placement]]]  # set, buckets -> rows, sorted by key
 T = TypeVar("T")
-LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: those that need no other text
+LATENT_CHANGES = ("new", "changed", "gone", "returned")  # of records.CHANGES: all but changes of text files
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class RowBytes:
     """What a row costs on disk, for cutting units by a byte budget."""
 
     per_latent_pixel: int  # latents file: bytes of one latent pixel, all channels and views
-    per_row: int  # text file: bytes of one row, were its prompts unlike all others
+    per_row: int  # text file: bytes of one row whose prompts no other row has
     factor: int  # pixels per latent, each way
     per_control_pixel: int = 0  # of that the bytes of one control image
 
@@ -103,10 +103,10 @@ class Planner:
         leftovers: Mapping[str, Leftover],
         is_shared: bool = False,
     ) -> Plan:
-        """What there is to do for a cache of this recipe. Raises UserError for files that may be whole.
+        """What there is to do for a cache of this recipe. Raises UserError for files that cannot be read now.
 
-        An image is kept if a shard holds its content, or if it was skipped before, and neither it has changed since nor
-        what the skip depends on.
+        An image is kept if a shard holds its content. It stays skipped if neither it nor what the skip depends on has
+        changed since.
 
         If nothing has changed since an unfinished run, its units are those of this plan, and are known by their names.
         If something has, each whole shard of it is taken into the cache as it is, and what is left is cut into units.

@@ -44,7 +44,10 @@ class StoredShards:
 
 
 def read_shards(storage: Storage, shards: Iterable[Shard], count: Callable[[int], object] = int) -> StoredShards:
-    """What shards say; `count` hears of each that was read. Raises UnreadableError for files that may be whole."""
+    """What shards say of their images. `count` is called for each, before it is read.
+
+    Raises UnreadableError for a file that cannot be read now: it may be undamaged.
+    """
     found: list[StoredRows] = []
     lost: list[str] = []
     for shard in shards:

@@ -50,8 +50,8 @@ class Captioned:
 def add_captions(listing: Listing, options: TextOptions) -> Captioned:
     """Each item's captions: a sidecar of the same stem, else a metadata file, else the file name (--caption-from).
 
-    The source says which suffixes are sidecars. A .json of the same stem is one in tars alone: in a folder of photos
-    it is as often another program's. An image whose caption cannot be read is a skip. Raises UserError for a bad
+    The source says which suffixes are sidecars. A .json of the same stem is a sidecar in tars only: in a folder of
+    photos it may well be another program's. An image whose caption cannot be read is a skip. Raises UserError for a bad
     --word-regex and a broken metadata file.
     """
     try:
@@ -142,7 +142,7 @@ def is_text(suffix: str) -> bool:
 
 
 def list_sidecars(listing: Listing, stems: Counter[str], suffixes: tuple[str, ...]) -> dict[tuple[str, str], str]:
-    """(stem, suffix) -> key of the files that caption one image; texts also if there is no such image."""
+    """(stem, suffix) -> key of a file that captions one image. Text files are in it even if no image has their stem."""
     return {
         (name, suffix): key
         for key in listing.others
@@ -174,7 +174,7 @@ def _find_texts(
     word: "regex.Pattern[str] | None",
     options: TextOptions,
 ) -> tuple[list[str], str]:
-    """What stands somewhere as the captions of an image, and where. Raises UserError.
+    """The captions of an image as they are written, and where they were found. Raises UserError.
 
     If a column was asked for, a .json goes before a .txt: img2dataset writes both.
     """

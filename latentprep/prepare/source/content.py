@@ -1,4 +1,4 @@
-"""The content of images as 16 bytes: what tells, once an image was read, that it is the one that was encoded."""
+"""The content hash of images, 16 bytes: it tells whether an image is still the one that was encoded."""
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from latentprep.prepare.source.partners import Partners
 
 HASHERS = 4  # threads that read files; a disk has no use for more
 LARGE_BYTES = (
-    32_000_000  # of such files one is read at a time: so many bytes of each thread, and one file, are in memory
+    32_000_000  # larger files are read one at a time: in memory are at most so many bytes for each thread, and one file
 )
 
 

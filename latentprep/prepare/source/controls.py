@@ -59,7 +59,7 @@ def list_columns(source: Source, columns: Sequence[str], encoding: str) -> tuple
 
 
 def as_partner(key: str, files: Mapping[str, File]) -> Partner:
-    """A file of a source as the partner of an image. What is not there is tried again in each run."""
+    """A file of a source as the partner of an image; with -1 bytes if it is not there: its item then becomes a skip."""
     file = files.get(key)
     return Partner(key, file.nbytes, file.version) if file is not None else Partner(key, -1, -1)
 
@@ -70,7 +70,7 @@ def list_controls(where: Path | str, missing: str = NO_FOLDER) -> Partners:
 
 
 def add_controls(items: Sequence[Item], controls: Sequence[Partners]) -> tuple[list[Item], list[Skip]]:
-    """The items that have a control image in each of the sources, and count them as a part of them; the rest as skips.
+    """The items with a control image in each of the sources, whose bytes and version are added; a skip for each other.
 
     Raises UserError if no item has one in some source.
     """

@@ -16,8 +16,8 @@ SEPARATOR = ","  # between caption and tags, as sd-scripts' FineTuningDataset ha
 def read_captions_file(path: Path, listing: Listing, options: TextOptions) -> tuple[dict[str, list[str]], list[str]]:
     """Key -> captions, of the images that the file names; and what it names that is no image here.
 
-    It does so by their paths: absolute, or from the folder; with their ending, or without. Raises UserError for what is
-    no such file.
+    It names images by their paths: absolute or relative to the folder, with or without suffix. Raises UserError if it
+    is no such file, or names no image here.
     """
     root = Path(listing.source.where).absolute()
     named: dict[str, list[str]] = {}
@@ -59,7 +59,10 @@ def read_file(path: Path, encoding: str) -> dict[str, dict[str, Any]]:
 
 
 def make_captions(path: Path, image: str, fields: dict[str, Any], options: TextOptions) -> list[str]:
-    """Caption and tags, joined; with wildcards each line of the caption is one. Raises UserError."""
+    """Caption and tags, joined, up to the first line break; with `caption_lines` each line of the caption by itself.
+
+    Raises UserError.
+    """
     caption, tags = (fields.get(name) or "" for name in ("caption", "tags"))
     if not isinstance(caption, str) or not isinstance(tags, str) or len(caption) + len(tags) > MAX_CAPTION:
         raise UserError(f"{path}: {shortened(image)}: expected texts as caption and tags.")

@@ -15,7 +15,7 @@ from latentprep.human import counted
 
 BLOCK = 512
 MAX_EXTENSION = 2**20  # bytes of a long name, or of the pax records of one member
-MAX_SIZE = 2**60  # bytes of what stands before a member: no disk holds as many, and no file can be searched there
+MAX_SIZE = 2**60  # bytes of a header's content, such as a long name: no disk holds more, and no seek can go there
 MAX_HEADERS = 64  # of one member: long name, long link, pax records, itself; of old sparse files the parts, too
 LONG_NAME, PAX, SPARSE = tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE
 EXTENSIONS = (LONG_NAME, tarfile.GNUTYPE_LONGLINK, PAX, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)

@@ -76,7 +76,7 @@ def read_controls(listing: Listing, column: str, encoding: str) -> dict[str, str
 def read_rows(
     listing: Listing, columns: tuple[str, ...], advice: str, encoding: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Of each row of every metadata file where it stands, the key of its image, and its values.
+    """Each row of every metadata file: where it stands, the key of its image, and its values by column.
 
     Raises UserError, with `advice` if there is no such column.
     """
@@ -176,8 +176,8 @@ READERS: dict[str, Callable[[Listing, str, tuple[str, ...], str, str], Iterator[
 def read_json(
     listing: Listing, name: str, columns: tuple[str, ...] | None, usual: tuple[str, ...], encoding: str
 ) -> list[str] | None:
-    """The captions in the .json of one image: what all `columns` hold, or, if None are asked for, the first of the
-    `usual` ones that is there; None if none is. Raises UserError."""
+    """The captions in the .json of one image: what all `columns` hold. If `columns` is None: what the first of the
+    `usual` ones holds that is there; None if none is there. Raises UserError."""
     try:
         row = json.loads(read_text(listing, name, encoding, MAX_JSON))
     except (ValueError, RecursionError):

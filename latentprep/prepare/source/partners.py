@@ -38,7 +38,7 @@ class Partners:
 
     @property
     def why_none(self) -> str:
-        """What an image lacks that has none."""
+        """Why an image has none, as the detail of its skip."""
         if self.column is not None:
             return f"the metadata files name none as {printable(self.column)}"
         return "no image of its path and stem"

@@ -37,7 +37,7 @@ class Offsets:
 
     @classmethod
     def from_members(cls, hashes: "array[int]", offsets: "array[int]") -> "Offsets":
-        """Of equal names, the last one stays last."""
+        """Members of equal names stay in their order, so that find() gives the last."""
         order = np.argsort(found := np.array(hashes, np.uint64), kind="stable")
         return cls(found[order], np.array(offsets, np.int64)[order])
 
@@ -51,8 +51,8 @@ class Offsets:
 class Tars(Source):
     """The members of tars, and the files beside them. The version of a member is made of its place and its header.
 
-    What was learnt of a tar while it was listed, where its members begin, is kept for reading them, and goes to other
-    processes too; a tar that was not listed is searched when it is first read.
+    Where members begin is learnt while a tar is listed. This is kept for reading, and goes to other processes too. A
+    tar that was not listed is searched when it is first read.
     """
 
     sidecars = (*TEXTS, ".json")  # of img2dataset and others: width, height, url, and the caption

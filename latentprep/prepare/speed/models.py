@@ -123,7 +123,7 @@ class OneVae:
         return 1 if self.device == "cpu" else 2 * AHEAD
 
     def _speed(self, size: int, times: list[float], flops: float) -> BatchSpeed:
-        """flops: of a batch."""
+        """The speed with batches of `size` images; times: seconds of a batch each; flops: operations of a batch."""
         per_second = rate(size, times)
         speed = per_second / size * flops
         share = speed / self.peak if self.peak is not None else None

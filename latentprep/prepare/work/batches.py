@@ -78,7 +78,7 @@ class LoadAhead:
             self.fill(without=unit_id)
 
     def fill(self, without: str = "") -> None:
-        """Begin with as many images as are to be ahead."""
+        """Start decoding images until `depth` of them are ahead; those of the unit `without` are passed over."""
         while len(self.ahead) < self.depth and (following := self._next()) is not None:
             unit_id, item, placement = following
             if unit_id != without:
@@ -102,7 +102,7 @@ class LoadAhead:
 def make_batches(
     unit: Unit, start: int, loaded: Iterator[Loaded], batch_size: int, views: tuple[str, ...], pinned: bool = False
 ) -> Iterator[Batch | End]:
-    """Rows of one bucket, at most batch_size, in the unit's order from item `start` on; at last the End.
+    """Batches of a unit from item `start` on, in its order, each of up to batch_size rows of one bucket; then the End.
 
     pinned: their pixels lie in page-locked memory. CUDA copies from there while the caller goes on.
     """

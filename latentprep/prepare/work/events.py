@@ -20,7 +20,7 @@ class Step:
 
     id: str  # of the task
     num_images: int  # below 0: so many are to be done again
-    is_new: bool = True  # or done by an earlier run
+    is_new: bool = True  # False: an earlier run has done them
     waits: Mapping[str, float] = field(default_factory=dict)  # stage -> seconds
     num_skips: int = 0  # of the images: those that are skips, as far as it is known yet
 
@@ -37,7 +37,7 @@ class LatentsResult:
     num_encoded: int = 0  # images, by this run
     num_found: int = 0  # images, by an earlier one
     num_retried: int = 0  # encodings done again in float32
-    batch_limit: str = ""  # how many images fit into memory at once; empty: it has always sufficed
+    batch_limit: str = ""  # the message that a full memory made batches smaller; empty: memory has always sufficed
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class TextResult:
     uncond_file: Stamp | None = None
     num_prompts: int = 0  # that the text encoder saw
     truncated: Truncated = field(default_factory=Truncated)
-    batch_limit: str = ""  # how many prompts fit into memory at once; empty: it has always sufficed
+    batch_limit: str = ""  # the message that a full memory made batches smaller; empty: memory has always sufficed
     damaged: str = ""  # what is wrong with the old text file, if nothing of it could be taken over
     cond_file: Stamp | None = None
 

@@ -54,7 +54,7 @@ class Finisher:
     ) -> None:
         self.storage, self.recipe, self.metadata, self.conditions = storage, recipe, metadata, conditions
         self.failed = failed  # ids of units of which nothing more is to be done
-        self.told: set[str] = set()  # those of them that are results already
+        self.told: set[str] = set()  # those of them whose Failure was handed on already
         self.encoder: ImageEncoder | None = None
         self.rows: UnitRows | None = None  # of the unit in work
         self.named: dict[str, list[str]] = {}
@@ -63,7 +63,7 @@ class Finisher:
         self.written: Future[None] | None = None
 
     def run(self, messages: "Queue[Any]", results: "SimpleQueue[Any]") -> None:
-        """Take messages up to None. What ends it is a result too: None, or an exception."""
+        """Take messages until None comes. The last result is None, or the exception that ended this thread."""
         message: Any = ""
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             try:
@@ -141,9 +141,9 @@ class Finisher:
         return skips
 
     def _fetch(self, encoded: Encoded) -> tuple[Tensor, Tensor | None, dict[str, Tensor], str]:
-        """Mean and std of all views, and the mean of all views of the control images by field; Posterior.too_large.
+        """Mean, std, and the means of control images by field, each [N,V,C,h,w] in the store dtype, on the CPU.
 
-        Each [N,V,C,h,w] in the store dtype, on the CPU.
+        std is None if the VAE has none. The last result is Posterior.too_large, "" if memory sufficed.
         """
         assert self.encoder is not None
         assert isinstance(encoded.posteriors, list)
@@ -173,14 +173,14 @@ class Finisher:
         self.written = writer.submit(self._write, latents, result, results)
 
     def _take_counts(self) -> tuple[int, str]:
-        """How many images were encoded again in float32 since it was asked last, and what a full memory has taught."""
+        """How many images were encoded again in float32 since the last call, and the message of BatchLimit."""
         if self.encoder is None:
             return 0, ""
         before, self.num_retried = self.num_retried, self.encoder.num_retried
         return self.num_retried - before, self.encoder.limit.said
 
     def _write(self, latents: Latents, result: LatentsResult, results: "SimpleQueue[Any]") -> None:
-        """In the writer's thread. Raises WriteError if nothing can be written any more."""
+        """Write a shard and hand on its result, in the writer's thread. Raises WriteError if no file can be written."""
         try:
             shard = None
             if latents.groups:

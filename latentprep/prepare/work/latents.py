@@ -36,9 +36,9 @@ if TYPE_CHECKING:
     from latentprep.prepare.models.doors import ImageEncoder, VaeModel
     from latentprep.prepare.models.vae_encoder import Posterior
 
-AHEAD = 2  # batches at most: ready for the device, in work on it, and done by it
+AHEAD = 2  # batches at most that are ready for the device; that it works on; that it has done
 MOMENT = 0.1  # seconds after which a thread that waits looks whether it is to stop
-PATIENCE = 1.0  # seconds for the image that is just being decoded: a read that hangs holds up no run that is stopped
+PATIENCE = 1.0  # seconds that a stopped run waits for images in decoding: a read that hangs must not hold it up
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class Run:
             return open_encoder(worker.vae, worker.recipe, worker.device, worker.compile)
 
     def _start(self, encoder: "ImageEncoder", batch: Batch) -> "Encoded | Failure | None":
-        """A batch with what the device makes of it, which may still be at work on it."""
+        """The batch with its posteriors, which the device may still work on; a Failure; None: its unit has failed."""
         if batch.unit.id in self.failed:
             return None
         with self._on("encode"):
@@ -161,7 +161,7 @@ class Run:
                 return Failure.of(batch.unit.id, error)
 
     def _ask(self, encoder: "ImageEncoder", images: Tensor) -> "Posterior":
-        """Ask the device for one input more. If it has AHEAD to do, wait for the first: that is its own time."""
+        """Start to encode one more input. If AHEAD are in work, wait for the first: that time is the device's own."""
         if len(self.at_work) == AHEAD:
             self.at_work.popleft().wait()
         self.at_work.append(encoder.start(images))
@@ -190,7 +190,7 @@ class Run:
         loader.stop(wait=end is None and not self.stopping.is_set())
 
     def _begin(self, units: Iterable[Unit], begun: "deque[UnitRows | LatentsResult | Failure]") -> Iterator[Task]:
-        """The images to decode of each unit; `begun` gets what is there of it."""
+        """The images of each unit that are still to be decoded. `begun` gets what earlier runs have left of it."""
         for unit in units:
             found = self._find(unit)
             begun.append(found)

@@ -40,7 +40,10 @@ class UnitRows:
 
 
 def load_rows(storage: Storage, unit: Unit) -> UnitRows:
-    """What an earlier run has left of a unit; nothing is done if there is no such file, or it is damaged."""
+    """The rows that an earlier run has left of a unit; none if there is no such file, or it is damaged.
+
+    Raises UnreadableError.
+    """
     if not storage.exists(partial_name(unit.id)):
         return UnitRows(unit)
     try:

@@ -36,7 +36,7 @@ class StoredCond:
         self.opened: OrderedDict[str, Indexed] = OrderedDict()
 
     def find(self, home: Home) -> Indexed | None:
-        """The text at a prompt's home; None if its bytes have changed since it was written."""
+        """The text at a prompt's home; None if it is gone or damaged, or its cond is of another recipe."""
         if home.name not in self.opened:
             text = self._open(home)
             if text is None:
