@@ -13,7 +13,7 @@ from latentprep.cache.manifest import commit, open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.cache.text import Text, write_text
 from latentprep.errors import UserError
-from latentprep.read.counters import mix
+from latentprep.read.counters import hash_numbers
 from latentprep.read.weight import rescale_weight
 from tests.conftest import SMALL
 
@@ -229,10 +229,14 @@ def test_workers_give_the_same_batches(cache, context):
 
 
 def test_counters_are_spread_evenly_and_depend_on_every_part():
-    numbers = mix(0, 1, 0, np.arange(100_000))
+    numbers = hash_numbers(0, 1, 0, np.arange(100_000))
     assert len(np.unique(numbers)) == 100_000
     assert abs((numbers >> np.uint64(11)).astype(float).mean() * 2.0**-53 - 0.5) < 0.005
-    for other in (mix(1, 1, 0, np.arange(4)), mix(0, 2, 0, np.arange(4)), mix(0, 1, 1, np.arange(4))):
+    for other in (
+        hash_numbers(1, 1, 0, np.arange(4)),
+        hash_numbers(0, 2, 0, np.arange(4)),
+        hash_numbers(0, 1, 1, np.arange(4)),
+    ):
         assert not (other == numbers[:4]).any()
 
 

@@ -108,7 +108,7 @@ def test_the_files_of_a_cache_are_those_that_have_names():
     (layout,) = [block for block in blocks() if block.startswith("cache.json")]
     said = layout.replace("<16 hex>", "0123456789abcdef").replace("<32 hex>", 2 * "0123456789abcdef")
     said = said.replace("<id>", "a1").replace("<rank>", "0")
-    said = said.replace("<world size>", "2").replace("<name>", "cache.json").replace("<pid>", "7")
+    said = said.replace("<world size>", "2").replace("<name>", "cache.json").replace("<number>", "7")
     listed = [name for line in said.splitlines() for name in re.findall(r"^\S+(?:  \.\S+)*", line)[0].split()]
     ours = [name for name in listed if names.is_ours(name)]
     assert len(ours) == 7

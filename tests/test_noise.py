@@ -5,12 +5,12 @@ import pytest
 import torch
 from scipy import stats
 
-from latentprep.read.counters import mix
+from latentprep.read.counters import hash_numbers
 from latentprep.read.noise import draw_noise, make_words, quantiles
 
 
 def seeds_of(count, start=0):
-    return torch.from_numpy((mix(7, np.arange(start, start + count)) >> np.uint64(1)).astype(np.int64))
+    return torch.from_numpy((hash_numbers(7, np.arange(start, start + count)) >> np.uint64(1)).astype(np.int64))
 
 
 def test_words_are_splitmix64_s():

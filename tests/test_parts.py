@@ -99,10 +99,10 @@ def test_split_goes_by_content_whatever_comes_or_goes(run, folder, cache):
 
 
 def test_the_share_is_about_what_was_asked_for():
-    from latentprep.read.counters import SPLIT, fractions, mix
+    from latentprep.read.counters import SPLIT, fractions, hash_numbers
 
-    digests = mix(5, np.arange(100_000))
-    assert abs((fractions(mix(0, SPLIT, digests)) < 0.05).mean() - 0.05) < 0.003
+    digests = hash_numbers(5, np.arange(100_000))
+    assert abs((fractions(hash_numbers(0, SPLIT, digests)) < 0.05).mean() - 0.05) < 0.003
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

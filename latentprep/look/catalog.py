@@ -85,16 +85,16 @@ def read_part(name: str, storage: Storage, number: int, entry: Shard, problems: 
     try:
         latents = entry.open_latents(storage).groups
     except UserError as error:
-        note(problems, name, entry.latents_name, str(error))
+        add_problem(problems, name, entry.latents_name, str(error))
     try:
         text = entry.open_text(storage)
     except UserError as error:
-        note(problems, name, entry.text_name, str(error))
+        add_problem(problems, name, entry.text_name, str(error))
     # a latents file has keys too, as they were when it was encoded
     groups: Sequence[Group] | None = text.groups if text is not None else latents
     if groups is None:
         detail = f"neither of its files can be read; its {counted(entry.num_images, 'image')} count as not there"
-        note(problems, name, entry.id, f"shard {entry.id}: {detail}")
+        add_problem(problems, name, entry.id, f"shard {entry.id}: {detail}")
         return []
     live = entry.live_rows()
     keys = [as_bytes(own.key[row]) for own, rows in zip(groups, live, strict=True) for row in rows.tolist()]
@@ -114,7 +114,7 @@ def read_part(name: str, storage: Storage, number: int, entry: Shard, problems: 
     ]
 
 
-def note(problems: Problems, cache: str, file: str, detail: str) -> None:
+def add_problem(problems: Problems, cache: str, file: str, detail: str) -> None:
     """Add a file that cannot be read. Several may tell of the same one: those that borrow cond from it."""
     problems.setdefault((cache, detail), Problem(file, "unreadable", detail))
 

@@ -14,7 +14,7 @@ from latentprep.cache.names import uncond_name
 from latentprep.cache.strings import Tensors
 from latentprep.differences import Distances, distance_of
 from latentprep.errors import UserError
-from latentprep.look.catalog import Catalog, Problems, note
+from latentprep.look.catalog import Catalog, Problems, add_problem
 
 NUM_OPEN = 4  # texts of each cache
 NUM_NAMED = 5  # prompts whose cond has another shape
@@ -103,10 +103,10 @@ class Opened:
         try:
             found = self.cond_files.of(entry.open_text(self.cache.storage))
         except UserError as error:
-            note(self.problems, self.cache.name, entry.text_name, str(error))
+            add_problem(self.problems, self.cache.name, entry.text_name, str(error))
             return None
         if not found.kinds:
-            note(
+            add_problem(
                 self.problems,
                 self.cache.name,
                 entry.text_name,
@@ -121,6 +121,6 @@ class Opened:
         try:
             _, found = open_uncond(self.cache.storage, uncond)
         except UserError as error:
-            note(self.problems, self.cache.name, uncond_name(uncond), str(error))
+            add_problem(self.problems, self.cache.name, uncond_name(uncond), str(error))
             return None
         return {name: value[0] for name, value in found.items()}

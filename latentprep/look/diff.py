@@ -11,7 +11,7 @@ from latentprep.cache.names import SKIPPED
 from latentprep.cache.storage import Storage
 from latentprep.differences import NUM_SHOWN, Compared
 from latentprep.errors import UserError
-from latentprep.look.catalog import UNKNOWN, Catalog, Problems, make_catalog, note, pair_up, without
+from latentprep.look.catalog import UNKNOWN, Catalog, Problems, add_problem, make_catalog, pair_up, without
 from latentprep.look.cond_distances import measure_cond
 from latentprep.look.latent_distances import measure_latents
 from latentprep.look.summary import count_buckets
@@ -159,7 +159,7 @@ def read_reasons(cache: Catalog, problems: Problems) -> dict[str, str]:
     try:
         return {skip.key: skip.reason for skip in read_skips(cache.storage)}
     except UserError as error:
-        note(problems, cache.name, SKIPPED, str(error))
+        add_problem(problems, cache.name, SKIPPED, str(error))
         return {}
 
 

@@ -12,7 +12,7 @@ from latentprep.cache.group import LatentGroup
 from latentprep.cache.schema import CONTROLS
 from latentprep.differences import Distances, distance_of
 from latentprep.errors import UserError
-from latentprep.look.catalog import Catalog, Problems, note
+from latentprep.look.catalog import Catalog, Problems, add_problem
 
 AT_ONCE = 2**23  # numbers of a chunk: 32 MB in float32, for each tensor
 NUM_OPEN = 4  # shards of each cache; at a URL a shard that is open is in memory
@@ -111,7 +111,7 @@ def opener(cache: Catalog, problems: Problems) -> Callable[[int], list[LatentGro
         try:
             return entry.open_latents(cache.storage).groups
         except UserError as error:
-            note(problems, cache.name, entry.latents_name, str(error))
+            add_problem(problems, cache.name, entry.latents_name, str(error))
             return None
 
     return open_shard

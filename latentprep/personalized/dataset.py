@@ -29,7 +29,7 @@ from latentprep.read.arguments import (
     check_sampling_method,
     check_share,
 )
-from latentprep.read.counters import mix
+from latentprep.read.counters import hash_numbers
 from latentprep.read.dataset import LatentDataset
 from latentprep.read.order import EpochIndices
 
@@ -199,7 +199,7 @@ class PersonalizedBase(Dataset[DatasetEntry]):
         """A number for the draws of one call: another one for each, in each worker and each of its starts."""
         worker = get_worker_info()
         self._num_reads += 1
-        return int(mix(worker.seed if worker is not None else 0, self._num_reads) >> np.uint64(1))
+        return int(hash_numbers(worker.seed if worker is not None else 0, self._num_reads) >> np.uint64(1))
 
     def _posterior(self, mean: Tensor, std: Tensor | None, n: int) -> LatentDist | None:
         if self.latent_sampling_method != "random" or std is None:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.read.counters import mix
+from latentprep.read.counters import hash_numbers
 from latentprep.recipe import digest_of
 
 # What the names of a VAE's weights begin with that its latents come from. FLUX.2's bn is known by the normalization.
@@ -50,7 +50,7 @@ def fingerprint(known: list[Any], version: str, probed: Tensor) -> str:
     """
     values = probed.double().flatten().numpy()
     places = np.arange(len(values))
-    signs = [1 - 2 * (mix(0, n, places) >> np.uint64(63)).astype(np.float64) for n in range(NUM_PROBED)]
+    signs = [1 - 2 * (hash_numbers(0, n, places) >> np.uint64(63)).astype(np.float64) for n in range(NUM_PROBED)]
     numbers = np.array([(values * sign).sum() for sign in signs], "<f4") / np.float32(len(values) ** 0.5)
     return f"{digest_of(known)[:16]}.{digest_of(version)[:8]}.{numbers.astype('<f4').tobytes().hex()}"
 

@@ -37,7 +37,7 @@ def compare_source(
 
     Reads every image, whatever its time says. What differs is told in words of CHANGES, as encode tells it.
     """
-    rows = list(live_rows(storage, manifest))
+    rows = list(list_cached(storage, manifest))
     problems, gone = [], dict[str, tuple[int, bytes]]()  # key -> bytes, content hash
     listed = frozenset(originals.keys)  # images, and folders that cannot be listed
     hashes = hash_images(originals.source, originals.partners, ((key, nbytes) for key, nbytes, _ in rows))
@@ -88,7 +88,7 @@ def compare_captions(storage: Storage, manifest: Manifest, originals: Originals)
                     yield Problem(key, "caption", f"{old!r} in the cache, {new!r} now")
 
 
-def live_rows(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:
+def list_cached(storage: Storage, manifest: Manifest) -> Iterator[tuple[str, int, bytes]]:
     """key, bytes (with its mask and control images) and content hash of every image in the cache."""
     for entry in manifest.shards:
         text = entry.open_text(storage)

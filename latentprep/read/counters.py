@@ -5,7 +5,7 @@ from math import isqrt
 import numpy as np
 
 
-def mix(seed: int, *parts: np.ndarray | int) -> np.ndarray:
+def hash_numbers(seed: int, *parts: np.ndarray | int) -> np.ndarray:
     """uint64 numbers that depend on every part and on nothing else (splitmix64, chained): counters, not state."""
     state = np.asarray(seed % 2**64, np.uint64)
     with np.errstate(over="ignore"):
@@ -35,15 +35,15 @@ def permute(numbers: np.ndarray, count: int, *parts: int) -> np.ndarray:
     """
     a = isqrt(count - 1) + 1
     b = -(-count // a)
-    keys = mix(0, *parts, np.arange(6)).tolist()
+    keys = hash_numbers(0, *parts, np.arange(6)).tolist()
     found = numbers.astype(np.uint64)
     outside = np.arange(len(found))
     while len(outside):
         left: np.ndarray = found[outside] % np.uint64(a)
         right: np.ndarray = found[outside] // np.uint64(a)
         for n in range(0, 6, 2):
-            left = (left + mix(keys[n], right) % np.uint64(a)) % np.uint64(a)
-            right = (right + mix(keys[n + 1], left) % np.uint64(b)) % np.uint64(b)
+            left = (left + hash_numbers(keys[n], right) % np.uint64(a)) % np.uint64(a)
+            right = (right + hash_numbers(keys[n + 1], left) % np.uint64(b)) % np.uint64(b)
         found[outside] = left + right * np.uint64(a)
         outside = outside[found[outside] >= count]
     return found.astype(np.int64)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentprep.read.counters import CROP, FLIP, NOISE, fractions, mix
+from latentprep.read.counters import CROP, FLIP, NOISE, fractions, hash_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +21,7 @@ class Draws:
 
     def numbers(self, what: int) -> np.ndarray:
         """[B] uint64 for one purpose: a counter's name, such as counters.FLIP."""
-        return mix(self.seed, what, self.epoch, self.samples)
+        return hash_numbers(self.seed, what, self.epoch, self.samples)
 
     def happens(self, what: int, share: "float | np.ndarray") -> np.ndarray:
         """[B] bool: true with this probability; `share` is one number, or one for each sample [B]."""
@@ -32,7 +32,7 @@ class Draws:
 
         The start is random for each image and epoch; the repetitions of an image then take the choices in turn.
         """
-        start = (mix(self.seed, what, self.epoch, self.images[span]) % np.uint64(count)).astype(np.int64)
+        start = (hash_numbers(self.seed, what, self.epoch, self.images[span]) % np.uint64(count)).astype(np.int64)
         picked: np.ndarray = (start + self.repetitions[span]) % count
         return picked
 
@@ -55,7 +55,7 @@ def noise_seeds_of(seed: int, digest: np.ndarray) -> Tensor:
 
     So it stays the same in every epoch, and while the cache grows.
     """
-    return as_seeds(mix(seed, NOISE, 0, digest))
+    return as_seeds(hash_numbers(seed, NOISE, 0, digest))
 
 
 def as_seeds(numbers: np.ndarray) -> Tensor:

@@ -15,7 +15,7 @@ from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.read.arguments import check_index, check_indices, check_int
 from latentprep.read.batch import CondT, LatentBatch, WeightT
-from latentprep.read.counters import TURN, mix
+from latentprep.read.counters import TURN, hash_numbers
 from latentprep.read.dataset import LatentDataset, make_epoch
 from latentprep.read.order import Batches, EpochIndices
 
@@ -236,7 +236,7 @@ def list_turns(
     for number, own in enumerate(places):
         has[own, number] = True
     count = has.sum(1)
-    first = (mix(0, TURN, everything) % count.astype(np.uint64)).astype(np.int64)
+    first = (hash_numbers(0, TURN, everything) % count.astype(np.uint64)).astype(np.int64)
     place = np.cumsum(has, axis=1) - 1  # [images,R]: a dataset's number among those that have the image
     phases = lcm(*np.unique(count).tolist())
     members: list[Member[CondT, WeightT]] = []

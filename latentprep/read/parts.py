@@ -8,7 +8,7 @@ import numpy as np
 
 from latentprep.errors import UserError
 from latentprep.human import shortened
-from latentprep.read.counters import SPLIT, fractions, mix
+from latentprep.read.counters import SPLIT, fractions, hash_numbers
 from latentprep.read.index import Index
 from latentprep.read.shards import OpenGroup, OpenShards
 
@@ -86,7 +86,7 @@ def split_by_content(index: Index, shards: OpenShards, edge: float, seed: int) -
     """
     rest, part = {}, {}
     for number, rows, group in groups_of(index, shards):
-        is_part = fractions(mix(seed, SPLIT, group.digest[rows])) < edge
+        is_part = fractions(hash_numbers(seed, SPLIT, group.digest[rows])) < edge
         rest[number], part[number] = rows[~is_part], rows[is_part]
     for name, side in (("the rest", rest), ("the share", part)):
         if not any(len(rows) for rows in side.values()):

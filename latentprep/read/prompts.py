@@ -131,7 +131,7 @@ class Prompts:
         parts = []
         for run in rows.runs:
             own = slice(span.start + run.span.start, span.start + run.span.stop)
-            parts.append(run.group.prompt_of[run.images, draws.pick(PROMPT, run.group.prompt_of.shape[1], own)])
+            parts.append(run.group.prompt_of[run.image_rows, draws.pick(PROMPT, run.group.prompt_of.shape[1], own)])
         return np.concatenate(parts).astype(np.int64)
 
     def take(
@@ -155,7 +155,7 @@ class Prompts:
         return draws.numbers(CAPTION) if self.wording.makes_prompts else None
 
     def _made(self, rows: OpenRows, seeds: np.ndarray) -> list[str]:
-        images = [(run.group, n) for run in rows.runs for n in run.images.tolist()]
+        images = [(run.group, n) for run in rows.runs for n in run.image_rows.tolist()]
         return [
             self.wording.make(group.key[n], group.caption[n], seed)
             for (group, n), seed in zip(images, seeds.tolist(), strict=True)

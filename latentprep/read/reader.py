@@ -64,9 +64,9 @@ class SampleReader:
         Raises UserError for files that are damaged or gone, and for a batch that mixes shapes.
         """
         samples = batches.samples
-        places, repetitions = index.split_samples(samples)
-        draws = Draws(seed, epoch, samples, places, repetitions)
-        sets = index.set_of_image[places] if index.set_of_image is not None else None
+        images, repetitions = index.split_samples(samples)
+        draws = Draws(seed, epoch, samples, images, repetitions)
+        sets = index.set_of_image[images] if index.set_of_image is not None else None
         flip_p = self.sets.flips(sets, self.sampling.flip_p)
         view = draws.views(self.num_views // self._num_mirrors, self._num_mirrors, flip_p)
         weights = self.sets.weights(sets, self.sampling.sample_weight)
@@ -75,11 +75,11 @@ class SampleReader:
         noise = draws.noise_seeds() if self.sampling.method == "random" else None
         is_dropped = self.prompts.drops(draws, self.sets.dropouts(sets, self.prompts.caption_dropout))
         seeds = self.prompts.seeds(draws)
-        groups, images = index.find_images(places)
+        groups, image_rows = index.find_images(images)
         check_buckets(index, groups, batches.edges)
         for piece in self._pieces(groups, batches.edges):
             whole = slice(piece[0].start, piece[-1].stop)
-            rows = self.shards.rows(groups[whole], images[whole], view[whole])
+            rows = self.shards.rows(groups[whole], image_rows[whole], view[whole])
             prompts = self.prompts.choose(rows, draws, whole)
             sizes = {name: rows.take(name) for name in ("original_size", "resized_size", "crop")}
             if self.sampling.method == "once":

@@ -23,8 +23,8 @@ class Run(NamedTuple):
     """Consecutive samples of a batch that stand in one group."""
 
     group: "OpenGroup"
-    images: np.ndarray  # [n] int64: their row numbers in fields with one row for each image
-    views: np.ndarray  # [n] int64: their row numbers in fields with one row for each view of each image
+    image_rows: np.ndarray  # [n] int64: their row numbers in fields with one row for each image
+    view_rows: np.ndarray  # [n] int64: their row numbers in fields with one row for each view of each image
     span: slice  # where they are in the batch
 
 
@@ -83,8 +83,8 @@ class OpenRows:
     addresses: dict[str, RowAddresses]  # field -> addresses for all samples of the call that opened the groups
     span: slice  # which of those samples these n are
     groups: np.ndarray  # [n] int64: the group of each sample
-    images: np.ndarray  # [n] int64: its row number in fields with one row for each image
-    views: np.ndarray  # [n] int64: its row number in fields with one row for each view of each image
+    image_rows: np.ndarray  # [n] int64: its row number in fields with one row for each image
+    view_rows: np.ndarray  # [n] int64: its row number in fields with one row for each view of each image
 
     def __len__(self) -> int:
         return len(self.groups)
@@ -94,7 +94,7 @@ class OpenRows:
         groups = self.groups[span]
         opened = {number: self.opened[number] for number in np.unique(groups).tolist()}
         whole = slice(self.span.start + span.start, self.span.start + span.stop)
-        return OpenRows(opened, self.addresses, whole, groups, self.images[span], self.views[span])
+        return OpenRows(opened, self.addresses, whole, groups, self.image_rows[span], self.view_rows[span])
 
     @property
     def one(self) -> "OpenGroup":
@@ -105,7 +105,7 @@ class OpenRows:
     def runs(self) -> list[Run]:
         edges = [0, *(np.flatnonzero(self.groups[1:] != self.groups[:-1]) + 1).tolist(), len(self)]
         return [
-            Run(self.opened[int(self.groups[a])], self.images[a:b], self.views[a:b], slice(a, b))
+            Run(self.opened[int(self.groups[a])], self.image_rows[a:b], self.view_rows[a:b], slice(a, b))
             for a, b in pairwise(edges)
         ]
 
@@ -121,7 +121,7 @@ class OpenRows:
         known = self.addresses.get(name)
         if (
             known is not None
-            and (found := known.read(self.views if is_of_view else self.images, self.span)) is not None
+            and (found := known.read(self.view_rows if is_of_view else self.image_rows, self.span)) is not None
         ):
             return found
         parts = []
@@ -129,7 +129,7 @@ class OpenRows:
             tensor = (run.group.of_view if is_of_view else run.group.of_image).get(name)
             if tensor is None:
                 return None
-            parts.append((tensor, run.views if is_of_view else run.images))
+            parts.append((tensor, run.view_rows if is_of_view else run.image_rows))
         return gather(parts)
 
     def digests(self) -> np.ndarray:

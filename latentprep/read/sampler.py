@@ -106,7 +106,7 @@ class BucketBatchSampler(Sampler[list[int]]):
         if steps.num_repeated:
             self._warn(
                 f"{steps.num_repeated} samples come again in an epoch: buckets hold too few for {world_size} ranks. "
-                "drop_last=True leaves such buckets out instead."
+                "drop_last=True leaves such samples out instead."
             )
 
     def _warn(self, message: str) -> None:

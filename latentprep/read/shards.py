@@ -103,7 +103,7 @@ class OpenShards:
                 self.addresses[name] = Addresses(len(self.groups))
             self.addresses[name].put(number, tensor)
 
-    def rows(self, groups: np.ndarray, images: np.ndarray, views: np.ndarray) -> OpenRows:
+    def rows(self, groups: np.ndarray, image_rows: np.ndarray, views: np.ndarray) -> OpenRows:
         """Rows of samples, by their groups, their rows and the numbers of their views, each [n]; all are opened.
 
         Raises UserError like __getitem__.
@@ -112,7 +112,8 @@ class OpenShards:
             opened = {number: self[number] for number in np.unique(groups).tolist()}
             addresses = {name: known.of(groups) for name, known in self.addresses.items()}
         whole = slice(0, len(groups))
-        return OpenRows(opened, addresses, whole, groups, images, images * len(self.manifest.latent.views) + views)
+        view_rows = image_rows * len(self.manifest.latent.views) + views
+        return OpenRows(opened, addresses, whole, groups, image_rows, view_rows)
 
     def __getstate__(self) -> dict[str, Any]:
         nothing = {"opened": {}, "addresses": {}, "is_open": np.zeros(len(self.groups), bool), "_lock": None}

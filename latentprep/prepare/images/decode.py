@@ -65,7 +65,7 @@ def decode(
         with decoding():  # no seek(0): the first frame is open already, and Pillow counts the frames of a PSD from 1
             has_more_bits = keeps_high_byte(image)
             divisor = draft(image, unturned, options)
-        load_rows(image, data)
+        load_checked(image, data)
         notes += ["high_byte"] if has_more_bits else []
         color, alpha = split_alpha(image)
         cicp = read_cicp(find_chunk(data, b"cICP")) if image.format == "PNG" else None
@@ -138,7 +138,7 @@ def check_file(data: bytes, strict: bool, notes: list[str]) -> bytes:
     return data
 
 
-def load_rows(image: Image.Image, data: bytes) -> None:
+def load_checked(image: Image.Image, data: bytes) -> None:
     """Decode the pixels of an opened image. Raises DecodeError, also for a PNG that Pillow fills up with black."""
     if image.format == "PNG":
         check_sums(data)
@@ -180,7 +180,7 @@ def load_mask(data: bytes, size: Size, strict: bool, notes: list[str]) -> Image.
             if abs(found[0] * size[1] / (found[1] * size[0]) - 1) > ASPECT_TOLERANCE:
                 shapes = f"is {found[1]}x{found[0]}, its image {size[1]}x{size[0]}"
                 raise DecodeError("bad_mask", f"{shapes}: not the same shape")
-            load_rows(image, data)
+            load_checked(image, data)
             color, alpha = split_alpha(image)
             mask = alpha if alpha is not None else to_srgb(color, None, []).convert("L")
     except DecodeError as error:
