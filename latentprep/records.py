@@ -212,7 +212,10 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pixels:
-    """One decoded image, ready for the VAE. A control image is one too, without weight and digest; its notes are kept with those of its target."""
+    """One decoded image, ready for the VAE. A control image is one too.
+
+    It has no weight and no digest. Its notes are kept with those of its target.
+    """
 
     pixels: "np.ndarray"  # [K,H,W,3] uint8, sRGB; K crops
     weight: "np.ndarray | None"  # [K,H/f,W/f] float32 in 0..1; None: all of it weighs 1
