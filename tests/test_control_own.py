@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -120,6 +121,20 @@ def test_paths_that_lead_outside_are_never_read(run, source, tmp_path, monkeypat
     assert len(details) == 3
     assert all(detail.endswith("its name leads outside of the source") for detail in details)
     assert len(rows(tmp_path / "c")) == 1
+
+
+def test_a_path_that_no_file_can_have_is_a_skip(run, source, tmp_path):
+    """JSON may say half a surrogate pair, of which Python makes no file name."""
+    lines = read_table(source)
+    lines[0]["source"] = "before/\ud800.png"
+    write_table(source, lines)
+    with tarfile.open(tmp_path / "pairs.tar", "w") as tar:
+        tar.add(source, "")
+    for number, where in enumerate((source, tmp_path / "pairs.tar")):
+        encode(run, where, tmp_path / f"{number}", "--control-column", "source", "--exclude", "ref")
+        (skip,) = (skip for skip in read_skips(Storage(tmp_path / f"{number}")) if skip.reason == "io_error")
+        assert skip.detail.endswith("before/\ud800.png: No such file or directory")
+        assert len(rows(tmp_path / f"{number}")) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """A folder as a source: every file in and below it."""
 
+import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
@@ -29,6 +30,7 @@ class Folder(Source):
             yield found if isinstance(found, Skip) else file_at(root + found, found)
 
     def read(self, key: str, limit: int) -> bytes:
+        check_name(key)
         check_inside(key)
         with open_regular(Path(self.where) / key) as file:
             size = os.fstat(file.fileno()).st_size
@@ -48,6 +50,14 @@ class Folder(Source):
 def open_folder(where: str, without: tuple[Path, ...]) -> Folder | None:
     """A folder, whatever is in it."""
     return Folder(where, without) if Path(where).is_dir() else None
+
+
+def check_name(key: str) -> None:
+    """Raise OSError for a key that no file can have: a stranger's text may hold half a surrogate pair."""
+    try:
+        os.fsencode(key)
+    except UnicodeEncodeError:
+        raise FileNotFoundError(errno.ENOENT, "No such file or directory", key) from None
 
 
 def check_inside(key: str) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from latentprep.prepare.images.pillow import describe, is_image_name
 from latentprep.prepare.source.door import TEXTS, File, NotRegularError, Source
-from latentprep.prepare.source.folder import Folder, check_inside, file_at, open_regular, walk
+from latentprep.prepare.source.folder import Folder, check_inside, check_name, file_at, open_regular, walk
 from latentprep.prepare.source.members import Member, Region, TarError, list_members, read_member
 from latentprep.records import Skip
 
@@ -96,6 +96,7 @@ class Tars(Source):
             self._known[tar.key] = Offsets.from_members(hashes, offsets)
 
     def read(self, key: str, limit: int) -> bytes:
+        check_name(key)
         tar = self._tar_of(key)
         if tar is None:
             return self._files.read(key, limit)
