@@ -167,6 +167,26 @@ def test_what_is_refused_in_one_line(run, source, tmp_path, change, options, mes
     assert not (tmp_path / "c").exists()
 
 
+def test_metadata_files_that_are_left_out_are_not_read(run, source, tmp_path):
+    """Neither those that --exclude names, nor those in a folder of --control."""
+    for folder in ("old", "ref"):
+        (source / folder).mkdir(exist_ok=True)
+        (source / folder / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "no such column"}\n')
+    encode(run, source, tmp_path / "c", "--control-column", "source", "--control", source / "ref", "--exclude", "old")
+    assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 1).code == 0
+    shown = run("inspect", tmp_path / "c", "--preview", tmp_path / "sheet.png", "--source", source)
+    assert "not known" not in shown.err + shown.out
+    result = encode(run, source, tmp_path / "d", "--control-column", "source", "--exclude", "*.jsonl", code=1)
+    assert "holds no metadata.jsonl" in result.err
+
+
+def test_what_is_said_of_control_images_alone_counts_images(run, source, tmp_path):
+    lines = read_table(source)
+    write_table(source, [{**lines[0], "source": "before/nothing.png"}, {**lines[1], "source": "metadata.jsonl"}, lines[2]])
+    result = encode(run, source, tmp_path / "c", "--control-column", "source")
+    assert "1 image of SOURCE is a control image alone" in result.err
+
+
 def test_sets_have_columns_of_their_own(run, source, tmp_path):
     shutil.copytree(source, tmp_path / "other")
     sets = (

@@ -138,7 +138,8 @@ def find_images_of(part: ImageSet, without: Sequence[Path], progress: Progress, 
                 of_all = counted(len(listing.items), "image")
                 progress.say(f"control  {own.said}: {with_own:,} of {of_all} have one")
             if controls.alone:
-                progress.say(f"         {counted(len(controls.alone), 'image')} of SOURCE are control images alone")
+                what = "is a control image" if len(controls.alone) == 1 else "are control images"
+                progress.say(f"         {counted(len(controls.alone), 'image')} of SOURCE {what} alone")
             items, without_control = add_controls(listing.items, controls.partners)
             listing = replace(listing, items=items, skips=[*listing.skips, *without_control])
         captioned = add_captions(listing, part.text)

@@ -173,4 +173,5 @@ def add_partners(manifest: Manifest, own: Originals, part: ImageSet) -> Original
         raise UserError("the cache does not say where its masks were.")
     check_num_controls(manifest, part)
     masks = list_masks(part.masks, "masks", "no such folder.") if part.masks is not None else None
+    part = replace(part, exclude=(*manifest.made_with.exclude, *part.exclude))
     return replace(own, masks=masks, controls=find_controls(part, "no such folder.").partners)

@@ -7,8 +7,8 @@ from pathlib import Path
 from latentprep.cache.schema import CONTROLS
 from latentprep.errors import UserError
 from latentprep.options import ImageSet
-from latentprep.prepare.source.door import File, Source
-from latentprep.prepare.source.listing import MAX_VERSION, Listing
+from latentprep.prepare.source.door import File
+from latentprep.prepare.source.listing import EXCLUDED, MAX_VERSION, Listing, Patterns, is_image, is_plain
 from latentprep.prepare.source.metadata import READERS, list_tables, read_controls
 from latentprep.prepare.source.partners import Partner, Partners, list_files, list_partners
 from latentprep.prepare.source.sources import open_source
@@ -33,29 +33,39 @@ def find_controls(part: ImageSet, missing: str = NO_FOLDER) -> Controls:
     folders = [list_controls(folder, missing) for folder in part.controls]
     if not part.control_columns:
         return Controls(tuple(folders))
-    # all of the source: what is no target, such as the folder of another set's control images, may be named too
-    columns, alone = list_columns(open_source(part.source), part.control_columns, part.text.caption_encoding)
+    columns, alone = list_columns(part)
     return Controls((*folders, *columns), alone)
 
 
-def list_columns(source: Source, columns: Sequence[str], encoding: str) -> tuple[list[Partners], frozenset[str]]:
-    """The images of a source that columns of its metadata files name, and those of them that are no targets.
+def list_columns(part: ImageSet) -> tuple[list[Partners], frozenset[str]]:
+    """The images of a set that columns of its metadata files name, and those of them that are no targets.
 
     A target is what a metadata file has a row for. Raises UserError.
     """
+    # all of the source: what is no target, such as the folder of another set's control images, may be named too
+    source, columns = open_source(part.source), part.control_columns
     files = {key: file for key, file in list_files(source, "SOURCE") if isinstance(file, File)}
     listing = Listing(source, [], [], {key: file.nbytes for key, file in files.items()})
-    if not list_tables(listing):
+    tables = [key for key in list_tables(listing) if not is_left_out(key, part)]
+    if not tables:
         raise UserError(f"--control-column {columns[0]}: SOURCE {source.where} holds no {', '.join(READERS)}.")
     found: list[Partners] = []
     named, targets = set[str](), set[str]()
     for column in columns:
-        control_of = read_controls(listing, column, encoding)
+        control_of = read_controls(listing, tables, column, part.text.caption_encoding)
         partners = {key: as_partner(control, files) for key, control in control_of.items() if control is not None}
         found.append(Partners(source, {}, partners, column))
         targets |= control_of.keys()
         named |= {partner.key for partner in partners.values()}
-    return found, frozenset(named - targets)
+    return found, frozenset(filter(is_image, (named & files.keys()) - targets))
+
+
+def is_left_out(key: str, part: ImageSet) -> bool:
+    """Whether a file of a set's source is none of the set, as list_images has it: captions do not come from it."""
+    if Patterns((*EXCLUDED, *part.exclude)).find(key) is not None or not is_plain(key):
+        return True
+    folders = {folder.resolve() for folder in part.partners}
+    return bool(folders) and not folders.isdisjoint((part.source / key).resolve().parents)
 
 
 def as_partner(key: str, files: Mapping[str, File]) -> Partner:

@@ -3,7 +3,7 @@
 import csv
 import json
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from io import StringIO
 from pathlib import PurePosixPath
 from typing import Any
@@ -42,7 +42,7 @@ def read_metadata(listing: Listing, columns: tuple[str, ...], encoding: str) -> 
     """
     captions: dict[str, list[str]] = {}
     num_characters = 0
-    for where, key, row in read_rows(listing, columns, CAPTION_ADVICE, encoding):
+    for where, key, row in read_rows(listing, list_tables(listing), columns, CAPTION_ADVICE, encoding):
         own = captions.setdefault(key, [])
         for column in columns:
             texts = texts_of(row[column], where, column)
@@ -53,14 +53,14 @@ def read_metadata(listing: Listing, columns: tuple[str, ...], encoding: str) -> 
     return captions
 
 
-def read_controls(listing: Listing, column: str, encoding: str) -> dict[str, str | None]:
+def read_controls(listing: Listing, tables: Sequence[str], column: str, encoding: str) -> dict[str, str | None]:
     """Key -> the key of the control image that `column` names, beside the metadata file or below it; None: none.
 
-    Every image of every metadata file is in it. Raises UserError, naming file and line, for what is no such file, for
-    a column that it does not have, and for an image with two control images.
+    Every image of the metadata files `tables` is in it. Raises UserError, naming file and line, for what is no such
+    file, for a column that it does not have, and for an image with two control images.
     """
     found: dict[str, str | None] = {}
-    for where, key, row in read_rows(listing, (column,), CONTROL_ADVICE, encoding):
+    for where, key, row in read_rows(listing, tables, (column,), CONTROL_ADVICE, encoding):
         value = row[column] or None
         if not isinstance(value, str | None):
             raise UserError(f"{where}: expected the path of an image as {column!r}, got {_short(value)}.")
@@ -74,13 +74,13 @@ def read_controls(listing: Listing, column: str, encoding: str) -> dict[str, str
 
 
 def read_rows(
-    listing: Listing, columns: tuple[str, ...], advice: str, encoding: str
+    listing: Listing, tables: Sequence[str], columns: tuple[str, ...], advice: str, encoding: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each row of every metadata file: where it stands, the key of its image, and its values by column.
+    """Each row of the metadata files `tables`: where it stands, the key of its image, and its values by column.
 
     Raises UserError, with `advice` if there is no such column.
     """
-    for name in list_tables(listing):
+    for name in tables:
         for where, row in READERS[name_of(name)](listing, name, (FILE_NAME, *columns), advice, encoding):
             image = row[FILE_NAME]
             if not isinstance(image, str):
