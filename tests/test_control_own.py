@@ -142,6 +142,7 @@ def test_a_path_that_no_file_can_have_is_a_skip(run, source, tmp_path):
     [
         (None, ["--control-column", "nope"], "metadata.jsonl line 1: no column 'nope', only 'file_name', 'text', "),
         ([{"source": 3}], [], "metadata.jsonl line 1: expected the path of an image as 'source', got 3."),
+        ([{"source": 5000 * "a"}], [], "metadata.jsonl line 1: a path of over 4,096 characters as 'source'. Shorten it."),
         ([{"source": ["a"]}], [], "metadata.jsonl line 1: expected the path of an image as 'source', got "),
         (
             [{}, {"source": "ref/tall0.png"}],
@@ -180,9 +181,36 @@ def test_metadata_files_that_are_left_out_are_not_read(run, source, tmp_path):
     assert "holds no metadata.jsonl" in result.err
 
 
+def test_a_metadata_file_names_what_lies_beside_its_folder(run, source, tmp_path):
+    lines = read_table(source)
+    encode(run, source, tmp_path / "c", *COLUMNS)
+    (source / "metadata.jsonl").unlink()
+    (source / "after").mkdir()
+    for line in lines:
+        (source / line["file_name"]).rename(source / "after" / line["file_name"])
+    moved = [{**line, "source": f"../{line['source']}", "ref": f"x/../../{line['ref']}"} for line in lines]
+    write_table(source / "after", moved)
+    encode(run, source, tmp_path / "d", *COLUMNS)
+    found, wanted = rows(tmp_path / "d"), rows(tmp_path / "c")
+    assert found.keys() == {f"after/{key}" for key in wanted}
+    assert all(torch.equal(found[f"after/{key}"]["control_2"], wanted[key]["control_2"]) for key in wanted)
+
+
+def test_a_hidden_control_image_is_said_to_be_hidden(run, source, tmp_path):
+    (source / "before").rename(source / ".before")
+    lines = read_table(source)
+    lines = [{**line, "source": f".{line['source']}" if n else line["ref"]} for n, line in enumerate(lines)]
+    write_table(source, lines)
+    encode(run, source, tmp_path / "c", "--control-column", "source", "--exclude", "ref")
+    details = [skip.detail for skip in read_skips(Storage(tmp_path / "c"))]
+    assert len(details) == 3
+    assert all("it was not listed: it is hidden (.name)" in detail for detail in details)
+
+
 def test_what_is_said_of_control_images_alone_counts_images(run, source, tmp_path):
     lines = read_table(source)
-    write_table(source, [{**lines[0], "source": "before/nothing.png"}, {**lines[1], "source": "metadata.jsonl"}, lines[2]])
+    first, second = {**lines[0], "source": "before/nothing.png"}, {**lines[1], "source": "metadata.jsonl"}
+    write_table(source, [first, second, lines[2]])
     result = encode(run, source, tmp_path / "c", "--control-column", "source")
     assert "1 image of SOURCE is a control image alone" in result.err
 

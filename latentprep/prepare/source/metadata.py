@@ -2,6 +2,7 @@
 
 import csv
 import json
+import posixpath
 from codecs import BOM_UTF8, BOM_UTF16_BE, BOM_UTF16_LE, BOM_UTF32_BE, BOM_UTF32_LE
 from collections.abc import Callable, Collection, Iterator, Sequence
 from io import StringIO
@@ -20,6 +21,7 @@ MAX_CAPTION = (
 MAX_JSON = 2**20  # bytes of one image's .json: img2dataset puts all of EXIF into it
 PARQUET_ROWS = 1024  # at once: a small file may hold long texts many times
 MAX_METADATA = 2**30  # bytes of a metadata file, which is read as a whole
+MAX_PATH = 4096  # characters of the path of a control image, as Linux has it: messages and skips repeat it
 FILE_NAME = "file_name"  # the column that names the image, relative to the metadata file
 CAPTION_ADVICE = "Say which holds the captions: --caption-column NAME."
 CONTROL_ADVICE = "Say which holds the control images: --control-column NAME."
@@ -42,8 +44,8 @@ def read_metadata(listing: Listing, columns: tuple[str, ...], encoding: str) -> 
     """
     captions: dict[str, list[str]] = {}
     num_characters = 0
-    for where, key, row in read_rows(listing, list_tables(listing), columns, CAPTION_ADVICE, encoding):
-        own = captions.setdefault(key, [])
+    for where, table, row in read_rows(listing, list_tables(listing), columns, CAPTION_ADVICE, encoding):
+        own = captions.setdefault(key_of(table, row[FILE_NAME]), [])
         for column in columns:
             texts = texts_of(row[column], where, column)
             num_characters += sum(map(len, texts))
@@ -60,11 +62,13 @@ def read_controls(listing: Listing, tables: Sequence[str], column: str, encoding
     file, for a column that it does not have, and for an image with two control images.
     """
     found: dict[str, str | None] = {}
-    for where, key, row in read_rows(listing, tables, (column,), CONTROL_ADVICE, encoding):
-        value = row[column] or None
+    for where, table, row in read_rows(listing, tables, (column,), CONTROL_ADVICE, encoding):
+        key, value = key_of(table, row[FILE_NAME]), row[column] or None
         if not isinstance(value, str | None):
             raise UserError(f"{where}: expected the path of an image as {column!r}, got {_short(value)}.")
-        control = key_of(where, value) if value is not None else None
+        if value is not None and len(value) > MAX_PATH:
+            raise UserError(f"{where}: a path of over {MAX_PATH:,} characters as {column!r}. Shorten it.")
+        control = key_of(table, value) if value is not None else None
         if found.setdefault(key, control) != control:
             raise UserError(
                 f"{where}: {printable(key)} has two control images as {column!r}: {printable(str(found[key]))} and "
@@ -76,7 +80,9 @@ def read_controls(listing: Listing, tables: Sequence[str], column: str, encoding
 def read_rows(
     listing: Listing, tables: Sequence[str], columns: tuple[str, ...], advice: str, encoding: str
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Each row of the metadata files `tables`: where it stands, the key of its image, and its values by column.
+    """Each row of the metadata files `tables`: where it stands, the key of its file, and its values by column.
+
+    The value of FILE_NAME is a text.
 
     Raises UserError, with `advice` if there is no such column.
     """
@@ -85,12 +91,12 @@ def read_rows(
             image = row[FILE_NAME]
             if not isinstance(image, str):
                 raise UserError(f"{where}: expected a text as {FILE_NAME!r}, got {_short(image)}.")
-            yield where, key_of(name, image), row
+            yield where, name, row
 
 
 def key_of(table: str, image: str) -> str:
-    """The key of an image that a metadata file names, relative to its own folder."""
-    return (PurePosixPath(table).parent / image).as_posix()
+    """The key of an image that a metadata file names, relative to its own folder: ../a.png lies beside that."""
+    return posixpath.normpath(PurePosixPath(table).parent / image)
 
 
 def texts_of(value: Any, where: str, column: str) -> list[str]:

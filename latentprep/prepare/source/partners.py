@@ -59,7 +59,7 @@ class Partners:
             self.source.read(partner.key, 0)
         except OSError as error:
             return error.strerror or str(error)
-        return "it changed while it was listed"
+        return "it was not listed: it is hidden (.name), in another cache, or it came meanwhile"
 
 
 def in_order(masks: Partners | None, controls: Iterable[Partners]) -> tuple[Partners, ...]:
