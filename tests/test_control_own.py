@@ -1,6 +1,7 @@
 """Control images that columns of metadata name, and control images in buckets of their own."""
 
 import json
+import os
 import shutil
 import tarfile
 
@@ -179,6 +180,28 @@ def test_metadata_files_that_are_left_out_are_not_read(run, source, tmp_path):
     assert "not known" not in shown.err + shown.out
     result = encode(run, source, tmp_path / "d", "--control-column", "source", "--exclude", "*.jsonl", code=1)
     assert "holds no metadata.jsonl" in result.err
+
+
+def test_rows_that_name_another_file_of_the_same_size_and_time_are_changed(run, source, tmp_path):
+    """As files of an archive have it, or a checkout's: nothing but the name tells them apart."""
+    lines = read_table(source)
+    for n, line in enumerate(lines):
+        line["ref"] = f"ref/{n}.bmp"
+        noise(64, 64, n).save(source / line["ref"])
+        os.utime(source / line["ref"], ns=(5, 5))
+    write_table(source, lines)
+    options = ("--control-column", "ref", "--exclude", "before")
+    encode(run, source, tmp_path / "c", *options)
+    old = rows(tmp_path / "c")
+    lines[0]["ref"], lines[1]["ref"] = lines[1]["ref"], lines[0]["ref"]
+    write_table(source, lines)
+    assert "2 changed" in encode(run, source, tmp_path / "c", *options).out
+    new, (one, two) = rows(tmp_path / "c"), (line["file_name"] for line in lines[:2])
+    assert torch.equal(new[one]["control_1"], old[two]["control_1"])
+    assert not torch.equal(new[one]["control_1"], old[one]["control_1"])
+    (source / "ref").rename(source / "moved")  # the same content under another name is only read
+    write_table(source, [{**line, "ref": line["ref"].replace("ref", "moved")} for line in lines])
+    assert "4 touched" in encode(run, source, tmp_path / "c", *options).out
 
 
 def test_a_metadata_file_names_what_lies_beside_its_folder(run, source, tmp_path):

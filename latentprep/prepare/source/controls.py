@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from zlib import crc32
 
 from latentprep.cache.schema import CONTROLS
 from latentprep.errors import UserError
@@ -71,7 +72,10 @@ def is_left_out(key: str, part: ImageSet) -> bool:
 def as_partner(key: str, files: Mapping[str, File]) -> Partner:
     """A file of a source as the partner of an image; with -1 bytes if it is not there: its item then becomes a skip."""
     file = files.get(key)
-    return Partner(key, file.nbytes, file.version) if file is not None else Partner(key, -1, -1)
+    if file is None:
+        return Partner(key, -1, -1)
+    # its name counts: a row may come to name another file of the same size and time, as files of an archive are
+    return Partner(key, file.nbytes, file.version ^ crc32(key.encode("utf-8", "surrogateescape")))
 
 
 def list_controls(where: Path | str, missing: str = NO_FOLDER) -> Partners:
