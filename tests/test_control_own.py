@@ -1,5 +1,6 @@
 """Control images that columns of metadata name, and control images in buckets of their own."""
 
+import io
 import json
 import os
 import shutil
@@ -377,6 +378,45 @@ def test_a_header_behind_the_first_bytes_is_found(run, source, tmp_path):
     write_table(source, lines)
     encode(run, source, tmp_path / "c", *OWN)
     assert len(rows(tmp_path / "c")) == 4
+
+
+def late_exif(image, exif):
+    """A PNG whose eXIf chunk is its last, as exiftool writes it."""
+    plain, other = io.BytesIO(), io.BytesIO()
+    image.save(plain, "PNG"), image.save(other, "PNG", exif=exif)
+    end, start = plain.getvalue().rindex(b"IEND") - 4, other.getvalue().index(b"eXIf") - 4
+    length = int.from_bytes(other.getvalue()[start : start + 4])
+    return plain.getvalue()[:end] + other.getvalue()[start : start + 12 + length] + plain.getvalue()[end:]
+
+
+@pytest.mark.parametrize("in_tar", [False, True])
+def test_an_orientation_behind_the_pixels_is_found(run, source, tmp_path, in_tar):
+    exif = Image.Exif()
+    exif[274] = 6
+    (source / "ref" / "wide0.png").write_bytes(late_exif(noise(500, 125), exif))
+    where = source
+    if in_tar:
+        where = tmp_path / "pairs.tar"
+        with tarfile.open(where, "w") as tar:
+            tar.add(source, "")
+    encode(run, where, tmp_path / "c", *OWN)
+    encode(run, source / "ref", tmp_path / "refs")
+    found = {key.rpartition("/")[2]: row for key, row in rows(tmp_path / "c").items()}
+    latents = found["wide0.png"]["control_2"]
+    assert latents.shape[-2:] == (16, 4)
+    assert torch.equal(latents, rows(tmp_path / "refs")["wide0.png"]["latent_mean"])
+
+
+def test_a_file_that_is_too_large_for_an_image_is_not_read(run, source, tmp_path, monkeypatch):
+    with (source / "ref" / "wide0.png").open("wb") as file:
+        file.truncate(1 << 40)  # of no bytes on disk
+    opened, opens = [], Folder.open
+    monkeypatch.setattr(Folder, "open", lambda self, key, limit: opened.append(key) or opens(self, key, limit))
+    encode(run, source, tmp_path / "c", *OWN)
+    (skip,) = read_skips(Storage(tmp_path / "c"))
+    assert skip.reason == "too_large"
+    assert skip.detail.startswith(f"its control image {source}/ref/wide0.png: 1.1 TB, expected at most ")
+    assert "ref/wide0.png" not in opened
 
 
 @pytest.mark.parametrize(

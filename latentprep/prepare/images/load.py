@@ -26,7 +26,6 @@ from latentprep.recipe import LatentsRecipe
 from latentprep.records import NAMED_NOTES, Box, Item, Pixels, Placement, Size, Skip
 
 LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
-FIRST_BYTES = 2**16  # of a file, that hold the header of most images
 LARGE_BYTES = 128_000_000  # and so is a larger file, whatever its pixels
 one_large_control = Lock()  # their sizes are known as late as here, so that is_large tells nothing of them
 
@@ -156,21 +155,18 @@ def load_pixels(
 
 def read_files(item: Item, options: LoadOptions) -> Files | Skip:
     """The bytes of an item, of its mask if it has one, and of its control images. Raises UserError."""
-    limit = max_bytes()
     parts: list[Part] = []
     for part in list_parts(item, options):
         if isinstance(part, Skip):
             return part
-        if part.where and part.nbytes > limit:
-            reason = "bad_mask" if part.option == "--weights" else "too_large"
-            detail = f"{human_bytes(part.nbytes)}, expected at most {human_bytes(limit)}"
-            return item.skip(reason, part.where + detail)
+        if part.where and (skip := check_bytes(part, item)) is not None:
+            return skip
         parts.append(part)
     found: dict[str, list[Part]] = {"SOURCE": [], "--weights": [], "--control": []}
     for part in parts:
         where = part.where if part.option == "--control" else ""
         try:
-            found[part.option].append(part._replace(data=part.source.read(part.key, limit)))
+            found[part.option].append(part._replace(data=part.source.read(part.key, max_bytes())))
         except NotRegularError as error:
             return item.skip("unreadable", f"{where}{error}")
         except OSError as error:
@@ -181,6 +177,15 @@ def read_files(item: Item, options: LoadOptions) -> Files | Skip:
     return Files(found["SOURCE"][0], next(iter(found["--weights"]), None), found["--control"])
 
 
+def check_bytes(part: Part, item: Item) -> Skip | None:
+    """The Skip of an item one of whose files is larger than any that is read."""
+    if part.nbytes <= max_bytes():
+        return None
+    reason = "bad_mask" if part.option == "--weights" else "too_large"
+    detail = f"{human_bytes(part.nbytes)}, expected at most {human_bytes(max_bytes())}"
+    return item.skip(reason, part.where + detail)
+
+
 def read_control_sizes(item: Item, options: LoadOptions) -> list[Size] | Skip:
     """The size of each control image of an item, by its header; or the Skip of what has none. Raises UserError."""
     sizes = []
@@ -189,6 +194,8 @@ def read_control_sizes(item: Item, options: LoadOptions) -> list[Size] | Skip:
             return part
         if part.option != "--control":
             continue
+        if (skip := check_bytes(part, item)) is not None:
+            return skip
         try:
             sizes.append(read_size(part))
         except DecodeError as error:
@@ -205,17 +212,12 @@ def read_control_sizes(item: Item, options: LoadOptions) -> list[Size] | Skip:
 
 
 def read_size(part: Part) -> Size:
-    """The size of an image, of which as little is read as will do. Raises DecodeError, OSError."""
-    limit = FIRST_BYTES
-    while True:
-        data = part.source.read(part.key, limit)
-        try:
-            with open_image(BytesIO(data)) as image:
-                return oriented_size(image)
-        except DecodeError:
-            if len(data) <= limit:
-                raise
-        limit = max_bytes()
+    """The size of an image, of which as little is read as will do: an orientation may be its last bytes.
+
+    Raises DecodeError, OSError.
+    """
+    with part.source.open(part.key, max_bytes()) as file, open_image(file) as image:
+        return oriented_size(image)
 
 
 def list_parts(item: Item, options: LoadOptions) -> Iterator[Part | Skip]:

@@ -1,6 +1,8 @@
 """The door through which images, masks, captions and metadata come: what a source must be able to do."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from io import BytesIO
 from typing import IO, NamedTuple, Protocol
 
 from latentprep.records import Skip
@@ -40,6 +42,11 @@ class Source(Protocol):
     def read(self, key: str, limit: int) -> bytes:
         """All bytes of a file, or limit + 1 of a larger one. Raises OSError, whatever is wrong."""
         ...
+
+    @contextmanager
+    def open(self, key: str, limit: int) -> Iterator[IO[bytes]]:
+        """A seekable file, for its header alone; of a source that cannot open it what read() gives. Raises OSError."""
+        yield BytesIO(self.read(key, limit))
 
     def locate(self, key: str) -> str:
         """Where a file is, for messages."""

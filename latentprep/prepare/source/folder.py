@@ -4,6 +4,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PureWindowsPath
@@ -29,10 +30,15 @@ class Folder(Source):
         for found in scan(self.where, self.without):
             yield found if isinstance(found, Skip) else file_at(root + found, found)
 
-    def read(self, key: str, limit: int) -> bytes:
+    @contextmanager
+    def open(self, key: str, limit: int) -> Iterator[IO[bytes]]:
         check_name(key)
         check_inside(key)
         with open_regular(Path(self.where) / key) as file:
+            yield file
+
+    def read(self, key: str, limit: int) -> bytes:
+        with self.open(key, limit) as file:
             size = os.fstat(file.fileno()).st_size
             return file.read(max(0, min(size, limit)) + 1)  # Python takes memory for all that is asked for
 

@@ -6,7 +6,7 @@ The key of a member is that of its tar and its name: `00000.tar/0001.jpg`.
 import re
 from array import array
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import blake2b
@@ -95,11 +95,28 @@ class Tars(Source):
         with self._lock:
             self._known[tar.key] = Offsets.from_members(hashes, offsets)
 
+    @contextmanager
+    def open(self, key: str, limit: int) -> Iterator[IO[bytes]]:
+        check_name(key)
+        tar = self._tar_of(key)
+        if tar is None:
+            with self._files.open(key, limit) as opened:
+                yield opened
+        else:
+            with self._open_in(tar, key) as (opened, _):
+                yield opened
+
     def read(self, key: str, limit: int) -> bytes:
         check_name(key)
         tar = self._tar_of(key)
         if tar is None:
             return self._files.read(key, limit)
+        with self._open_in(tar, key) as (opened, nbytes):
+            return opened.read(min(nbytes, max(0, limit) + 1))
+
+    @contextmanager
+    def _open_in(self, tar: str, key: str) -> Iterator[tuple[IO[bytes], int]]:
+        """A member of a tar, and how many bytes it has."""
         check_inside(tar)
         name = key[len(tar) + 1 :]
         with open_regular(self._root / tar) as file:
@@ -113,7 +130,7 @@ class Tars(Source):
             if member is None or member.name != name:
                 raise OSError(f"{tar} was written anew while its images were read")
             with open_member(file, member) as opened:
-                return opened.read(min(member.nbytes, max(0, limit) + 1))
+                yield opened, member.nbytes
 
     def is_there(self) -> bool:
         return Path(self.where).is_file() if self._is_one else Path(self.where).is_dir()
