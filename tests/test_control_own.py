@@ -21,6 +21,7 @@ from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.source.folder import Folder
+from latentprep.prepare.survey import Prepared
 from tests.conftest import TINY
 from tests.test_control import draw_before, draw_ref, draw_targets, encode, noise
 from tests.test_encode import files, reference, rows
@@ -387,6 +388,31 @@ def late_exif(image, exif):
     end, start = plain.getvalue().rindex(b"IEND") - 4, other.getvalue().index(b"eXIf") - 4
     length = int.from_bytes(other.getvalue()[start : start + 4])
     return plain.getvalue()[:end] + other.getvalue()[start : start + 12 + length] + plain.getvalue()[end:]
+
+
+def test_a_control_image_that_has_its_targets_shape_no_longer_is_a_skip(run, source, tmp_path, monkeypatch):
+    """It was replaced, by one of as many bytes, between plan and encode: no other row of its shard is lost."""
+    lines = read_table(source)
+    for n, line in enumerate(lines):
+        line["ref"] = f"ref/{n}.bmp"
+        noise(96, 96, n).save(source / line["file_name"])
+        noise(96, 96, n).save(source / line["ref"])
+    write_table(source, lines)
+    worker = Prepared.latents_worker
+
+    def replaced(self):
+        noise(144, 64).save(source / "ref" / "1.bmp")
+        return worker(self)
+
+    monkeypatch.setattr(Prepared, "latents_worker", replaced)
+    options = ("--control-column", "ref", "--control-size", "own", "--exclude", "before", "--exclude", "ref")
+    encode(run, source, tmp_path / "c", *options)
+    monkeypatch.undo()
+    (skip,) = read_skips(Storage(tmp_path / "c"))
+    assert (skip.key, skip.reason) == (lines[1]["file_name"], "changed")
+    assert len(rows(tmp_path / "c")) == 3
+    assert "1 new" in encode(run, source, tmp_path / "c", *options).out
+    assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 4).code == 0
 
 
 @pytest.mark.parametrize("in_tar", [False, True])

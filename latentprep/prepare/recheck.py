@@ -21,6 +21,7 @@ from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
+from latentprep.prepare.plan.buckets import with_controls
 from latentprep.prepare.recheck_source import Originals
 from latentprep.prepare.source.content import hash_images
 from latentprep.records import Item, Placement, Problem, Skip
@@ -186,7 +187,9 @@ def encode_row(
     limit_pixels(max(max_pixels(), height * width))  # whatever --max-megapixels the cache was made with
     resized = tuple(group.resized_size[row, 0].tolist())
     boxes = [tuple(box) for box in group.crop[row].tolist()]
-    placement = Placement(boxes[0][2:], (resized[0], resized[1]), boxes[0])
+    factor = options.factor
+    buckets = [(own.shape[-2] * factor, own.shape[-1] * factor) for own in group.controls.values()]
+    placement = with_controls(Placement(boxes[0][2:], (resized[0], resized[1]), boxes[0]), buckets)
     pixels = load_pixels(Item(key, (height, width), nbytes, 0), placement, options, boxes)
     if isinstance(pixels, Skip):
         return pixels
@@ -195,9 +198,9 @@ def encode_row(
         mean = list(group.controls.values())[number - 1] if number else group.latent_mean
         std = None if number else group.latent_std
         per_crop = len(boxes) // len(own.pixels)  # a control image of another shape has crops of its own
-        (_, rows, columns, _), factor = own.pixels.shape, options.factor
-        if [rows, columns] != [side * factor for side in mean.shape[-2:]]:
-            return Skip(key, "changed", f"control_{number} has another shape than when it was encoded")
+        _, rows, columns, _ = own.pixels.shape
+        if [rows, columns] != [side * factor for side in mean.shape[-2:]]:  # of a stranger's cache
+            return Skip(key, "changed", "its crop in the cache is not of its latents' size")
         for view, flipped in enumerate(group.flipped.tolist()):
             shown = own.pixels[view // per_crop]
             posterior = vae.encode(np.ascontiguousarray(shown[:, ::-1] if flipped else shown)[None])

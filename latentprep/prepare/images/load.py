@@ -282,7 +282,7 @@ def make_control(
     own = options.place_control(size, item.size, placement)
     if not isinstance(own, Placement):
         raise DecodeError(*own)
-    if placement.controls and own.bucket != placement.controls[number]:
+    if own.bucket != (placement.controls[number] if placement.controls else placement.bucket):
         raise DecodeError("changed", "its shape is another than when it was listed: run again")
     control = replace(item, size=size, nbytes=len(data))
     notes: list[str] = []
