@@ -19,6 +19,7 @@ from latentprep.cache.storage import Storage
 from latentprep.geometry import Geometry
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
+from latentprep.prepare.plan import estimate
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.source.folder import Folder
 from latentprep.prepare.survey import Prepared
@@ -145,7 +146,11 @@ def test_a_path_that_no_file_can_have_is_a_skip(run, source, tmp_path):
     [
         (None, ["--control-column", "nope"], "metadata.jsonl line 1: no column 'nope', only 'file_name', 'text', "),
         ([{"source": 3}], [], "metadata.jsonl line 1: expected the path of an image as 'source', got 3."),
-        ([{"source": 5000 * "a"}], [], "metadata.jsonl line 1: a path of over 4,096 characters as 'source'. Shorten it."),
+        (
+            [{"source": 5000 * "a"}],
+            [],
+            "metadata.jsonl line 1: a path of over 4,096 characters as 'source'. Shorten it.",
+        ),
         ([{"source": ["a"]}], [], "metadata.jsonl line 1: expected the path of an image as 'source', got "),
         (
             [{}, {"source": "ref/tall0.png"}],
@@ -234,8 +239,9 @@ def test_a_hidden_control_image_is_said_to_be_hidden(run, source, tmp_path):
 
 def test_what_is_said_of_control_images_alone_counts_images(run, source, tmp_path):
     lines = read_table(source)
-    first, second = {**lines[0], "source": "before/nothing.png"}, {**lines[1], "source": "metadata.jsonl"}
-    write_table(source, [first, second, lines[2]])
+    write_table(
+        source, [{**lines[0], "source": "before/nothing.png"}, {**lines[1], "source": "metadata.jsonl"}, lines[2]]
+    )
     result = encode(run, source, tmp_path / "c", "--control-column", "source")
     assert "1 image of SOURCE is a control image alone" in result.err
 
@@ -388,6 +394,27 @@ def late_exif(image, exif):
     end, start = plain.getvalue().rindex(b"IEND") - 4, other.getvalue().index(b"eXIf") - 4
     length = int.from_bytes(other.getvalue()[start : start + 4])
     return plain.getvalue()[:end] + other.getvalue()[start : start + 12 + length] + plain.getvalue()[end:]
+
+
+def test_what_a_run_takes_counts_the_pixels_of_control_images(run, source, tmp_path, monkeypatch):
+    """The estimated seconds and bytes, and how many images a GPU gets at once."""
+    for path in (source / "ref").iterdir():
+        noise(320, 80).save(path)
+    found = []
+    monkeypatch.setattr(estimate, "measure", lambda work, probes, cost: (probes[-1], float(cost(probes[-1]))))
+    monkeypatch.setattr(estimate, "measure_decode", lambda prepared, rows: 0.0)  # so that a pixel takes a second
+    measured = estimate.measure_vae
+    monkeypatch.setattr(estimate, "measure_vae", lambda *given: found.append((*given, measured(*given))) or found[0][2])
+    native = ("encode", source, "--out", tmp_path / "c", "--model", "tiny", "--no-cond", "--resolution", "native", *OWN)
+    assert run(*native, "--dry-run").code == 0
+    ((prepared, placements, (seconds, _)),) = found
+    assert (80, 320) in prepared.plan.buckets()
+    assert seconds == sum(height * width for own in placements for height, width in own.buckets)
+    assert run(*native).code == 0
+    names = ("latent_mean", "latent_std", "control_1", "control_2", "weight")
+    stored = sum(row[name].nbytes for row in rows(tmp_path / "c").values() for name in names if name in row)
+    weights = sum(row["latent_mean"][:, 0].numel() * 2 for row in rows(tmp_path / "c").values() if "weight" not in row)
+    assert sum(prepared.row_bytes.latents(own.bucket, own.controls) for own in placements) == stored + weights
 
 
 def test_a_control_image_that_has_its_targets_shape_no_longer_is_a_skip(run, source, tmp_path, monkeypatch):

@@ -54,7 +54,7 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
     ]  # fmt: skip
     seconds, measured = 0.0, []
     if rows:
-        encode, said = measure_vae(prepared, Counter(placement.bucket for _, placement in rows))
+        encode, said = measure_vae(prepared, [placement for _, placement in rows])
         seconds += max(encode, measure_decode(prepared, rows))
         measured.append(said)
     prompts = count_prompts(prepared)
@@ -74,11 +74,13 @@ def open_text(prepared: Prepared, text: TextModel) -> PromptEncoder:
     return text.open(torch.device(prepared.text_where.devices[0]), dtype, prepared.options.text)
 
 
-def measure_vae(prepared: Prepared, buckets: Counter[Size]) -> tuple[float, str]:
+def measure_vae(prepared: Prepared, placements: Sequence[Placement]) -> tuple[float, str]:
     """Seconds that the VAE takes for all images, and what was measured."""
     recipe, options = prepared.recipe.latents, prepared.options
     vae = open_encoder(prepared.models.vae, recipe, prepared.where.devices[0], options.compile)
-    (height, width), count = buckets.most_common(1)[0]
+    buckets, num_controls = Counter(placement.buckets for placement in placements), recipe.num_controls or 0
+    usual, count = buckets.most_common(1)[0]
+    height, width = usual[0]
     batch = min(prepared.batch_size, count)
     probes = list_probes(batch, height, width, prepared.models.vae.factor * prepared.models.patch)
     if options.compile:
@@ -89,9 +91,9 @@ def measure_vae(prepared: Prepared, buckets: Counter[Size]) -> tuple[float, str]
         vae.encode(random.integers(0, 256, (*probe, 3), np.uint8))
 
     probe, seconds = measure(encode, probes, num_pixels)
-    per_pixel = seconds * len(recipe.views) * (1 + (recipe.num_controls or 0)) / num_pixels(probe)
-    pixels = sum(height * width * count for (height, width), count in buckets.items())
-    rate = 1 / (per_pixel * height * width)
+    per_pixel = seconds * len(recipe.views) / num_pixels(probe)
+    pixels = sum(count_pixels(own, num_controls) * count for own, count in buckets.items())
+    rate = 1 / (per_pixel * count_pixels(usual, num_controls))
     said = f"{rate:.1f} images/s at {width}x{height}" if rate >= 1 else f"{rate:.2g} images/s at {width}x{height}"
     if probe[1:] == (height, width):
         said += f" in batches of {probe[0]}"
@@ -109,6 +111,12 @@ def list_probes(batch: int, height: int, width: int, step: int) -> list[Probe]:
         height, width = height // (2 * step) * step, width // (2 * step) * step
         probes.append((1, height, width))
     return probes[::-1]
+
+
+def count_pixels(buckets: Sequence[Size], num_controls: int) -> int:
+    """Pixels of an image and of its control images: `buckets` is that of all, or first its own and then theirs."""
+    each = buckets if len(buckets) > 1 else [*buckets] * (1 + num_controls)
+    return sum(height * width for height, width in each)
 
 
 def num_pixels(probe: Probe) -> int:

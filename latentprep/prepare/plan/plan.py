@@ -68,8 +68,8 @@ class Plan:
         return sum(task.shard.num_images for task in self.text_tasks)
 
     def buckets(self) -> set[Size]:
-        """The buckets of the images to encode."""
-        return {placement.bucket for _, placement in self.rows()}
+        """The buckets of the images to encode, and of their control images."""
+        return {bucket for _, placement in self.rows() for bucket in placement.buckets}
 
     def rows(self) -> Iterator[tuple[Item, Placement]]:
         for unit in self.units:
