@@ -346,6 +346,35 @@ def test_a_run_that_is_stopped_ends_as_undisturbed(run, source, tmp_path, monkey
     assert files(tmp_path / "c") == files(tmp_path / "whole")
 
 
+def test_what_a_stopped_run_left_counts_only_for_the_same_sizes(run, source, tmp_path, monkeypatch):
+    """A control image was replaced meanwhile, by one of another shape, as many bytes and the same time."""
+    lines = read_table(source)
+    for n, line in enumerate(lines):
+        line["ref"] = f"ref/{n}.bmp"
+        noise(96, 96, n).save(source / line["file_name"])
+        noise(96, 96, n).save(source / line["ref"])
+        os.utime(source / line["ref"], ns=(5, 5))
+    write_table(source, lines)
+    options = ("--control-column", "ref", "--control-size", "own", "--exclude", "before", "--exclude", "ref")
+    posterior, done = VaeEncoder._posterior, []
+
+    def stops(self, vae, pixels):
+        done.append(1)
+        if len(done) == 6:
+            raise KeyboardInterrupt(2)
+        return posterior(self, vae, pixels)
+
+    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    encode(run, source, tmp_path / "c", *options, code=130)
+    monkeypatch.undo()
+    for n in range(4):
+        noise(144, 64, n).save(source / lines[n]["ref"])
+        os.utime(source / lines[n]["ref"], ns=(5, 5))
+    encode(run, source, tmp_path / "c", *options)
+    assert {row["control_1"].shape[-2:] for row in rows(tmp_path / "c").values()} == {(4, 12)}
+    assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 4).code == 0
+
+
 def test_compact_keeps_the_sizes_of_control_images(run, source, tmp_path):
     encode(run, source, tmp_path / "c", *OWN)
     old = rows(tmp_path / "c")
