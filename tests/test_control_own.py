@@ -261,6 +261,9 @@ def test_sets_have_columns_of_their_own(run, source, tmp_path):
         for n in ("wide0", "tall1")
     )
     assert run("verify", tmp_path / "c", "--source", tmp_path / "sets.toml", "--re-encode", 2).code == 0
+    (tmp_path / "more.toml").write_text(sets.replace('"source", ', '"source", "text", '), encoding="utf-8")
+    result = run("verify", tmp_path / "c", "--source", tmp_path / "more.toml")
+    assert "--control: got 0 folders and 3 columns, this cache has 2 control images of each image. Give" in result.err
     result = encode(run, tmp_path / "sets.toml", tmp_path / "d", "--control-column", "ref", code=1)
     assert (
         "--control-column ref: with several sets each has its own control images. Give the column to its" in result.err

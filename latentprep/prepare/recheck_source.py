@@ -98,13 +98,13 @@ def find_masks(manifest: Manifest, folder: Path | None) -> Path | None:
 
 def check_num_controls(manifest: Manifest, part: ImageSet) -> None:
     """Raise UserError unless a set has as many control images of each image as a cache."""
-    wanted = (manifest.recipe.latents.num_controls or 0) - len(part.control_columns)
-    if len(part.controls) != wanted:
+    wanted = manifest.recipe.latents.num_controls or 0
+    if part.num_controls != wanted:
         what = "the .toml file of its sets as --source" if manifest.sets else "as many folders, in their order"
-        columns = f" without those of {counted(len(part.control_columns), 'column')}" if part.control_columns else ""
+        columns = f" and {counted(len(part.control_columns), 'column')}" if part.control_columns else ""
         raise UserError(
-            f"--control: got {counted(len(part.controls), 'folder')}, this cache has "
-            f"{counted(wanted, 'control image')} of each image{columns}. Give {what if wanted else 'none'}."
+            f"--control: got {counted(len(part.controls), 'folder')}{columns}, this cache has "
+            f"{counted(wanted, 'control image')} of each image. Give {what if wanted else 'none'}."
         )
 
 
