@@ -45,16 +45,18 @@ class Distances:
     num_unlike: int = 0  # could not be compared: images of another bucket, crop or view; prompts with other cond shapes
     unlike: tuple[str, ...] = ()  # the first of them
     why_not: str = ""  # why none can be compared
+    resized: Mapping[str, int] = field(default_factory=dict)  # control_1, ... -> images that have it in another size
     distances: Mapping[str, Distance] = field(default_factory=dict)  # latent_mean, latent_std, weight, ...; cond
 
     @property
     def is_zero(self) -> bool:
-        return not self.num_unlike and all(distance.is_zero for distance in self.distances.values())
+        is_alike = not self.num_unlike and not self.resized
+        return is_alike and all(distance.is_zero for distance in self.distances.values())
 
     def to_json(self) -> dict[str, Any]:
         return {
             "shared": self.num_shared, "compared": self.num_compared, "unlike": self.num_unlike,
-            "unlike_examples": list(self.unlike), "why_not": self.why_not,
+            "unlike_examples": list(self.unlike), "why_not": self.why_not, "resized": dict(self.resized),
             "distances": {name: distance.to_json() for name, distance in self.distances.items()},
         }  # fmt: skip
 
@@ -186,6 +188,8 @@ class Compared:
                 yield f"  {how}: {listed(shown, found.num_unlike)}"
             for name, distance in found.distances.items():
                 yield f"  {name:<14} {say_distance(distance, name_of)}"
+            for name, count in sorted(found.resized.items()):
+                yield f"  {name:<14} of another size in {counted(count, 'image')}: not compared"
             if not all(distance.is_zero for distance in found.distances.values()):
                 yield f"  ({LATENT_UNITS if found is self.latents else COND_UNITS})"
 

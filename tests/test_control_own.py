@@ -293,7 +293,10 @@ def test_control_images_of_another_shape_have_buckets_of_their_own(run, source, 
     assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 4).code == 0
     assert run("inspect", tmp_path / "c", "--preview", tmp_path / "sheet.png", "--source", source).code == 0
     assert run("inspect", tmp_path / "c").code == 0
-    assert "--control-size target -> own" in run("diff", tmp_path / "same", tmp_path / "c").out
+    compared = run("diff", tmp_path / "same", tmp_path / "c").out
+    assert "--control-size target -> own" in compared
+    assert "control_1      the same" in compared
+    assert "control_2      of another size in 2 images: not compared" in compared
     assert "(--control-size own -> target; cache -> asked)" in encode(run, source, tmp_path / "c", *COLUMNS, code=1).err
 
 

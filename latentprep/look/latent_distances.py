@@ -1,5 +1,6 @@
 """How far the latents of two caches are from each other, for images of the same content and geometry."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -29,6 +30,7 @@ class Sums:
         self.measured: dict[str, np.ndarray] = {}  # name -> [K] bool
         self.is_unlike = np.zeros(num_pairs, bool)  # of another geometry
         self.is_read = np.zeros(num_pairs, bool)
+        self.num_resized = Counter[str]()  # name -> pairs of a control image that has another size in each
         self.count, self.total, self.total_squares = 0, np.zeros(channels), np.zeros(channels)
 
     def put(self, name: str, pairs: np.ndarray, squares: Tensor) -> None:
@@ -95,7 +97,8 @@ def measure_latents(
             values = np.sqrt(squares.mean(1))
             found[name] = distance_of(values, partial(key_at, one, pairs[numbers, 0]))
     num_compared = int((sums.is_read & ~sums.is_unlike).sum())
-    return Distances(num_shared, num_compared, int(sums.is_unlike.sum()), tuple(keys), distances=found)
+    num_unlike, resized = int(sums.is_unlike.sum()), dict(sums.num_resized)
+    return Distances(num_shared, num_compared, num_unlike, tuple(keys), resized=resized, distances=found)
 
 
 def key_at(cache: Catalog, rows: np.ndarray, number: int) -> str:
@@ -141,7 +144,8 @@ def list_chunks(one: Catalog, other: Catalog, pairs: np.ndarray) -> Iterator[Chu
 
 def cut(chunk: Chunk, one: LatentGroup, other: LatentGroup) -> Iterator[Chunk]:
     """The chunk in parts, so that each has at most AT_ONCE numbers of a tensor."""
-    largest = max(group.latent_mean[0].numel() for group in (one, other))
+    columns = (getattr(group, name) for group in (one, other) for name in FIELDS)
+    largest = max(column[0].numel() for column in columns if column is not None)
     at_once = max(1, AT_ONCE // largest)
     for start in range(0, len(chunk.numbers), at_once):
         part = slice(start, start + at_once)
@@ -173,8 +177,11 @@ def compare_rows(
 
     for name in FIELDS:
         column, other_column = getattr(one, name), getattr(other, name)
-        if column is None or other_column is None or column.shape[2:] != other_column.shape[2:]:
-            continue  # of control images, whose sizes may differ where those of their targets do not
+        if column is None or other_column is None:
+            continue
+        if column.shape[2:] != other_column.shape[2:]:  # a control image, with a bucket of its own in one of them
+            sums.num_resized[name] += len(numbers)
+            continue
         values = take(column, mine, views_a).float()
         if name == "latent_mean":
             sums.add_spread(values)
