@@ -216,7 +216,7 @@ def test_another_dtype_makes_texts_anew_and_nothing_else(run, cache, made):
     latents = {name: data for name, data in files(cache / "shards").items() if ".latents." in name}
     command = again(cache)[: -len(PACKED)]
     shown = run(*command, "--dry-run").out
-    assert 'cond_dtype: "int8" -> "float32"' in shown
+    assert "--cond-dtype int8 -> float32" in shown
     assert run(*command).code == 0
     after = files(cache / "shards")
     assert {name: data for name, data in after.items() if ".latents." in name} == latents

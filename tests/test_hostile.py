@@ -268,7 +268,8 @@ def test_what_a_skip_says_is_the_same_in_every_run(tmp_path):
     save(tmp_path, gradient(64, 64))
     (masks / "x.png").write_bytes(b"no image")
     found = load(tmp_path / "x.png", resolution="64", masks=masks)  # Pillow's words name the address of an object
-    assert (found.reason, found.detail) == ("bad_mask", f"{masks / 'x.png'}: no image format that Pillow knows")
+    detail = f"{masks / 'x.png'}: its bytes are of no image format that Pillow knows"
+    assert (found.reason, found.detail) == ("bad_mask", detail)
 
 
 def test_pillow_logs_nothing_to_the_terminal():
