@@ -69,6 +69,8 @@ def count_tokens(family: Family) -> str:
     """Tokens kept of a prompt, and how many can be asked for."""
     if family.sequence is None:
         return "75, 150, ..."
+    if family.num_images:
+        return "all"
     more = f", up to {family.most_tokens}" if family.most_tokens > family.default_tokens else ""
     return f"{family.default_tokens}{more}"
 

@@ -174,6 +174,7 @@ def encode(
     no_cond: NoCondOption = False,
     max_tokens: MaxTokensOption = None,
     clip_skip: Annotated[int, Option("LAYER", "Layer of CLIP to take, counted from the end: 1 is the last. Only for Stable Diffusion 1 and 2.", CAPTIONS)] = 1,
+    image_uncond: Annotated[bool, Option(help="For Qwen-Image-Edit: store the conditioning of the empty prompt for each image too. The reader's caption_dropout needs it.", panel=CAPTIONS)] = False,
     emphasis: Annotated[bool, Option(help="Give weights to (words), [words] and (words:1.3), as stable-diffusion-webui does. Only for models whose text encoders are all CLIP.", panel=CAPTIONS)] = False,
     tiling: TilingOption = None,
     compile: Annotated[bool, Option(help="Compile the VAE's encoder (torch.compile). The start takes minutes longer, and needs a C++ compiler.", panel=PERFORMANCE)] = False,  # noqa: A002
@@ -212,7 +213,7 @@ def encode(
     }  # fmt: skip
     encoders: dict[str, Any] = {
         "include_cond": not no_cond, "cond_dtype": cond_dtype or None, "prompts_per_image": prompts_per_image,
-        "max_tokens": max_tokens, "clip_skip": clip_skip, "emphasis": emphasis,
+        "max_tokens": max_tokens, "clip_skip": clip_skip, "emphasis": emphasis, "image_uncond": image_uncond,
     }  # fmt: skip
     patterns = as_tuple(exclude)
     common = {**wording, **encoders}

@@ -99,6 +99,7 @@ class TextOptions:
     trigger: str = ""  # words that begin each caption
     max_tokens: int | None = None  # of a prompt, that are kept; None: the family's default (families.py)
     clip_skip: int = 1  # as the web UI and kohya count: 1 is the last layer
+    image_uncond: bool = False  # of prompts that see images, the cond of the empty one for each image
     emphasis: bool = False  # (text), [text] and (text:1.3) weigh their tokens, as in the web UI
     sets: Mapping[str, "TextOptions"] = field(default_factory=dict)  # name of a set -> its own; then those count
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -83,6 +83,18 @@ def list_prompts(rows: Iterable["Row"], options: TextOptions, seed: int) -> list
     """The prompts of rows, each once: those that the text file of their shard holds."""
     made = (prompt for row in rows for prompt in make_prompts(row.captions, row.key, options, seed))
     return list(dict.fromkeys(made))
+
+
+def list_seeing_prompts(
+    rows: Sequence["Row"], options: TextOptions, seed: int, dead: Collection[int] = ()
+) -> list[tuple[int, str]]:
+    """The prompts of rows that see images, each with the number of its row; with --image-uncond the empty one too."""
+    found: dict[tuple[int, str], None] = {}
+    for n, row in enumerate(rows):
+        if n not in dead:
+            prompts = make_prompts(row.captions, row.key, options, seed)
+            found |= dict.fromkeys((n, prompt) for prompt in [*prompts, *([""] if options.image_uncond else [])])
+    return list(found)
 
 
 def _make_variant(caption: str, key: str, options: TextOptions, seed: int, k: int) -> str:

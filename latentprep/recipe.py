@@ -100,6 +100,7 @@ class TextRecipe(WordingRecipe):
     max_tokens: int | None = None
     clip_skip: int | None = None
     emphasis: bool | None = None
+    image_uncond: bool | None = None  # whether each image has cond of the empty prompt; None: prompts see no images
     fill: Annotated[str, Meta(pattern="^(zeros|repeat)$")] | None = None  # of prompts that have lengths of their own
     pad_to: dict[str, Annotated[int, Meta(ge=1, le=MAX_TOKENS)]] | None = None  # name -> its tokens, at least
     sets: dict[str, WordingRecipe] | None = None  # name of a set -> what counts for its images
@@ -115,7 +116,7 @@ class TextRecipe(WordingRecipe):
         dtype: str,
         store_dtype: str,
     ) -> Self:
-        """The recipe of options; `settings` are max_tokens, clip_skip and emphasis if they are not the default.
+        """The recipe of options; `settings` are what Family.settings gives: what is not the default.
 
         `store_dtype` is that of latents, and of cond if the options say nothing else.
         """
@@ -130,7 +131,13 @@ class TextRecipe(WordingRecipe):
             **settings,
         )
 
+    SEES_IMAGES: ClassVar = "image_uncond"  # the field that says so
     COND_FIELDS: ClassVar = ("text_encoder", "dtype", "store_dtype", "max_tokens", "clip_skip", "emphasis")
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether the cond of a prompt depends on the control images of its row."""
+        return self.image_uncond is not None
 
     @property
     def cond(self) -> dict[str, Any]:

@@ -199,7 +199,7 @@ def run_verify(
     if source is not None and problems:
         not_compared = f"{source}: not compared; mend the cache first"
     elif source is not None and manifest is not None:
-        from latentprep.prepare.recheck import compare_captions, compare_source, reencode
+        from latentprep.prepare.recheck import compare_captions, compare_source, load_options, reencode
         from latentprep.prepare.recheck_source import find_originals
         from latentprep.prepare.recheck_text import find_text, reencode_text
 
@@ -222,8 +222,9 @@ def run_verify(
                     if text is not None:
                         with LateBar(progress, None, "cond", "prompt") as bar:
                             more, differences["cond"] = reencode_text(
-                                storage, manifest, text, re_encode, seed=seed, device=device, progress=bar.update
-                            )
+                                storage, manifest, text, re_encode, load=load_options(manifest, originals), seed=seed,
+                                device=device, progress=bar.update,
+                            )  # fmt: skip
                         problems += more
     return Verified(
         cache=cache,

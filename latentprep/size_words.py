@@ -32,6 +32,11 @@ def token_lines(prepared: Prepared, lengths: Lengths | None, sizes: TextSizes) -
     if lengths is None or not isinstance(text, TextFiles):
         return ["tokens: not counted, since this text encoder shows no tokenizer"]
     family = text.family
+    if family.num_images:
+        return [
+            f"tokens: {lengths.longest:,} in the longest prompt, with those of its images; none is cut "
+            f"({printable(lengths.key)}: {shortened(lengths.prompt)!r})"
+        ]
     some = "" if lengths.num_counted == lengths.num_prompts else f", of the {lengths.num_counted:,} longest prompts"
     lines = [
         f"tokens: {lengths.longest:,} in the longest prompt{some}; {lengths.max_tokens:,} are kept "

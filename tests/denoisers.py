@@ -23,6 +23,13 @@ def make_sized_unet(pooled: int, **config: Any) -> Any:
     )  # fmt: skip
 
 
+def make_qwen(**config: Any) -> Any:
+    return diffusers.QwenImageTransformer2DModel(
+        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=32, axes_dims_rope=(4, 6, 6), **config,
+    )  # fmt: skip
+
+
 def make_sana(**config: Any) -> Any:
     return diffusers.SanaTransformer2DModel(
         in_channels=8, out_channels=8, num_layers=1, num_attention_heads=2, attention_head_dim=8, caption_channels=32,
@@ -62,10 +69,9 @@ DENOISERS: dict[str, Callable[[], Any]] = {
     ),
     "Flux2": lambda: make_flux2(True),
     "Flux2Klein": lambda: make_flux2(False),
-    "QwenImage": lambda: diffusers.QwenImageTransformer2DModel(
-        in_channels=16, out_channels=4, num_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=32, axes_dims_rope=(4, 6, 6),
-    ),
+    "QwenImage": make_qwen,
+    "QwenImageEdit": make_qwen,
+    "QwenImageEditPlus": lambda: make_qwen(zero_cond_t=True),  # as 2511 has it
     "Krea2": lambda: diffusers.Krea2Transformer2DModel(
         in_channels=16, num_layers=1, attention_head_dim=16, num_attention_heads=2, num_key_value_heads=1,
         intermediate_size=32, timestep_embed_dim=16, text_hidden_dim=32, num_text_layers=3, text_num_attention_heads=2,

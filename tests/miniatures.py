@@ -1,5 +1,6 @@
 """A miniature of every family: its own classes and its own tokenizer's kind, with random weights and few of them."""
 
+import copy
 import inspect
 import json
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 
 from tests.conftest import TINY
 
+IMAGE_TOKEN = "<|image_pad|>"
 TOKENS = [*json.loads((TINY / "tokenizer" / "vocab.json").read_text(encoding="utf-8"))][:256]  # a symbol for each byte
 CHAT = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{% if message.content is string %}"
@@ -148,7 +150,7 @@ def make_llm(kind: str, config: str | None = None, **options: Any) -> Any:
     return getattr(transformers, kind)(made(**{**SMALL, **options})).eval()
 
 
-def make_qwen_vl(kind: str, config: str, tokens: int, layers: int = 3) -> Any:
+def make_qwen_vl(kind: str, config: str, tokens: int, layers: int = 3, **options: int) -> Any:
     """A model that sees images too, of which a prompt uses the language half."""
     text = {
         **SMALL, "num_hidden_layers": layers, "vocab_size": tokens,
@@ -163,7 +165,7 @@ def make_qwen_vl(kind: str, config: str, tokens: int, layers: int = 3) -> Any:
     }
     if config == "Qwen3VLConfig":
         eyes |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
-    made = getattr(transformers, config)(text_config=text, vision_config=eyes)
+    made = getattr(transformers, config)(text_config=text, vision_config=eyes, **options)
     return getattr(transformers, kind)(made).eval()
 
 
@@ -233,6 +235,59 @@ def qwen_image(folder: Path) -> dict[str, Any]:
     tokenizer = make_qwen_tokenizer(folder)
     encoder = make_qwen_vl("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", len(tokenizer))
     return {"text_encoder": encoder, "tokenizer": tokenizer, "vae": make_qwen_vae()}
+
+
+def qwen_edit(folder: Path) -> dict[str, Any]:
+    """With eyes for images of 28 pixels a token, and few of these: a picture of 1024x1024 is one of 84x84 to it."""
+    tokenizer = make_qwen_tokenizer(folder)
+    tokenizer.add_tokens(["<|vision_start|>", "<|vision_end|>", IMAGE_TOKEN, "<|video_pad|>"], special_tokens=True)
+    encoder = make_qwen_vl("Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLConfig", len(tokenizer), **{
+        name: tokenizer.convert_tokens_to_ids(token) for name, token in (
+            ("image_token_id", IMAGE_TOKEN), ("video_token_id", "<|video_pad|>"),
+            ("vision_start_token_id", "<|vision_start|>"), ("vision_end_token_id", "<|vision_end|>"),
+        )
+    })  # fmt: skip
+    processor = make_processor(tokenizer, min_pixels=28 * 28, max_pixels=84 * 84)
+    return {"text_encoder": encoder, "processor": processor, "tokenizer": tokenizer, "vae": make_qwen_vae()}
+
+
+def with_positions(pipeline: Any) -> Any:
+    """A copy whose text encoder hears which tokens are of images, as the model's authors had it.
+
+    transformers has asked for that since 5, and diffusers leaves it out: its pull request 14189 is this.
+    """
+    made, encoder = copy.copy(pipeline), copy.deepcopy(pipeline.text_encoder)
+    forward = encoder.forward
+
+    def tell(input_ids: Any, **options: Any) -> Any:
+        of_images = {"mm_token_type_ids": (input_ids == encoder.config.image_token_id).int()}
+        return forward(input_ids=input_ids, **of_images, **options)
+
+    if "mm_token_type_ids" in inspect.signature(forward).parameters:
+        encoder.forward = tell
+    made.register_modules(text_encoder=encoder)
+    return made
+
+
+def make_processor(tokenizer: Any, **sizes: int) -> Any:
+    """Qwen's own, but for videos: what processes those needs torchvision."""
+    images = next(
+        getattr(transformers, f"Qwen2VLImageProcessor{suffix}")
+        for suffix in ("Pil", "")
+        if hasattr(transformers, f"Qwen2VLImageProcessor{suffix}")
+    )
+    processor = object.__new__(transformers.Qwen2VLProcessor)
+    own = {"image_token": IMAGE_TOKEN, "video_token": "<|video_pad|>", "chat_template": None}
+    own |= {f"{name}_id": tokenizer.convert_tokens_to_ids(own[name]) for name in ("image_token", "video_token")}
+    for name, value in {"image_processor": images(**sizes), "tokenizer": tokenizer, **own}.items():
+        setattr(processor, name, value)
+
+    def save(folder: Path, **options: Any) -> None:
+        for part in (processor.image_processor, tokenizer):
+            part.save_pretrained(folder)
+
+    processor.save_pretrained = save
+    return processor
 
 
 def krea2(folder: Path) -> dict[str, Any]:
@@ -346,6 +401,7 @@ def ernie(folder: Path) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "StableDiffusion": stable_diffusion, "StableDiffusionXL": sdxl, "StableDiffusion3": sd3, "Flux": flux,
     "ZImage": zimage, "Flux2": flux2, "Flux2Klein": klein, "QwenImage": qwen_image, "Krea2": krea2, "Chroma": chroma,
+    "QwenImageEdit": qwen_edit, "QwenImageEditPlus": qwen_edit,
     "Sana": sana, "SanaSprint": sana, "Lumina2": lumina2, "PixArtAlpha": pixart, "PixArtSigma": pixart, "PRX": prx,
     "AuraFlow": auraflow, "HunyuanDiT": hunyuan_dit, "HunyuanImage": hunyuan_image, "CogView4": cogview4,
     "HiDreamImage": hidream, "Kolors": kolors, "ErnieImage": ernie,

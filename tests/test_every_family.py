@@ -33,6 +33,10 @@ def has_pipeline(family):
 
 THERE = [family for family in FAMILIES if has_pipeline(family)]
 every_family = pytest.mark.parametrize("family", THERE, ids=lambda family: family.stem)
+# those whose prompts see images are in tests/test_seen.py
+of_prompts_alone = pytest.mark.parametrize(
+    "family", [family for family in THERE if not family.num_images], ids=lambda family: family.stem
+)
 
 
 class Done(BaseException):
@@ -101,7 +105,7 @@ def test_defaults_that_differ_are_named_in_the_row(family):
     assert ("ftfy" in family.packages) == ("ftfy." in source and family.stem not in ("Sana", "SanaSprint")), source[:0]
 
 
-@every_family
+@of_prompts_alone
 def test_cond_is_what_inference_encodes(family, miniature):
     pipeline, folder = miniature(family.stem)
     encoder = open_text(folder).open(CPU, torch.float32)
@@ -136,7 +140,7 @@ def compare(found, rows, wanted, mask, family, name):
         assert torch.equal(found[n], value.float()), (name, n)
 
 
-@every_family
+@of_prompts_alone
 def test_a_tokenizer_that_pads_on_the_other_side_is_refused_or_gives_the_same(family, miniature, tmp_path):
     folder = shutil.copytree(miniature(family.stem)[1], tmp_path / "model")
     wanted = open_text(folder).open(CPU, torch.float32).encode(PROMPTS)
@@ -175,7 +179,7 @@ def test_ernie_image_has_a_normalization_of_its_own(miniature, images, run, tmp_
     assert not torch.allclose(pipeline._unpatchify_latents(batch.latent_sample * by_config + mean), decoded, atol=1e-6)
 
 
-@every_family
+@of_prompts_alone
 def test_tokens_are_counted_and_sizes_known(family, miniature):
     text = open_text(miniature(family.stem)[1])
     text.check()

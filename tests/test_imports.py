@@ -85,8 +85,8 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/heard.py": {"models.encode_prompt", "models.family", "models.load_text"},
         "models/token_counter.py": {"models.clip_windows", "models.heard", "models.load_tokenizer"},
         "models/text_encoder.py": {
-            "models.encode_prompt", "models.family", "models.heard", "models.token_counter", "models.windows",
-            "devices",
+            "models.encode_prompt", "models.family", "models.heard", "models.processor", "models.token_counter",
+            "models.windows", "devices",
         },
         "models/open_encoder.py": {"models.doors", "devices"},
         "models/find.py": {"models.files"},
@@ -96,11 +96,11 @@ def test_stages_of_prepare_do_not_call_each_other():
         "models/load_text.py": {"models.family", "models.files"},
         "models/chat_template.py": {"models.files"},
         "models/load_tokenizer.py": {"models.chat_template", "models.files", "models.load_text"},
+        "models/processor.py": {"models.files", "models.load_text"},
         "models/text_folder.py": {  # opens itself
-            "models.doors", "models.files", "models.families", "models.family", "models.load_text",
-            "models.load_tokenizer", "models.refused", "models.split_text", "models.text_encoder",
-            "models.token_counter",
-            "models.text_places",
+            "models.doors", "models.encode_prompt", "models.files", "models.families", "models.family",
+            "models.load_text", "models.load_tokenizer", "models.processor", "models.refused", "models.split_text",
+            "models.text_encoder", "models.token_counter", "models.text_places",
         },
         "models/checkpoint.py": {"models.files"},
         "models/single_file.py": {  # what a folder has in files, a checkpoint has in tensors

@@ -12,7 +12,7 @@ from latentprep.cache.manifest import open_manifest
 from latentprep.cache.schema import Field
 from latentprep.cache.storage import Storage
 from latentprep.prepare.models.vae_encoder import VaeEncoder
-from latentprep.prepare.work import finish, text
+from latentprep.prepare.work import compose, finish
 from tests.conftest import SMALL
 from tests.test_encode import files
 
@@ -31,7 +31,7 @@ def more_fields(monkeypatch):
     monkeypatch.setitem(schema.TABLES, "latents", latents)
     monkeypatch.setitem(schema.TABLES, "partial", latents)
     monkeypatch.setitem(schema.TABLES, "text", (*schema.TEXT, Field("aesthetic", FLOAT32), Field("tags", schema.LISTS)))
-    latents_row, text_row = finish.make_row, text.make_row
+    latents_row, text_row = finish.make_row, compose.make_row
 
     def make_latents_row(row, views):
         height, width = row.placement.bucket
@@ -42,7 +42,7 @@ def more_fields(monkeypatch):
         return {**text_row(row, prompt_of), "aesthetic": np.float32(score(row.key)), "tags": [row.key, "tag"]}
 
     monkeypatch.setattr(finish, "make_row", make_latents_row)
-    monkeypatch.setattr(text, "make_row", make_text_row)
+    monkeypatch.setattr(compose, "make_row", make_text_row)
 
 
 def check(cache, count):

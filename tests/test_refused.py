@@ -30,7 +30,7 @@ def test_every_pipeline_of_diffusers_is_a_family_or_refused_or_known_to_be_neith
     ("name", "why"),
     [
         ("WanPipeline", "makes videos, and a cache holds images. Its latents alone: --no-cond."),
-        ("QwenImageEditPlusPipeline", "encodes its prompts together with images"),
+        ("QwenImageLayeredPipeline", "encodes its prompts together with images"),
         ("GlmImagePipeline", "takes tokens that a language model of its own makes"),
         ("OmniGenPipeline", "has no encode_prompt"),
         ("Kandinsky5T2IPipeline", "packs the prompts of a batch into one row"),

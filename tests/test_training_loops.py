@@ -17,6 +17,8 @@ from latentprep import LatentDataset
 from latentprep.prepare.models.families import FAMILIES, find_family
 from tests.conftest import gradient
 from tests.denoisers import DENOISERS, make_denoiser
+from tests.miniatures import with_positions
+from tests.test_control import noise
 
 diffusers = pytest.importorskip("diffusers", minversion="0.42")  # as the page says
 
@@ -35,7 +37,7 @@ OWN_CALLS = {
     "ZImage": {"guidance_scale": 0.0}, "SanaSprint": {"guidance_scale": 4.5, "num_inference_steps": 2},
 }  # fmt: skip
 BY_PROMPT = ("stored_cond", "cond_lengths")  # fields of a batch
-QUICK, slow = {"StableDiffusionXL", "Flux", "ZImage", "PixArtSigma"}, pytest.mark.slow
+QUICK, slow = {"StableDiffusionXL", "Flux", "ZImage", "PixArtSigma", "QwenImageEditPlus"}, pytest.mark.slow
 
 
 def blocks(text):
@@ -68,17 +70,33 @@ def loop_of(family):
     return SimpleNamespace(**scope, is_flow=chapter == FLOW)
 
 
-def make_batch(model, folder):
-    """Four images whose prompts differ in length, by way of a cache."""
+def make_batch(model, folder, controls):
+    """Four images whose prompts differ in length, by way of a cache; `controls`: lists of four control images."""
     for n, caption in enumerate(CAPTIONS):
         image = gradient(WIDTH, HEIGHT).point(lambda value, n=n: value // (n + 1))
         image.save(folder / f"{n}.png")
         (folder / f"{n}.txt").write_text(caption)
-    sizes = {"width": WIDTH, "height": HEIGHT, "store_dtype": "float32"}
+    sizes = {"width": WIDTH, "height": HEIGHT, "store_dtype": "float32", "control": []}
+    for number, images in enumerate(controls):
+        sizes["control"].append(folder / f"control{number}")
+        sizes["control"][-1].mkdir()
+        for n, image in enumerate(images):
+            image.save(sizes["control"][-1] / f"{n}.png")
+    sizes["exclude"] = "control*"
     assert latentprep.encode(folder, folder / "cache", model=model, progress=False, **sizes).ok
     batch = LatentDataset(folder / "cache", latent_sampling_method="deterministic").__getitems__(range(len(CAPTIONS)))
     assert batch.cond_text == CAPTIONS
     return batch
+
+
+def draw_controls(family, monkeypatch):
+    """Control images for each of the four, in lists; pipelines take them at their size, which is that of an image."""
+    if not family.num_images:
+        return []
+    module = inspect.getmodule(getattr(diffusers, family.pipeline))
+    size = (WIDTH, HEIGHT, None)[: 3 if family.num_images == 1 else 2]
+    monkeypatch.setattr(module, "calculate_dimensions", lambda area, ratio: size)
+    return [[noise(WIDTH, HEIGHT, 4 * k + n) for n in range(4)] for k in range(min(2, family.num_images))]
 
 
 class Done(BaseException):
@@ -97,7 +115,7 @@ def make_scheduler(stem, is_flow):
 
 
 @torch.inference_mode()
-def second_step(pipeline, family, model, prompts, is_flow):
+def second_step(pipeline, family, model, prompts, is_flow, images):
     """What the pipeline's own __call__ has at its second step: prediction, time and noisy latents, as images."""
     scheduler, steps = make_scheduler(family.stem, is_flow), []
     step = scheduler.step
@@ -116,8 +134,12 @@ def second_step(pipeline, family, model, prompts, is_flow):
         pipeline.default_sample_size = 9.8
     if family.stem == "Chroma":  # it has a mask of floats, which attention adds (diffusers' issue 13619)
         pipeline._prepare_attention_mask = partial(as_bool, pipeline._prepare_attention_mask)
+    if images:
+        pipeline = with_positions(pipeline)
     known = inspect.signature(type(pipeline).__call__).parameters
     options = {name: value for name, value in (CALLS | OWN_CALLS.get(family.stem, {})).items() if name in known}
+    if images:
+        options["image"] = images[0] if family.num_images == 1 else images
     with pytest.raises(Done):
         pipeline(prompt=list(prompts), generator=torch.Generator().manual_seed(1), **options)
     prediction, time, noisy = steps[1]
@@ -164,10 +186,14 @@ def check_table(family, pipeline, batch):
             assert axis in ("T", "D", "layers", str(size)), name
 
 
-def check_as_inference(family, loop, model, pipeline, batch):
+def check_as_inference(family, loop, model, pipeline, batch, controls):
     """The page's function gives for a batch of mixed prompts what the pipeline gives, padded as that pads."""
     prompts = [[prompt] for prompt in CAPTIONS] if family.one_by_one else [CAPTIONS]
-    steps = [second_step(pipeline, family, model, own, loop.is_flow) for own in prompts]
+    images = list(zip(*controls, strict=True)) or [()] * len(prompts)
+    steps = [
+        second_step(pipeline, family, model, own, loop.is_flow, list(seen))
+        for own, seen in zip(prompts, images, strict=True)
+    ]
     wanted, noisy = (torch.cat([step[n] for step in steps]) for n in (0, 2))
     time = steps[0][1]
     if family.stem == "SanaSprint":
@@ -216,12 +242,13 @@ def test_every_family_has_a_section_and_a_denoiser():
 @pytest.mark.parametrize(
     "family", [pytest.param(f, marks=[] if f.stem in QUICK else slow, id=f.stem) for f in FAMILIES]
 )
-def test_a_batch_is_predicted_as_in_inference_and_trained_on(family, miniature, tmp_path):
+def test_a_batch_is_predicted_as_in_inference_and_trained_on(family, miniature, tmp_path, monkeypatch):
     pipeline, folder = miniature(family.stem)
-    batch, loop, model = make_batch(folder, tmp_path), loop_of(family), make_denoiser(family.stem)
+    controls = draw_controls(family, monkeypatch)
+    batch, loop, model = make_batch(folder, tmp_path, controls), loop_of(family), make_denoiser(family.stem)
     assert f"`{type(model).__name__}`" in SECTIONS[family.name][1]
     check_table(family, pipeline, batch)
-    check_as_inference(family, loop, model, pipeline, batch)
+    check_as_inference(family, loop, model, pipeline, batch, controls)
     check_trains(loop, model.train(), batch)
 
 

@@ -164,6 +164,12 @@ class TextGroup(Group):
     kind = "text"
     caption: Sequence[list[str]]  # one or more per row
     prompt_of: np.ndarray  # [N,K] int32: row -> its K prompts
+    uncond_of: np.ndarray | None  # [N] int32: row -> its empty prompt; None: one is the same for all rows
+
+    def numbers(self, rows: np.ndarray) -> np.ndarray:
+        """[n,K] int32: the prompts of some rows, with the empty one of each if there is one."""
+        own = self.prompt_of[rows]
+        return own if self.uncond_of is None else np.concatenate([own, self.uncond_of[rows, None]], axis=1)
 
     @classmethod
     def _native(cls, column: Column) -> Column:

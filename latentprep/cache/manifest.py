@@ -95,9 +95,13 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
     skipped_file: Stamp | None = None
     num_skipped: Annotated[int, Meta(ge=0)] = 0
-    uncond: Uncond | None = None  # None: there is no cond
+    uncond: Uncond | None = None  # None: there is no cond, or it depends on control images
     cond_files: dict[CondId, Stamp] = field(default_factory=dict)  # id -> those from which texts borrow cond
     sets: tuple[SetFacts, ...] = ()  # none: all images are of one source, and keys have no name of a set
+
+    @property
+    def has_cond(self) -> bool:
+        return self.uncond is not None or self.recipe.text.sees_images
 
     def __post_init__(self) -> None:
         if self.latent.views != self.recipe.latents.views:

@@ -76,6 +76,7 @@ TEXT = (
     *KEY,  # as they are now
     Field("caption", LISTS),
     Field("prompt_of", INT32, "NK"),  # its prompts, by their numbers in the file
+    Field("uncond_of", INT32, is_optional=True),  # likewise the empty prompt, if its cond depends on the image
 )
 
 

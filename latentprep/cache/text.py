@@ -22,7 +22,7 @@ NOTHING = np.zeros((0, 2), np.int32)
 
 @dataclass(frozen=True, eq=False)
 class Text:
-    """What a text file holds: its groups, and the P distinct prompts of the shard.
+    """What a text file holds: its groups, and the P distinct prompts of the shard; of each row, if they see its images.
 
     The first Q prompts have their cond here. The others borrow it from cond files, since other shards have them too.
     """
@@ -52,12 +52,12 @@ class Text:
 
     def take(self, live: list[np.ndarray]) -> "Text":
         """Some rows of every group, and of the prompts only those that they use; groups without rows are left out."""
-        used = np.unique(np.concatenate([g.prompt_of[rows] for g, rows in zip(self.groups, live, strict=True)]))
+        used = np.unique(np.concatenate([g.numbers(rows) for g, rows in zip(self.groups, live, strict=True)]))
         taken = [group.take(rows) for group, rows in zip(self.groups, live, strict=True) if len(rows)]
         own, borrowed = used[used < self.num_own], self.borrowed[used[used >= self.num_own] - self.num_own]
         files, numbers = np.unique(borrowed[:, 0], return_inverse=True)
         return Text(
-            [group.having(prompt_of=np.searchsorted(used, group.prompt_of).astype(np.int32)) for group in taken],
+            [renumbered(group, used) for group in taken],
             prompt=[self.prompt[n] for n in used],
             cond=take_conds(self.cond, own) if len(own) else {},
             num_tokens=self.num_tokens[own] if self.num_tokens is not None else None,
@@ -80,6 +80,12 @@ class Text:
         metadata |= {"dead": self.dead} if self.dead else {}
         table = [[group.label, len(group)] for group in self.groups]
         return pack("text", tensors, {**metadata, "groups": table, "max_tokens": self.max_tokens})
+
+
+def renumbered(group: TextGroup, used: np.ndarray) -> TextGroup:
+    """A group whose prompts are some of those that there were, by their numbers, rising."""
+    columns = {name: group.columns[name] for name in ("prompt_of", "uncond_of") if group.columns.get(name) is not None}
+    return group.having(**{name: np.searchsorted(used, own).astype(np.int32) for name, own in columns.items()})
 
 
 def write_text(storage: Storage, shard: str, text_id: str, text: Text) -> Stamp:
@@ -105,8 +111,10 @@ def _text_of(tensors: Tensors, metadata: dict[str, Any]) -> Text:
     prompt = Strings(tensors, "prompt")
     groups = [TextGroup.take_from(tensors, label, rows) for label, rows in check_groups(metadata)]
     for group in groups:
-        if group.prompt_of.size == 0 or group.prompt_of.min() < 0 or group.prompt_of.max() >= len(prompt):
-            raise ValueError(f"{group.label}/prompt_of points outside the {len(prompt)} prompts")
+        for name in ("prompt_of", "uncond_of"):
+            own = group.columns.get(name)
+            if own is not None and (own.size == 0 or own.min() < 0 or own.max() >= len(prompt)):
+                raise ValueError(f"{group.label}/{name} points outside the {len(prompt)} prompts")
     cond_files, borrowed = _borrowed_of(tensors, metadata, len(prompt))
     cond, num_tokens = take_prompt_cond(tensors, len(prompt) - len(borrowed), metadata)
     if cond_files and len(borrowed) < len(prompt) and not cond:

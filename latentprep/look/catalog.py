@@ -13,8 +13,10 @@ from latentprep.cache.manifest import Manifest
 from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.cache.strings import Strings
+from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.human import counted
+from latentprep.recipe import TextRecipe
 from latentprep.records import Problem
 
 HASH = "S16"  # 16 bytes; numpy sorts and compares them as they are
@@ -108,7 +110,7 @@ def read_part(name: str, storage: Storage, number: int, entry: Shard, problems: 
             content=unknown if latents is None else digests_of(latents, live),
             caption=unknown if text is None else captions_of(text.groups, live),
             spot=spots_of(number, live),
-            prompt=hashes_of(as_bytes(text.prompt[n]) for n in used.tolist()) if text is not None else unknown[:0],
+            prompt=prompts_of(text, used, latents, live) if text is not None else unknown[:0],
             prompt_spot=np.stack([np.full_like(used, number), used], axis=1).astype(np.int32),
         )
     ]
@@ -131,7 +133,19 @@ def hashes_of(texts: Iterable[bytes]) -> np.ndarray:
 
 def numbers_of_prompts(groups: Sequence[TextGroup], live: list[np.ndarray]) -> np.ndarray:
     """The prompts of rows that count, by their numbers in the file, rising."""
-    return np.unique(np.concatenate([group.prompt_of[rows].ravel() for group, rows in zip(groups, live, strict=True)]))
+    return np.unique(np.concatenate([group.numbers(rows).ravel() for group, rows in zip(groups, live, strict=True)]))
+
+
+def prompts_of(text: Text, used: np.ndarray, latents: list[LatentGroup] | None, live: list[np.ndarray]) -> np.ndarray:
+    """[n] S16: hashes of prompts, given by their numbers; of prompts that see images, with those of their images."""
+    seen: dict[int, bytes] = {}
+    if TextRecipe.SEES_IMAGES in text.metadata.get("recipe", {}):
+        for group, own, rows in zip(text.groups, latents or [], live, strict=False):
+            for row in rows.tolist():
+                seen |= dict.fromkeys(
+                    group.numbers(np.array([row])).ravel().tolist(), own.digest[row].numpy().tobytes()
+                )
+    return hashes_of(seen.get(n, b"") + as_bytes(text.prompt[n]) for n in used.tolist())
 
 
 def digests_of(groups: list[LatentGroup], live: list[np.ndarray]) -> np.ndarray:

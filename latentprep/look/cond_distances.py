@@ -30,17 +30,18 @@ def measure_cond(
     problems: Problems,
     progress: Callable[[int], object],
 ) -> Distances:
-    """Distances of the pairs [K,2] of prompts, of `num_shared` that both have, and of the empty prompt.
+    """Distances of the pairs [K,2] of prompts, of `num_shared` that both have, and of the empty prompt if it is a file.
 
     Of a prompt: the largest of its embeddings, each as difference_of says. Whatever else there is (masks, positions)
     is to be the same. `progress` hears of prompts.
     """
-    without = [cache.name for cache in (one, other) if cache.manifest.uncond is None]
+    without = [cache.name for cache in (one, other) if not cache.manifest.has_cond]
     if without:
         return Distances(num_shared, why_not=f"no cond in {' and '.join(without)}")
     spots = np.concatenate([one.prompt_spot[pairs[:, 0]], other.prompt_spot[pairs[:, 1]]], axis=1)
     spots = spots[np.lexsort(spots.T[[1, 3, 2, 0]])]  # shards of one, in them those of other: few are opened twice
-    spots = np.concatenate([spots, np.array([[EMPTY, 0, EMPTY, 0]], np.int32)])
+    if one.manifest.uncond is not None and other.manifest.uncond is not None:
+        spots = np.concatenate([spots, np.array([[EMPTY, 0, EMPTY, 0]], np.int32)])
     values, is_read = np.zeros(len(spots)), np.zeros(len(spots), bool)
     mine, theirs = Opened(one, problems), Opened(other, problems)
     for n in range(len(spots)):

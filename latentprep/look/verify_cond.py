@@ -28,8 +28,10 @@ def check_text(manifest: Manifest, entry: Shard, text: Text) -> list[Problem]:
     recipe = recipe_of(manifest.recipe.text.to_json(), (rows[number].key for number in entry.live_numbers()))
     if text.metadata.get("recipe") != recipe:
         problems.append(Problem(name, "recipe", "made with another recipe than cache.json holds: encode again"))
-    if text.has_cond != (manifest.uncond is not None):
+    if text.has_cond != manifest.has_cond:
         problems.append(Problem(name, "cond", "cond where the others have none, or none where they have it"))
+    if any((group.uncond_of is not None) != bool(manifest.recipe.text.image_uncond) for group in text.groups):
+        problems.append(Problem(name, "cond", "an empty prompt of each image where the others have none, or none"))
     if {*text.cond_files} != {*entry.cond_files}:
         problems.append(Problem(name, "cond", "borrows from other cond files than cache.json says"))
     return problems + check_tokens(name, text) + check_cond(name, text.cond, manifest.recipe.text.store_dtype)
@@ -146,6 +148,6 @@ def describe_cond(shapes: CondShapes) -> str:
 def check_pad_to(manifest: Manifest, shapes: dict[str, CondShapes]) -> list[Problem]:
     """Names of pad_to in the text recipe that no cond has: such cond would not be padded as its denoiser wants."""
     there = {name for own in shapes.values() for name in own}
-    is_known = bool(shapes) or manifest.uncond is None
+    is_known = bool(shapes) or not manifest.has_cond
     missing = [name for name in manifest.recipe.text.pad_to or {} if is_known and name not in there]
     return [Problem(MANIFEST, "cond", f"pad_to names {name}, which no cond has") for name in missing]

@@ -57,7 +57,7 @@ def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> lis
             made.append(TextTask(result.shard.with_sets(sets), rows, units[result.id].number))
     made.sort(key=lambda task: task.number)
     tasks = [*made, *prepared.plan.text_tasks]
-    if prepared.models.text is None:
+    if prepared.models.text is None or prepared.recipe.text.sees_images:
         return [*tasks]
     sharing = prepared.sharing
     texts = [with_sharing(task, prepared.prompter, sharing) for task in tasks]

@@ -124,10 +124,7 @@ def reencode(
     recipe = manifest.recipe.latents
     chosen, _ = choose_device(device)
     encoder = open_encoder(made_vae, recipe, chosen)
-    options = LoadOptions.from_recipe(
-        originals.source, manifest.latent.factor, originals.masks, recipe, controls=originals.controls,
-        patch=manifest.latent.normalization.patch,
-    )  # fmt: skip
+    options = load_options(manifest, originals)
     problems, worst = [], 0.0
     for entry, number, row in sample_rows(manifest, count, seed):
         words = entry.open_text(storage).groups[number]
@@ -143,6 +140,14 @@ def reencode(
             detail = f"{result:.4f} standard deviations from what is stored, allowed {TOLERANCES[recipe.dtype]}"
             problems.append(Problem(key, "latents", detail))
     return problems, worst
+
+
+def load_options(manifest: Manifest, originals: Originals) -> LoadOptions:
+    """How the images of a cache are read again."""
+    return LoadOptions.from_recipe(
+        originals.source, manifest.latent.factor, originals.masks, manifest.recipe.latents,
+        controls=originals.controls, patch=manifest.latent.normalization.patch,
+    )  # fmt: skip
 
 
 def sample_rows(manifest: Manifest, count: int, seed: int) -> Iterator[tuple[Shard, int, int]]:

@@ -54,7 +54,8 @@ def estimate_row_bytes(recipe: Recipe, models: Models, options: EncodeOptions) -
     """What rows will cost on disk, from the configs alone."""
     posterior = 2 if recipe.latents.store == "mean+std" else 1
     itemsize = TORCH_DTYPES[options.store_dtype].itemsize
-    num_values = options.text.prompts_per_image * models.text.num_values(options.text) if models.text else 0
+    num_prompts = options.text.prompts_per_image + bool(recipe.text.image_uncond)
+    num_values = num_prompts * models.text.num_values(options.text) if models.text else 0
     control = len(recipe.latents.views) * models.vae.latent_channels * itemsize  # the mean of a control image
     latent = (posterior + options.num_controls) * control + 2 * len(recipe.latents.views)  # + 2: weight
     cond = nbytes_of(num_values, recipe.text.store_dtype) if recipe.text.store_dtype else 0

@@ -12,6 +12,8 @@ from latentprep.cache.storage import Storage
 from latentprep.errors import UserError
 from latentprep.human import counted
 from latentprep.options import EncodeOptions
+from latentprep.prepare.models.model_set import Models
+from latentprep.prepare.models.text_folder import TextFiles
 from latentprep.prepare.plan.plan import Plan
 from latentprep.recipe import Recipe
 from latentprep.recipe_words import describe_changes
@@ -47,6 +49,29 @@ def told_what_text_needs(options: EncodeOptions) -> Iterator[None]:
             f"{error} --only text needs the images too, beside their captions: by their names, sizes and content it "
             "knows which rows of the cache are theirs. Copy both."
         ) from None
+
+
+def check_seen_images(options: EncodeOptions, models: Models, recipe: Recipe) -> None:
+    """Raise UserError for control images that prompts are to see and cannot: too few, too many, or in several views."""
+    if not recipe.text.sees_images or not isinstance(models.text, TextFiles):
+        return
+    family, count = models.text.family, options.num_controls
+    without = "or leave cond out with --no-cond."
+    if not count:
+        raise UserError(
+            f"--model {options.model}: the prompts of {family.name} see control images, and there are none. Give them "
+            f"to encode with --control, {without}"
+        )
+    if count > family.num_images:
+        raise UserError(
+            f"--control: {count} control images of each image, but a prompt of {family.name} sees at most "
+            f"{family.num_images}. Give fewer, {without}"
+        )
+    if len(recipe.latents.views) > 1:
+        option = "--flip" if options.flip else f"--crops {options.geometry.crops}"
+        raise UserError(
+            f"{option}: a prompt of {family.name} sees its control images in one view alone. Leave it out, {without}"
+        )
 
 
 def check_recipe(

@@ -31,7 +31,14 @@ from latentprep.prepare.plan.plan import Plan, Planner, RowBytes
 from latentprep.prepare.plan.shared import Prompter, Sharing, share_prompts
 from latentprep.prepare.plan.stored import list_known, read_shards
 from latentprep.prepare.recipes import estimate_row_bytes, make_facts, make_recipe, skip_conditions
-from latentprep.prepare.refusals import Say, check_recipe, check_source, nothing_usable, told_what_text_needs
+from latentprep.prepare.refusals import (
+    Say,
+    check_recipe,
+    check_seen_images,
+    check_source,
+    nothing_usable,
+    told_what_text_needs,
+)
 from latentprep.prepare.source.content import hash_images
 from latentprep.prepare.work.latents import LatentsWorker
 from latentprep.prepare.work.text import TextWorker
@@ -85,7 +92,8 @@ class Prepared:
         options = self.options
         return TextWorker(
             options.out, self.recipe.text, self.recipe.libraries, options.text, options.seed, self.models.text,
-            self.text_where.devices[0],
+            self.text_where.devices[0], options.max_pixels,
+            self.load_options if self.recipe.text.sees_images else None,
         )  # fmt: skip
 
     @property
@@ -140,6 +148,7 @@ def prepare(
     where, dtype = choose_where(options, models, say)
     text_where, text_dtype = choose_text_where(options, where, dtype, say)
     recipe = make_recipe(options, models, dtype, text_dtype)
+    check_seen_images(options, models, recipe)
     say_precision(recipe, dtype, say)
     if (line := describe_square(options.geometry, models.vae.factor * models.patch)) is not None:
         say(line)
@@ -272,7 +281,7 @@ def say_plan(options: EncodeOptions, plan: Plan, lost: Sequence[str], say: Say) 
 
 def has_uncond(storage: Storage, manifest: Manifest, models: Models) -> bool:
     """Whether the cond of the empty prompt is there, or none is asked for."""
-    if models.text is None:
+    if models.text is None or manifest.recipe.text.sees_images:
         return True
     uncond = manifest.uncond
     return uncond is not None and storage.sizes().get(uncond_name(uncond.id)) == uncond.file.nbytes

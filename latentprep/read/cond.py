@@ -30,7 +30,17 @@ class StoredCond:
 
     @property
     def is_there(self) -> bool:
-        return self.manifest.uncond is not None
+        return self.manifest.has_cond
+
+    @property
+    def sees_images(self) -> bool:
+        """Whether each image has cond of its own for each prompt."""
+        return self.manifest.recipe.text.sees_images
+
+    @property
+    def has_empty(self) -> bool:
+        """Whether there is cond of the empty prompt, one or of each image."""
+        return self.manifest.uncond is not None or bool(self.manifest.recipe.text.image_uncond)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_empty": None}  # memory maps are opened anew in each process

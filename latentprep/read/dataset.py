@@ -192,8 +192,20 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
             )
         if self.flip_p and not self._reader.has_mirrored:
             raise UserError(f"flip_p={self.flip_p}: {root} holds no mirrored views. Encode with --flip.")
+        self._check_dropout()
         if self._index.num_images == 0:
             raise UserError(f"{root}: the cache is empty, there is nothing to train on.")
+
+    def _check_dropout(self) -> None:
+        """Raise UserError if captions are to be dropped, and no image has cond of the empty prompt."""
+        stored, share = self._prompts.stored, self._prompts.caption_dropout
+        is_asked = share > 0 if share is not None else any(own.caption_dropout > 0 for own in self.manifest.sets)
+        is_stored = self.include_cond and stored.is_there and not self._prompts.wording.makes_prompts
+        if is_asked and is_stored and not stored.has_empty:
+            raise UserError(
+                f"caption_dropout: {self.storage.root} has no cond of the empty prompt, which depends on control "
+                "images here. Encode with --image-uncond, or give caption_dropout=0."
+            )
 
     @property
     def latent_sampling_method(self) -> SamplingMethod:
@@ -361,10 +373,11 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     def uncond(self) -> dict[str, Tensor] | None:
         """Cond of the empty prompt, name -> [1,T,D] float32, for classifier-free guidance; None with --no-cond.
 
-        It has the names of batch.cond, masks too.
+        It has the names of batch.cond, masks too. None also if it depends on control images: then caption_dropout
+        takes that of each image, if there is any.
         """
         stored = self._prompts.stored
-        if not stored.is_there:
+        if not stored.is_there or stored.sees_images:
             return None
         with torch.device("cpu"):
             rows = {name: value[0][None] for name, value in stored.empty().items()}

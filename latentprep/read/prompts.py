@@ -148,6 +148,8 @@ class Prompts:
         prompts = StoredPrompts(rows, numbers, is_dropped)
         if not self.include_cond or rows.one.cond is None or not rows.one.cond.kinds:
             return TextOfBatch(prompts, None, {})
+        if is_dropped is not None and self.stored.sees_images:
+            return TextOfBatch(prompts, *self.stored.take(rows, with_own_empty(rows, numbers, is_dropped), None))
         return TextOfBatch(prompts, *self.stored.take(rows, numbers, is_dropped))
 
     def seeds(self, draws: Draws) -> np.ndarray | None:
@@ -160,6 +162,14 @@ class Prompts:
             self.wording.make(group.key[n], group.caption[n], seed)
             for (group, n), seed in zip(images, seeds.tolist(), strict=True)
         ]
+
+
+def with_own_empty(rows: OpenRows, numbers: np.ndarray, is_dropped: np.ndarray) -> np.ndarray:
+    """The numbers of prompts [B], but that of an image's own empty prompt for what is dropped. Raises UserError."""
+    empty = rows.take_if_there("uncond_of")
+    if empty is None:
+        raise UserError("caption_dropout: a shard has no cond of the empty prompt. Run latentprep verify.")
+    return np.where(is_dropped, empty.numpy(), numbers)
 
 
 def drop(prompts: list[str], is_dropped: np.ndarray | None) -> list[str]:

@@ -22,7 +22,7 @@ MAX_OPEN = 16_000  # groups, of two memory maps each: Linux allows a process 65,
 # fields that do not go into batch.fields
 KNOWN = frozenset({
     "latent_mean", "latent_std", "weight", "original_size", "resized_size", "crop", "flipped", "digest",
-    "prompt_of", "nbytes", "version", *CONTROLS,
+    "prompt_of", "uncond_of", "nbytes", "version", *CONTROLS,
 })  # fmt: skip
 
 
@@ -138,7 +138,7 @@ class OpenShards:
         cond = dict(group.cond.kinds) if group.cond is not None else {}
         if not self.needs_cond:
             self.cond = {}
-        has_cond = self.manifest.uncond is not None
+        has_cond = self.manifest.has_cond
         if self.cond is None and bool(cond) == has_cond:
             self.cond = cond
         if self.needs_cond and is_promised and has_cond and not cond:

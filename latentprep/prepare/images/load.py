@@ -153,6 +153,44 @@ def load_pixels(
     return replace(pixels, notes=tuple(notes), controls=tuple(controls))
 
 
+def load_controls(
+    item: Item, placement: Placement, options: LoadOptions, encoded_key: str, digest: bytes
+) -> list[np.ndarray] | Skip:
+    """The pixels [H,W,3] of an item's control images as the VAE saw them, or the Skip that says why not.
+
+    `placement`, `encoded_key` and `digest`, the content hash of all its files, are those of when it was encoded: a key
+    decides random crops. Raises ImageError and UserError like load_pixels.
+    """
+    files = read_files(item, options)
+    if isinstance(files, Skip):
+        return files
+    if digest_of(files) != digest:
+        return item.skip("changed", "its content, or that of its mask or control images, is not what was encoded")
+    where = ""
+    try:
+        controls = []
+        for number, part in enumerate(files.controls):
+            where = part.where
+            then = replace(item, key=encoded_key)
+            made = make_control(part.data, number, then, placement, options, (placement.crop,))
+            controls.append(made.pixels[0])
+    except DecodeError as error:
+        return item.skip(error.reason, where + error.detail)
+    except MemoryError as error:
+        return item.skip("out_of_memory", where + describe(error))
+    except Exception as error:  # whatever it is, it is to say which image it was
+        raise ImageError(f"{item.key}: {where}{describe(error)}") from error
+    return controls
+
+
+def digest_of(files: Files) -> bytes:
+    """The content hash of an item."""
+    digest = new_hash()
+    for part in files.parts:
+        digest.update(part.data)
+    return digest.digest()
+
+
 def read_files(item: Item, options: LoadOptions) -> Files | Skip:
     """The bytes of an item, of its mask if it has one, and of its control images. Raises UserError."""
     parts: list[Part] = []
@@ -261,14 +299,11 @@ def make_pixels(
     if placement.enlarges(item.size):
         notes.append("enlarged")
     placed = place_image(rgb, weight, item, placement, options, crops)
-    digest = new_hash()
-    for part in files.parts:
-        digest.update(part.data)
     return Pixels(
         placed.pixels,
         place_weight(weight, placement.resized_size, placed.part, placed.boxes, options.factor),
         placed.crops,
-        digest.digest(),
+        digest_of(files),
         tuple(notes),
     )
 

@@ -10,6 +10,8 @@ from latentprep.cache.normalization import Normalization
 from latentprep.options import TextOptions
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
     import numpy as np
     import torch
 
@@ -63,6 +65,14 @@ class PromptEncoder(Protocol):
 
     def count_tokens(self, prompts: list[str]) -> "np.ndarray | None":
         """[P] int32: tokens that each whole prompt takes; None if the encoder does not say."""
+        ...
+
+
+class SeeingEncoder(PromptEncoder, Protocol):
+    """Text encoders whose prompts see control images."""
+
+    def encode_seeing(self, prompts: list[str], images: "Iterable[Sequence[np.ndarray]]") -> "Conds":
+        """Cond of P prompts, each with its control images [H,W,3] uint8, as `encode` gives it; none is cut."""
         ...
 
 

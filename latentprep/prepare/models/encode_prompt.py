@@ -4,11 +4,13 @@ The result is what inference uses: where encode_prompt and __call__ have other d
 """
 
 import inspect
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from latentprep.cache.ragged import Cond, Conds, Ragged, join_conds
@@ -48,6 +50,34 @@ def make_arguments(family: Family, call: Call, kind: type, device: torch.device,
         own[family.tokens_argument] = num_tokens
     arguments = {**inference_defaults(kind), **own, **call.arguments}
     return {name: value for name, value in arguments.items() if name in known}
+
+
+def show_images(pipeline: Any, family: Family, images: Sequence[Image.Image]) -> dict[str, Any]:
+    """Control images as the pipeline's own __call__ hands them to encode_prompt: the argument for them.
+
+    Raises UserError for what a library raises.
+    """
+
+    def hear(**arguments: Any) -> None:
+        raise Shown(arguments["image"])
+
+    pipeline.encode_prompt = hear
+    try:
+        with blame(f"--model: {type(pipeline).__name__} takes no such control images"):
+            pipeline(image=images[0] if family.num_images == 1 else list(images), prompt="")
+    except Shown as shown:
+        return {"image": shown.images}
+    finally:
+        del pipeline.encode_prompt
+    raise AssertionError(f"{type(pipeline).__name__} did not encode its prompt")
+
+
+class Shown(BaseException):
+    """Ends a pipeline's __call__ once it has made images ready for its prompt."""
+
+    def __init__(self, images: Any) -> None:
+        super().__init__()
+        self.images = images
 
 
 def call_pipeline(pipeline: Any, family: Family, arguments: list[dict[str, Any]], prompts: list[str]) -> Conds:

@@ -5,8 +5,10 @@ its base pipeline, which the variants for img2img, inpainting, ControlNet and th
 """
 
 import re
+from dataclasses import replace
 
 from latentprep.prepare.models.family import LIST, MASK, Call, Family, Stored
+from latentprep.records import MAX_CONTROLS
 
 VARIANTS = r"(Control(Net(Union|XS)?)?)?(PAG)?(KV)?(Depth2Img|Img2Img|Inpaint(ing)?|Fill|Kontext(Inpaint)?)?Pipeline"
 CLIP, CLIP_PROJECTION, T5 = ("CLIPTextModel",), ("CLIPTextModelWithProjection",), ("T5EncoderModel",)
@@ -14,6 +16,25 @@ GEMMA2 = ("Gemma2Model", "Gemma2ForCausalLM")
 QWEN2_5_VL, QWEN3 = ("Qwen2_5_VLForConditionalGeneration",), ("Qwen3Model", "Qwen3ForCausalLM")
 ONE_ENCODER = Stored(("text_encoder",))
 EMBEDS_AND_MASK = Call(("prompt_embeds", "prompt_embeds_mask", None, None))
+QWEN_EDIT = Family(
+    "Qwen-Image-Edit",
+    "QwenImageEdit",
+    calls=(Call(("prompt_embeds", "prompt_embeds_mask")),),
+    stores={"prompt_embeds": ONE_ENCODER},
+    length=MASK,
+    classes={"text_encoder": QWEN2_5_VL},
+    sequence="text_encoder",
+    default_tokens=2048,  # no prompt is cut: these are what shards are planned by; an image of 1024x1024 takes 1,369
+    most_tokens=2048,
+    tokens_argument=None,
+    hidden_tokens=64,  # of the template
+    one_by_one=True,  # its template has the images of one prompt
+    has_special_tokens=True,
+    call_defaults=("max_sequence_length",),
+    patch=2,
+    padding_side=None,  # of one prompt there is nothing to pad
+    num_images=1,
+)
 
 FAMILIES = (
     Family(
@@ -123,6 +144,8 @@ FAMILIES = (
         patch=2,
         padding_side=None,  # it takes the tokens that count
     ),
+    QWEN_EDIT,
+    replace(QWEN_EDIT, name="Qwen-Image-Edit Plus", stem="QwenImageEditPlus", num_images=MAX_CONTROLS),  # 2509, 2511
     Family(
         "Krea 2",
         "Krea2",

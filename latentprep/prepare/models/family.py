@@ -74,6 +74,7 @@ class Family:
     # encoders of which a single file may leave text_projection out: then it is the identity
     identity_projection: tuple[str, ...] = ()
     takes_clip_skip: bool = False
+    num_images: int = 0  # control images that its prompts see at most: they are encoded together; 0: they see none
     heeds_force_upcast: bool = False  # whether its pipelines take the VAE in float32 where its config says so
     patch: int = 1  # latent pixels that the denoiser takes as one, each way
     norm_eps: float | None = None  # what its pipeline adds to the variance of a VAE's batch norm, if not the config's
@@ -94,6 +95,10 @@ class Family:
         if self.classes:
             return sorted(self.classes)
         return sorted(part for part in index if re.fullmatch(r"text_encoder(_\d)?", part) and is_there(index[part]))
+
+    def tokenizer_of(self, encoder: str) -> str:
+        """text_encoder_2 -> tokenizer_2; of prompts that see images, the processor that has a tokenizer of its own."""
+        return "processor" if self.num_images else encoder.replace("text_encoder", "tokenizer")
 
     def num_tokens(self, asked: int | None, window: int) -> int:
         """Tokens kept of a prompt: max_sequence_length, or K windows of CLIP without their starts and ends.
@@ -148,6 +153,13 @@ class Family:
                 why = "has a T5 too" if self.classes.get(self.sequence) == ("T5EncoderModel",) else "has none"
                 raise UserError(f"--emphasis: for CLIP alone, and {self.name} {why}. Leave it out.")
             found["emphasis"] = True
+        if self.num_images:
+            found["image_uncond"] = options.image_uncond
+        elif options.image_uncond:
+            raise UserError(
+                f"--image-uncond: the prompts of {self.name} see no images, so one empty prompt is stored for all of "
+                "them. Leave it out."
+            )
         return found
 
     def stored_tokens(self, num_tokens: int, window: int) -> int:
@@ -168,8 +180,3 @@ class Family:
 def is_there(named: object) -> bool:
     """Whether model_index.json names a class for a part, or says that the model does without it."""
     return named not in (None, [], [None, None])
-
-
-def tokenizer_of(encoder: str) -> str:
-    """text_encoder_2 -> tokenizer_2."""
-    return encoder.replace("text_encoder", "tokenizer")

@@ -23,7 +23,9 @@ def _weights(folder: str, stem: str) -> list[str]:
 # Of a hub repository only these are downloaded: no UNet, no pickles, no second precision.
 VAE_FILES = ["model_index.json", *_weights("", VAE_WEIGHTS), *_weights("vae/", VAE_WEIGHTS)]
 # What tokenizers are loaded from; never a .py, which a repository may hold.
-TOKENIZER_FILES = [f"tokenizer*/*.{suffix}" for suffix in ("json", "txt", "model", "jinja")]
+TOKENIZER_FILES = [
+    f"{folder}/*.{suffix}" for folder in ("tokenizer*", "processor") for suffix in ("json", "txt", "model", "jinja")
+]
 # A transformer's config says how wide the cond of a text encoder is that was left out (Stable Diffusion 3 without T5).
 TEXT_FILES = [*TOKENIZER_FILES, *_weights("text_encoder*/", TEXT_WEIGHTS), "transformer/config.json"]
 

@@ -12,11 +12,12 @@ import numpy as np
 import torch
 
 from latentprep.prepare.models.encode_prompt import make_arguments, run
-from latentprep.prepare.models.family import Family, tokenizer_of
+from latentprep.prepare.models.family import Family
 from latentprep.prepare.models.load_text import make_pipeline
 
 NO_LIMIT = 2**20  # tokens; a tokenizer that cuts nothing says 10**30
 CUTTING = ("padding", "truncation", "max_length", "return_tensors", "return_length", "return_overflowing_tokens")
+IMAGES = "images"  # what a processor is handed beside texts
 
 
 class CountedModel(Protocol):
@@ -40,17 +41,21 @@ class HeardPrompts:
         self.max_tokens = max_tokens
         self.hidden = 0  # tokens around a prompt that are not kept
         self.listening = Listening(tokenizer)
-        parts = {family.sequence: Absent(), tokenizer_of(family.sequence): self.listening}
+        parts = {family.sequence: Absent(), family.tokenizer_of(family.sequence): self.listening}
         self.pipeline = make_pipeline(family, {**model.pipeline_settings, **parts})
         kind, device = type(self.pipeline), torch.device("cpu")
         self.arguments = make_arguments(family, family.calls[0], kind, device, max_tokens)
         told = self._hear([""])[1]
         if told is None:
             self.max_tokens = min(tokenizer.model_max_length, NO_LIMIT)
-        elif family.hidden_tokens is not None:
+        if family.hidden_tokens is not None:
             self.hidden = family.hidden_tokens
-        else:
+        elif told is not None:
             self.hidden = told - max_tokens
+
+    def see(self, num_images: int) -> None:
+        """Count prompts with so many images, each of which is one token here."""
+        self.arguments["image"] = [Absent()] * num_images
 
     def count(self, prompts: list[str]) -> np.ndarray:
         """Tokens of each whole prompt [P] int32; those that are never stored, such as a template's, do not count."""
@@ -93,9 +98,9 @@ class Listening:
         return self.tokenizer.apply_chat_template(conversation, **options)
 
     def _hear(self, tokenize: Any, text: Any, options: dict[str, Any]) -> None:
-        if not options.get("truncation"):
+        if not options.get("truncation") and IMAGES not in options:
             return
-        whole = {name: value for name, value in options.items() if name not in CUTTING}
+        whole = {name: value for name, value in options.items() if name not in (*CUTTING, IMAGES)}
         ids = tokenize(text, truncation=False, padding=False, **whole)["input_ids"]
         self.counts.extend([len(ids)] if isinstance(text, str) else lengths(ids))
         self.__dict__["told"] = options.get("max_length")

@@ -52,7 +52,7 @@ KINDS = {
     "BertModel": Kind("BertConfig", ("BertTokenizer", "BertTokenizerFast"), (_JSON, frozenset({"vocab.txt"}))),
     "Qwen3Model": _QWEN3,
     "Qwen3ForCausalLM": _QWEN3,
-    "Qwen2_5_VLForConditionalGeneration": Kind("Qwen2_5_VLConfig", _QWEN, _BPE),
+    "Qwen2_5_VLForConditionalGeneration": Kind("Qwen2_5_VLConfig", (*_QWEN, "Qwen2VLProcessor"), _BPE),
     "Qwen3VLModel": _QWEN3_VL,
     "Gemma2Model": _GEMMA2,
     "Gemma2ForCausalLM": _GEMMA2,
@@ -65,7 +65,7 @@ KINDS = {
     ),
     "LlamaForCausalLM": Kind("LlamaConfig", (*_FAST, *_LLAMA), (_JSON,)),
     "GlmModel": Kind("GlmConfig", _FAST, (_JSON,)),
-    # of a processor the tokenizer alone is loaded: prompts have no images
+    # of a processor the tokenizer alone is loaded by its class; what prompts with images need is in processor.py
     "Mistral3ForConditionalGeneration": Kind("Mistral3Config", ("PixtralProcessor", *_FAST, *_LLAMA), (_JSON,)),
     "Mistral3Model": Kind("Mistral3Config", (*_FAST, *_LLAMA), (_JSON,)),
     "ChatGLMModel": Kind(
@@ -176,10 +176,17 @@ def make_config(kind: str, config: dict[str, Any]) -> Any:
     return known_class(KINDS[kind].config, KINDS[kind].module).from_dict(fields)
 
 
-def text_config(kind: str, config: dict[str, Any], where: str) -> Any:
-    """The same of what reads text, in a model that may see images too. Raises UserError for what makes none."""
+def made_config(kind: str, config: dict[str, Any], where: str) -> Any:
+    """The same, checked. Raises UserError for what makes none."""
     with blame(f"{where}: its config.json makes no {kind}"):
-        return make_config(kind, config).get_text_config()
+        return make_config(kind, config)
+
+
+def text_config(kind: str, config: dict[str, Any], where: str) -> Any:
+    """That of what reads text, in a model that may see images too. Raises UserError for what makes none."""
+    made = made_config(kind, config, where)
+    with blame(f"{where}: its config.json makes no {kind}"):
+        return made.get_text_config()
 
 
 def load_encoder(

@@ -22,8 +22,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model", "vocab.txt",
     "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATE,
 )  # fmt: skip
-# Of a processor that prompts need only half of, the tokenizer: as its tokenizer.json has it.
-LOADED_AS = {"PixtralProcessor": "PreTrainedTokenizerFast"}
+# Of a processor that prompts need only half of, the tokenizer: as its tokenizer.json or its family has it.
+LOADED_AS = {"PixtralProcessor": "PreTrainedTokenizerFast", "Qwen2VLProcessor": "Qwen2TokenizerFast"}
 OF_BYTES = ("ByT5Tokenizer",)  # tokenizers that need no vocabulary
 MODULES = {"ChatGLMTokenizer": "diffusers.pipelines.kolors.tokenizer"}  # of tokenizers that transformers does not have
 

@@ -37,7 +37,7 @@ REFUSALS = (
         has_latents=False,
     ),
     Refusal(
-        r"QwenImageEdit|QwenImageLayered|QwenImage21|ZImageOmni|LongCatImage|JoyImageEdit|BriaFibo|Kandinsky5I2I|DreamLite",
+        r"QwenImageLayered|QwenImage21|ZImageOmni|LongCatImage|JoyImageEdit|BriaFibo|Kandinsky5I2I|DreamLite",
         "encodes its prompts together with images, or with what another model makes of them",
     ),
     Refusal(r"GlmImage", "takes tokens that a language model of its own makes of a prompt and a size"),

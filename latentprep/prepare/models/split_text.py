@@ -9,7 +9,7 @@ from typing import Any
 from latentprep.errors import UserError
 from latentprep.human import printable
 from latentprep.prepare.models.checkpoint import Shapes, read_dtypes, recognise
-from latentprep.prepare.models.family import Family, is_there, tokenizer_of
+from latentprep.prepare.models.family import Family, is_there
 from latentprep.prepare.models.files import read_json
 from latentprep.prepare.models.fit_text import BESIDE, PROJECTION, fit
 from latentprep.prepare.models.load_text import KINDS, check_text_config, known_class
@@ -94,7 +94,7 @@ def find_place(
 
     Config and tokenizer are those of the model's folder. If it has none, they are those beside the weights.
     """
-    config, tokenizer = folder / part, folder / tokenizer_of(part)
+    config, tokenizer = folder / part, folder / family.tokenizer_of(part)
     if not (config / "config.json").is_file():
         if not weights.path.is_dir():
             return f"{config} has no config.json"

@@ -1,16 +1,21 @@
 """The text encoders of a model at work: prompts -> cond, batch by batch."""
 
+import inspect
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from PIL import Image
 
 from latentprep.cache.ragged import Conds, join_conds, take_conds
+from latentprep.errors import UserError
+from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.devices import empty_cache, is_out_of_memory
-from latentprep.prepare.models.encode_prompt import call_pipeline, make_arguments
-from latentprep.prepare.models.family import tokenizer_of
+from latentprep.prepare.models.encode_prompt import call_pipeline, make_arguments, show_images
 from latentprep.prepare.models.heard import CountedModel
+from latentprep.prepare.models.processor import IMAGE_TOKEN
 from latentprep.prepare.models.token_counter import TokenCounter
 from latentprep.prepare.models.windows import join
 
@@ -50,7 +55,10 @@ class TextEncoder:
         there = [
             name for name in sorted(components) if name.startswith("text_encoder") and components[name] is not None
         ]
-        tokenizers = {name: getattr(self.pipeline, tokenizer_of(name)) for name in there}
+        tokenizers = {name: getattr(self.pipeline, family.tokenizer_of(name)) for name in there}
+        if family.num_images:
+            mend_positions(self.pipeline.text_encoder)
+            tokenizers = {name: processor.tokenizer for name, processor in tokenizers.items()}
         widths = [components[name].config.hidden_size for name in there] if family.sequence is None else []
         self.counter = TokenCounter(source, tokenizers, options, widths)
         self.windows = self.counter.windows
@@ -84,6 +92,28 @@ class TextEncoder:
             self.batch_limit = f"out of memory with {len(chosen)} prompts at once: went on with {half}"
         return take_conds(join_conds(parts), np.argsort(order))
 
+    @torch.inference_mode()
+    def encode_seeing(self, prompts: list[str], images: Iterable[Sequence[np.ndarray]]) -> Conds:
+        """Cond of P prompts, each with its control images [H,W,3] uint8, as `encode` gives it.
+
+        Raises UserError for a prompt that has the token of an image itself.
+        """
+        parts = []
+        shown: dict[str, Any] = {}
+        before: Sequence[np.ndarray] | None = None
+        for prompt, own in zip(prompts, images, strict=True):
+            if IMAGE_TOKEN in prompt:
+                raise UserError(
+                    f"the prompt {shortened(prompt)!r} has {IMAGE_TOKEN}, which stands for an image. Take it out of "
+                    "the caption."
+                )
+            if own is not before:  # several prompts of an image come one after the other
+                shown = show_images(self.pipeline, self.family, [Image.fromarray(pixels) for pixels in own])
+                before = own
+            arguments = [{**call, **shown} for call in self.arguments]
+            parts.append(call_pipeline(self.pipeline, self.family, arguments, [prompt]))
+        return join_conds(parts)
+
     def _padded_tokens(self, prompts: list[str]) -> np.ndarray:
         """[P]: the tokens that each prompt would take if it were the longest of its batch."""
         if not self.family.pads_to_longest:
@@ -102,6 +132,23 @@ class TextEncoder:
         if self.counted[0] != prompts:
             self.counted = (list(prompts), self.counter.count(prompts))
         return self.counted[1]
+
+
+def mend_positions(text_encoder: Any) -> None:
+    """Let a Qwen2.5-VL know which tokens are of images, which transformers has asked for since 5, and diffusers leaves
+    out: without, all of them have positions as if they were text.
+
+    Needed until https://github.com/huggingface/diffusers/issues/14194 is closed.
+    """
+    name = "mm_token_type_ids"
+    if name not in inspect.signature(text_encoder.forward).parameters:
+        return
+
+    def tell(module: Any, arguments: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        is_image = given["input_ids"] == module.config.image_token_id
+        return arguments, {name: is_image.int(), **given}
+
+    text_encoder.register_forward_pre_hook(tell, with_kwargs=True)
 
 
 def mend_clip_skip(text_encoder: Any) -> None:

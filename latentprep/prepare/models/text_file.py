@@ -21,7 +21,6 @@ from latentprep.prepare.models.checkpoint import (
 )
 from latentprep.prepare.models.clip_tokenizer import MERGES, load_tokenizer
 from latentprep.prepare.models.families import find_family
-from latentprep.prepare.models.family import tokenizer_of
 from latentprep.prepare.models.files import blame, check_sizes, digest_model, hash_files, read_json
 from latentprep.prepare.models.load_text import (
     KINDS,
@@ -66,7 +65,7 @@ class TextFile(TextFiles):
         parts: dict[str, Any] = {}
         for part, prefix in text_parts(shapes).items():
             parts[part] = load_text_encoder(self.path, shapes, prefix, self.configs / part, dtype)
-            parts[tokenizer_of(part)] = self._load_tokenizer(part)
+            parts[self.family.tokenizer_of(part)] = self._load_tokenizer(part)
         return make_pipeline(self.family, parts)
 
     def load_tokenizers(self) -> dict[str, Any]:
@@ -80,7 +79,7 @@ class TextFile(TextFiles):
             self._load_tokenizer(part)
 
     def _load_tokenizer(self, part: str) -> Any:
-        folder = self.configs / tokenizer_of(part)
+        folder = self.configs / self.family.tokenizer_of(part)
         if is_built_in(self.configs):
             return load_tokenizer(folder)
         index = read_json(self.configs / "model_index.json", "--config")

@@ -14,21 +14,24 @@ from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.options import TextOptions
 from latentprep.prepare.models.families import FAMILIES, find_family
-from latentprep.prepare.models.family import Family, Stored, is_there, tokenizer_of
+from latentprep.prepare.models.family import Family, Stored, is_there
 from latentprep.prepare.models.files import blame, digest_model, hash_files, read_json
 from latentprep.prepare.models.load_text import (
     MAX_LAYERS,
     check_encoder,
     check_text_config,
+    made_config,
     make_pipeline,
     pipeline_class,
     pipeline_default,
     text_config,
 )
 from latentprep.prepare.models.load_tokenizer import check_tokenizer, load_tokenizer_of
+from latentprep.prepare.models.processor import ImageSize, Processor, check_image_token, read_processor
 from latentprep.prepare.models.refused import refusal_of
 from latentprep.prepare.models.split_text import find_places
 from latentprep.prepare.models.text_places import Place, Weights, find_tokenizer, own_place
+from latentprep.records import Size
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +111,7 @@ class TextFolder(TextFiles):
     places: Mapping[str, Place]  # encoder -> where it comes from, for those that are there
     tokenizers: Mapping[str, str]  # encoder -> class of its tokenizer
     given: tuple[str, ...] = ()  # encoders that do not come from the folder
+    processor: Mapping[str, Any] | None = None  # read_processor's; None: prompts see no images
 
     @property
     def where(self) -> str:
@@ -117,9 +121,12 @@ class TextFolder(TextFiles):
         pipeline_class(self.family)  # first: diffusers brings a class of text encoders along
         parts: dict[str, Any] = dict(self.pipeline_settings)
         for part in self.left_out:
-            parts |= {part: None, tokenizer_of(part): None}
+            parts |= {part: None, self.family.tokenizer_of(part): None}
         for part, place in self.places.items():
-            parts |= {part: place.load(part, dtype), tokenizer_of(part): self.load_tokenizer(part)}
+            tokenizer: Any = self.load_tokenizer(part)
+            if self.processor is not None:
+                tokenizer = Processor(tokenizer, self.processor, str(place.tokenizer))
+            parts |= {part: place.load(part, dtype), self.family.tokenizer_of(part): tokenizer}
         pipeline = make_pipeline(self.family, parts)
         if self.family.sequence in self.left_out:  # encode_prompt asks the transformer how wide zeros for its T5 are
             width = self.widths["prompt_embeds"]
@@ -134,14 +141,18 @@ class TextFolder(TextFiles):
             if part not in self.given:  # those have been compared already
                 check_encoder(place.kind, place.read_config(), place.weights.read_shapes(), place.config, part)
         tokenizers, sequence = self.load_tokenizers(), self.family.sequence
+        if self.processor is not None:
+            ((part, place),) = self.places.items()
+            config = made_config(place.kind, place.read_config(), str(place.config))
+            check_image_token(tokenizers[part], config.image_token_id, str(place.tokenizer))
         if sequence is None or sequence not in tokenizers:
             return
         with blame(f"{self.path}: its tokenizer does not do for {self.family.pipeline}"):
             short, long = TokenCounter(self, tokenizers, TextOptions()).count(["a", "a photo of a cat"])
         if short >= long:
             raise UserError(
-                f"{self.path}: {tokenizer_of(sequence)} gives a longer prompt no more tokens, so prompts do not "
-                "reach the text encoder. Is its chat_template.jinja whole? Download it again."
+                f"{self.path}: {self.family.tokenizer_of(sequence)} gives a longer prompt no more tokens, so prompts "
+                "do not reach the text encoder. Is its chat_template.jinja whole? Download it again."
             )
 
     def load_tokenizers(self) -> dict[str, Any]:
@@ -153,6 +164,18 @@ class TextFolder(TextFiles):
         config = text_config(place.kind, place.read_config(), str(place.config))
         side, is_padded = self.family.padding_side, part not in self.family.without_pad
         return load_tokenizer_of(place.tokenizer, self.tokenizers[part], config, side, is_padded)
+
+    def count_image_tokens(self, sizes: Sequence[Size]) -> int:
+        """Tokens that control images of these sizes take of a prompt, beyond one for each."""
+        from PIL import Image
+
+        from latentprep.prepare.models.encode_prompt import show_images
+
+        assert self.processor is not None
+        blank = [Image.new("RGB", (width, height)) for height, width in sizes]
+        shown = show_images(make_pipeline(self.family, {}), self.family, blank)["image"]
+        size = ImageSize(self.processor)
+        return sum(size.count(own.height, own.width) - 1 for own in (shown if isinstance(shown, list) else [shown]))
 
     def describe_given(self) -> list[str]:
         """A line for each encoder that does not come from the folder."""
@@ -208,12 +231,17 @@ def open_text(folder: Path, option: str = "--model", given: Sequence[Weights] = 
     configs, tokenizers = {}, {}
     for part, place in places.items():
         if not place.tokenizer.is_dir():
-            raise UserError(f"{option} {folder}: has no {tokenizer_of(part)} folder. Complete it, or --no-cond.")
+            raise UserError(f"{option} {folder}: has no {family.tokenizer_of(part)} folder. Complete it, or --no-cond.")
         configs[part] = place.read_config()
         check_text_config(configs[part], place.config, option)
-        tokenizers[part] = find_tokenizer(place, index, tokenizer_of(part), f"{option} {folder}")
+        tokenizers[part] = find_tokenizer(place, index, family.tokenizer_of(part), f"{option} {folder}")
         check_tokenizer(place.tokenizer, place.kind, tokenizers[part], option)
     settings = pipeline_settings(family, index, f"{option} {folder}")
+    processor = None
+    if family.num_images:
+        (place,) = places.values()
+        vision = made_config(place.kind, configs[encoders[0]], str(place.config)).vision_config
+        processor = read_processor(place.tokenizer, vision, option)
     classes = {part: place.kind for part, place in places.items()}
     numbers = text_numbers(family, classes, configs, settings, f"{option} {folder}")
     hashed: list[Any] = [family.pipeline, *configs.values(), *([settings] if settings else [])]
@@ -234,6 +262,7 @@ def open_text(folder: Path, option: str = "--model", given: Sequence[Weights] = 
         places=places,
         tokenizers=tokenizers,
         given=tuple(part for part in encoders if part in from_elsewhere),
+        processor=processor,
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from latentprep.errors import UserError
 from latentprep.human import shortened
 from latentprep.prepare.models.checkpoint import hash_tensors, read_tensors
-from latentprep.prepare.models.family import Family, is_there, tokenizer_of
+from latentprep.prepare.models.family import Family, is_there
 from latentprep.prepare.models.files import (
     TEXT_WEIGHTS,
     check_whole,
@@ -117,10 +117,10 @@ class Place:
 
 def own_place(folder: Path, part: str, family: Family, index: Mapping[str, Any], option: str) -> Place:
     """The place of an encoder in a pipeline folder itself. Raises UserError."""
-    if not (folder / part).is_dir() or not (folder / tokenizer_of(part)).is_dir():
+    if not (folder / part).is_dir() or not (folder / family.tokenizer_of(part)).is_dir():
         raise UserError(
-            f"{option} {folder}: has no {part} and {tokenizer_of(part)} folders. Complete it, give the encoder's own "
-            "folder with --text-encoder, or --no-cond."
+            f"{option} {folder}: has no {part} and {family.tokenizer_of(part)} folders. Complete it, give the "
+            "encoder's own folder with --text-encoder, or --no-cond."
         )
     may_go = part in family.optional and part == family.sequence
     if may_go and not [file for file in (folder / part).iterdir() if file.suffix in (".safetensors", ".bin")]:
@@ -129,7 +129,7 @@ def own_place(folder: Path, part: str, family: Family, index: Mapping[str, Any],
             "folder."
         )
     kind = named_kind(part, family, index, f"{option} {folder}")
-    return Place(kind, folder / part, folder / tokenizer_of(part), Weights(folder / part, option))
+    return Place(kind, folder / part, folder / family.tokenizer_of(part), Weights(folder / part, option))
 
 
 def kinds_of(part: str, family: Family) -> tuple[str, ...]:

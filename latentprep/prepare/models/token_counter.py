@@ -44,6 +44,11 @@ class TokenCounter:
             self.heard = HeardPrompts(model, self.tokenizer, self.max_tokens)
             self.max_tokens = self.heard.max_tokens
 
+    def see(self, num_images: int) -> None:
+        """Count prompts that see so many images, each of which is one token here."""
+        assert self.heard is not None
+        self.heard.see(num_images)
+
     def count(self, prompts: list[str]) -> np.ndarray:
         """[P] int32: tokens that each whole prompt takes, start and end included; beyond max_tokens they are cut off.
 

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import numpy as np
 import torch
@@ -17,12 +17,13 @@ from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.prepare.devices import count_cores
 from latentprep.prepare.images.load import load_pixels
-from latentprep.prepare.models.doors import PromptEncoder, TextModel
+from latentprep.prepare.models.doors import PromptEncoder, SeeingEncoder, TextModel
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.plan.shared import PlannedText
+from latentprep.prepare.plan.tokens import list_seen
 from latentprep.prepare.speed.timing import repeat
 from latentprep.prepare.survey import Prepared
-from latentprep.prepare.work.cond import list_missing, told_if_memory_is_full
+from latentprep.prepare.work.cond import find_seeing, list_missing, told_if_memory_is_full
 from latentprep.records import Item, Placement, Size
 from latentprep.system import measure_load
 
@@ -62,10 +63,26 @@ def estimate_time(prepared: Prepared) -> Estimate | None:
         texts = [f"a prompt number {n}" for n in range(min(prompts, 32))]
         with told_if_memory_is_full(prepared.text_where.devices[0]):
             encoder = open_text(prepared, models.text)
-            count, taken = measure(lambda count: encoder.encode(texts[:count]), sorted({1, len(texts)}), int)
+            images = draw_controls(prepared)
+
+            def encode_some(count: int) -> None:
+                if images:
+                    cast(SeeingEncoder, encoder).encode_seeing(texts[:count], [images] * count)
+                else:
+                    encoder.encode(texts[:count])
+
+            count, taken = measure(encode_some, sorted({1, len(texts)}), int)
         seconds += taken / count * prompts
         measured.append(f"{count / taken:.0f} prompts/s")
     return Estimate(seconds, prompts, ", ".join(measured), load, count_cores()) if measured else None
+
+
+def draw_controls(prepared: Prepared) -> list[np.ndarray]:
+    """Control images [H,W,3] in the most frequent sizes, for prompts that see them; none for others."""
+    if not prepared.recipe.text.sees_images:
+        return []
+    ((sizes, _),) = Counter(sizes for _, sizes in list_seen(prepared)).most_common(1)
+    return [np.zeros((*size, 3), np.uint8) for size in sizes]
 
 
 def open_text(prepared: Prepared, text: TextModel) -> PromptEncoder:
@@ -175,6 +192,9 @@ def count_prompts(prepared: Prepared) -> int:
     if prepared.models.text is None:
         return 0
     there = set() if prepared.options.overwrite else {*storage.names(), *storage.names(FOLDER)}
+    if recipe.sees_images:
+        todo = ((text, old) for text, old in list_texts(prepared) if text.name not in there)
+        return sum(len({*text.asked} - find_seeing(old, recipe).keys()) for text, old in todo)
     sharing = prepared.sharing
     count = int(uncond_name(make_uncond_id(recipe)) not in there and not prepared.is_done)
     for task in sharing.tasks:

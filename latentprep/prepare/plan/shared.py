@@ -18,7 +18,7 @@ from latentprep.options import TextOptions
 from latentprep.prepare.plan.plan import Plan, live_rows
 from latentprep.prepare.plan.tasks import Borrowed, CondTask, Home, Homes
 from latentprep.prepare.work.cond import is_of_recipe
-from latentprep.prompts import list_prompts
+from latentprep.prompts import list_prompts, list_seeing_prompts
 from latentprep.recipe import TextRecipe
 from latentprep.records import Row
 
@@ -29,7 +29,8 @@ class PlannedText:
 
     shard: str  # its id
     text_id: str
-    prompts: tuple[str, ...]  # each once
+    prompts: tuple[str, ...]  # each once; of every row, if they see its images
+    asked: tuple[tuple[int, str], ...] = ()  # of prompts that see images: the number of the row, and the prompt
 
     @property
     def name(self) -> str:
@@ -50,6 +51,9 @@ class Prompter:
         live = list(live_rows(rows, frozenset(dead)))
         recipe = recipe_of(self.recipe.to_json(), (row.key for row in live))
         text_id = make_text_id(shard, rows, recipe, dead)
+        if self.recipe.sees_images:
+            asked = tuple(list_seeing_prompts(rows, self.options, self.seed, frozenset(dead)))
+            return PlannedText(shard, text_id, tuple(prompt for _, prompt in asked), asked)
         return PlannedText(shard, text_id, tuple(list_prompts(live, self.options, self.seed)))
 
     def plan_texts(self, plan: Plan) -> Iterator[PlannedText]:
@@ -82,9 +86,9 @@ def share_prompts(
     """Decides which prompts are borrowed: those of the cond files that are there, and those of two or more texts.
 
     Cond that a text file of the cache has is taken from there; not at a URL, where a file would be read as a whole,
-    again and again, for a few of its prompts.
+    again and again, for a few of its prompts. Prompts that see images share nothing: each has the cond of its row.
     """
-    if prompter.recipe.text_encoder is None:
+    if prompter.recipe.text_encoder is None or prompter.recipe.sees_images:
         return Sharing((), {}, {})
     counts: dict[str, int] = {}
     for text in prompter.plan_texts(plan):

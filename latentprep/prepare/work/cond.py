@@ -1,10 +1,10 @@
 """Prompts -> their cond: what is there already is taken over, the rest is encoded and checked for overflow."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -22,11 +22,13 @@ from latentprep.prepare.work.events import Truncated
 from latentprep.recipe import TextRecipe
 
 if TYPE_CHECKING:
-    from latentprep.prepare.models.doors import PromptEncoder, TextModel
+    from latentprep.prepare.models.doors import PromptEncoder, SeeingEncoder, TextModel
     from latentprep.prepare.plan.tasks import Homes
+    from latentprep.prepare.work.seen import SeenImages
     from latentprep.prepare.work.stored import StoredCond
 
 NOWHERE: "Homes" = MappingProxyType({})
+NOT_TRUNCATED = Truncated()
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +80,27 @@ class CondMaker:
             place.update((prompt, (text, n)) for n, prompt in enumerate(fresh))
             if text.num_tokens is not None and text.max_tokens is not None:
                 truncated = Truncated.of(fresh, text.num_tokens, text.max_tokens)
-        chosen = [place[prompt] for prompt in prompts]
+        return self._join([place[prompt] for prompt in prompts], len(fresh), truncated)
+
+    def make_seeing(self, asked: Sequence[tuple[int, str]], seen: "SeenImages", old: Text | None = None) -> MadeCond:
+        """Cond of prompts that see images, each given with the number of its row; nothing for none.
+
+        What `old`, a text of the same rows, holds of them is taken over like `make` does. Raises UnseenError too.
+        """
+        if not asked:
+            return MadeCond()
+        known = find_seeing(old, self.recipe)
+        fresh = [pair for pair in asked if pair not in known]
+        place = {pair: (old, n) for pair, n in known.items() if old is not None}
+        if fresh:
+            text = self._encode_seeing(fresh, seen)
+            place.update((pair, (text, n)) for n, pair in enumerate(fresh))
+        return self._join([place[pair] for pair in asked], len(fresh))
+
+    def _join(
+        self, chosen: Sequence[tuple[Text, int]], num_encoded: int, truncated: Truncated = NOT_TRUNCATED
+    ) -> MadeCond:
+        """Cond of prompts that stand in texts, each at a number."""
         tokens = [source.num_tokens[n] for source, n in chosen if source.num_tokens is not None]
         first = chosen[0][0]
         cond = {
@@ -87,23 +109,40 @@ class CondMaker:
         }
         num_tokens = np.array(tokens, np.int32) if len(tokens) == len(chosen) else None
         limit = self.encoder.batch_limit if self.encoder is not None else ""
-        return MadeCond(cond, num_tokens, first.max_tokens, len(fresh), truncated, limit)
+        return MadeCond(cond, num_tokens, first.max_tokens, num_encoded, truncated, limit)
 
     def _encode(self, prompts: list[str]) -> Text:
         """Prompts with their cond, as it is stored."""
-        assert self.recipe.dtype is not None
-        assert self.recipe.store_dtype is not None
         with told_if_memory_is_full(self.device):
-            if self.encoder is None:
-                empty_cache()  # of what the VAE has left
-                dtype = TORCH_DTYPES[self.recipe.dtype]
-                self.encoder = self.model.open(torch.device(self.device), dtype, self.options)
-            num_tokens = self.encoder.count_tokens(prompts)
-            encoded = self.encoder.encode(prompts)
+            encoder = self._open()
+            num_tokens = encoder.count_tokens(prompts)
+            encoded = encoder.encode(prompts)
+        return self._store(prompts, encoded, num_tokens, encoder.max_tokens)
+
+    def _encode_seeing(self, asked: Sequence[tuple[int, str]], seen: "SeenImages") -> Text:
+        """The same of prompts that see images: all of their tokens are kept."""
+        prompts = [prompt for _, prompt in asked]
+        with told_if_memory_is_full(self.device):
+            encoder = cast("SeeingEncoder", self._open())
+            encoded = encoder.encode_seeing(prompts, seen.each(row for row, _ in asked))
+        return self._store(prompts, encoded, lengths_of(encoded), encoder.max_tokens)
+
+    def _open(self) -> "PromptEncoder":
+        """The text encoders, loaded once."""
+        if self.encoder is None:
+            assert self.recipe.dtype is not None
+            empty_cache()  # of what the VAE has left
+            dtype = TORCH_DTYPES[self.recipe.dtype]
+            self.encoder = self.model.open(torch.device(self.device), dtype, self.options)
+        return self.encoder
+
+    def _store(self, prompts: list[str], encoded: Conds, num_tokens: np.ndarray | None, max_tokens: int | None) -> Text:
+        """Prompts with their cond, as it is stored. Raises UserError for cond that overflows."""
+        assert self.recipe.store_dtype is not None
         cond = store_as(encoded, self.recipe.store_dtype)
         option = "--cond-dtype" if self.options.cond_dtype else "--store-dtype"
         check_finite(prompts, encoded, cond, self.recipe, self.model.where, option)
-        return Text([], prompts, cond, num_tokens, self.encoder.max_tokens)
+        return Text([], prompts, cond, num_tokens, max_tokens)
 
 
 @contextmanager
@@ -124,6 +163,24 @@ def told_if_memory_is_full(device: str) -> Iterator[None]:
 def is_of_recipe(old: Text | CondFile, recipe: TextRecipe) -> bool:
     """Whether the cond of a file was made by the recipe's encoder, in its precision."""
     return TextRecipe.cond_of(old.metadata.get("recipe", {})) == recipe.cond
+
+
+def find_seeing(old: Text | None, recipe: TextRecipe) -> dict[tuple[int, str], int]:
+    """Row and prompt -> number of the prompt, of those whose cond can be taken over from a text of the same rows.
+
+    What was a dead row then points to the prompt of another.
+    """
+    if old is None or not is_of_recipe(old, recipe):
+        return {}
+    rows = (own for group in old.groups for own in group.numbers(np.arange(len(group))).tolist())
+    dead = frozenset(old.dead)
+    return {(row, old.prompt[n]): n for row, own in enumerate(rows) if row not in dead for n in own}
+
+
+def lengths_of(conds: Conds) -> np.ndarray:
+    """[P] int32: tokens of each prompt, of cond that has all of them."""
+    found = next(value for value in conds.values() if isinstance(value, Ragged))
+    return np.diff(found.offsets).astype(np.int32)
 
 
 def list_missing(prompts: list[str], old: Text | None, recipe: TextRecipe) -> list[str]:

@@ -9,22 +9,23 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 
 from latentprep.cache.cond import CondFile, open_cond, open_uncond, write_cond, write_uncond
-from latentprep.cache.group import TextGroup
 from latentprep.cache.names import cond_name, make_cond_id, make_text_id, make_uncond_id, text_name, uncond_name
-from latentprep.cache.schema import Groups
 from latentprep.cache.seal import check_seal, check_stamp
 from latentprep.cache.sets import recipe_of
 from latentprep.cache.storage import Stamp, Storage
 from latentprep.cache.text import Text, open_text, write_text
 from latentprep.errors import UnreadableError, UserError
 from latentprep.options import TextOptions
+from latentprep.prepare.images.load import LoadOptions
+from latentprep.prepare.images.pillow import limit_pixels
 from latentprep.prepare.plan.plan import live_rows
 from latentprep.prepare.plan.tasks import Borrowed, CondTask, TextTask
+from latentprep.prepare.work.compose import compose, compose_seeing
 from latentprep.prepare.work.cond import CondMaker, MadeCond
 from latentprep.prepare.work.events import Event, Failure, Step, TextResult
+from latentprep.prepare.work.seen import SeenImages
 from latentprep.prepare.work.stored import StoredCond
 from latentprep.prepare.work.writing import Writing
-from latentprep.prompts import make_prompts
 from latentprep.recipe import TextRecipe
 from latentprep.records import Row
 
@@ -54,6 +55,8 @@ class TextWorker:
     seed: int
     text: "TextModel | None"  # None: no conditioning
     device: str
+    max_pixels: int
+    load: LoadOptions | None  # how images are read, if prompts see them
 
     def run(self, tasks: Iterable[Task]) -> Iterator[Event]:
         """Do the tasks in their order; a result is given once its file is on disk.
@@ -61,6 +64,7 @@ class TextWorker:
         A task that fails is a Failure, the others go on. Raises UserError for cond that cannot be stored, and if
         nothing can be written.
         """
+        limit_pixels(self.max_pixels)
         with ThreadPoolExecutor(1, thread_name_prefix="write") as writer:
             yield from Run(self).run(tasks, writer)
 
@@ -128,14 +132,8 @@ class Run:
         if found is not None and found[1].rows() == [*rows] and lenders.issuperset(found[1].cond_files):
             there = TextResult(shard.id, shard.with_text(text_id, found[0], found[1].cond_files), damaged=damaged)
             return lambda: there
-        prompts, groups = self._compose(rows, shard.groups, frozenset(shard.dead), task.borrowed)
-        own = [prompt for prompt in prompts if prompt not in task.borrowed]
-        made = self.cond.make(own, old, task.homes) if self.cond is not None else MadeCond()
-        cond_files, borrowed = place_borrowed(prompts[len(own) :], task.borrowed)
-        metadata = self._metadata(recipe)
-        text = Text(
-            groups, prompts, made.cond, made.num_tokens, made.max_tokens, metadata, shard.dead, cond_files, borrowed
-        )  # fmt: skip
+        text, made = self._compose(task, rows, old, self._metadata(recipe))
+        cond_files = text.cond_files
 
         def write() -> TextResult:
             written = shard.with_text(text_id, write_text(self.storage, shard.id, text_id, text), cond_files)
@@ -159,29 +157,25 @@ class Run:
             return tuple(known), None, str(error)
 
     def _compose(
-        self, rows: tuple[Row, ...], groups: Groups, dead: frozenset[int], borrowed: Borrowed
-    ) -> tuple[list[str], list[TextGroup]]:
-        """The distinct prompts of rows, those that are borrowed last, and their groups.
-
-        Dead rows have no prompts: they point to the first.
-        """
-        options, seed = self.worker.options, self.worker.seed
-        prompts_of_row = [
-            [] if n in dead else make_prompts(row.captions, row.key, options, seed) for n, row in enumerate(rows)
-        ]
-        distinct = dict.fromkeys(prompt for own in prompts_of_row for prompt in own)
-        prompts = sorted(distinct, key=lambda prompt: prompt in borrowed)
-        index = {prompt: n for n, prompt in enumerate(prompts)}
-        made = [
-            make_row(row, [index[prompt] for prompt in own] or [0] * options.prompts_per_image)
-            for row, own in zip(rows, prompts_of_row, strict=True)
-        ]
-        edges = np.cumsum([0, *(count for _, count, _ in groups)]).tolist()
-        stacked = [
-            TextGroup.stack(label, made[start:end])
-            for (label, _, _), start, end in zip(groups, edges, edges[1:], strict=False)
-        ]
-        return prompts, stacked
+        self, task: TextTask, rows: tuple[Row, ...], old: Text | None, metadata: dict[str, Any]
+    ) -> tuple[Text, MadeCond]:
+        """The text of a shard, with the cond of its prompts."""
+        worker, shard = self.worker, task.shard
+        dead = frozenset(shard.dead)
+        if worker.load is not None and self.cond is not None:
+            found = compose_seeing(rows, shard.groups, dead, worker.options, worker.seed)
+            seen = SeenImages(self.storage, shard, rows, worker.load)
+            made = self.cond.make_seeing([*zip(found.rows, found.prompts, strict=True)], seen, old)
+            lent = place_borrowed([], {})
+        else:
+            found = compose(rows, shard.groups, dead, task.borrowed, worker.options, worker.seed)
+            own = [prompt for prompt in found.prompts if prompt not in task.borrowed]
+            made = self.cond.make(own, old, task.homes) if self.cond is not None else MadeCond()
+            lent = place_borrowed(found.prompts[len(own) :], task.borrowed)
+        text = Text(
+            found.groups, found.prompts, made.cond, made.num_tokens, made.max_tokens, metadata, shard.dead, *lent
+        )  # fmt: skip
+        return text, made
 
     def _make_cond(self, task: CondTask) -> Write:
         """The cond that several texts borrow, unless it is there."""
@@ -238,14 +232,3 @@ def place_borrowed(prompts: Sequence[str], borrowed: Borrowed) -> tuple[tuple[st
     numbers = {cond_file: number for number, cond_file in enumerate(cond_files)}
     rows = [(numbers[cond_file], row) for cond_file, row in places]
     return tuple(cond_files), np.array(rows, np.int32).reshape(-1, 2)
-
-
-def make_row(row: Row, prompt_of: list[int]) -> dict[str, Any]:
-    """What a text file holds of an image, whose prompts have these numbers: field name -> value."""
-    return {
-        "key": row.key,
-        "nbytes": row.nbytes,
-        "version": row.version,
-        "caption": list(row.captions),
-        "prompt_of": prompt_of,
-    }
