@@ -204,7 +204,7 @@ def test_listing_hashing_reading_and_compact_say_how_far_they_are(images, tmp_pa
     stages = [stage for _, stage, _ in kept.bars]
     assert stages == [
         "list", "latents", "text",
-        "list", "read", "hash", "latents", "text",
+        "read", "list", "hash", "latents", "text",
         "compact",
         "hash", "source", "latents", "cond",
     ]  # fmt: skip
