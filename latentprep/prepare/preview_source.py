@@ -14,7 +14,7 @@ from latentprep.cache.storage import Storage
 from latentprep.cache.text import Text
 from latentprep.errors import UserError
 from latentprep.human import counted
-from latentprep.options import ImageSet, TextOptions
+from latentprep.options import CAPTION_ENCODING, ImageSet, TextOptions
 from latentprep.prepare.find_images import join_sources
 from latentprep.prepare.images.decode import decode
 from latentprep.prepare.images.load import LoadOptions, place_image, read_files
@@ -138,8 +138,9 @@ def open_reader(storage: Storage, manifest: Manifest, where: Path, sets: Sequenc
     """
     limit_pixels(MAX_PIXELS)
     made_with = manifest.made_with
+    encoding = made_with.again.get("caption_encoding", CAPTION_ENCODING)  # of metadata files that name control images
     own = ImageSet(
-        "", where, TextOptions(), masks=Path(made_with.masks) if made_with.masks else None,
+        "", where, TextOptions(caption_encoding=str(encoding)), masks=Path(made_with.masks) if made_with.masks else None,
         controls=tuple(map(Path, made_with.control)), control_columns=made_with.control_columns,
     )  # fmt: skip
     sources: dict[str, Originals] = {}
