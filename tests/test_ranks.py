@@ -190,10 +190,10 @@ def test_a_text_that_fails_leaves_its_latents_to_the_next_run(encode, tmp_path, 
     wanted = whole(encode, tmp_path)
     compose = text.Run._compose
 
-    def fails(self, rows, *others):
+    def fails(self, task, rows, *others):
         if any(row.key == "tall0.png" for row in rows):
             raise ZeroDivisionError("a fault")
-        return compose(self, rows, *others)
+        return compose(self, task, rows, *others)
 
     monkeypatch.setattr(text.Run, "_compose", fails)
     results = [encode(rank, 2, code=None) for rank in range(2)]
