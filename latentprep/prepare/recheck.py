@@ -21,10 +21,10 @@ from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
-from latentprep.prepare.plan.buckets import with_controls
 from latentprep.prepare.recheck_source import Originals
 from latentprep.prepare.source.content import hash_images
-from latentprep.records import Item, Placement, Problem, Skip
+from latentprep.prepare.work.seen import place_again
+from latentprep.records import Item, Problem, Skip
 
 # Largest difference, in standard deviations of the latent (root mean square over a row). Another device, batch size or
 # library stays far below, another image, crop or model far above: bfloat16 alone costs 0.013.
@@ -190,11 +190,9 @@ def encode_row(
     """How far one image, encoded again, is from its row: the worst of its views and control images, mean and std."""
     height, width = group.original_size[row].tolist()
     limit_pixels(max(max_pixels(), height * width))  # whatever --max-megapixels the cache was made with
-    resized = tuple(group.resized_size[row, 0].tolist())
     boxes = [tuple(box) for box in group.crop[row].tolist()]
     factor = options.factor
-    buckets = [(own.shape[-2] * factor, own.shape[-1] * factor) for own in group.controls.values()]
-    placement = with_controls(Placement(boxes[0][2:], (resized[0], resized[1]), boxes[0]), buckets)
+    placement = place_again(group, row, factor)
     pixels = load_pixels(Item(key, (height, width), nbytes, 0), placement, options, boxes)
     if isinstance(pixels, Skip):
         return pixels

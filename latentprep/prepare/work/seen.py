@@ -13,6 +13,7 @@ from latentprep.cache.shard import Shard
 from latentprep.cache.storage import Storage
 from latentprep.errors import UnreadableError, UserError
 from latentprep.prepare.images.load import LoadOptions, load_controls
+from latentprep.prepare.plan.buckets import with_controls
 from latentprep.records import Item, Placement, Row, Skip
 
 
@@ -61,11 +62,17 @@ class SeenImages:
 def load_seen(row: Row, group: LatentGroup, number: int, options: LoadOptions) -> list[np.ndarray]:
     """The control images of a row, which is so many in its group. Raises UnseenError, and UserError."""
     height, width = group.original_size[number].tolist()
-    resized = group.resized_size[number, 0].tolist()
-    top, left, rows, columns = group.crop[number, 0].tolist()
     item = Item(row.key, (height, width), row.nbytes, row.version)
-    placement = Placement((rows, columns), (resized[0], resized[1]), (top, left, rows, columns))
+    placement = place_again(group, number, options.factor)
     found = load_controls(item, placement, options, group.key[number], bytes(group.digest[number].tolist()))
     if isinstance(found, Skip):
         raise UnseenError(f"{row.key}: {found.reason}, {found.detail}. The next run looks at it again")
     return found
+
+
+def place_again(group: LatentGroup, number: int, factor: int) -> Placement:
+    """Where the first view of a row was placed when it was encoded, and the buckets of its control images."""
+    height, width = group.resized_size[number, 0].tolist()
+    top, left, rows, columns = group.crop[number, 0].tolist()
+    buckets = [(own.shape[-2] * factor, own.shape[-1] * factor) for own in group.controls.values()]
+    return with_controls(Placement((rows, columns), (height, width), (top, left, rows, columns)), buckets)
