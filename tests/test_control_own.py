@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from latentprep import LatentDataset, LatentLoader, UserError
 from latentprep.cache.manifest import _seal, open_manifest, read_skips
 from latentprep.cache.storage import Storage
 from latentprep.geometry import Geometry
+from latentprep.prepare import survey
+from latentprep.prepare.models.model_set import open_models
 from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.plan import estimate
@@ -538,6 +541,17 @@ def test_native_sizes(run, source, tmp_path):
     )
     assert result.code == 0
     assert all(row["control_2"].shape[-2:] == (9, 11) for row in rows(tmp_path / "c").values())
+
+
+def test_native_sizes_of_a_denoiser_that_takes_patches(run, source, tmp_path, monkeypatch):
+    """The patch is in no manifest: what is encoded again is cut as it was all the same."""
+    monkeypatch.setattr(survey, "open_models", lambda *given: replace(open_models(*given), patch=2))
+    for path in (source / "ref").iterdir():
+        noise(104, 72).save(path)
+    native = ("--model", "tiny", "--no-cond", "--resolution", "native")
+    assert run("encode", source, "--out", tmp_path / "c", *native, *OWN).code == 0
+    assert all(row["control_2"].shape[-2:] == (8, 12) for row in rows(tmp_path / "c").values())
+    assert run("verify", tmp_path / "c", "--source", source, "--re-encode", 4).code == 0
 
 
 def test_flux2_packs_control_images_of_their_own_sizes(run, source, tmp_path):

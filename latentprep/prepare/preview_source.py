@@ -19,7 +19,7 @@ from latentprep.prepare.find_images import join_sources
 from latentprep.prepare.images.decode import decode
 from latentprep.prepare.images.load import LoadOptions, place_image, read_files
 from latentprep.prepare.images.pillow import DecodeError, describe, limit_pixels
-from latentprep.prepare.recheck_source import Originals, check_num_controls
+from latentprep.prepare.recheck_source import Originals, check_num_controls, common_patch
 from latentprep.prepare.source.content import new_hash
 from latentprep.prepare.source.controls import find_controls
 from latentprep.prepare.source.masks import list_masks
@@ -140,7 +140,8 @@ def open_reader(storage: Storage, manifest: Manifest, where: Path, sets: Sequenc
     made_with = manifest.made_with
     encoding = made_with.again.get("caption_encoding", CAPTION_ENCODING)  # of metadata files that name control images
     own = ImageSet(
-        "", where, TextOptions(caption_encoding=str(encoding)), masks=Path(made_with.masks) if made_with.masks else None,
+        "", where, TextOptions(caption_encoding=str(encoding)),
+        masks=Path(made_with.masks) if made_with.masks else None,
         controls=tuple(map(Path, made_with.control)), control_columns=made_with.control_columns,
     )  # fmt: skip
     sources: dict[str, Originals] = {}
@@ -163,7 +164,7 @@ def open_reader(storage: Storage, manifest: Manifest, where: Path, sets: Sequenc
     joined = Originals(*join_sources(str(where), found), ()) if sets else found[""]
     options = LoadOptions.from_recipe(
         joined.source, manifest.latent.factor, joined.masks, manifest.recipe.latents, controls=joined.controls,
-        patch=manifest.latent.normalization.patch,
+        patch=common_patch(manifest),
     )  # fmt: skip
     return Reader(options, found is not sources)
 

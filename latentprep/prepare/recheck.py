@@ -21,7 +21,7 @@ from latentprep.prepare.models.model_set import open_made_vae
 from latentprep.prepare.models.open_encoder import open_encoder
 from latentprep.prepare.models.single_file import VaeFile
 from latentprep.prepare.models.vae_folder import VaeFolder
-from latentprep.prepare.recheck_source import Originals
+from latentprep.prepare.recheck_source import Originals, common_patch
 from latentprep.prepare.source.content import hash_images
 from latentprep.prepare.work.seen import place_again
 from latentprep.records import Item, Problem, Skip
@@ -146,7 +146,7 @@ def load_options(manifest: Manifest, originals: Originals) -> LoadOptions:
     """How the images of a cache are read again."""
     return LoadOptions.from_recipe(
         originals.source, manifest.latent.factor, originals.masks, manifest.recipe.latents,
-        controls=originals.controls, patch=manifest.latent.normalization.patch,
+        controls=originals.controls, patch=common_patch(manifest),
     )  # fmt: skip
 
 

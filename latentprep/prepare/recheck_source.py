@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import gcd
 from pathlib import Path
 
 from latentprep.cache.manifest import Manifest
@@ -106,6 +107,14 @@ def check_num_controls(manifest: Manifest, part: ImageSet) -> None:
             f"--control: got {counted(len(part.controls), 'folder')}{columns}, this cache has "
             f"{counted(wanted, 'control image')} of each image. Give {what if wanted else 'none'}."
         )
+
+
+def common_patch(manifest: Manifest) -> int:
+    """Latent pixels that all sides in a cache are multiples of.
+
+    Native sizes that are cut to it come out as they did when they were cut to the denoiser's patch, which divides it.
+    """
+    return gcd(*(side for shard in manifest.shards for _, _, shape in shard.groups for side in shape[1:])) or 1
 
 
 def list_originals(
