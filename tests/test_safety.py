@@ -86,7 +86,11 @@ def test_one_image_that_cannot_be_read_now_costs_no_row(encode, images, tmp_path
             raise PermissionError(13, "Permission denied")
         return opened(path, *arguments, **options)
 
+    def is_allowed(path, *arguments, **options):
+        return not str(path).endswith("wide1.png")
+
     monkeypatch.setattr(os, "open", denied)
+    monkeypatch.setattr(os, "access", is_allowed)  # a system that denies one denies both
     assert "unread   1 image cannot be read now" in encode().err
     monkeypatch.undo()
     assert len(rows(tmp_path / "c")) == 8

@@ -15,6 +15,7 @@ from latentprep.prepare.images.pillow import describe
 from latentprep.prepare.source.door import File, NotRegularError, Source
 from latentprep.records import Skip
 
+HAS_EFFECTIVE_IDS = os.access in os.supports_effective_ids  # else os.access asks for the user who started the program
 READ = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 
 
@@ -46,11 +47,7 @@ class Folder(Source):
         return Path(self.where).is_dir()
 
     def can_open(self, key: str) -> bool:
-        try:
-            os.close(os.open(f"{self.where}/{key}", READ))
-        except OSError:
-            return False
-        return True
+        return os.access(f"{self.where}/{key}", os.R_OK, effective_ids=HAS_EFFECTIVE_IDS)
 
 
 def open_folder(where: str, without: tuple[Path, ...]) -> Folder | None:
