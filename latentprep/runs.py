@@ -1,4 +1,4 @@
-"""What each public function does, once its arguments are checked. Its errors speak of options, as all of them do."""
+"""What each public function does, once its arguments are checked. Errors name options as on the command line."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress

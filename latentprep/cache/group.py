@@ -1,4 +1,4 @@
-"""A group: rows of one bucket, field by field, as the table says. From rows, to and from the tensors of a file."""
+"""Group: rows of one bucket, one column for each field of the table. Made from rows, or from the tensors of a file."""
 
 from collections.abc import Sequence
 from pathlib import PurePosixPath
@@ -13,7 +13,7 @@ from latentprep.cache.schema import CONTROLS, LISTS, SIZES, STRINGS, Field
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
 from latentprep.records import Row
 
-Column = Any  # a tensor [N,...] (of text an array), a sequence of N texts, or one of N lists of texts
+Column = Any  # a tensor [N,...] (in a TextGroup a numpy array), or a sequence of N strings, or of N lists of strings
 
 
 class Group:
@@ -64,7 +64,7 @@ class Group:
         return cls(label, **columns)
 
     def row(self, number: int) -> dict[str, Any]:
-        """One row, as stack() takes it; its own copy."""
+        """A copy of one row, field name -> value, as stack() takes it."""
         found = {}
         for field in self.table():
             column = self.columns.get(field.name)
@@ -87,7 +87,7 @@ class Group:
         return type(self)(self.label, **{**self.columns, **columns})
 
     def put(self, tensors: Tensors) -> None:
-        """Add the tensors of a file."""
+        """Add the tensors of this group to those of a file: name -> tensor."""
         for field in self.table():
             column, name = self.columns.get(field.name), f"{self.label}/{field.name}"
             if column is None:
@@ -133,12 +133,12 @@ class Group:
 
 
 class LatentGroup(Group):
-    """N images, V views each, in tensors; those of an open file are views of the mapped file."""
+    """N images in V views each, as tensors. Tensors of an open file use the mapped memory of the file: no copy."""
 
     kind = "latents"
     latent_mean: Tensor  # [N,V,C,h,w] in the store dtype; unscaled
     latent_std: Tensor | None  # like latent_mean; None: the cache holds means only
-    weight: Tensor | None  # [N,V,h,w] float16 in 0..1; None: no row has transparency
+    weight: Tensor | None  # [N,V,h,w] float16 in 0..1; None: all weights are 1
     original_size: Tensor  # [N,2] int32: height, width after orientation
     resized_size: Tensor  # [N,V,2] int32
     crop: Tensor  # [N,V,4] int32: top, left, height, width in the resized image
@@ -177,7 +177,7 @@ class TextGroup(Group):
 
 
 def rows_of(groups: Sequence[Group]) -> list[Row]:
-    """What files say of the images of all groups; of latents that is without captions."""
+    """A Row for each image of all groups, in order. Groups of a latents file give rows without captions."""
     found = []
     for group in groups:
         captions = group.caption if isinstance(group, TextGroup) else ((),) * len(group)
@@ -224,7 +224,7 @@ def check_numbers(field: Field, tensor: Tensor, name: str, sizes: dict[str, int]
 
 
 def check_keys(keys: Strings) -> None:
-    """Raise ValueError where a key is not a path inside the source: absolute, with .. in it, or empty."""
+    """Raise ValueError if a key is no path inside the source: absolute, with .. or a zero byte in it, or empty."""
     data, starts = keys.data.tobytes(), keys.offsets[:-1]
     if len(starts) and (starts == keys.offsets[1:]).any():
         raise ValueError("a key is empty")

@@ -30,7 +30,7 @@ class LatentFacts:
     """What a reader must know of the latents. Raises ValueError for what no VAE has."""
 
     normalization: Normalization  # from a sample of the posterior to what the denoiser sees
-    factor: Annotated[int, Meta(ge=1, le=2**10)]  # pixels of a latent pixel, each way
+    factor: Annotated[int, Meta(ge=1, le=2**10)]  # a latent pixel stands for factor x factor pixels of the image
     channels: Annotated[int, Meta(ge=1, le=2**16)]
     views: tuple[str, ...]
     pixel_range: tuple[int, int] = (-1, 1)  # of what the VAE was given
@@ -144,19 +144,22 @@ class Manifest:
         return sum(len(shard.dead) for shard in self.shards)
 
     def root_files(self) -> dict[str, Stamp]:
-        """The files that belong to the cache and to no shard, but cache.json."""
+        """The files that are no single shard's: skips, cond files, the empty prompt's cond; without cache.json."""
         files = {SKIPPED: self.skipped_file} if self.skipped_file is not None else {}
         files |= {cond_name(name): stamp for name, stamp in self.cond_files.items()}
         return files | ({uncond_name(self.uncond.id): self.uncond.file} if self.uncond is not None else {})
 
     def having(self, shards: list[Shard], cond_files: Mapping[str, Stamp] | None = None) -> "Manifest":
-        """With other shards, and of the cond files (its own, or others) those that they need."""
+        """The same manifest with other shards, and with only those cond files that the shards need.
+
+        cond_files: id -> stamp to choose from; None: the manifest's own.
+        """
         there = self.cond_files if cond_files is None else cond_files
         needed = sorted({name for shard in shards for name in shard.cond_files} & there.keys())
         return replace(self, shards=shards, cond_files={name: there[name] for name in needed})
 
     def files(self) -> dict[str, Stamp]:
-        """Every file that belongs to the cache, but cache.json."""
+        """Every file that belongs to the cache, except cache.json."""
         return {name: stamp for shard in self.shards for name, stamp in shard.files().items()} | self.root_files()
 
 
@@ -174,7 +177,7 @@ def manifest_to_json(manifest: Manifest) -> dict[str, Any]:
     """All of it as JSON values."""
     fields = {name: value for name, value in vars(manifest).items() if name != "recipe"}
     found = {"recipe": manifest.recipe.to_json(), **msgspec.to_builtins(fields)}
-    for name in ("control", "control_columns"):  # so that caches without have the bytes that they always had
+    for name in ("control", "control_columns"):  # left out if empty: older caches without them keep the same bytes
         if not getattr(manifest.made_with, name):
             found["made_with"].pop(name, None)
     if not manifest.cond_files:
@@ -226,7 +229,7 @@ def open_manifest(storage: Storage) -> Manifest:
         ) from None
     except NotADirectoryError:
         raise UserError(f"{storage.root}: a file, expected the folder of a cache.") from None
-    except OSError as error:  # the disk's trouble, or the permission's: the manifest may be whole
+    except OSError as error:  # a problem of the disk or of permissions: the manifest itself may be intact
         raise UnreadableError(
             f"{where}: is there, and cannot be read ({error.strerror or error}). "
             "Mend that, and run the same command again."
@@ -267,7 +270,7 @@ def _remedy(storage: Storage) -> str:
 
 
 def read_skips(storage: Storage) -> list[Skip]:
-    """What skipped.jsonl says. Raises UserError where it is broken."""
+    """The skips in skipped.jsonl; none if it is missing. Raises UserError if it cannot be read or is damaged."""
     try:
         lines = storage.read_json(SKIPPED).splitlines()
         return [msgspec.convert(json.loads(line), Skip) for line in lines]

@@ -1,6 +1,6 @@
 """The fields of a shard's files: ONE table, from which writer, checks, compact and reader are made.
 
-A field that is added here, and given by whoever makes the rows, is written, checked, kept by compact and read.
+Add a field here, and give its value in the rows: then it is written, checked, kept by compact, and read.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ COND_DTYPES = {**TORCH_DTYPES, "int8": torch.int8}  # --cond-dtype
 COND_STORED = frozenset(COND_DTYPES.values())
 STRINGS = "strings"  # a text per row, as cache/strings.py stores them
 LISTS = "lists"  # one or more texts per row
-SIZES = {"2": 2, "4": 4, "D": 16}  # letters of a shape that stand for a number; the others are as large as they are
+SIZES = {"2": 2, "4": 4, "D": 16}  # letters of a shape with a fixed size; the file decides the size of the others
 
 Count = Annotated[int, Meta(ge=1, le=2**40)]
 # [C,h,w] of a latent; and behind it [h,w] of each control image, if any of them has another size than the latent
@@ -30,7 +30,7 @@ Groups = tuple[tuple[str, Count, Shape], ...]  # label, rows, shape
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """What a file holds of every row of a group, or of the group.
+    """One field: what a file holds for every row of a group, or once for the group.
 
     shape: a letter for each dimension; the same letter is the same number in all fields of a group. N: rows (images),
     V: views of each, C, h, w: a latent, K: prompts of an image. A field without N is the same for all rows.
@@ -40,7 +40,7 @@ class Field:
     kind: str | frozenset[torch.dtype]  # STRINGS, LISTS, or the number types that it may have
     shape: str = "N"
     is_optional: bool = False
-    fill: float | None = None  # of rows that have none, if others of the group do
+    fill: float | None = None  # the value for rows without this field, if other rows of the group have it; None: 0
 
     @property
     def is_per_row(self) -> bool:

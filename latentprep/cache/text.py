@@ -1,4 +1,4 @@
-"""The text file of a shard: captions, prompts, and their cond or where it is; written, opened, checked."""
+"""The text file of a shard: captions, prompts, and their cond or where it is borrowed from."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -33,7 +33,8 @@ class Text:
     num_tokens: np.ndarray | None = None  # [Q] int32: tokens of the whole prompt, start and end included
     max_tokens: int | None = None  # the text encoder's window: longer prompts were cut
     metadata: dict[str, Any] = field(default_factory=dict)
-    dead: tuple[int, ...] = ()  # rows that were dead when it was made: they have no prompts, and point to the first
+    # rows that were dead when the file was made: they have no prompts of their own, prompt_of points to prompt 0
+    dead: tuple[int, ...] = ()
     cond_files: tuple[str, ...] = ()  # ids of those that it borrows from
     borrowed: np.ndarray = field(default_factory=NOTHING.copy)  # [P-Q,2] int32: number of a cond file, row in it
 
@@ -47,11 +48,14 @@ class Text:
         return bool(self.cond or self.cond_files)
 
     def rows(self) -> list[Row]:
-        """What it says of every row, through all groups."""
+        """A Row for each image, group after group, with captions."""
         return rows_of(self.groups)
 
     def take(self, live: list[np.ndarray]) -> "Text":
-        """Some rows of every group, and of the prompts only those that they use; groups without rows are left out."""
+        """Some rows of every group, with only the prompts that they use; groups without rows are left out.
+
+        live: for each group, the numbers of the rows.
+        """
         used = np.unique(np.concatenate([g.numbers(rows) for g, rows in zip(self.groups, live, strict=True)]))
         taken = [group.take(rows) for group, rows in zip(self.groups, live, strict=True) if len(rows)]
         own, borrowed = used[used < self.num_own], self.borrowed[used[used >= self.num_own] - self.num_own]
@@ -89,7 +93,7 @@ def renumbered(group: TextGroup, used: np.ndarray) -> TextGroup:
 
 
 def write_text(storage: Storage, shard: str, text_id: str, text: Text) -> Stamp:
-    """Write a text file. Raises UserError, and what a remote raises."""
+    """Write a text file. Raises WriteError (a UserError) if that fails, on a remote too."""
     return storage.write_atomic(text_name(shard, text_id), text.pack())
 
 

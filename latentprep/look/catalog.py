@@ -165,7 +165,10 @@ def spots_of(number: int, live: list[np.ndarray]) -> np.ndarray:
 
 
 def pair_up(one: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """[K,2] int64: numbers of equal values in both, in the order of the first; the n-th of a value meets the n-th."""
+    """[K,2] int64: places of equal values in `one` and in `other`, in the order of `one`.
+
+    If a value is there more than once, its n-th place in `one` is paired with its n-th place in `other`.
+    """
     _, numbers = np.unique(np.concatenate([one, other]), return_inverse=True)
     numbers = numbers.reshape(-1).astype(np.int64)  # numpy 2.0 alone gives it another shape
     most = len(numbers) + 1

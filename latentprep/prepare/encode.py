@@ -44,8 +44,8 @@ def encode(prepared: Prepared, make_bar: MakeBar) -> Outcome:
 
 
 def list_text_tasks(prepared: Prepared, results: Sequence[LatentsResult]) -> list[CondTask | TextTask | EmptyPrompt]:
-    """What the text encoders are to do: cond that texts share, the texts of shards that are new or are to say something
-    else, and the empty prompt.
+    """Tasks of the text pass: cond files of shared prompts, texts of new shards and of shards whose text changes, and
+    the empty prompt. Without text encoders: the texts alone.
     """
     units = {unit.id: unit for unit in prepared.plan.units}
     made: list[TextTask] = []

@@ -34,9 +34,9 @@ TOLERANCES = {"float32": 0.003, "float16": 0.01, "bfloat16": 0.05}
 def compare_source(
     storage: Storage, manifest: Manifest, originals: Originals, progress: Callable[[int], object]
 ) -> list[Problem]:
-    """Whether every cached image is still there with the same content, and every image there is in the cache.
+    """A problem for each cached image that is gone, unreadable or changed, and for each image that is not in the cache.
 
-    Reads every image, whatever its time says. What differs is told in words of CHANGES, as encode tells it.
+    Every image is read, whatever its time says. What differs is told in words of CHANGES, as encode tells it.
     """
     rows = list(list_cached(storage, manifest))
     problems, gone = [], dict[str, tuple[int, bytes]]()  # key -> bytes, content hash
@@ -111,9 +111,9 @@ def reencode(
     device: str,
     progress: Callable[[int], object] = int,
 ) -> tuple[list[Problem], float]:
-    """Encode `count` random images again and compare; also the largest difference, in the latent's standard deviations.
+    """Encode `count` random images again: problems, and the largest difference, in standard deviations of the latent.
 
-    Raises UserError where the model is not the one that the cache was made with.
+    Raises UserError if the model is not the one that the cache was made with, or was in memory alone.
     """
     if is_in_memory(manifest):
         raise UserError(

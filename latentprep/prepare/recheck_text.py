@@ -90,8 +90,8 @@ def reencode_text(
     """Encode the empty prompt and those of `count` random images again, and compare; also the largest difference.
 
     The images are those that recheck.reencode takes, read as `load` says if prompts see them; the difference is as in
-    TOLERANCES. Raises UserError for a recipe
-    that nobody understands, and if a device cannot hold the text encoders.
+    TOLERANCES. Raises UserError if
+    these text encoders cannot do what the recipe says, or do not fit into the device's memory.
     """
     recipe = manifest.recipe.text
     options = read_options(recipe, source, storage.root)

@@ -40,7 +40,7 @@ def make_facts(models: Models, recipe: Recipe) -> LatentFacts:
 
 
 def skip_conditions(options: EncodeOptions) -> dict[str, str]:
-    """What a skip depends on, for each of records.CONDITIONS; "" keeps no skip."""
+    """What skips depend on, for each of records.CONDITIONS. A skip with "" is never kept: each run tries it again."""
     libraries = versions()
     return {
         "machine": "",

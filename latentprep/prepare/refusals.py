@@ -39,7 +39,7 @@ def check_paths(options: EncodeOptions, say: Say) -> None:
 
 @contextmanager
 def told_what_text_needs(options: EncodeOptions) -> Iterator[None]:
-    """Errors about SOURCE say what --only text needs of it: on another machine there may be captions alone."""
+    """With --only text, errors about SOURCE add that it needs images too: a person may have copied captions only."""
     try:
         yield
     except UserError as error:
@@ -95,8 +95,9 @@ def check_source(
 ) -> None:
     """Raise UserError if this is not the source that the cache was made from: most images would be gone from it.
 
-    That is so if more than half of them are, or any of them and the source has another path than it had. With another
-    path it is also refused if more than half have other content: other folders may have the same names, as 0001.png.
+    A source is refused if more than half of the images are gone. If its path is not the one that the cache remembers,
+    it is also refused if any image is gone, or if more than half have other content: another folder may have the same
+    names, such as 0001.png.
     """
     gone, changed = (sum(change.what == what for change in plan.changes) for what in ("gone", "changed"))
     held = manifest.num_images if manifest is not None else 0

@@ -63,7 +63,7 @@ class Prepared:
     known_skips: tuple[Skip, ...]  # what the cache has skipped before
     images: Images
     load_options: LoadOptions
-    conditions: Mapping[str, str]  # of this run, that skips depend on
+    conditions: Mapping[str, str]  # on which skips depend: one of records.CONDITIONS -> its value in this run
     row_bytes: RowBytes
     plan: Plan
     cond_files: Mapping[str, Stamp]  # id -> those that are there, from which texts may borrow cond
@@ -210,7 +210,9 @@ def prepare(
 
 
 def place_controls(load: LoadOptions, item: Item, placement: Placement) -> Placement | Skip:
-    """The placement of an item with the buckets of its control images, or the Skip of one that has none."""
+    """The placement of an item with the buckets of its control images added; a Skip if one of them fits no bucket.
+    Raises UserError.
+    """
     sizes = read_control_sizes(item, load)
     if isinstance(sizes, Skip):
         return sizes
@@ -245,9 +247,10 @@ def choose_where(options: EncodeOptions, models: Models, say: Say) -> tuple[Wher
 
 
 def choose_text_where(options: EncodeOptions, where: Where, dtype: str, say: Say) -> tuple[Where, str]:
-    """Where the text encoders run, and their number type; says it if it is not where the VAE does. Raises UserError.
+    """Where the text encoders run, and their number type; says so if it is not where the VAE runs. Raises UserError.
 
-    --text-device names one device, so it is one process: each of several would hold all of the weights.
+    --text-device names one device, so the text encoders run in one process: each further one would hold all of
+    their weights again.
     """
     if options.text_device is None or not options.needs_text_encoder:
         return where, dtype

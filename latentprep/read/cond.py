@@ -1,4 +1,4 @@
-"""Stored cond of a batch: gathered, that of the empty prompt put in for what is dropped, and padded to one length."""
+"""Stored cond of a batch. Dropped samples get that of the empty prompt; shorter prompts are padded to one length."""
 
 from typing import Any
 
@@ -53,17 +53,17 @@ class StoredCond:
 
     @property
     def _name(self) -> str:
-        """What the file of the empty prompt is called by."""
+        """The id in the name of the empty prompt's file."""
         assert self.manifest.uncond is not None
         return self.manifest.uncond.id
 
     def take(
         self, rows: OpenRows, prompts: np.ndarray, is_dropped: np.ndarray | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Cond of a batch as stored, name -> [B,...], and of what is padded the lengths, name -> [B] int64.
+        """Cond of a batch as stored, name -> [B,...]; and the lengths before padding, name -> [B] int64, if padded.
 
-        prompts [B]: of each sample the number of its prompt in its shard. is_dropped [B] bool: which get the empty
-        prompt's; None: none does.
+        prompts [B]: the number of each sample's prompt in its shard. is_dropped [B] bool: the samples that get the cond
+        of the empty prompt; None: no sample does. Raises UserError if that cond cannot be read or does not fit.
         """
         cond: dict[str, Tensor] = {}
         lengths: dict[str, Tensor] = {}
@@ -81,7 +81,10 @@ class StoredCond:
         return cond, {name: own for name, own in lengths.items() if name not in scales}
 
     def _empty_row(self, name: str, kind: Kind) -> Tensor:
-        """[T,...] of the empty prompt. Raises UserError if that is of another kind than the prompts' own."""
+        """[T,...] or [D]: the empty prompt's cond of this name.
+
+        Raises UserError if there is none, if its shape is not that of the prompts', or if only one of them is int8.
+        """
         empty, (dtype, shape) = self.empty().get(name), kind
         is_packed = torch.int8 in (dtype, None if empty is None else empty.dtype)
         if empty is None or row_shape(empty) != shape or (is_packed and empty.dtype != dtype):
@@ -105,8 +108,8 @@ def finish_cond(
 ) -> dict[str, Tensor]:
     """Cond as a training loop takes it: name -> [B,...] in a dtype, and <name>_mask [B,T] bool if it has lengths.
 
-    A mask says which tokens are a prompt's own, and no padding. One that is stored under that name counts instead.
-    Positions stay in float32, since 16 bits do not have all of them; they have the mask of the embeddings.
+    A mask is true for the tokens of the prompt and false for padding. If the cache has a mask of that name, it is used
+    instead. Positions stay float32, since 16-bit floats cannot hold all of them; they get no mask of their own.
     """
     cond = unpack_all(stored, dtype)
     for name, own in lengths.items():

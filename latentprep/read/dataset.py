@@ -45,7 +45,7 @@ from latentprep.read.reader import SampleReader, Sampling
 from latentprep.read.shards import OpenShards, promised_by
 from latentprep.records import MAX_REPEATS
 
-MANY_ROWS = 2**24  # beyond this the files are looked at before memory is taken for the rows that cache.json names
+MANY_ROWS = 2**24  # if cache.json names more rows, the sizes of its files are checked before an index is allocated
 
 
 class Keywords(TypedDict, total=False):
@@ -72,32 +72,33 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     cache: folder or URL.
     latent_sampling_method: "once": one draw for each image, the same in every epoch and process; "deterministic": the
         mean; "random": a fresh draw every epoch, which the seed decides.
-    repeats: how often each image stands in an epoch, times the repeats of its set. Of several crops or prompts its
-        repetitions take others, in turn.
+    repeats: how often an epoch has each image, times the repeats of its set. If an image has several crops or prompts,
+        its repetitions use them in turn.
     flip_p: how often the mirrored view is taken, 0..1; the cache needs `encode --flip`.
     include_cond: whether batches hold text embeddings.
     use_weight: True rescales each weight map to a minimum of 0 and a mean of 1, so that losses stay comparable, as the
-        ancestor did (a constant map becomes ones); "raw" gives alpha as stored, 0..1; a number such as 0.1 gives alpha,
-        but never less than that. Images without alpha get ones.
+        web UI did (a constant map becomes ones); "raw" gives alpha or mask as stored, 0..1; a float such as 0.1 is the
+        same with this minimum. Images without alpha or mask get ones.
     caption_dropout: how often a sample gets the empty prompt and its cond, 0..1, for classifier-free guidance. None:
-        as the sets of the cache say; never, if it has none.
+        as the sets of the cache say; never, if it has no sets.
+    sample_weight: how much the loss of each sample counts, times what its set says; batch.sample_weight has it.
+    seed: decides noise, flips and prompts.
 
-    Prompts are the stored ones, with their stored cond, unless one of these asks for prompts that are made anew for
-    every sample and epoch, from the stored captions (of several captions one is taken):
+    By default a batch has the stored prompts with their stored cond. The following arguments make new prompts from the
+    stored captions, for every sample and epoch. If an image has several captions, one of them is used:
 
     template, placeholder_token: as in `encode`: a shipped name or a file, with [filewords] and [name].
     shuffle_tags, keep_tags: shuffle the comma-separated tags of the caption, all but the first `keep_tags`.
     tag_drop_out: how often each of those tags is left out, 0..1.
     wildcards: {a|b|c} in captions and templates becomes one of its parts.
-    sample_weight: how much the loss of each sample counts, times what its set says; batch.sample_weight has it.
-    seed: what draws, flips and prompts start from.
-    cond_model: makes their cond: a callable from a list of B prompts to [B,T,D], or to a dict of such. It is called in
-        the training process, when batch.cond is asked for; without it, say include_cond=False.
+    cond_model: makes the cond of new prompts, or of stored ones if the cache has no cond: a callable from a list of B
+        prompts to [B,T,D], or to a dict of name -> [B,...]. It is called in the training process, when batch.cond is
+        used. New prompts without a cond_model need include_cond=False.
 
     Fields of the cache that have no name of their own in a batch are in batch.fields, name -> [B,...].
 
-    `data[i]` and `data.__getitems__(indices)` give a LatentBatch; the indices of one batch are to be of one bucket, as
-    BucketBatchSampler gives them. Raises UserError for a cache that is missing or lacks what is asked for.
+    `data[i]` and `data.__getitems__(indices)` give a LatentBatch. All indices of one batch must be of one bucket;
+    BucketBatchSampler gives such batches. Raises UserError if the cache is missing, or has not what the arguments need.
     """
 
     # fmt: off
@@ -169,7 +170,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         lines = load_template(str(template)) if template is not None else None
         wording = Wording(lines, placeholder_token, shuffle_tags, keep_tags, tag_drop_out, wildcards)
         self.storage = Storage(cache)
-        self._reading = Reading(self.storage)  # held from before the manifest is read: what it names stays
+        self._reading = Reading(self.storage)  # before the manifest is read, so that no file that it names is deleted
         self.manifest = open_manifest(self.storage)
         check_sizes(self.storage, self.manifest)
         self._index = Index(self.manifest.shards, self.repeats, sets=self.manifest.sets)
@@ -179,7 +180,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         self._shards = OpenShards(self.storage, self.manifest, self._index.groups, needs_cond=include_cond)
         self._reader = SampleReader(self.manifest, self._shards, self._prompts, sampling)
         self._epoch = make_epoch()
-        self._split: dict[int, tuple[float, float]] = {}  # seed -> the range of hashes that split has left here
+        self._split: dict[int, tuple[float, float]] = {}  # seed -> range of hashes, 0 to 1, of the images in this part
         self._check()
 
     def _check(self) -> None:
@@ -225,7 +226,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
     @property
     def normalization(self) -> Normalization:
-        """From latents as they are stored to what the denoiser sees."""
+        """How stored latents become what the denoiser sees: patch, shift and scale."""
         return self.manifest.latent.normalization
 
     @property
@@ -275,11 +276,11 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         return self._index.sizes_of_buckets()
 
     def counts_at_most(self) -> list[np.ndarray]:
-        """Samples of each bucket that an epoch takes: all epochs take the same."""
+        """[buckets] int64, in a list of one array: samples that every epoch takes of each bucket."""
         return [np.array(self.sizes_of_buckets(), np.int64)]
 
     def samples_before(self, epoch: int) -> list[int]:
-        """Samples of each bucket that all epochs before have taken: each takes every one."""
+        """How many samples of each bucket all earlier epochs have taken: each epoch takes all of them."""
         return [size * epoch for size in self.sizes_of_buckets()]
 
     def samples_of_bucket(self, bucket: int, numbers: np.ndarray) -> np.ndarray:
@@ -287,7 +288,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         return self._index.samples_of_bucket(bucket, numbers)
 
     def describe_state(self) -> dict[str, Any]:
-        """What order, draws and prompts of an epoch depend on, name -> JSON value: a saved position holds it."""
+        """Name -> JSON value of all that decides the order, noise and prompts of an epoch; state_dict stores it."""
         return {
             "dataset_seed": self.seed, "repeats": self.repeats, "flip_p": self.flip_p,
             "latent_sampling_method": self.latent_sampling_method, **self._prompts.describe_state(),
@@ -319,12 +320,13 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
     def split(self, share: float, *, seed: int = 0) -> tuple[Self, Self]:
         """(train, val) for `train, val = data.split(0.05)`: val has about this share of the images, train the rest.
 
-        The content of an image decides where it goes, and nothing else: it stays there when images are added, removed
-        or renamed, equal images are on the same side, and so they are in another dataset of the same images. A side can
-        be split again. Another seed splits otherwise. Reads the hashes of all images. Raises UserError.
+        Only the content of an image decides its side. So it stays there when images are added, removed or renamed;
+        equal images are on the same side; and another dataset of the same images is split in the same way. A side can
+        be split again. Another seed gives another split. The content hashes of all images are read. Raises UserError
+        if a side would have no image.
         """
         check_share("share", share)
-        low, high = self._split.get(check_int("seed", seed), (0.0, 1.0))  # what of the hashes' range is left
+        low, high = self._split.get(check_int("seed", seed), (0.0, 1.0))  # the hashes of the images in this part
         edge, seed = low + share * (high - low), int(seed)
         rest, part = split_by_content(self._index, self._shards, edge, int(seed))
         sides = self._part(rest), self._part(part)
@@ -340,12 +342,15 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         return np.concatenate(found)
 
     def choose(self, is_chosen: np.ndarray) -> Self:
-        """The part of the data for which this is true, [n] bool: for each image, in the order of the dataset."""
+        """The images for which is_chosen is true, as a dataset. is_chosen: [n] bool, one for each image, in order."""
         parts = zip(self._index.rows(), self._index.split(is_chosen), strict=True)
         return self._part({group: rows[own] for (group, rows), own in parts})
 
     def samples_in(self, whole: Self, images: np.ndarray) -> np.ndarray:
-        """[n] int64: where the samples of this part of `whole` stand in it; images: those that the part has, rising."""
+        """[n] int64: the index in `whole` of each sample of this dataset, which is a part of it.
+
+        images: the numbers in `whole` of the images of this part, ascending.
+        """
         own, repetitions = self._index.split_samples(np.arange(len(self)))
         return whole._index.join_samples(images[own], repetitions)
 
@@ -361,7 +366,7 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         return new
 
     def key(self, index: int) -> str:
-        """Path of an image relative to the folder that was encoded."""
+        """Key of an image: its path in the source; in a cache of several sets it begins with the name of the set."""
         (number,), (row,) = self._index.find(np.array([index]))
         return self._shards[int(number)].key[int(row)]
 
@@ -389,18 +394,18 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
         return self.__getitems__([check_index(index)])
 
     def __getitems__(self, indices: list[int]) -> LatentBatch[CondT, WeightT]:
-        """The batch of some samples, of the epoch that the sampler has given them, else of set_epoch's."""
+        """The batch of these samples. The epoch comes with the sampler's indices, or else from set_epoch."""
         epoch = indices.epoch if isinstance(indices, EpochIndices) else int(self._epoch)
         return self.read(indices, epoch)
 
     def read(self, indices: list[int], epoch: int) -> LatentBatch[CondT, WeightT]:
-        """The batch that `__getitems__` gives in an epoch. Raises IndexError for what is no index."""
+        """The batch of these samples in this epoch. Raises IndexError for an index out of range, else UserError."""
         samples = check_indices(indices)
         (batch,) = self.read_many(Batches(self._index.check(samples), np.array([0, len(samples)])), epoch)
         return batch
 
     def read_many(self, batches: Batches, epoch: int) -> Iterator[LatentBatch[CondT, WeightT]]:
-        """Several batches of an epoch, each when it is asked for."""
+        """An iterator over several batches of an epoch; each batch is read when the iterator reaches it."""
         for batch in self._reader.read(self._index, batches, self.seed, epoch):
             self.give_cond_model(batch)
             yield batch  # type: ignore[misc]  # of the types that the arguments say
@@ -424,7 +429,10 @@ class LatentDataset(Dataset[LatentBatch[CondT, WeightT]], Generic[CondT, WeightT
 
 
 def check_sizes(storage: Storage, manifest: Manifest) -> None:
-    """Raise UserError if a cache says that it has more rows than its files can hold: an index takes memory for each."""
+    """Raise UserError if a large cache has a file that is missing or of another size than the manifest says.
+
+    Otherwise a manifest that lies about its rows would make the index take all memory.
+    """
     num_rows = sum(shard.num_rows for shard in manifest.shards)
     if num_rows > MANY_ROWS and (missing := find_missing(storage, manifest.shards)):
         raise UserError(f"{storage.root}: {next(iter(missing.values()))}.")

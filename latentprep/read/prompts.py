@@ -1,4 +1,4 @@
-"""Which prompt each sample of a batch has: one of those that are stored, or one made anew of its captions."""
+"""Which prompt each sample of a batch has: one of the stored prompts, or a new one made from the image's captions."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class Wording:
 
     @property
     def makes_prompts(self) -> bool:
-        """Whether anything is asked for, so that the stored prompts do not count."""
+        """Whether prompts are made from captions; if not, the stored prompts are used."""
         return self.template is not None or self.shuffle_tags or self.tag_drop_out > 0 or self.wildcards
 
     def make(self, key: str, captions: list[str], seed: int) -> str:
@@ -87,7 +87,7 @@ class StoredPrompts:
 
 
 class TextOfBatch(NamedTuple):
-    """What a batch says."""
+    """The prompts of a batch, and their stored cond."""
 
     prompts: list[str] | StoredPrompts  # B
     cond: dict[str, Tensor] | None  # name -> [B,...] as stored; None: there is none, or it is to be made
@@ -95,7 +95,7 @@ class TextOfBatch(NamedTuple):
 
 
 class Prompts:
-    """The prompts of a cache and their stored cond; of a share of the samples the empty prompt and its cond."""
+    """Prompts and stored cond of samples. With caption_dropout, some samples get the empty prompt and its cond."""
 
     def __init__(
         self, wording: Wording, stored: StoredCond, *, include_cond: bool, caption_dropout: float | None
@@ -120,7 +120,7 @@ class Prompts:
         return draws.happens(DROP, share) if isinstance(share, np.ndarray) or share else None
 
     def choose(self, rows: OpenRows, draws: Draws, span: slice) -> np.ndarray:
-        """[n] int64: of each sample one of the K prompts of its image, by its number in the shard."""
+        """[n] int64: one of the K prompts of each sample's image, as the prompt's number in the shard."""
         table = (
             rows.take("prompt_of") if len({group.prompt_of.shape[1] for group in rows.opened.values()}) == 1 else None
         )
@@ -137,9 +137,10 @@ class Prompts:
     def take(
         self, rows: OpenRows, numbers: np.ndarray, seeds: np.ndarray | None, is_dropped: np.ndarray | None
     ) -> TextOfBatch:
-        """What a batch says. numbers [B]: as `choose` gives them; seeds [B]: of prompts that are made; is_dropped [B].
+        """Prompts and cond of a batch. numbers [B]: from `choose`. seeds [B]: from `seeds`; None: stored prompts.
 
-        Raises UserError if the empty prompt's cond is needed and cannot be read.
+        is_dropped [B] bool: the samples that get the empty prompt. Raises UserError if its cond is needed and cannot be
+        read.
         """
         if is_dropped is not None and not is_dropped.any():
             is_dropped = None

@@ -1,4 +1,4 @@
-"""Open files: OpenGroups, memory-mapped on first touch and checked against what the manifest promises; their rows."""
+"""OpenShards: groups of shards, memory-mapped when first used, and checked against what the manifest promises."""
 
 import threading
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ KNOWN = frozenset({
 
 
 def list_columns(group: LatentGroup, words: TextGroup) -> Iterator[tuple[str, str, Tensor]]:
-    """The numbers that both files hold of a group: name, letters of the shape as in the table of fields, and values."""
+    """(name, shape in letters as in schema.py, values) of each field of numbers of a group, in both files."""
     for part in (group, words):
         for field in part.table():
             value = part.columns.get(field.name)
@@ -36,7 +36,7 @@ def list_columns(group: LatentGroup, words: TextGroup) -> Iterator[tuple[str, st
 
 
 class OpenGroup:
-    """One group of a shard, memory-mapped: N images in V views. Of image n, view v stands in row n * V + v."""
+    """One group of a shard, memory-mapped: N images in V views. View v of image n is row n * V + v."""
 
     def __init__(self, group: LatentGroup, words: TextGroup, text: Text, cond: TextCond | None) -> None:
         """cond: of all prompts; None: it is not needed."""
@@ -60,21 +60,22 @@ class OpenGroup:
         self.digest = group.digest.numpy().view(np.uint64)[:, 0]  # [N]: half of each image's content hash
         self.key, self.caption, self.prompt_of = words.key, words.caption, words.prompt_of
         self.prompt, self.cond = text.prompt, cond
-        self.own_cond = text.cond if cond is not None and not cond.is_borrowed else {}  # if all stands in one file
+        # the cond of the text file, if no prompt of it borrows from another file; else empty
+        self.own_cond = text.cond if cond is not None and not cond.is_borrowed else {}
 
 
 class OpenShards:
     """The groups of a cache by number, opened when they are first asked for; each process opens its own."""
 
     def __init__(self, storage: Storage, manifest: Manifest, groups: list[tuple[int, int]], needs_cond: bool) -> None:
-        """`groups`: shard, and group in it, by number. Without needs_cond it does not matter what cond there is."""
+        """groups: for each, the number of its shard and its number in it. needs_cond: whether cond is opened."""
         self.storage, self.manifest, self.groups, self.needs_cond = storage, manifest, groups, needs_cond
         self.cond_files = CondFiles(storage)
         self.opened: dict[int, OpenGroup] = {}
         self.addresses: dict[str, Addresses] = {}  # of the fields of open groups
         self.is_open = np.zeros(len(groups), bool)
         self._lock = threading.RLock()  # several threads may read
-        # name -> dtype and shape of a row, as the first shard has it and all others must; None: none was opened
+        # name -> dtype and shape of a row. The first group that is opened decides; None: none was opened yet
         self.cond: dict[str, Kind] | None = None
 
     def __getitem__(self, number: int) -> OpenGroup:
@@ -104,7 +105,7 @@ class OpenShards:
             self.addresses[name].put(number, tensor)
 
     def rows(self, groups: np.ndarray, image_rows: np.ndarray, views: np.ndarray) -> OpenRows:
-        """Rows of samples, by their groups, their rows and the numbers of their views, each [n]; all are opened.
+        """The rows of n samples; their groups are opened. For each sample [n]: its group, row in the group, and view.
 
         Raises UserError like __getitem__.
         """
@@ -133,7 +134,10 @@ class OpenShards:
         return group
 
     def _check(self, group: OpenGroup, where: str) -> None:
-        """Raise UserError if a shard is not what the manifest, and the shards read before, promise of it."""
+        """Raise UserError if a group is not what the manifest promises, or if its cond differs from groups read before.
+
+        The first group that is checked decides what cond the others must have (self.cond).
+        """
         is_promised = kept_by(group) == promised_by(self.manifest)
         cond = dict(group.cond.kinds) if group.cond is not None else {}
         if not self.needs_cond:

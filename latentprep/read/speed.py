@@ -9,7 +9,7 @@ from latentprep.read.loader import LatentLoader
 from latentprep.speeds import ReadSpeed
 
 BATCH_SIZE = 8
-MOST = 20  # epochs that are timed, after the one that warms up
+MOST = 20  # epochs that are timed, after the one that warms up that are timed, after the one that warms up
 
 
 def measure_read(cache: str, has_std: bool, seconds: float, count: Callable[[int], object]) -> ReadSpeed:

@@ -26,8 +26,8 @@ from latentprep.recipe import LatentsRecipe
 from latentprep.records import NAMED_NOTES, Box, Item, Pixels, Placement, Size, Skip
 
 LARGE_PIXELS = 32_000_000  # an image beyond this is decoded alone: it takes hundreds of MB
-LARGE_BYTES = 128_000_000  # and so is a larger file, whatever its pixels
-one_large_control = Lock()  # their sizes are known as late as here, so that is_large tells nothing of them
+LARGE_BYTES = 128_000_000  # a file beyond this is decoded alone too, however few its pixels
+one_large_control = Lock()  # held for a large control image: its size is known only here, so LoadAhead cannot bound it
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class LoadOptions:
     fit: str
     upscale: bool
     controls: tuple[Partners, ...] = ()
-    control_geometry: Geometry | None = None  # of control images with buckets of their own; None: their targets' count
+    control_geometry: Geometry | None = None  # for control images' own buckets; None: they have their targets'
     patch: int = 1  # latent pixels of a patch, each way
 
     def place_control(self, size: Size, target: Size, placement: Placement) -> Placement | Verdict:
@@ -98,11 +98,11 @@ class ImageError(Exception):
 class Part(NamedTuple):
     """One file of an item: of its image, its mask, or a control image."""
 
-    option: str  # whose source it is of
+    option: str  # the option that names its source: SOURCE, --weights or --control
     source: Source
     key: str
     nbytes: int  # as it was listed
-    where: str  # what begins a message of it; "" of the image itself
+    where: str  # how messages about it begin; "" for the image itself
     data: bytes = b""
 
 

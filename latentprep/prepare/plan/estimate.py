@@ -183,9 +183,9 @@ def measure_decode(prepared: Prepared, rows: list[tuple[Item, Placement]]) -> fl
 
 
 def count_prompts(prepared: Prepared) -> int:
-    """Prompts that the text encoder will see: each once but for those with cond, and the empty one.
+    """How many prompts the text encoder will see: each prompt without cond once, and the empty one if it has none.
 
-    Images that turn out to be damaged, and text files with flipped bytes, are not known yet. Nor is what several
+    It cannot know which images turn out to be damaged, which text files have flipped bytes, and which prompts several
     devices or ranks encode at the same moment.
     """
     storage, recipe = prepared.storage, prepared.recipe.text

@@ -111,7 +111,7 @@ def share_prompts(
 def find_borrowed(
     storage: Storage, cond_files: Mapping[str, Stamp], recipe: TextRecipe, wanted: Iterable[str]
 ) -> dict[str, tuple[str, int]]:
-    """Of the prompts that are wanted those that cond files have: prompt -> which, and the row in it."""
+    """Prompts that are wanted and in a cond file: prompt -> (the cond file's id, the row in it)."""
     wanted, found = frozenset(wanted), dict[str, tuple[str, int]]()
     for cond_file in sorted(cond_files if wanted else ()):
         with suppress(UserError):  # damaged: nothing is taken from it
@@ -126,7 +126,7 @@ def find_borrowed(
 
 
 def find_homes(storage: Storage, shards: Iterable[Shard], recipe: TextRecipe, wanted: Iterable[str]) -> dict[str, Home]:
-    """Of the prompts that are wanted those whose cond text files have: prompt -> the first of them."""
+    """Prompts that are wanted and whose cond is in a text file: prompt -> the first such file."""
     wanted, homes = frozenset(wanted), dict[str, Home]()
     for shard in shards if wanted else ():
         if shard.text_file is None:

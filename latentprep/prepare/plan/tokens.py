@@ -38,7 +38,7 @@ class TextSizes:
     """What the texts of a plan take on disk, in bytes."""
 
     text: int
-    is_bound: bool  # whether it is the most that it may be
+    is_bound: bool  # whether `text` is an upper bound, and not about the size
     advised: int | None = None  # a --max-tokens that cuts no prompt and stores less; None: there is none
     with_advised: int = 0  # bytes with it
 
@@ -119,7 +119,10 @@ def measure_lengths(prepared: Prepared) -> Lengths | None:
 
 
 def measure_texts(prepared: Prepared, lengths: Lengths | None) -> TextSizes:
-    """Bytes of a plan's texts, and of cond that they share; of lengths of their own, all as long as the longest."""
+    """Bytes of a plan's texts, and of the cond that they share.
+
+    Prompts with lengths of their own all count as if they were as long as the longest, or as --max-tokens.
+    """
     sharing = prepared.sharing
     texts = prepared.prompter.plan_texts(prepared.plan)
     num_stored = sum(prompt not in sharing.borrowed for text in texts for prompt in text.prompts)

@@ -40,7 +40,7 @@ class MadeCond:
     max_tokens: int | None = None
     num_encoded: int = 0  # prompts
     truncated: Truncated = field(default_factory=Truncated)
-    batch_limit: str = ""  # how many prompts fit into memory at once; empty: it has always sufficed
+    batch_limit: str = ""  # the message that a full memory made batches smaller; empty: memory has always sufficed
 
 
 class CondMaker:
@@ -60,8 +60,8 @@ class CondMaker:
     def make(self, prompts: list[str], old: Text | None = None, homes: "Homes" = NOWHERE) -> MadeCond:
         """Cond of P prompts; nothing for none.
 
-        What `old` holds of them is taken over, if it was made by the same encoder in the same precision; then what
-        stands at their `homes`. Raises UserError for cond that overflows.
+        Cond is taken from `old`, if that was made by the same encoder in the same precision, or else from the prompts'
+        `homes`; what is in neither is encoded. Raises UserError for cond that overflows.
         """
         if not prompts:
             return MadeCond()
