@@ -20,6 +20,7 @@ from latentprep.cache.normalization import Normalization
 from latentprep.cli import commands as cli
 from latentprep.prepare.devices import quiet_libraries
 from latentprep.prepare.models.text_encoder import TextEncoder
+from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.source import listing
 from latentprep.prepare.source.folder import Folder, file_at
 from latentprep.records import Item, Skip
@@ -244,6 +245,20 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return encode(self, prompts)
 
     monkeypatch.setattr(TextEncoder, "encode", note)
+    return calls
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, call: int) -> list[int]:
+    """Ctrl-C comes when the VAE is asked for the `call`-th time. Returns a list that has an entry for each time."""
+    posterior, calls = VaeEncoder._posterior, list[int]()
+
+    def stops(encoder: VaeEncoder, vae: Any, pixels: torch.Tensor) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt(2)
+        return posterior(encoder, vae, pixels)
+
+    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
     return calls
 
 

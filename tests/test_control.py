@@ -30,7 +30,7 @@ from latentprep.prepare.source.controls import add_controls, list_controls
 from latentprep.prepare.source.folder import Folder
 from latentprep.recipe import LatentsRecipe
 from latentprep.records import Placement
-from tests.conftest import SMALL, TINY, gradient, read_item
+from tests.conftest import SMALL, TINY, gradient, read_item, stop_at
 from tests.test_encode import files, reference, rows
 
 pytestmark = pytest.mark.slow
@@ -346,15 +346,7 @@ def test_folders_that_change_places_are_a_change(run, tmp_path):
 def test_a_run_that_is_stopped_ends_as_undisturbed(run, targets, before, ref, tmp_path, monkeypatch):
     options = ("--control", before, "--control", ref, "--flip")
     encode(run, targets, tmp_path / "whole", *options)
-    posterior, done = VaeEncoder._posterior, []
-
-    def stops(self, vae, pixels):
-        done.append(1)
-        if len(done) == 9:
-            raise KeyboardInterrupt(2)
-        return posterior(self, vae, pixels)
-
-    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    posterior, done = VaeEncoder._posterior, stop_at(monkeypatch, 9)
     encode(run, targets, tmp_path / "c", *options, code=130)
     done.clear()
     monkeypatch.setattr(VaeEncoder, "_posterior", lambda *a: done.append(1) or posterior(*a))

@@ -20,13 +20,12 @@ from latentprep.cache.storage import Storage
 from latentprep.geometry import Geometry
 from latentprep.prepare import survey
 from latentprep.prepare.models.model_set import open_models
-from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.models.vae_folder import open_vae
 from latentprep.prepare.plan import estimate
 from latentprep.prepare.plan.buckets import make_place
 from latentprep.prepare.source.folder import Folder
 from latentprep.prepare.survey import Prepared
-from tests.conftest import TINY
+from tests.conftest import TINY, stop_at
 from tests.test_control import draw_before, draw_ref, draw_targets, encode, noise
 from tests.test_encode import files, reference, rows
 
@@ -340,15 +339,7 @@ def test_batches_have_control_images_of_one_size(run, source, tmp_path):
 
 def test_a_run_that_is_stopped_ends_as_undisturbed(run, source, tmp_path, monkeypatch):
     encode(run, source, tmp_path / "whole", *OWN, "--flip")
-    posterior, done = VaeEncoder._posterior, []
-
-    def stops(self, vae, pixels):
-        done.append(1)
-        if len(done) == 9:
-            raise KeyboardInterrupt(2)
-        return posterior(self, vae, pixels)
-
-    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    stop_at(monkeypatch, 9)
     encode(run, source, tmp_path / "c", *OWN, "--flip", code=130)
     monkeypatch.undo()
     encode(run, source, tmp_path / "c", *OWN, "--flip")
@@ -365,15 +356,7 @@ def test_what_a_stopped_run_left_counts_only_for_the_same_sizes(run, source, tmp
         os.utime(source / line["ref"], ns=(5, 5))
     write_table(source, lines)
     options = ("--control-column", "ref", "--control-size", "own", "--exclude", "before", "--exclude", "ref")
-    posterior, done = VaeEncoder._posterior, []
-
-    def stops(self, vae, pixels):
-        done.append(1)
-        if len(done) == 6:
-            raise KeyboardInterrupt(2)
-        return posterior(self, vae, pixels)
-
-    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    stop_at(monkeypatch, 6)
     encode(run, source, tmp_path / "c", *options, code=130)
     monkeypatch.undo()
     for n in range(4):

@@ -11,9 +11,8 @@ from latentprep.cache import schema
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.schema import Field
 from latentprep.cache.storage import Storage
-from latentprep.prepare.models.vae_encoder import VaeEncoder
 from latentprep.prepare.work import compose, finish
-from tests.conftest import SMALL
+from tests.conftest import SMALL, stop_at
 from tests.test_encode import files
 
 FLOAT32 = frozenset({torch.float32})
@@ -67,16 +66,8 @@ def check(cache, count):
 def test_a_field_of_the_table_goes_round(run, images, tmp_path, monkeypatch, more_fields):
     whole, cache = tmp_path / "whole", tmp_path / "c"
     assert run("encode", images, "--out", whole, *OPTIONS).code == 0
-    posterior, calls = VaeEncoder._posterior, []
-
-    def stops(self, vae, pixels):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt(2)
-        return posterior(self, vae, pixels)
-
     with monkeypatch.context() as patch:
-        patch.setattr(VaeEncoder, "_posterior", stops)
+        stop_at(patch, 4)
         assert run("encode", images, "--out", cache, *OPTIONS).code == 130
     assert list(cache.glob("shards/*.partial.*"))
     assert run("encode", images, "--out", cache, *OPTIONS).code == 0

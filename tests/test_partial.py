@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from latentprep.prepare.models.vae_encoder import VaeEncoder
-from tests.conftest import SMALL, gradient
+from tests.conftest import SMALL, gradient, stop_at
 from tests.test_encode import files
 
 
@@ -37,15 +37,7 @@ def test_stopped_in_a_shard_it_goes_on_behind_what_is_encoded(run, images, tmp_p
     fill(images)
     options = (*SMALL, *options)
     assert run("encode", images, "--out", tmp_path / "whole", *options).code == 0
-    posterior, done = VaeEncoder._posterior, []
-
-    def stops(self, vae, pixels):
-        done.append(len(pixels))
-        if len(done) == calls + 1:
-            raise KeyboardInterrupt(2)
-        return posterior(self, vae, pixels)
-
-    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    posterior, done = VaeEncoder._posterior, stop_at(monkeypatch, calls + 1)
     result = run("encode", images, "--out", tmp_path / "c", *options)
     first = len(done) - 1
     if result.code == 0:  # so few calls were needed
@@ -69,15 +61,7 @@ def count_calls(run, images, tmp_path, monkeypatch, posterior, options):
 
 def test_a_damaged_partial_file_is_as_if_it_were_not_there(run, images, tmp_path, monkeypatch):
     assert run("encode", images, "--out", tmp_path / "whole", *SMALL).code == 0
-    posterior, done = VaeEncoder._posterior, []
-
-    def stops(self, vae, pixels):
-        done.append(len(pixels))
-        if len(done) == 5:
-            raise KeyboardInterrupt(2)
-        return posterior(self, vae, pixels)
-
-    monkeypatch.setattr(VaeEncoder, "_posterior", stops)
+    stop_at(monkeypatch, 5)
     result = run("encode", images, "--out", tmp_path / "c", *SMALL)
     assert "Stopped; what is encoded so far is safe in" in result.err
     (partial,) = (tmp_path / "c" / "shards").glob("*.partial.*")

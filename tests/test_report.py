@@ -9,7 +9,6 @@ import shutil
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from PIL import Image
 
 import latentprep
 from latentprep import UserError
+from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import open_manifest
 from latentprep.cache.storage import Storage
 from latentprep.look import alike, histogram, measures, report
@@ -404,8 +404,8 @@ def test_weights_are_shown_of_those_images_that_have_some(images, tmp_path):
 def test_weights_are_part_of_the_bytes_that_a_picture_may_take():
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.random((1, 1, 128, 128), np.float32)).half()
-    group = SimpleNamespace(
-        weight=weight, latent_mean=torch.zeros(1, 1, 4, 128, 128), original_size=torch.tensor([[1024, 1024]]),
+    group = LatentGroup(
+        "h1024w1024", weight=weight, latent_mean=torch.zeros(1, 1, 4, 128, 128), original_size=torch.tensor([[1024, 1024]]),
         resized_size=torch.tensor([[[1024, 1024]]]), crop=torch.tensor([[[0, 0, 1024, 1024]]]),
     )  # fmt: skip
     noise = Image.fromarray(rng.integers(0, 256, (192, 192, 3)).astype(np.uint8))

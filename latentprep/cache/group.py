@@ -11,7 +11,7 @@ from torch import Tensor
 from latentprep.cache import schema
 from latentprep.cache.schema import CONTROLS, LISTS, SIZES, STRINGS, Field
 from latentprep.cache.strings import StringLists, Strings, Tensors, put_strings
-from latentprep.records import Row
+from latentprep.records import Box, Row, Size
 
 Column = Any  # a tensor [N,...] (in a TextGroup a numpy array), or a sequence of N strings, or of N lists of strings
 
@@ -151,6 +151,13 @@ class LatentGroup(Group):
         own = tuple(self.latent_mean.shape[2:])
         sizes = [tuple(values.shape[-2:]) for values in self.controls.values()]
         return own if set(sizes) <= {own[1:]} else (*own, *(side for size in sizes for side in size))
+
+    def geometry(self, row: int, view: int) -> tuple[Size, Size, Box]:
+        """The size of a row's image, its size when it was cropped, and the crop of a view."""
+        height, width = self.original_size[row].tolist()
+        resized_height, resized_width = self.resized_size[row, view].tolist()
+        top, left, box_height, box_width = self.crop[row, view].tolist()
+        return (height, width), (resized_height, resized_width), (top, left, box_height, box_width)
 
     @property
     def controls(self) -> dict[str, Tensor]:

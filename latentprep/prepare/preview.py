@@ -14,7 +14,7 @@ from latentprep.errors import UserError
 from latentprep.prepare.devices import choose_device
 from latentprep.prepare.latent_colors import fit_map, project
 from latentprep.prepare.models.vae_decoder import open_decoder
-from latentprep.prepare.preview_source import Reader, Shown, StoredRow, geometry_of, lies_outside, load_rows
+from latentprep.prepare.preview_source import Reader, Shown, StoredRow, lies_outside, load_rows
 from latentprep.prepare.recheck import find_vae, is_in_memory, sample_rows
 from latentprep.records import Box, Sample, Size, is_flipped
 from latentprep.sheet import Card, CropBox, Picture, fit, shrink
@@ -123,7 +123,7 @@ def is_weight(picture: Picture) -> bool:
 
 def show_source(group: LatentGroup, view: int, name: str, shown: Shown | str | None) -> Iterator[Picture]:
     """The image with the box of its crop; and what the VAE saw of it, unless there is no source at all."""
-    size, resized, box = geometry_of(group, view)
+    size, resized, box = group.geometry(0, view)
     title, crop = f"source {size[1]}x{size[0]}", crop_of(resized, box)
     if isinstance(shown, Shown):
         yield Picture(title, shown.whole, crop)

@@ -17,10 +17,9 @@ from latentprep.human import counted
 from latentprep.options import CAPTION_ENCODING, ImageSet, TextOptions
 from latentprep.prepare.find_images import join_sources
 from latentprep.prepare.images.decode import decode
-from latentprep.prepare.images.load import LoadOptions, place_image, read_files
+from latentprep.prepare.images.load import LoadOptions, digest_of, place_image, read_files
 from latentprep.prepare.images.pillow import DecodeError, describe, limit_pixels
 from latentprep.prepare.recheck_source import Originals, check_num_controls, common_patch
-from latentprep.prepare.source.content import new_hash
 from latentprep.prepare.source.controls import find_controls
 from latentprep.prepare.source.masks import list_masks
 from latentprep.prepare.source.sources import NoSourceError, open_source
@@ -86,16 +85,13 @@ class Reader:
             return describe(error)
 
     def _read(self, row: StoredRow, view: int) -> Shown | str:
-        size, resized, box = geometry_of(row.group, view)
+        size, resized, box = row.group.geometry(0, view)
         placement = Placement((box[2], box[3]), resized, box)
         item = Item(row.key, size, row.nbytes, 0)
         files = read_files(item, self.options)
         if isinstance(files, Skip):
             return files.detail
-        digest = new_hash()
-        for part in files.parts:
-            digest.update(part.data)
-        is_changed = self.knows_partners and digest.digest() != bytes(row.group.digest[0].tolist())
+        is_changed = self.knows_partners and digest_of(files) != bytes(row.group.digest[0].tolist())
         try:
             rgb, _ = decode(files.image.data, item, placement, self.options, [])
         except DecodeError as error:
@@ -105,17 +101,9 @@ class Reader:
         return Shown(whole, pixels[:, ::-1] if row.group.flipped[view] else pixels, is_changed)
 
 
-def geometry_of(group: LatentGroup, view: int) -> tuple[Size, Size, Box]:
-    """Of a group's first row: the image's size, its size when it was cropped, and the crop of a view."""
-    height, width = group.original_size[0].tolist()
-    resized_height, resized_width = group.resized_size[0, view].tolist()
-    top, left, box_height, box_width = group.crop[0, view].tolist()
-    return (height, width), (resized_height, resized_width), (top, left, box_height, box_width)
-
-
 def check_geometry(group: LatentGroup, view: int, factor: int) -> str:
     """What is wrong with the numbers of a row, which a stranger may have written; "": nothing."""
-    size, resized, box = geometry_of(group, view)
+    size, resized, box = group.geometry(0, view)
     bucket = [side * factor for side in group.latent_mean.shape[-2:]]
     if min(*size, *resized) < 1 or list(box[2:]) != bucket:
         return "its sizes in the cache fit no image"

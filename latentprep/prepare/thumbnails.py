@@ -19,7 +19,7 @@ from latentprep.prepare.images.decode import decode
 from latentprep.prepare.images.pillow import max_bytes, open_image, oriented_size
 from latentprep.prepare.latent_colors import LinearMap, fit_map
 from latentprep.prepare.preview import NUM_FITTED, Colors
-from latentprep.prepare.preview_source import Place, Reader, Shown, StoredRow, geometry_of, load_rows
+from latentprep.prepare.preview_source import Place, Reader, Shown, StoredRow, load_rows
 from latentprep.records import Box, Item, Placement
 from latentprep.sheet import fit, shrink
 
@@ -94,7 +94,7 @@ def make_thumbnails(
 
 
 def make_thumbnail(row: StoredRow, shown: Shown | str | None, painter: Painter, limit: int) -> Thumbnail | str:
-    _, resized, box = geometry_of(row.group, 0)
+    _, resized, box = row.group.geometry(0, 0)
     weight = pack_weight(row.group, limit // WEIGHT_PART)
     limit -= len(weight)
     if isinstance(shown, Shown):

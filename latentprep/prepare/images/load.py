@@ -139,16 +139,10 @@ def load_pixels(
         for number, part in enumerate(files.controls):
             where = part.where
             controls.append(make_control(part.data, number, item, placement, options, pixels.crops))
-    except DecodeError as error:
-        if error.reason == "bad_mask":
+    except Exception as error:
+        if isinstance(error, DecodeError) and error.reason == "bad_mask":
             where = files.mask.where if files.mask is not None else ""
-        # it was an image when it was listed
-        reason = "unreadable" if error.reason == "not_an_image" else error.reason
-        return item.skip(reason, where + error.detail)
-    except MemoryError as error:
-        return item.skip("out_of_memory", where + describe(error))
-    except Exception as error:  # whatever it is, it is to say which image it was
-        raise ImageError(f"{item.key}: {where}{describe(error)}") from error
+        return skip_undecoded(item, where, error)
     notes = dict.fromkeys((*pixels.notes, *(note for control in controls for note in control.notes)))
     return replace(pixels, notes=tuple(notes), controls=tuple(controls))
 
@@ -174,13 +168,19 @@ def load_controls(
             then = replace(item, key=encoded_key)
             made = make_control(part.data, number, then, placement, options, (placement.crop,))
             controls.append(made.pixels[0])
-    except DecodeError as error:
-        return item.skip(error.reason, where + error.detail)
-    except MemoryError as error:
-        return item.skip("out_of_memory", where + describe(error))
-    except Exception as error:  # whatever it is, it is to say which image it was
-        raise ImageError(f"{item.key}: {where}{describe(error)}") from error
+    except Exception as error:
+        return skip_undecoded(item, where, error)
     return controls
+
+
+def skip_undecoded(item: Item, where: str, error: Exception) -> Skip:
+    """The Skip of an item, one of whose files cannot be decoded. Raises ImageError for any other fault."""
+    if isinstance(error, DecodeError):
+        # it was an image when it was listed
+        return item.skip("unreadable" if error.reason == "not_an_image" else error.reason, where + error.detail)
+    if isinstance(error, MemoryError):
+        return item.skip("out_of_memory", where + describe(error))
+    raise ImageError(f"{item.key}: {where}{describe(error)}") from error  # whatever it is, it says which image it was
 
 
 def digest_of(files: Files) -> bytes:
@@ -205,14 +205,19 @@ def read_files(item: Item, options: LoadOptions) -> Files | Skip:
         where = part.where if part.option == "--control" else ""
         try:
             found[part.option].append(part._replace(data=part.source.read(part.key, max_bytes())))
-        except NotRegularError as error:
-            return item.skip("unreadable", f"{where}{error}")
-        except OSError as error:
-            check_there(options)
-            return item.skip("io_error", where + describe(error))
-        except MemoryError as error:
-            return item.skip("out_of_memory", where + describe(error))
+        except (OSError, MemoryError) as error:
+            return skip_unread(item, where, error, options)
     return Files(found["SOURCE"][0], next(iter(found["--weights"]), None), found["--control"])
+
+
+def skip_unread(item: Item, where: str, error: OSError | MemoryError, options: LoadOptions) -> Skip:
+    """The Skip of an item, one of whose files cannot be read. Raises UserError if its source is not there any more."""
+    if isinstance(error, NotRegularError):
+        return item.skip("unreadable", f"{where}{error}")
+    if isinstance(error, MemoryError):
+        return item.skip("out_of_memory", where + describe(error))
+    check_there(options)
+    return item.skip("io_error", where + describe(error))
 
 
 def check_bytes(part: Part, item: Item) -> Skip | None:
@@ -239,13 +244,8 @@ def read_control_sizes(item: Item, options: LoadOptions) -> list[Size] | Skip:
         except DecodeError as error:
             reason = "unreadable" if error.reason in ("not_an_image", "truncated") else error.reason
             return item.skip(reason, part.where + error.detail)
-        except NotRegularError as error:
-            return item.skip("unreadable", f"{part.where}{error}")
-        except OSError as error:
-            check_there(options)
-            return item.skip("io_error", part.where + describe(error))
-        except MemoryError as error:
-            return item.skip("out_of_memory", part.where + describe(error))
+        except (OSError, MemoryError) as error:
+            return skip_unread(item, part.where, error, options)
     return sizes
 
 

@@ -61,8 +61,8 @@ class SeenImages:
 
 def load_seen(row: Row, group: LatentGroup, number: int, options: LoadOptions) -> list[np.ndarray]:
     """The control images of a row, which is so many in its group. Raises UnseenError, and UserError."""
-    height, width = group.original_size[number].tolist()
-    item = Item(row.key, (height, width), row.nbytes, row.version)
+    size, _, _ = group.geometry(number, 0)
+    item = Item(row.key, size, row.nbytes, row.version)
     placement = place_again(group, number, options.factor)
     found = load_controls(item, placement, options, group.key[number], bytes(group.digest[number].tolist()))
     if isinstance(found, Skip):
@@ -72,7 +72,6 @@ def load_seen(row: Row, group: LatentGroup, number: int, options: LoadOptions) -
 
 def place_again(group: LatentGroup, number: int, factor: int) -> Placement:
     """Where the first view of a row was placed when it was encoded, and the buckets of its control images."""
-    height, width = group.resized_size[number, 0].tolist()
-    top, left, rows, columns = group.crop[number, 0].tolist()
+    _, resized, crop = group.geometry(number, 0)
     buckets = [(own.shape[-2] * factor, own.shape[-1] * factor) for own in group.controls.values()]
-    return with_controls(Placement((rows, columns), (height, width), (top, left, rows, columns)), buckets)
+    return with_controls(Placement(crop[2:], resized, crop), buckets)
