@@ -405,8 +405,9 @@ def test_weights_are_part_of_the_bytes_that_a_picture_may_take():
     rng = np.random.default_rng(0)
     weight = torch.from_numpy(rng.random((1, 1, 128, 128), np.float32)).half()
     group = LatentGroup(
-        "h1024w1024", weight=weight, latent_mean=torch.zeros(1, 1, 4, 128, 128), original_size=torch.tensor([[1024, 1024]]),
-        resized_size=torch.tensor([[[1024, 1024]]]), crop=torch.tensor([[[0, 0, 1024, 1024]]]),
+        "h1024w1024", weight=weight, latent_mean=torch.zeros(1, 1, 4, 128, 128),
+        original_size=torch.tensor([[1024, 1024]]), resized_size=torch.tensor([[[1024, 1024]]]),
+        crop=torch.tensor([[[0, 0, 1024, 1024]]]),
     )  # fmt: skip
     noise = Image.fromarray(rng.integers(0, 256, (192, 192, 3)).astype(np.uint8))
     row = thumbnails.StoredRow("a.png", 1, [""], group)
