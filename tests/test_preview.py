@@ -14,6 +14,7 @@ from PIL import Image
 
 import latentprep
 from latentprep import UserError, sheet
+from latentprep.cache.group import LatentGroup
 from latentprep.cache.manifest import open_manifest, pack
 from latentprep.cache.storage import Storage
 from latentprep.look.samples import RANDOM, RANKINGS, choose_samples, distances
@@ -258,8 +259,8 @@ def test_an_image_beyond_the_limit_is_not_decoded(cache, drawn, monkeypatch):
     ],
 )
 def test_sizes_that_a_stranger_wrote_are_not_computed_with(field, values, problem):
-    group = SimpleNamespace(
-        original_size=torch.tensor([[80, 64]]), resized_size=torch.tensor([[[80, 64]]]),
+    group = LatentGroup(
+        "h64w64", original_size=torch.tensor([[80, 64]]), resized_size=torch.tensor([[[80, 64]]]),
         crop=torch.tensor([[[8, 0, 64, 64]]]), latent_mean=torch.zeros(1, 1, 4, 8, 8),
     )  # fmt: skip
     assert check_geometry(group, 0, 8) == ""
